@@ -1,0 +1,39 @@
+"""N:M sparsity for any PyTorch model: capture, train with learned masks, freeze to exact zeros.
+
+sparse    = nm.compile(model, (x,), pattern="2:4", method=nm.BiMask())   # or nm.LBC(), nm.SRSTE(), nm.Magnitude()
+scheduler = nm.SparsityScheduler(sparse, total_steps=steps)              # step() after every optimizer.step()
+model     = nm.freeze(sparse)                                            # the plain model, zeros in its weights
+print(nm.report(sparse))                                                 # a line per weight: sparse or dense, and why
+nm.verify(model, "2:4"), nm.show(sparse)                                 # check any checkpoint, read the graph
+"""
+
+from nm_compiler.api import compile, freeze, show
+from nm_compiler.errors import NMError, Refusal
+from nm_compiler.methods.bimask import BiMask
+from nm_compiler.methods.lbc import LBC
+from nm_compiler.methods.magnitude import Magnitude
+from nm_compiler.methods.srste import SRSTE
+from nm_compiler.module import SparseModule
+from nm_compiler.pattern import Pattern
+from nm_compiler.reporting import report
+from nm_compiler.runtime.verify import verify
+from nm_compiler.scheduler import SparsityScheduler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LBC",
+    "SRSTE",
+    "BiMask",
+    "Magnitude",
+    "NMError",
+    "Pattern",
+    "Refusal",
+    "SparseModule",
+    "SparsityScheduler",
+    "compile",
+    "freeze",
+    "report",
+    "show",
+    "verify",
+]

@@ -1,0 +1,140 @@
+"""compile, freeze and show: capture -> passes -> carrier, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nm_compiler.capture import capture
+from nm_compiler.errors import NMError
+from nm_compiler.graph import run, show_graph
+from nm_compiler.methods.base import Method
+from nm_compiler.methods.bimask import BiMask
+from nm_compiler.module import SparseModule, attach_state, detach_state, unwrap
+from nm_compiler.pattern import PatternMap, PatternSpec
+from nm_compiler.recipe import freezing, pipeline
+from nm_compiler.sites import Plan, find
+from nm_compiler.state import RECIPE
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    pattern: PatternSpec = "2:4",
+    method: Method | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dynamic_shapes: Any = None,
+    seed: int = 0,
+) -> SparseModule:
+    """Capture ``model`` and give its weights what they need to train as N:M.
+
+    example_inputs: a tuple of positional inputs (or one tensor); kwargs: keyword inputs. The batch (axis 0) becomes
+    dynamic; pass ``dynamic_shapes`` as to `torch.export.export` for other axes.
+    pattern: ``"2:4"``, ``(2, 4)``, or globs over parameter names, first match wins: ``{"layer4.*": "1:4", "*": "2:4"}``.
+    method: `LBC`, `BiMask` (the default), `SRSTE` or `Magnitude`.
+    include, exclude: globs over parameter names; include also takes in the stem and the head, which stay dense otherwise.
+    seed: of everything the method draws at random.
+
+    Returns a `SparseModule`, which shares the model's parameters; the method's state is registered on the model in
+    place, and `freeze` removes it. Build the optimizer afterwards, from ``sparse.parameters()``.
+    Raises NMError, the model unchanged, if it cannot be captured or no weight is left to make sparse.
+    """
+    patterns = PatternMap.parse(pattern)
+    method = BiMask() if method is None else method
+    pipeline(method, ())  # an unknown method is refused before anything else happens
+    _check_model(model)
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    captured = capture(model, args, dict(kwargs or {}), dynamic_shapes)
+    plan = find(model, [gm for gm, _ in captured.values()], patterns, include=_globs(include), exclude=_globs(exclude))
+    _check_weights(model, plan, method)
+    names = attach_state(model, plan, method)
+    try:
+        graphs = {mode: (run(gm, pipeline(method, plan.sites)), signature) for mode, (gm, signature) in captured.items()}
+        return SparseModule(model, graphs, plan, method, seed)
+    except BaseException:
+        detach_state(model, names)
+        raise
+
+
+def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
+    """Write the masks into the weights and give back the user's own module, its state_dict plain and exactly N:M.
+
+    sparse: what `compile` returned, also inside DDP or ``torch.compile``; it cannot be used afterwards.
+    finish: decide at once what training has not decided yet (LBC before t_f).
+    Raises NMError, nothing changed, if masks are undecided and not ``finish``, or if a weight is not finite.
+    """
+    module = unwrap(sparse)
+    if module.frozen:
+        raise NMError("this model is frozen already: use what the first nm.freeze returned")
+    _check_finite({weight.site.name: weight.param for weight in module.weights})
+    open_ones = [weight for weight in module.weights if not module.method.is_settled(weight)]
+    if open_ones and not finish:
+        first = open_ones[0].site
+        raise NMError(
+            f"{len(open_ones)} of {len(module.weights)} weights are not {first.pattern} yet (first {first.name} of shape "
+            f"{list(first.shape)}): combinations are still live before t_f. Train on to t_f, or nm.freeze(sparse, "
+            "finish=True) keeps the best-scored combination of every group now and costs accuracy"
+        )
+    for weight in open_ones:
+        module.method.settle(weight)
+    for training in (False, True):
+        run(module.graph(training), freezing(module.plan.sites))
+    detach_state(module.origin, module.state_names())
+    module.__dict__["frozen"] = True
+    model: nn.Module = module.origin
+    return model
+
+
+def show(sparse: nn.Module, *, training: bool = False) -> str:
+    """The rewritten graph of a mode as a program: one node a line, with dtype and shape."""
+    return show_graph(unwrap(sparse).graph(training))
+
+
+def _globs(globs: Sequence[str]) -> tuple[str, ...]:
+    return (globs,) if isinstance(globs, str) else tuple(globs)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise NMError(f"nm.compile takes a torch.nn.Module, not {type(model).__name__}")
+    if (
+        isinstance(model, SparseModule)
+        or RECIPE in dict(model.named_buffers())
+        or any(name.endswith(f".{RECIPE}") for name, _ in model.named_buffers())
+    ):
+        raise NMError(
+            f"this {type(model).__name__} is compiled already: use the first nm.compile's result, "
+            "or nm.freeze it before compiling again"
+        )
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
+        raise NMError(f"compile the model itself, then wrap the result: this is a {type(model).__name__} around it")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise NMError(
+                f"{name} of shape {list(parameter.shape)} is on the meta device and has no values: "
+                "model.to_empty(device=...) and load weights before nm.compile"
+            )
+
+
+def _check_weights(model: nn.Module, plan: Plan, method: Method) -> None:
+    parameters = dict(model.named_parameters())
+    _check_finite({site.name: parameters[site.name] for site in plan.sites})
+    for site in plan.sites:
+        method.check(site)
+
+
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        finite = torch.isfinite(weight.detach())
+        if not bool(finite.all()):
+            wrong = int((~finite).sum())
+            raise NMError(
+                f"{name} of shape {list(weight.shape)} has {wrong} NaN or infinite values: magnitudes cannot be compared; "
+                "load a healthy checkpoint or lower the learning rate"
+            )

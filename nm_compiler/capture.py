@@ -1,0 +1,212 @@
+"""A model becomes an aten graph: `torch.export`, once in training and once in evaluation mode.
+
+    nn.Module --export (non-strict, batch dynamic)--> ExportedProgram --bind--> GraphModule over the model's own state
+
+The bound GraphModule shares the model's ``_parameters``, ``_buffers`` and ``_modules`` dicts, so whatever is loaded,
+moved or registered on the model is what the graph reads. Constants and subgraphs of the export lie beside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import linecache
+import logging
+import sysconfig
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+from torch.utils import _pytree as pytree
+
+from nm_compiler.errors import NMError
+from nm_compiler.graph import getattr_path, tidy
+from nm_compiler.signature import Signature, describe
+
+_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_NOISY = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export")
+
+
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
+) -> dict[bool, tuple[GraphModule, Signature]]:
+    """Capture ``model`` in evaluation (False) and training (True) mode.
+
+    args, kwargs: example inputs; an example of batch 1 is repeated to 2, since export would specialise 1.
+    dynamic_shapes: passed to `torch.export.export`; None makes the batch (axis 0) of every input dynamic.
+    Returns, per mode, a graph with flat inputs and outputs bound to the model, and the signature it was taken with.
+    Raises NMError that names the line of the user's code. The model's mode and state are as before.
+    """
+    hidden = _without_cache(model, kwargs)
+    named = {**kwargs, **hidden}
+    captured = {}
+    for training in (False, True):
+        with _mode(model, training):
+            captured[training] = _export(model, args, named, dynamic_shapes, hidden, training)
+    return captured
+
+
+def _export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    hidden: dict[str, Any],
+    training: bool,
+) -> tuple[GraphModule, Signature]:
+    given, named = (args, kwargs) if dynamic_shapes is not None else _repeat_batch_of_one(args, kwargs)
+    shapes = dynamic_shapes if dynamic_shapes is not None else _dynamic_batch(model, given, named)
+    try:
+        with _quiet_export():
+            program = torch.export.export(model, given, named or None, dynamic_shapes=shapes, strict=False)
+    except NMError:
+        raise
+    except Exception as error:
+        raise NMError(_explain(model, error, given, named, training)) from error
+    exported = program.module(check_guards=False)
+    gm = bind(flat_copy(exported.graph), model, _extras(exported, model))
+    for node in list(gm.graph.nodes):  # a dtype or device frozen at capture would break .to() and .double()
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            gm.graph.erase_node(node)
+    _canonical_names(gm, model)
+    tidy(gm)
+    return gm, Signature.of(program, gm, given, named, hidden, model)
+
+
+def flat_copy(graph: Graph) -> Graph:
+    """A copy of ``graph`` without pytree code: flat positional inputs, a flat tuple of outputs."""
+    copy = Graph()
+    output = copy.graph_copy(graph, {})
+    copy.output(output)
+    old = next(node for node in reversed(graph.nodes) if node.op == "output")
+    next(iter(reversed(copy.nodes))).meta.update(old.meta)
+    return copy
+
+
+def bind(graph: Graph, model: nn.Module, extras: Mapping[str, Any]) -> GraphModule:
+    """A GraphModule that is its own ``self`` and shares the model's children, parameters and buffers.
+
+    extras: constants and subgraphs of the export, reached by attribute and invisible to ``state_dict``.
+    """
+    gm = GraphModule(nn.Module(), Graph(), class_name=type(model).__name__)
+    for name in _SHARED:
+        gm.__dict__[name] = getattr(model, name)
+    gm.__dict__.update(extras)
+    gm.__dict__["extras"] = dict(extras)
+    gm.__dict__["training"] = model.training
+    gm.graph = graph
+    return gm
+
+
+def _extras(exported: GraphModule, model: nn.Module) -> dict[str, Any]:
+    """What the exported graph reads and the model does not have: lifted constants and higher-order subgraphs."""
+    found = {}
+    for node in exported.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        try:
+            getattr_path(model, node.target)
+        except AttributeError:
+            found[str(node.target)] = getattr_path(exported, node.target)
+    return found
+
+
+def _canonical_names(gm: GraphModule, model: nn.Module) -> None:
+    """Tied parameters are read under the first of their names, the one `named_parameters` gives."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            node.target = names.get(id(getattr_path(gm, node.target)), node.target)
+
+
+@contextlib.contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The mode as the model's own ``train()`` sets it, so that deliberately frozen layers stay frozen; then back."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in before:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Export logs every specialisation it considers; the ones that matter come back as our own errors."""
+    loggers = [(logger := logging.getLogger(name), logger.level) for name in _NOISY]
+    for logger, _ in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in loggers:
+            logger.setLevel(level)
+
+
+def _without_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Hugging Face models return caches that no pytree knows; ask for none unless the user did."""
+    wants = "use_cache" in inspect.signature(model.forward).parameters and "use_cache" not in kwargs
+    return {"use_cache": False} if wants else {}
+
+
+def _batch(leaves: list[Any]) -> int | None:
+    return next((int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
+
+
+def _repeat_batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    if _batch(leaves) != 1:
+        return args, kwargs
+    both: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten([_twice(leaf) for leaf in leaves], spec)
+    return both
+
+
+def _twice(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 1:
+        return leaf.detach().repeat(2, *[1] * (leaf.ndim - 1))
+    return leaf
+
+
+def _dynamic_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    leaves = pytree.tree_leaves((args, kwargs))
+    size = _batch(leaves)
+    shapes = torch.export.ShapesCollection()
+    chosen = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == size}
+    for leaf in chosen.values():
+        shapes[leaf] = {0: torch.export.Dim.AUTO}
+    try:
+        return shapes.dynamic_shapes(model, args, kwargs) if chosen else None
+    except Exception:  # the arguments do not fit forward(): export says so, naming the argument
+        return None
+
+
+def _explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> str:
+    message = str(error).strip().split("\n\nWhile executing")[0].strip()
+    short = "\n  ".join(message.splitlines()[:6]) or type(error).__name__
+    mode = "training" if training else "evaluation"
+    line = _user_line(error.__traceback__)
+    return (
+        f"{type(model).__name__} could not be captured in {mode} mode with inputs {describe(args, kwargs)}\n"
+        f"  {type(error).__name__}: {short}\n"
+        + (f"  at {line}\n" if line else "")
+        + "Check that model(*example_inputs) runs; control flow that depends on data cannot be captured by export: "
+        "rewrite that line with torch.where or torch.cond, or move it out of the model."
+    )
+
+
+def _user_line(trace: TracebackType | None) -> str | None:
+    """The innermost frame outside torch and this package: the line of the user's code."""
+    found, standard = None, sysconfig.get_path("stdlib")
+    for frame in traceback.extract_tb(trace):
+        in_standard_library = frame.filename.startswith(standard) and "site-packages" not in frame.filename
+        if not frame.filename.startswith(_LIBRARIES) and not frame.filename.startswith("<") and not in_standard_library:
+            code = linecache.getline(frame.filename, frame.lineno or 0).strip()
+            found = f"{frame.filename}:{frame.lineno} in {frame.name}: {code}"
+    return found

@@ -1,0 +1,168 @@
+"""Run passes over a graph, and print a graph as a program.
+
+A pass is a function ``GraphModule -> GraphModule`` that edits the graph. `run` does what every pass would otherwise
+repeat: dead code, lint, recompile, and shapes for the new nodes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+Pass = Callable[[GraphModule], GraphModule]
+
+_SHORT = {
+    torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16", torch.bool: "b8",
+    torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
+}  # fmt: skip
+
+
+def run(gm: GraphModule, passes: Iterable[Pass]) -> GraphModule:
+    """Apply ``passes`` in order; after each one remove dead code, lint, recompile and fill in missing shapes."""
+    for each in passes:
+        gm = each(gm)
+        tidy(gm)
+    return gm
+
+
+def tidy(gm: GraphModule) -> None:
+    """Dead code out, lint, recompile, shapes of new nodes. Changes no result."""
+    gm.graph.eliminate_dead_code(is_impure_node=has_side_effect)
+    gm.graph.lint()
+    gm.recompile()
+    propagate_shapes(gm)
+
+
+def has_side_effect(node: Node) -> bool:
+    """Whether a node matters even if nobody reads its result.
+
+    Batch norm in training writes its running statistics although its schema does not say so; an op that takes a
+    subgraph is impure when a node of the subgraph is.
+    """
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return any(
+            has_side_effect(inner)
+            for arg in node.all_input_nodes
+            if arg.op == "get_attr" and isinstance(owner := getattr_path(node.graph.owning_module, arg.target), GraphModule)
+            for inner in owner.graph.nodes
+            if inner.op == "call_function"
+        )
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._opname
+        trains = name in ("batch_norm", "instance_norm", "_native_batch_norm_legit", "native_batch_norm", "cudnn_batch_norm")
+        return node.target._schema.is_mutable or trains or name.startswith("_assert")
+    return node.is_impure()
+
+
+def getattr_path(owner: Any, path: Any) -> Any:
+    """``getattr`` along a dotted path. Raises AttributeError."""
+    for atom in str(path).split("."):
+        owner = getattr(owner, atom)
+    return owner
+
+
+def reads(gm: GraphModule, name: str) -> list[Node]:
+    """All nodes that read the parameter or buffer ``name``."""
+    return [node for node in gm.graph.nodes if node.op == "get_attr" and node.target == name]
+
+
+def propagate_shapes(gm: GraphModule) -> None:
+    """Fill in ``meta["val"]`` (a fake tensor) where a pass left it out, from its inputs' values."""
+    missing = [n for n in gm.graph.nodes if n.op in ("get_attr", "call_function") and "val" not in n.meta]
+    mode = next((m for n in gm.graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None)) is not None), None)
+    if not missing or mode is None:
+        return
+    with mode:
+        for node in missing:
+            if node.op == "get_attr":
+                value = getattr_path(gm, node.target)
+                if isinstance(value, torch.Tensor):
+                    node.meta["val"] = mode.from_tensor(value.detach(), static_shapes=True)
+                continue
+            flat = [n for n in node.all_input_nodes if "val" not in n.meta]
+            if flat or not callable(node.target):
+                continue
+            args, kwargs = pytree.tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+            node.meta["val"] = node.target(*args, **kwargs)
+
+
+def show_graph(gm: GraphModule) -> str:
+    """The graph as a program, one node a line with dtype and shape. Symbolic sizes are named s0, s1, ... in order."""
+    symbols: dict[str, str] = {}
+    return "\n".join(_line(node, symbols) for node in gm.graph.nodes)
+
+
+def type_of(value: Any, symbols: dict[str, str]) -> str:
+    """``f32[s0, 3, 8, 8]`` for a tensor, the symbol or value for anything else."""
+    if isinstance(value, torch.Tensor):
+        sizes = ", ".join(_size(size, symbols) for size in value.shape)
+        return f"{_SHORT.get(value.dtype, str(value.dtype))}[{sizes}]"
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(type_of(item, symbols) for item in value) + ")"
+    if isinstance(value, torch.SymInt):
+        return _size(value, symbols)
+    return "" if value is None else str(value)
+
+
+def _size(size: Any, symbols: dict[str, str]) -> str:
+    if isinstance(size, int):
+        return str(size)
+    text = str(size)
+    if text.isidentifier():
+        return symbols.setdefault(text, f"s{len(symbols)}")
+    for name in sorted(symbols, key=len, reverse=True):
+        text = text.replace(name, symbols[name])
+    return text
+
+
+def _line(node: Node, symbols: dict[str, str]) -> str:
+    if node.op == "output":
+        return "return " + ", ".join(_argument(arg) for arg in _flat(node.args[0]))
+    kind = node.meta.get("type") or type_of(node.meta.get("val"), symbols)
+    head = f"%{node.name} : {kind}" if kind else f"%{node.name}"
+    if node.op == "placeholder":
+        return f"{head} = input"
+    if node.op == "get_attr":
+        return f"{head} = self.{node.target}"
+    arguments = [_argument(arg) for arg in node.args]
+    arguments += [f"{key}={_argument(arg)}" for key, arg in node.kwargs.items()]
+    return f"{head} = {target_name(node.target)}({', '.join(arguments)})"
+
+
+def target_name(target: Any) -> str:
+    """``nm.linear``, ``aten.relu``, ``operator.getitem``: a call's target as one would say it."""
+    if isinstance(target, torch._ops.OpOverload):
+        overload = "" if target._overloadname == "default" else f".{target._overloadname}"
+        return f"{target.namespace}.{target._opname}{overload}"
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return str(target.name())
+    module = getattr(target, "__module__", "") or ""
+    return f"{module.removeprefix('_')}.{getattr(target, '__name__', target)}"
+
+
+def _argument(arg: Any) -> str:
+    if isinstance(arg, Node):
+        return f"%{arg.name}"
+    if isinstance(arg, (list, tuple)):
+        return "[" + ", ".join(_argument(item) for item in arg) + "]"
+    if isinstance(arg, dict):
+        return "{" + ", ".join(f"{key}: {_argument(item)}" for key, item in arg.items()) + "}"
+    return repr(arg) if isinstance(arg, str) else str(arg)
+
+
+def _flat(args: Any) -> Iterator[Any]:
+    yield from args if isinstance(args, (tuple, list)) else (args,)
+
+
+def is_getitem(node: Node) -> bool:
+    """Whether a node only picks an item of a tuple result."""
+    return node.op == "call_function" and node.target is operator.getitem

@@ -1,0 +1,65 @@
+"""What a method is. A new one is a frozen dataclass with these few functions, and one line in `recipe.pipeline`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from nm_compiler.sites import Site
+from nm_compiler.state import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Where training stands: ``step`` of ``total`` optimizer steps are done; ``seed`` of the compile call."""
+
+    step: int
+    total: int
+    seed: int
+
+
+class Method(ABC):
+    """A way to train N:M weights. Subclasses are frozen dataclasses: their fields are the user's options."""
+
+    @property
+    def name(self) -> str:
+        """As the user writes it: ``LBC``, ``BiMask``."""
+        return type(self).__name__
+
+    def __str__(self) -> str:
+        """The method with its options, the same in every process: functions by name."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        shown = (f"{key}={getattr(v, '__qualname__', repr(v))}" for key, v in options.items())
+        return f"{self.name}({', '.join(shown)})"
+
+    def layout(self) -> Mapping[str, Any]:
+        """What decides the form of the state; a checkpoint of another layout is refused."""
+        return {"method": self.name}
+
+    def check(self, site: Site) -> None:  # noqa: B027  optional
+        """Raise NMError where the method cannot do this site's pattern."""
+
+    @abstractmethod
+    def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
+        """The fresh state of a weight by suffix; a Parameter learns, a tensor is a buffer. Must not change ``weight``."""
+
+    def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
+        """Why loaded values of the right shapes cannot be this method's state, or None."""
+        return None
+
+    def begin(self, weights: Sequence[Weight], clock: Clock) -> None:  # noqa: B027  optional
+        """Called when a scheduler is made or loaded: settle what depends on the step alone, e.g. who gets gradients."""
+
+    def advance(self, weights: Sequence[Weight], clock: Clock) -> None:  # noqa: B027  optional
+        """Called after every optimizer step, with ``clock.step`` already counted."""
+
+    def is_settled(self, weight: Weight) -> bool:
+        """Whether the forward mask of this weight is exactly N:M now, so that it can be frozen."""
+        return True
+
+    def settle(self, weight: Weight) -> None:  # noqa: B027  optional
+        """Make it so at once (``freeze(finish=True)``)."""

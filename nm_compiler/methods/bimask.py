@@ -1,0 +1,89 @@
+"""Bi-Mask, bi-directional masks (Zhang, Luo et al., ICML 2023): N:M in the forward product and in the input gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nm_compiler.errors import NMError
+from nm_compiler.layout import as_rows
+from nm_compiler.methods.base import Clock, Method
+from nm_compiler.methods.srste import check_decay
+from nm_compiler.sites import Site
+from nm_compiler.solvers.backward_order import OrderSearch, pair_swap_search
+from nm_compiler.solvers.magnitude import magnitude_mask
+from nm_compiler.state import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class BiMask(Method):
+    """SR-STE forward, and an input gradient through a weight that is N:M along the output channels as well.
+
+    The backward mask B is a subset of the forward mask F: the N largest of every M output channels of W * F, taken in an
+    order that is searched again every ``interval`` steps so that B keeps as much of F as it can. Identity and the current
+    order are always candidates. A weight whose output channels do not divide by M keeps B = F. Ref: Bi-Mask, eq. 8 to 10.
+
+    interval: optimizer steps between searches (first search after step 1); decay: lambda, 2e-4;
+    moves: swaps proposed in a search, for each weight; objective: ``"magnitude"`` keeps the most of sum |W * F|,
+    ``"count"`` the most non-zeros (the paper's); search: any `OrderSearch`. Raises NMError for values out of range.
+    """
+
+    interval: int = 100
+    decay: float = 2e-4
+    moves: int = 1000
+    objective: Literal["magnitude", "count"] = "magnitude"
+    search: OrderSearch = pair_swap_search
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self.name)
+        if self.interval < 1 or self.moves < 0:
+            raise NMError(f"BiMask(interval={self.interval}, moves={self.moves}): needs interval >= 1 and moves >= 0")
+        if self.objective not in ("magnitude", "count"):
+            raise NMError(f"BiMask(objective={self.objective!r}): choose 'magnitude' or 'count'")
+
+    def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
+        return {"order": torch.arange(site.out, device=weight.device)} if site.backward_groups else {}
+
+    def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
+        if "order" not in state:
+            return None
+        order = state["order"].cpu()
+        block = site.out // site.conv_groups
+        inside = order.view(site.conv_groups, block) - torch.arange(0, site.out, block).unsqueeze(-1)
+        if not torch.equal(inside.sort(-1).values, torch.arange(block).expand(site.conv_groups, -1)):
+            return "the order is not a permutation of its output channels" + " within each conv group" * (site.conv_groups > 1)
+        return None
+
+    def advance(self, weights: Sequence[Weight], clock: Clock) -> None:
+        if (clock.step - 1) % self.interval == 0:
+            for index, weight in enumerate(weights):
+                if weight.has("order"):
+                    self._refresh(weight, clock.seed + 7919 * clock.step + index)
+
+    def _refresh(self, weight: Weight, seed: int) -> None:
+        order = weight["order"]
+        if _rank() == 0:
+            order.copy_(self._searched(weight.site, weight.param.detach(), order, seed))
+        if torch.distributed.is_initialized():  # one search for all ranks, so that masks agree to the bit
+            torch.distributed.broadcast(order, 0)
+
+    def _searched(self, site: Site, weight: Tensor, order: Tensor, seed: int) -> Tensor:
+        n, m = site.pattern.n, site.pattern.m
+        mask = magnitude_mask(weight, n, m, site.in_axis)
+        importance = mask.to(weight.dtype) if self.objective == "count" else weight.abs() * mask
+        rows = as_rows(importance, site.in_axis).flatten(1)
+        block = site.out // site.conv_groups
+        found = []
+        for start in range(0, site.out, block):
+            part = slice(start, start + block)
+            local = self.search(rows[part], order[part] - start, n, m, moves=self.moves, seed=seed)
+            found.append(local + start)
+        return torch.cat(found)
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

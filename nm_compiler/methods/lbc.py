@@ -1,0 +1,136 @@
+"""LBC, learning best combinations (Zhang et al., NeurIPS 2022): training starts dense, combinations retire for good."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nm_compiler.errors import NMError
+from nm_compiler.layout import as_rows
+from nm_compiler.methods.base import Clock, Method
+from nm_compiler.pattern import MAX_TABLE, combination_table
+from nm_compiler.sites import Site
+from nm_compiler.solvers.combinations import count, pack, retire
+from nm_compiler.state import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class LBC(Method):
+    """Learn which combination of every group to keep.
+
+    A group starts with all C = C(M, N) combinations live and so with every weight in use. Between ``t_i`` and ``t_f``
+    (shares of the training steps) the lowest-scored ones retire, ``1 + ceil((C - 1) (1 - tau)^3)`` stay; at ``t_f`` one
+    is left, the mask is exactly N:M, and the scores stop training. Ref: LBC, eq. 6 to 8.
+
+    scores: ``"position"`` keeps one score a weight, so a group costs M numbers and ceil(C / 8) bytes (2:4: one byte);
+    it is the paper's method exactly under SGD with any momentum and weight decay, and differs under Adam-like
+    optimizers or when gradient-norm clipping includes the scores. ``"combination"`` keeps the paper's C scores a group
+    (2:4: 6, 4:8: 70) and C bytes. Where C > 1820, "position" retires positions instead of combinations.
+    Raises NMError unless ``0 <= t_i < t_f <= 1``.
+    """
+
+    scores: Literal["position", "combination"] = "position"
+    t_i: float = 0.0
+    t_f: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.scores not in ("position", "combination"):
+            raise NMError(f"LBC(scores={self.scores!r}): choose 'position' or 'combination'")
+        if not 0.0 <= self.t_i < self.t_f <= 1.0:
+            raise NMError(f"LBC(t_i={self.t_i}, t_f={self.t_f}): shares of training, 0 <= t_i < t_f <= 1")
+
+    @property
+    def by_position(self) -> bool:
+        """Whether a score belongs to a weight rather than to a combination."""
+        return self.scores == "position"
+
+    def layout(self) -> Mapping[str, Any]:
+        return {"method": self.name, "scores": self.scores}
+
+    def check(self, site: Site) -> None:
+        if not self.by_position and not site.pattern.has_table:
+            raise NMError(
+                f"{site.name} of shape {list(site.shape)}: {site.pattern} has {site.pattern.combinations} combinations "
+                f"a group, more than the {MAX_TABLE} that LBC(scores='combination') can hold; use scores='position'"
+            )
+
+    def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
+        pattern = site.pattern
+        start = 1 / math.comb(pattern.m - 1, pattern.n - 1)
+        if self.by_position:
+            scores = torch.full_like(weight, start / pattern.n)
+        else:
+            scores = weight.new_full((site.out, site.groups_per_row, pattern.combinations), start)
+        return {"scores": nn.Parameter(scores.detach()), "live": self._all_live(site).to(weight.device)}
+
+    def _all_live(self, site: Site) -> Tensor:
+        entries = _entries(site)
+        ones = torch.ones(entries, dtype=torch.uint8)
+        packed = pack(ones) if self.by_position and site.pattern.has_table else ones
+        return packed.expand(site.out, site.groups_per_row, -1).contiguous()
+
+    def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
+        live = state["live"]
+        packed = self.by_position and site.pattern.has_table
+        least, most = int(count(live, packed=packed).min()), int(live.max())
+        if least < _last(site):
+            return f"a group has {least} live entries, at least {_last(site)} must stay"
+        if (not packed and most > 1) or bool((live & ~self._all_live(site)[:1, :1].to(live.device)).any()):
+            return "a live entry is set that this pattern does not have"
+        return None
+
+    def begin(self, weights: Sequence[Weight], clock: Clock) -> None:
+        learning = clock.step < self.window(clock.total)[1] or torch.distributed.is_initialized()
+        for weight in weights:
+            scores = weight["scores"]
+            if scores.requires_grad != learning:  # under DDP the flag must stay: its reducer counts on every gradient
+                scores.requires_grad_(learning)
+                scores.grad = None
+
+    def advance(self, weights: Sequence[Weight], clock: Clock) -> None:
+        for weight in weights:
+            keep = self.live_count(weight.site, clock.step, clock.total)
+            if keep < self.live_count(weight.site, clock.step - 1, clock.total):
+                self._retire(weight, keep)
+        if clock.step == self.window(clock.total)[1]:
+            self.begin(weights, clock)
+
+    def window(self, total: int) -> tuple[int, int]:
+        """The steps at which retiring begins and at which one combination is left."""
+        begin = min(int(self.t_i * total + 0.5), total - 1)
+        return begin, max(int(self.t_f * total + 0.5), begin + 1)
+
+    def live_count(self, site: Site, step: int, total: int) -> int:
+        """Live entries of a group after ``step`` of ``total`` steps, in whole numbers: a float ceil is off at times."""
+        begin, end = self.window(total)
+        last, entries = _last(site), _entries(site)
+        left = end - min(max(step, begin), end)
+        return last - (-(entries - last) * left**3 // (end - begin) ** 3)
+
+    def is_settled(self, weight: Weight) -> bool:
+        packed = self.by_position and weight.site.pattern.has_table
+        return bool((count(weight["live"], packed=packed) == _last(weight.site)).all())
+
+    def settle(self, weight: Weight) -> None:
+        self._retire(weight, _last(weight.site))
+
+    def _retire(self, weight: Weight, keep: int) -> None:
+        site, scores, live = weight.site, weight["scores"].detach(), weight["live"]
+        pattern = site.pattern
+        table = combination_table(pattern) if pattern.has_table else torch.eye(pattern.m, dtype=torch.uint8)
+        rows = as_rows(scores, site.in_axis) if self.by_position else scores
+        wide = rows if rows.dtype == torch.float64 else rows.float()
+        live.copy_(retire(wide, live, table.to(live.device), keep=keep, by_position=self.by_position))
+
+
+def _entries(site: Site) -> int:
+    return site.pattern.combinations if site.pattern.has_table else site.pattern.m
+
+
+def _last(site: Site) -> int:
+    return 1 if site.pattern.has_table else site.pattern.n

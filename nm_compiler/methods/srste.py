@@ -1,0 +1,34 @@
+"""SR-STE, sparse-refined straight-through estimator (Zhou et al., ICLR 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nm_compiler.errors import NMError
+from nm_compiler.methods.base import Method
+from nm_compiler.sites import Site
+
+
+@dataclass(frozen=True, slots=True)
+class SRSTE(Method):
+    """Multiply with the N largest magnitudes of each group, chosen afresh in every forward pass; no state.
+
+    Gradients go straight through to all weights, plus ``decay * (1 - F) * W``, which pulls the pruned ones to zero.
+    Raises NMError for a negative decay.
+    """
+
+    decay: float = 2e-4
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self.name)
+
+    def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+def check_decay(decay: float, name: str) -> None:
+    """Raises NMError unless decay is a finite number >= 0."""
+    if not 0.0 <= decay < float("inf"):
+        raise NMError(f"{name}(decay={decay}): the pull on pruned weights is a finite number >= 0, 2e-4 in the papers")

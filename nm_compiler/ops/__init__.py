@@ -1,0 +1,16 @@
+"""The ``nm::`` custom ops: what the rewritten graphs are made of.
+
+They live in `torch.library`, with fake kernels and autograd, so they survive export, AOTAutograd and inductor.
+Importing this package registers them, once per process.
+
+    live_mask, unpack_mask   state -> bool mask                     (masks)
+    score_weight             LBC: masked weight, scores learn       (weights)
+    masked_weight            a fixed mask                           (weights)
+    srste_weight             top-N by magnitude, decay on the rest  (weights)
+    backward_weight          Bi-Mask: the weight seen by d/dx       (weights)
+    linear, conv             products with two weights              (products)
+"""
+
+from nm_compiler.ops import masks, products, weights
+
+__all__ = ["masks", "products", "weights"]

@@ -1,0 +1,40 @@
+"""Masks derived from the state beside a weight: nothing here has a gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nm_compiler.layout import as_rows
+from nm_compiler.solvers.combinations import union, unpack
+
+
+@torch.library.custom_op("nm::live_mask", mutates_args=())
+def live_mask(live: Tensor, table: Tensor, shape: list[int], in_axis: int) -> Tensor:
+    """1 where some live combination covers the position. LBC, section 3.2.
+
+    live, table: see `nm_compiler.solvers.combinations`; shape: of the weight. Returns bool of that shape.
+    """
+    mask = torch.empty(shape, dtype=torch.bool, device=live.device)
+    rows = as_rows(mask, in_axis)
+    rows.copy_(union(live, table).view(rows.shape))
+    return mask
+
+
+@live_mask.register_fake
+def _(live: Tensor, table: Tensor, shape: list[int], in_axis: int) -> Tensor:
+    return live.new_empty(shape, dtype=torch.bool)
+
+
+@torch.library.custom_op("nm::unpack_mask", mutates_args=())
+def unpack_mask(bits: Tensor, shape: list[int]) -> Tensor:
+    """A fixed mask from its packed form: uint8 ``[shape[0], ceil(rest / 8)]`` to bool ``shape``."""
+    length = 1
+    for size in shape[1:]:
+        length *= size
+    return unpack(bits, length).reshape(shape)
+
+
+@unpack_mask.register_fake
+def _(bits: Tensor, shape: list[int]) -> Tensor:
+    return bits.new_empty(shape, dtype=torch.bool)

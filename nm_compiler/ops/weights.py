@@ -1,0 +1,159 @@
+"""Masked weights: what a method multiplies with instead of W, and how gradients come back to W and its scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nm_compiler.layout import as_rows, out_axis_of
+from nm_compiler.solvers.combinations import undecided
+from nm_compiler.solvers.magnitude import magnitude_mask
+
+
+@torch.library.custom_op("nm::score_weight", mutates_args=())
+def score_weight(
+    weight: Tensor, scores: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, in_axis: int, by_position: bool
+) -> Tensor:
+    """LBC's forward weight W * mask, through which the scores learn. Ref: LBC, eq. 6 and 7.
+
+    weight: floating ``[out, in, *taps]`` (in_axis 1) or ``[in, out]`` (in_axis 0); mask: bool, from `live_mask`.
+    scores: the weight's shape (by_position) or ``[out, groups per row, C]``. last: live entries of a decided group.
+    With g the gradient of the result: dW = mask * g; dscore_c = live_c * sum of W_j g_j over j in c, straight-through,
+    or dscore_j = W_j g_j by position. A decided group gets a zero score gradient.
+    """
+    return torch.where(mask, weight, weight.new_zeros(()))
+
+
+@score_weight.register_fake
+def _(
+    weight: Tensor, scores: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, in_axis: int, by_position: bool
+) -> Tensor:
+    return torch.empty_like(weight)
+
+
+@torch.library.custom_op("nm::score_weight_backward", mutates_args=())
+def score_weight_backward(
+    grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, in_axis: int, by_position: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `score_weight`: ``(dW, dscores)``, shapes of the weight and of the scores."""
+    zero = grad.new_zeros(())
+    grad_weight = torch.where(mask, grad, zero)
+    if grad_weight.stride() != weight.stride():
+        grad_weight = torch.empty_like(weight).copy_(grad_weight)
+    m = table.shape[-1]
+    choice = undecided(live, packed=table.ndim == 3, last=last)
+    if by_position:
+        moved = torch.empty_like(weight)
+        torch.mul(weight, grad_weight, out=moved)
+        if live.device.type != "cpu" or not bool(choice.all()):  # asking a GPU would stall it; asking the CPU is free
+            groups = as_rows(moved, in_axis).unflatten(-1, (-1, m))
+            groups *= choice.view(groups.shape[:-1]).unsqueeze(-1)
+        return grad_weight, moved
+    moved = as_rows(weight * grad_weight, in_axis).reshape(*live.shape[:2], m)
+    return grad_weight, (moved @ table.to(moved.dtype).T) * live * choice.unsqueeze(-1)
+
+
+@score_weight_backward.register_fake
+def _(
+    grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, in_axis: int, by_position: bool
+) -> tuple[Tensor, Tensor]:
+    scores = torch.empty_like(weight) if by_position else live.new_empty(live.shape, dtype=weight.dtype)
+    return torch.empty_like(weight), scores
+
+
+def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, _scores, live, mask, table, last, in_axis, by_position = inputs
+    ctx.save_for_backward(weight, live, mask, table)
+    ctx.rest = (last, in_axis, by_position)
+
+
+def _score_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, live, mask, table = ctx.saved_tensors
+    if not ctx.needs_input_grad[1]:
+        return torch.where(mask, grad, grad.new_zeros(())), None, None, None, None, None, None, None
+    grad_weight, grad_scores = torch.ops.nm.score_weight_backward(grad, weight, live, mask, table, *ctx.rest)
+    return grad_weight, grad_scores, None, None, None, None, None, None
+
+
+score_weight.register_autograd(_score_backward, setup_context=_score_setup)
+
+
+@torch.library.custom_op("nm::srste_weight", mutates_args=())
+def srste_weight(weight: Tensor, n: int, m: int, in_axis: int, decay: float) -> Tensor:
+    """W * F, F the top ``n`` magnitudes of every ``m`` along the input axis. Ref: SR-STE, eq. 5; Bi-Mask, eq. 10.
+
+    Straight-through with a pull of the pruned weights to zero: dW = g + decay * (1 - F) * W.
+    """
+    return torch.where(magnitude_mask(weight, n, m, in_axis), weight, weight.new_zeros(()))
+
+
+@srste_weight.register_fake
+def _(weight: Tensor, n: int, m: int, in_axis: int, decay: float) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _srste_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output)
+    ctx.decay = inputs[4]
+
+
+def _srste_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, masked = ctx.saved_tensors
+    return torch.add(grad, weight - masked, alpha=ctx.decay), None, None, None, None
+
+
+srste_weight.register_autograd(_srste_backward, setup_context=_srste_setup)
+
+
+@torch.library.custom_op("nm::masked_weight", mutates_args=())
+def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
+    """W * mask for a fixed bool mask of the weight's shape: dW = mask * g."""
+    return torch.where(mask, weight, weight.new_zeros(()))
+
+
+@masked_weight.register_fake
+def _(weight: Tensor, mask: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _masked_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _masked_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (mask,) = ctx.saved_tensors
+    return torch.where(mask, grad, grad.new_zeros(())), None
+
+
+masked_weight.register_autograd(_masked_backward, setup_context=_masked_setup)
+
+
+@torch.library.custom_op("nm::backward_weight", mutates_args=())
+def backward_weight(masked: Tensor, order: Tensor, n: int, m: int, in_axis: int) -> Tensor:
+    """Bi-Mask's backward weight W * B, B the top ``n`` of every ``m`` output rows, taken in ``order``.
+
+    masked: W * F; order: int64 ``[out]``, ``new[i] = old[order[i]]``, within conv groups. B is a subset of F.
+    Not differentiated. Ref: Bi-Mask, eq. 8.
+    """
+    out_axis = out_axis_of(in_axis)
+    ordered = masked.index_select(out_axis, order)
+    kept = torch.where(magnitude_mask(ordered, n, m, out_axis), ordered, masked.new_zeros(()))
+    return torch.empty_like(masked).index_copy_(out_axis, order, kept)
+
+
+@backward_weight.register_fake
+def _(masked: Tensor, order: Tensor, n: int, m: int, in_axis: int) -> Tensor:
+    return torch.empty_like(masked)
+
+
+def _no_gradient(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    return None, None, None, None, None
+
+
+backward_weight.register_autograd(_no_gradient)
+
+
+MASKED = (torch.ops.nm.score_weight.default, torch.ops.nm.srste_weight.default, torch.ops.nm.masked_weight.default)
+"""The ops whose result stands for a weight in the rewritten graph; all take the weight first."""

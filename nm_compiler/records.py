@@ -1,0 +1,122 @@
+"""A graph as plain values that pickle, and back. (fx graphs hold op objects, which do not pickle.)
+
+Also: devices that were frozen into a graph at capture follow the model when it moves.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
+
+from nm_compiler.graph import type_of
+
+
+class _Ref:
+    """Stands for a node in packed arguments."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def pack(gm: GraphModule) -> dict[str, Any]:
+    """Nodes as tuples, constants as they are, subgraphs packed in turn; types are kept as text for `show`."""
+    symbols: dict[str, str] = {}
+    nodes = []
+    for node in gm.graph.nodes:
+        args, kwargs = map_aggregate((node.args, node.kwargs), _as_ref)
+        kind = node.meta.get("type") or type_of(node.meta.get("val"), symbols) if node.op != "output" else ""
+        nodes.append((node.op, node.name, _pack_target(node.target), args, kwargs, kind))
+    extras = {}
+    own = gm.__dict__["extras"] if "extras" in gm.__dict__ else _attributes(gm)
+    for name, value in own.items():
+        extras[name] = ("graph", pack(value)) if isinstance(value, GraphModule) else ("value", value)
+    return {"nodes": nodes, "extras": extras}
+
+
+def _as_ref(value: Any) -> Any:
+    return _Ref(value.name) if isinstance(value, Node) else value
+
+
+def unpack(packed: dict[str, Any]) -> tuple[Graph, dict[str, Any]]:
+    """The inverse of `pack`: the graph, and what it reads beside the model's own state."""
+    graph = Graph()
+    named: dict[str, Node] = {}
+    for op, name, target, args, kwargs, kind in packed["nodes"]:
+        arguments, keywords = _resolved((args, kwargs), named)
+        node = graph.create_node(op, _unpack_target(target), arguments, keywords, name)
+        node.meta["type"] = kind
+        named[name] = node
+    extras: dict[str, Any] = {}
+    for name, (what, value) in packed["extras"].items():
+        if what == "graph":
+            inner, inside = unpack(value)
+            extras[name] = GraphModule(_holder(inside), inner)
+        else:
+            extras[name] = value
+    return graph, extras
+
+
+def _resolved(arguments: Any, named: dict[str, Node]) -> Any:
+    return map_aggregate(arguments, lambda value: named[value.name] if isinstance(value, _Ref) else value)
+
+
+def _attributes(gm: GraphModule) -> dict[str, Any]:
+    """What a subgraph reads from itself."""
+    return {str(n.target): getattr(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
+
+
+def _holder(values: dict[str, Any]) -> nn.Module:
+    module = nn.Module()
+    for name, value in values.items():
+        setattr(module, name, value)
+    return module
+
+
+def _pack_target(target: Any) -> Any:
+    if isinstance(target, torch._ops.OpOverload):
+        return ("op", target.namespace, target._opname, target._overloadname)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return ("higher", target.name())
+    if callable(target):
+        return ("function", target.__module__, target.__qualname__)
+    return target
+
+
+def _unpack_target(target: Any) -> Any:
+    match target:
+        case ("op", namespace, name, overload):
+            return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+        case ("higher", name):
+            return getattr(torch.ops.higher_order, name)
+        case ("function", module, name):
+            found: Any = importlib.import_module(module)
+            for atom in name.split("."):
+                found = getattr(found, atom)
+            return found
+    return target
+
+
+def move_devices(gm: GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
+    """Factories captured with ``device=cpu`` must follow the model to its new device."""
+    changed = False
+
+    def moved(value: Any) -> Any:
+        nonlocal changed
+        if isinstance(value, torch.device):
+            new = fn(torch.empty(0, device=value)).device
+            changed |= new != value
+            return new
+        return value
+
+    for node in gm.graph.nodes:
+        node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
+        if changed:
+            node.meta.pop("val", None)
+    if changed:
+        gm.recompile()

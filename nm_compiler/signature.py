@@ -1,0 +1,200 @@
+"""What a graph was captured with, and whether a call fits it.
+
+A call of another structure, rank, static size or constant would silently run the wrong graph; it is an NMError that
+says what was captured instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from nm_compiler.errors import NMError
+
+
+@dataclass(frozen=True)
+class TensorInput:
+    """One tensor input. sizes: an int where static, None where dynamic; low, high: range of a dynamic size."""
+
+    sizes: tuple[int | None, ...]
+    low: tuple[int, ...]
+    high: tuple[int | None, ...]
+    floating: bool
+
+    def problem(self, value: Any) -> str | None:
+        """Why ``value`` does not fit, or None."""
+        if not isinstance(value, Tensor):
+            return f"is {type(value).__name__}, a tensor was captured"
+        if value.ndim != len(self.sizes):
+            return f"has {value.ndim} axes, {len(self.sizes)} were captured"
+        if value.is_floating_point() != self.floating:
+            return f"is {value.dtype}, {'floating point' if self.floating else 'integer or bool'} was captured"
+        for axis, size in enumerate(self.sizes):
+            actual, high = value.shape[axis], self.high[axis]
+            if size is not None and actual != size:
+                return f"has size {actual} on axis {axis}, where {size} was captured"
+            if size is None and (actual < self.low[axis] or (high is not None and actual > high)):
+                limit = f"{self.low[axis]} to {high}" if high is not None else f"{self.low[axis]} or more"
+                return f"has size {actual} on axis {axis}, and the captured branch holds for {limit}"
+        return None
+
+    def __str__(self) -> str:
+        return f"[{', '.join('any' if size is None else str(size) for size in self.sizes)}]"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The inputs of a captured graph and the structure of its outputs.
+
+    arg_names: of the positional inputs; hidden: keyword inputs added at capture (``use_cache=False``);
+    guards: conditions on sizes under which the captured branches hold, as Python expressions over ``L[name]``.
+    """
+
+    arg_names: tuple[str, ...]
+    kwarg_names: tuple[str, ...]
+    hidden: Mapping[str, Any]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    inputs: tuple[Any, ...]
+    paths: tuple[str, ...]
+    guards: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, program: ExportedProgram, gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+        hidden: Mapping[str, Any], model: nn.Module,
+    ) -> Signature:  # fmt: skip
+        """Read the signature off an exported program. args, kwargs: the examples it was exported with."""
+        placeholders = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
+        leaves = pytree.tree_leaves((args, dict(kwargs)))
+        ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
+        inputs = tuple(
+            _tensor_input(value, ranges) if isinstance(value, Tensor) else leaf
+            for value, leaf in zip(placeholders, leaves, strict=True)
+        )
+        names = list(inspect.signature(model.forward).parameters)[: len(args)]
+        arg_names = tuple(names) if len(names) == len(args) else tuple(f"input {i}" for i in range(len(args)))
+        flat, in_spec = pytree.tree_flatten_with_path((args, dict(kwargs)))
+        paths = tuple(_path(key, arg_names) for key, _ in flat)
+        guards = tuple(getattr(program, "_guards_code", None) or ())
+        out_spec = program.call_spec.out_spec
+        return cls(arg_names, tuple(kwargs), dict(hidden), in_spec, out_spec, inputs, paths, guards)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tree specs pickle as trees of numbers, which do not depend on the torch version."""
+        specs = {key: pytree.tree_unflatten(list(range(spec.num_leaves)), spec) for key, spec in self._specs().items()}
+        return {**self.__dict__, **specs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        specs = {key: pytree.tree_structure(state[key]) for key in ("in_spec", "out_spec")}
+        self.__dict__.update({**state, **specs})
+
+    def _specs(self) -> dict[str, pytree.TreeSpec]:
+        return {"in_spec": self.in_spec, "out_spec": self.out_spec}
+
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The flat inputs of the graph. Raises NMError if the call does not fit what was captured."""
+        named = {**self.hidden, **kwargs}
+        if len(args) != len(self.arg_names) or tuple(named) != self.kwarg_names:
+            args, named = self._rearrange(args, named)
+        flat, spec = pytree.tree_flatten((args, named))
+        if spec != self.in_spec:
+            self._refuse(args, kwargs, "its structure differs")
+        for value, expected, path in zip(flat, self.inputs, self.paths, strict=True):
+            if isinstance(expected, TensorInput):
+                problem = expected.problem(value)
+                if problem:
+                    self._refuse(args, kwargs, f"{path} {problem}")
+            elif value is not expected and (isinstance(value, Tensor) or value != expected):
+                self._refuse(args, kwargs, f"{path} is {describe_leaf(value)}, the graph holds for {expected!r}")
+        if self.guards and not torch.compiler.is_compiling():
+            self._check_guards(args, named)
+        return flat
+
+    def _rearrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional inputs given by keyword, and keywords in another order, are the same call."""
+        if len(args) > len(self.arg_names):
+            self._refuse(args, kwargs, f"{len(args)} positional inputs, {len(self.arg_names)} were captured")
+        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        wanted = (*self.arg_names, *self.kwarg_names)
+        missing = [name for name in wanted if name not in named]
+        extra = [name for name in named if name not in wanted]
+        if missing or extra:
+            parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unexpected {', '.join(extra)}"] * bool(extra)
+            self._refuse(args, kwargs, "; ".join(parts))
+        return tuple(named[name] for name in self.arg_names), {name: named[name] for name in self.kwarg_names}
+
+    def _check_guards(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        scope = {"L": {**dict(zip(self.arg_names, args, strict=True)), **kwargs}}
+        for guard in self.guards:
+            try:
+                holds = bool(eval(guard, {"math": __import__("math"), "torch": torch}, scope))
+            except Exception:
+                holds = not _is_about_sizes(guard)
+            if not holds:
+                condition = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"\1.shape[\2]", guard)
+                self._refuse(args, kwargs, f"the captured branch holds only while {condition}")
+
+    def _refuse(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str) -> None:
+        raise NMError(
+            f"this call does not fit the captured graph: {why}\n"
+            f"  captured: ({', '.join(f'{p}: {_show(i)}' for p, i in zip(self.paths, self.inputs, strict=True))})\n"
+            f"  called:   {describe(args, kwargs)}\n"
+            "Capture with example inputs like this call (and dynamic_shapes= for sizes that vary besides the batch). "
+            "Models called in many ways need the TorchDynamo route, torch.compile(model, backend='nm_compiler')."
+        )
+
+
+def _tensor_input(value: Tensor, ranges: Mapping[str, Any]) -> TensorInput:
+    sizes: list[int | None] = []
+    low: list[int] = []
+    high: list[int | None] = []
+    for size in value.shape:
+        sizes.append(size if isinstance(size, int) else None)
+        bounds = ranges.get(str(size))
+        lower, upper = (int(bounds.lower), bounds.upper) if bounds is not None else (0, None)
+        low.append(0 if lower <= 2 else lower)  # export never takes 0 or 1 for a dynamic size; the graph runs them
+        high.append(int(upper) if upper is not None and upper.is_Integer and int(upper) < 2**31 else None)
+    return TensorInput(tuple(sizes), tuple(low), tuple(high), value.is_floating_point())
+
+
+def _is_about_sizes(guard: str) -> bool:
+    return ".size()" in guard
+
+
+def _path(key: Sequence[Any], arg_names: Sequence[str]) -> str:
+    """``(SequenceKey(0), SequenceKey(1), MappingKey('mask'))`` to ``name_of_arg_1['mask']``."""
+    which, first, *rest = key
+    name = arg_names[first.idx] if which.idx == 0 else first.key
+    return str(name) + "".join(str(part) for part in rest)
+
+
+def _show(value: Any) -> str:
+    return str(value) if isinstance(value, TensorInput) else repr(value)
+
+
+def describe_leaf(value: Any) -> str:
+    """``float32[2, 3]`` for a tensor, the repr of anything else."""
+    return f"{str(value.dtype)[6:]}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """A call's inputs, tensors as dtype and shape."""
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    text = pytree.tree_unflatten([_Text(describe_leaf(leaf)) for leaf in leaves], spec)
+    parts = [repr(part) for part in text[0]] + [f"{key}={part!r}" for key, part in text[1].items()]
+    return f"({', '.join(parts)})"
+
+
+class _Text(str):
+    def __repr__(self) -> str:
+        return str(self)

@@ -1,0 +1,39 @@
+"""Keep the N largest magnitudes of every group of M."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PAIRWISE_UP_TO = 8  # beyond, M(M-1)/2 comparisons cost more than a sort
+
+
+def magnitude_mask(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
+    """Top-``n`` magnitudes of every ``m`` consecutive weights along ``axis``; equal ones keep the lower index.
+
+    weight: any floating dtype, any strides, ``size(axis)`` a multiple of ``m``.
+    Returns bool of the weight's shape and strides, exactly ``n`` ones in each group.
+    """
+    mask = torch.empty_like(weight, dtype=torch.bool)
+    kept = mask.movedim(axis, -1).unflatten(-1, (-1, m))
+    groups = weight.detach().movedim(axis, -1).unflatten(-1, (-1, m)).abs()
+    if m <= _PAIRWISE_UP_TO:
+        _by_comparison(groups, kept, n)
+    else:
+        best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
+        kept.zero_().scatter_(-1, best, True)
+    return mask
+
+
+def _by_comparison(groups: Tensor, kept: Tensor, n: int) -> None:
+    """Rank of j = how many beat it. A pair (i < j) is one comparison: i beats j if not smaller, else j beats i."""
+    entries = groups.unbind(-1)
+    m = len(entries)
+    ranks = [torch.full_like(entries[0], m - 1 - j, dtype=torch.int8) for j in range(m)]
+    for i in range(m):
+        for j in range(i + 1, m):
+            first = (entries[i] >= entries[j]).view(torch.int8)
+            ranks[j] += first
+            ranks[i] -= first
+    for j, rank in enumerate(ranks):
+        torch.lt(rank, n, out=kept.select(-1, j))

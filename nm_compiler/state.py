@@ -1,0 +1,101 @@
+"""The state of a weight: registered beside it, on the module that owns it, named after the parameter.
+
+<param>_scores   Parameter   LBC: the weight's shape (by position) or [out, groups per row, C]
+<param>_live     uint8       LBC: [out, groups per row, ceil(C / 8)], [.., C] or [.., M]
+<param>_order    int64       Bi-Mask: [out]
+<param>_mask     uint8       fixed masks: [out, ceil(rest / 8)], one bit a weight
+nm_recipe        uint8       on the root: what the state belongs to (method, layout, patterns), as JSON text
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nm_compiler.errors import NMError
+from nm_compiler.sites import Site
+
+RECIPE = "nm_recipe"
+SUFFIXES = ("scores", "live", "order", "mask")
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A planned weight on its model: the parameter and the state beside it, always read afresh."""
+
+    site: Site
+    model: nn.Module
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds the parameter."""
+        return self.model.get_submodule(self.site.name.rpartition(".")[0])
+
+    @property
+    def leaf(self) -> str:
+        """The parameter's name on its owner, such as ``weight``."""
+        return self.site.name.rpartition(".")[2]
+
+    @property
+    def param(self) -> nn.Parameter:
+        """The weight itself."""
+        found = getattr(self.owner, self.leaf)
+        assert isinstance(found, nn.Parameter)
+        return found
+
+    def __getitem__(self, suffix: str) -> Tensor:
+        """The state ``<param>_<suffix>``."""
+        found = getattr(self.owner, f"{self.leaf}_{suffix}")
+        assert isinstance(found, Tensor)
+        return found
+
+    def has(self, suffix: str) -> bool:
+        """Whether the state ``<param>_<suffix>`` is registered."""
+        return hasattr(self.owner, f"{self.leaf}_{suffix}")
+
+
+def register(model: nn.Module, extras: Mapping[str, Tensor]) -> None:
+    """Register state by full name; Parameters as parameters, the rest as persistent buffers. All or nothing.
+
+    Raises NMError if the model uses one of the names itself.
+    """
+    for name in extras:
+        path, _, leaf = name.rpartition(".")
+        if hasattr(model.get_submodule(path), leaf):
+            raise NMError(f"the model has an attribute {name!r} of its own, a name this method needs: rename it")
+    for name, value in extras.items():
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if isinstance(value, nn.Parameter):
+            owner.register_parameter(leaf, value)
+        else:
+            owner.register_buffer(leaf, value)
+
+
+def unregister(model: nn.Module, names: Iterable[str]) -> None:
+    """Take state off the model; a name that is not there is fine."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        owner._parameters.pop(leaf, None)
+        owner._buffers.pop(leaf, None)
+
+
+def write_recipe(method: Mapping[str, Any], sites: Iterable[Site]) -> Tensor:
+    """The root tag: JSON text as uint8. method: name and layout, whatever decides the form of the state."""
+    text = json.dumps({**method, "weights": {site.name: str(site.pattern) for site in sites}}, sort_keys=True)
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
+
+
+def read_recipe(tag: Tensor) -> dict[str, Any]:
+    """The inverse of `write_recipe`. Raises NMError if the bytes are not such a tag."""
+    try:
+        recipe = json.loads(bytes(tag.cpu().tolist()).decode())
+        return dict(recipe)
+    except (ValueError, TypeError) as error:
+        raise NMError(f"{RECIPE!r} in this state_dict is damaged ({error}): save the checkpoint again") from error

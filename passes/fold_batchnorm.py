@@ -1,0 +1,71 @@
+"""Fold a batch norm in evaluation mode into the convolution before it.
+
+    before                                                       after
+    %y = aten.conv2d(%x, %w, %b, ...)                            %v = self.conv_weight_folded   # w * g / sqrt(var + eps)
+    %z = aten.batch_norm(%y, %g, %h, %mean, %var, False, ...)    %c = self.conv_weight_folded_bias
+                                                                 %z = aten.conv2d(%x, %v, %c, ...)
+
+One factor an output channel, so zeros stay zeros and an N:M weight stays N:M. The model is not touched: the folded
+weights are constants of the graph. Only a convolution that nobody else reads, with constant weights, is folded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from nm_compiler.evaluate import is_constant, value_of
+from nm_compiler.rewrite import constant
+from nm_compiler.sites import CONVS
+
+aten = torch.ops.aten
+
+
+def fold_batchnorm(gm: GraphModule) -> GraphModule:
+    """Fold where the batch norm has constant statistics and is the convolution's only reader."""
+    for norm in [node for node in gm.graph.nodes if node.target is aten.batch_norm.default]:
+        product = norm.args[0]
+        if isinstance(product, Node) and _foldable(norm, product):
+            _fold(gm, norm, product)
+    return gm
+
+
+def _foldable(norm: Node, product: Node) -> bool:
+    training, statistics = norm.args[5], norm.args[3:5]
+    if training or any(s is None for s in statistics) or product.target not in CONVS or len(product.users) != 1:
+        return False
+    if product.target is aten.convolution.default and product.args[6]:
+        return False
+    constants = [arg for arg in (*product.args[1:3], *norm.args[1:5]) if isinstance(arg, Node)]
+    return all(is_constant(node) for node in constants)
+
+
+def _fold(gm: GraphModule, norm: Node, product: Node) -> None:
+    weight, bias = _value(gm, product.args[1]), _value(gm, product.args[2] if len(product.args) > 2 else None)
+    gain, shift, mean, variance = (_value(gm, arg) for arg in norm.args[1:5])
+    assert weight is not None
+    assert mean is not None
+    assert variance is not None
+    scale = torch.rsqrt(variance.double() + float(norm.args[7]))  # type: ignore[arg-type]
+    scale = scale if gain is None else scale * gain.double()
+    offset = (0 if bias is None else bias.double()) - mean.double()
+    offset = offset * scale + (0 if shift is None else shift.double())
+    folded = weight.double() * scale.view(-1, *[1] * (weight.ndim - 1))
+    name = f"{product.args[1]}_folded"
+    with gm.graph.inserting_before(product):
+        new_weight = constant(gm, name, folded.to(weight.dtype))
+        new_bias = constant(gm, f"{name}_bias", offset.to(weight.dtype))
+        rest = product.args[3:]
+        new = gm.graph.call_function(product.target, (product.args[0], new_weight, new_bias, *rest), product.kwargs)  # type: ignore[arg-type]
+    new.meta = dict(norm.meta)
+    norm.replace_all_uses_with(new)
+    gm.graph.erase_node(norm)
+    gm.graph.erase_node(product)
+
+
+def _value(gm: GraphModule, arg: Any) -> Tensor | None:
+    value: Tensor | None = None if arg is None else value_of(gm, arg).detach()
+    return value

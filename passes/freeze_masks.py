@@ -1,0 +1,47 @@
+"""Write the masks into the weights: zeros on disk, a plain aten graph.
+
+    before                                            after
+    %w = self.fc.weight                               %w = self.fc.weight                 # now exactly N:M
+    %v = nm.score_weight(%w, %s, %l, ...)             %y = aten.linear(%x, %w, %b)
+    %y = aten.linear(%x, %v, %b)
+    %z = nm.conv(%y, %v2, %u2, %c, [1, 1], ...)       %z = aten.conv2d(%y, %w2, %c, [1, 1], ...)
+
+A node that stands for a weight depends on parameters and constants alone, so its value is computed here and copied
+into the parameter in place. `nm.linear` and `nm.conv` become the products they compute in the forward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from nm_compiler.evaluate import value_of
+from nm_compiler.ops.weights import MASKED
+
+aten = torch.ops.aten
+_CONV = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+
+
+def freeze_masks(gm: GraphModule) -> GraphModule:
+    """Fold every masked weight into its parameter, in place on the model that the graph is bound to."""
+    masked = [node for node in gm.graph.nodes if node.target in MASKED]
+    values = [(node, value_of(gm, node.args[0]), value_of(gm, node)) for node in masked]
+    with torch.no_grad():
+        for node, parameter, value in values:
+            parameter.copy_(value)
+            node.replace_all_uses_with(node.args[0])
+    for node in list(gm.graph.nodes):
+        if node.target is torch.ops.nm.linear.default:
+            _become(gm, node, aten.linear.default, (node.args[0], node.args[1], node.args[3]))
+        elif node.target is torch.ops.nm.conv.default:
+            data, weight, _, bias, *geometry = node.args
+            _become(gm, node, _CONV[len(geometry[0])], (data, weight, bias, *geometry))
+    return gm
+
+
+def _become(gm: GraphModule, node: Node, target: object, args: tuple[object, ...]) -> None:
+    with gm.graph.inserting_before(node):
+        new = gm.graph.call_function(target, args)  # type: ignore[arg-type]
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)

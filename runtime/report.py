@@ -1,0 +1,132 @@
+"""The report: a line a weight, sparse or dense and why, as text, dict and HTML."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One weight. Shares are 0 to 1, or None where they mean nothing.
+
+    retained: sum |w * mask| / sum |w|; backward_kept: sum |w * B| / sum |w * F| under Bi-Mask; live: mean number of
+    live combinations a group, under LBC; nonzero: share of weights that the forward product uses.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    pattern: str | None
+    status: str
+    reason: str
+    retained: float | None = None
+    backward_kept: float | None = None
+    live: float | None = None
+    nonzero: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, JSON-ready."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All weights of a model. ``print`` it, or take `to_dict` or `to_html`."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Counts of weights and parameters over the whole report."""
+        sparse = [row for row in self.rows if row.status == "sparse"]
+        size, total = sum(map(_size, sparse)), sum(map(_size, self.rows))
+        kept = [row.retained * _size(row) for row in sparse if row.retained is not None]
+        return {
+            "weights": len(self.rows),
+            "sparse": len(sparse),
+            "dense": len(self.rows) - len(sparse),
+            "parameters": total,
+            "sparse_parameters": size,
+            "sparse_share": size / total if total else 0.0,
+            "retained": sum(kept) / size if kept else None,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"title": .., "weights": [{"name", "op", "shape", "pattern", "status", "reason", ..}], "totals": {..}}``."""
+        return {"title": self.title, "weights": [row.to_dict() for row in self.rows], "totals": self.totals}
+
+    def __str__(self) -> str:
+        columns = [column for column in _COLUMNS if column in _ALWAYS or any(_cell(row, column) for row in self.rows)]
+        lines = [[_HEADINGS[column] for column in columns]]
+        lines += [[_cell(row, column) for column in columns] for row in self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+        text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        text.insert(1, "-" * max(map(len, text)))
+        return "\n".join([self.title, "", *text, "", self.summary()])
+
+    def summary(self) -> str:
+        """One sentence with the totals."""
+        totals = self.totals
+        share = f"{totals['sparse_share']:.0%} of {totals['parameters']:,} weights"
+        retained = f", {totals['retained']:.1%} of their magnitude retained" if totals["retained"] is not None else ""
+        return f"{totals['sparse']} of {totals['weights']} tensors are sparse ({share}{retained})."
+
+    def to_html(self) -> str:
+        """A self-contained table, dense rows greyed, shares drawn as bars."""
+        columns = [column for column in _COLUMNS if column in _ALWAYS or any(_cell(row, column) for row in self.rows)]
+        head = "".join(f"<th>{html.escape(_HEADINGS[column])}</th>" for column in columns)
+        body = "".join(
+            f'<tr class="{row.status}">' + "".join(_html_cell(row, column) for column in columns) + "</tr>\n"
+            for row in self.rows
+        )
+        return (
+            f'{_STYLE}<div class="nm-report"><h2>{html.escape(self.title)}</h2><p>{html.escape(self.summary())}</p>\n'
+            f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
+        )
+
+
+_COLUMNS = ("name", "op", "shape", "pattern", "status", "retained", "backward_kept", "live", "nonzero", "reason")
+_ALWAYS = ("name", "op", "shape", "pattern", "status", "reason")
+_HEADINGS: Mapping[str, str] = {
+    "name": "weight", "op": "op", "shape": "shape", "pattern": "pattern", "status": "status", "retained": "retained",
+    "backward_kept": "backward kept", "live": "live", "nonzero": "non-zero", "reason": "why",
+}  # fmt: skip
+_SHARES = ("retained", "backward_kept", "nonzero")
+_STYLE = """<style>
+.nm-report{font:14px/1.45 system-ui,sans-serif;color:#1b2430}
+.nm-report table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+.nm-report th,.nm-report td{padding:.28em .8em;text-align:left;border-bottom:1px solid #e6e9ee;white-space:nowrap}
+.nm-report th{color:#5b6675;font-weight:600}
+.nm-report tr.dense td{color:#8a94a3}
+.nm-report .bar{display:inline-block;height:.62em;background:#3b7dd8;border-radius:2px;margin-right:.5em}
+</style>"""
+
+
+def _size(row: Row) -> int:
+    count = 1
+    for size in row.shape:
+        count *= size
+    return count
+
+
+def _cell(row: Row, column: str) -> str:
+    value = getattr(row, column)
+    if value is None:
+        return ""
+    if column == "shape":
+        return "x".join(map(str, value))
+    if column in _SHARES:
+        return f"{value:.1%}"
+    if column == "live":
+        return f"{value:.3g}"
+    return str(value)
+
+
+def _html_cell(row: Row, column: str) -> str:
+    value = getattr(row, column)
+    bar = f'<span class="bar" style="width:{4 * value:.2f}em"></span>' if column in _SHARES and value is not None else ""
+    return f"<td>{bar}{html.escape(_cell(row, column))}</td>"

@@ -1,0 +1,105 @@
+"""Which weights satisfy a pattern, along which axis: of a model, a state_dict or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nm_compiler.errors import NMError
+from nm_compiler.pattern import Pattern, PatternLike
+from nm_compiler.solvers.check import worst_group
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One weight: the axes along which it satisfies the pattern, and its share of non-zeros."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    nonzero: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What `verify` found. ``print`` it; ``satisfied`` maps the names of sparse weights to their axes."""
+
+    pattern: Pattern
+    weights: tuple[Checked, ...]
+
+    @property
+    def satisfied(self) -> dict[str, tuple[int, ...]]:
+        """Weights that satisfy the pattern, with the axes (1 is the input axis of linears and convolutions)."""
+        return {weight.name: weight.axes for weight in self.weights if weight.axes}
+
+    def __str__(self) -> str:
+        width = max((len(weight.name) for weight in self.weights), default=0)
+        lines = []
+        for weight in self.weights:
+            axes = "yes, axis " + " and ".join(map(str, weight.axes)) if weight.axes else "no"
+            shape = "x".join(map(str, weight.shape))
+            lines.append(f"{weight.name:<{width}}  {shape:<14}  {weight.nonzero:6.1%} non-zero  {self.pattern}: {axes}")
+        return "\n".join([*lines, f"{len(self.satisfied)} of {len(self.weights)} weights are {self.pattern}."])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, JSON-ready."""
+        rows = [{"name": w.name, "shape": list(w.shape), "axes": list(w.axes), "nonzero": w.nonzero} for w in self.weights]
+        return {"pattern": str(self.pattern), "weights": rows, "satisfied": len(self.satisfied)}
+
+
+def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternLike = "2:4") -> Verification:
+    """Check every floating tensor of two or more axes for at most N non-zeros in each group of M.
+
+    target: a module, a state_dict, or the path of a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file (loaded with
+    ``weights_only``). A weight that is zero altogether satisfies any pattern; its share of non-zeros tells.
+    Raises NMError for a file that is missing, truncated or of another kind.
+    """
+    wanted = Pattern.parse(pattern)
+    found = []
+    for name, tensor in _tensors(target).items():
+        if tensor.ndim < 2 or not tensor.dtype.is_floating_point or tensor.is_meta:
+            continue
+        axes = [axis for axis in range(tensor.ndim) if tensor.shape[axis] and tensor.shape[axis] % wanted.m == 0]
+        kept = tuple(axis for axis in axes if worst_group(tensor, wanted.m, axis) <= wanted.n)
+        nonzero = float((tensor != 0).sum()) / max(1, tensor.numel())
+        found.append(Checked(name, tuple(tensor.shape), kept, nonzero))
+    return Verification(wanted, tuple(found))
+
+
+def _tensors(target: nn.Module | Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
+    if isinstance(target, nn.Module):
+        return {name: parameter.detach() for name, parameter in target.named_parameters()}
+    values: Any = _load(Path(target)) if isinstance(target, (str, Path)) else target
+    if isinstance(values, Mapping) and not any(isinstance(value, Tensor) for value in values.values()):
+        nested = [value for value in values.values() if isinstance(value, Mapping)]
+        values = next((v for v in nested if any(isinstance(x, Tensor) for x in v.values())), values)
+    if not isinstance(values, Mapping) or not any(isinstance(value, Tensor) for value in values.values()):
+        where = target if isinstance(target, (str, Path)) else type(target).__name__
+        raise NMError(f"{where} holds no state_dict: pass a module, a mapping of names to tensors, or a checkpoint file")
+    return {str(name): value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise NMError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        size = path.stat().st_size
+        raise NMError(
+            f"{path} ({size} bytes) cannot be read: {first}. The file is truncated, damaged or holds more than tensors: "
+            "save it again, as model.state_dict()"
+        ) from error
+    kind = path.suffix or "a file without a suffix"
+    raise NMError(f"{path}: verify reads .safetensors, .pt, .pth, .bin and .ckpt, not {kind}")
