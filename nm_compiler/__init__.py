@@ -9,6 +9,7 @@ nm.verify(model, "2:4"), nm.show(sparse)                                 # check
 
 from nm_compiler.api import compile, freeze, show
 from nm_compiler.errors import NMError, Refusal
+from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.methods.lbc import LBC
 from nm_compiler.methods.magnitude import Magnitude
@@ -26,6 +27,7 @@ __all__ = [
     "SRSTE",
     "BiMask",
     "Magnitude",
+    "Method",
     "NMError",
     "Pattern",
     "Refusal",

@@ -29,7 +29,8 @@ def as_rows(weight: Tensor, in_axis: int) -> Tensor:
 
 def as_groups(weight: Tensor, in_axis: int, m: int) -> Tensor:
     """View a weight as ``[out, *taps, in / m, m]``: one forward group in each row of the last axis."""
-    return as_rows(weight, in_axis).unflatten(-1, (-1, m))
+    groups: Tensor = as_rows(weight, in_axis).unflatten(-1, (-1, m))
+    return groups
 
 
 def groups_per_row(shape: tuple[int, ...], in_axis: int, m: int) -> int:

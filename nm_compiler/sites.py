@@ -90,8 +90,16 @@ class Use:
     data: Node | None
 
 
-def uses(read: Node) -> Iterator[Use | Refusal]:
-    """Follow a weight from the node that reads it, through transposes, to the products; a refusal for any other op."""
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """A reader of a weight that is no N:M product: its op, and why not."""
+
+    op: str
+    reason: str
+
+
+def uses(read: Node) -> Iterator[Use | Blocked]:
+    """Follow a weight from the node that reads it, through transposes, to the products, or to what is none."""
     weight = read.meta["val"]
     stack: list[tuple[Node, tuple[int, ...]]] = [(read, tuple(range(weight.ndim)))]
     while stack:
@@ -100,7 +108,7 @@ def uses(read: Node) -> Iterator[Use | Refusal]:
             if user.op == "call_function" and user.target in _VIEWS and user.args[0] is view:
                 stack.append((user, _through(user, axes)))
             else:
-                yield _classify(user, view, axes, str(read.target))
+                yield _classify(user, view, axes)
 
 
 def _through(node: Node, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -117,7 +125,7 @@ def _through(node: Node, axes: tuple[int, ...]) -> tuple[int, ...]:
     return axes
 
 
-def _classify(node: Node, view: Node, axes: tuple[int, ...], name: str) -> Use | Refusal:
+def _classify(node: Node, view: Node, axes: tuple[int, ...]) -> Use | Blocked:
     position = next((i for i, arg in enumerate(node.args) if arg is view), None)
     target, ndim = node.target, len(axes)
     data = node.args[0] if node.args and isinstance(node.args[0], Node) else None
@@ -125,26 +133,25 @@ def _classify(node: Node, view: Node, axes: tuple[int, ...], name: str) -> Use |
         return Use(node, "linear", axes[1], 1, view, data)
     if target in CONVS and position == 1:
         if axes[:2] != (0, 1):
-            return Refusal(name, "a convolution reads a transpose of it; groups need the [out, in, *taps] layout")
+            return Blocked("conv", "a convolution reads a transpose of it; groups need the [out, in, *taps] layout")
         if target is aten.convolution.default and node.args[6]:
-            return Refusal(name, _TRANSPOSED)
+            return Blocked("conv_transpose", _TRANSPOSED)
         conv_groups = _argument(node, 8 if target is aten.convolution.default else 6, 1)
         return Use(node, f"conv{ndim - 2}d", 1, conv_groups, view, data)
     if target in MATMULS and position == 1 and ndim == 2:
         return Use(node, "matmul", axes[0], 1, view, data)
     if target is aten.addmm.default and position == 2 and ndim == 2:
         if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-            return Refusal(name, "addmm with alpha or beta other than 1")
+            return Blocked("addmm", "addmm with alpha or beta other than 1")
         return Use(node, "addmm", axes[0], 1, view, node.args[1] if isinstance(node.args[1], Node) else None)
-    return Refusal(name, _why_not(node, position, ndim))
+    return Blocked(_op_name(node), _why_not(node, position, ndim))
 
 
 _TRANSPOSED = "a transposed convolution: no N:M kernel reduces along its axis"
 
 
 def _why_not(node: Node, position: int | None, ndim: int) -> str:
-    target = node.target
-    name = target._opname if isinstance(target, torch._ops.OpOverload) else str(target)
+    target, name = node.target, _op_name(node)
     if name.startswith("embedding"):
         return "an embedding: rows are looked up, not multiplied"
     if name in _TRANSPOSED_CONVS:
@@ -156,6 +163,10 @@ def _why_not(node: Node, position: int | None, ndim: int) -> str:
             return "the left operand of a matmul: write x @ weight.T to make it sparse"
         return f"a {ndim}-D weight of a batched matmul: not supported yet"
     return f"read by {target_name(target)}, which has no N:M rule"
+
+
+def _op_name(node: Node) -> str:
+    return node.target._opname if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
 
 
 def _argument(node: Node, position: int, default: int) -> int:
@@ -208,23 +219,20 @@ def find(
     return Plan(tuple(sites), tuple(refusals), {n: tuple(p.shape) for n, p in parameters.items()}, ops)
 
 
-def _uses_in(gm: GraphModule, name: str) -> Iterator[Use | Refusal]:
+def _uses_in(gm: GraphModule, name: str) -> Iterator[Use | Blocked]:
     for node in gm.graph.nodes:
         if node.op == "get_attr" and node.target == name:
             yield from uses(node)
 
 
-def _op_label(per_graph: Sequence[Sequence[Use | Refusal]]) -> str:
-    for found in per_graph:
-        for use in found:
-            return use.op if isinstance(use, Use) else "-"
-    return "-"
+def _op_label(per_graph: Sequence[Sequence[Use | Blocked]]) -> str:
+    return next((use.op for found in per_graph for use in found), "-")
 
 
 def _judge(
     name: str,
     parameter: Tensor,
-    per_graph: Sequence[Sequence[Use | Refusal]],
+    per_graph: Sequence[Sequence[Use | Blocked]],
     ends: Sequence[tuple[set[Node], set[Node]]],
     patterns: PatternMap,
     included: bool,
@@ -235,7 +243,7 @@ def _judge(
         return Refusal(name, f"not floating point ({parameter.dtype})")
     every = [use for found in per_graph for use in found]
     products = [use for use in every if isinstance(use, Use)]
-    others = [use for use in every if isinstance(use, Refusal)]
+    others = [use for use in every if isinstance(use, Blocked)]
     if not every:
         return Refusal(name, "not read by the captured graph")
     if others:

@@ -3,6 +3,9 @@
 They live in `torch.library`, with fake kernels and autograd, so they survive export, AOTAutograd and inductor.
 Importing this package registers them, once per process.
 
+When the backward of an op changes, its schema must change too: torch.compile's disk cache keys on the schema alone and
+would go on using the old backward.
+
     live_mask, unpack_mask   state -> bool mask                     (masks)
     score_weight             LBC: masked weight, scores learn       (weights)
     masked_weight            a fixed mask                           (weights)

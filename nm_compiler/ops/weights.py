@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nm_compiler.layout import as_rows, out_axis_of
+from nm_compiler.layout import as_groups, out_axis_of
 from nm_compiler.solvers.combinations import undecided
 from nm_compiler.solvers.magnitude import magnitude_mask
 
@@ -48,10 +48,10 @@ def score_weight_backward(
         moved = torch.empty_like(weight)
         torch.mul(weight, grad_weight, out=moved)
         if live.device.type != "cpu" or not bool(choice.all()):  # asking a GPU would stall it; asking the CPU is free
-            groups = as_rows(moved, in_axis).unflatten(-1, (-1, m))
+            groups = as_groups(moved, in_axis, m)
             groups *= choice.view(groups.shape[:-1]).unsqueeze(-1)
         return grad_weight, moved
-    moved = as_rows(weight * grad_weight, in_axis).reshape(*live.shape[:2], m)
+    moved = as_groups(weight * grad_weight, in_axis, m).reshape(*live.shape[:2], m)
     return grad_weight, (moved @ table.to(moved.dtype).T) * live * choice.unsqueeze(-1)
 
 
@@ -101,7 +101,8 @@ def _srste_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _srste_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, masked = ctx.saved_tensors
-    return torch.add(grad, weight - masked, alpha=ctx.decay), None, None, None, None
+    # not add(alpha=): inductor (torch 2.13) drops alpha where it fuses the addition into the product before it
+    return (weight - masked).mul_(ctx.decay).add_(grad), None, None, None, None
 
 
 srste_weight.register_autograd(_srste_backward, setup_context=_srste_setup)

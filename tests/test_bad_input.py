@@ -1,0 +1,120 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""What a user can get wrong: an NMError that names the layer, the shape and the way out, and a model left untouched."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import MLP, ConvNet, example
+from torch import Tensor, nn
+
+import nm_compiler as nm
+
+
+class Quantised(nn.Module):
+    """An integer weight, dequantised in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(8, 8)
+        self.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+        self.fc2 = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x) @ self.weight.to(x.dtype))
+
+
+def with_value(value: float) -> nn.Module:
+    model = MLP()
+    with torch.no_grad():
+        model.fc2.weight[3, 5] = value
+    return model
+
+
+def clashing() -> nn.Module:
+    model = MLP()
+    model.fc2.register_buffer("weight_live", torch.zeros(1))
+    return model
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    "a swapped pattern": (MLP, {"pattern": "4:2"}, "did you mean '2:4'"),
+    "a pattern that is no pattern": (MLP, {"pattern": "2:x"}, "'2:x' is not a pattern: write N:M"),
+    "M larger than every layer": (MLP, {"pattern": "2:64"}, r"no weight of this MLP can be \* 2:64[\s\S]*fc2.weight \[16, 16\]: 16 input features, groups of 2:64 need a multiple of 64"),
+    "no eligible weight": (lambda: nn.Linear(8, 8), {}, r"no weight[\s\S]*weight \[8, 8\]: stem[\s\S]*include="),
+    "a model without weights": (nn.Tanh, {}, "it has no weights"),
+    "NaN in a weight": (lambda: with_value(float("nan")), {}, r"fc2.weight of shape \[16, 16\] has 1 NaN or infinite"),
+    "an infinite weight": (lambda: with_value(float("-inf")), {}, r"fc2.weight of shape \[16, 16\] has 1 NaN or infinite"),
+    "an integer weight asked for": (Quantised, {"include": "weight"}, r"weight of shape \(8, 8\) is torch.int8 but include='weight'"),
+    "weights on the meta device": (lambda: MLP().to("meta"), {}, r"fc1.weight of shape \[16, 8\] is on the meta device.*to_empty"),
+    "an include that matches nothing": (MLP, {"include": "layer9.*"}, r"include='layer9.\*' matches no weight; .* such as fc1.weight"),
+    "an exclude that matches nothing": (MLP, {"exclude": ["fc1*", "fx2*"]}, r"exclude='fx2\*' matches no weight"),
+    "everything excluded": (MLP, {"exclude": "*"}, r"no weight[\s\S]*excluded by '\*'"),
+    "an unknown method": (MLP, {"method": "lbc"}, r"method='lbc': choose nm.LBC\(\)"),
+    "scores for every one of 12870 combinations": (lambda: MLP(16), {"pattern": "8:16", "method": nm.LBC(scores="combination"), "include": "fc2*"},
+                                                   r"fc2.weight of shape \[16, 16\]: 8:16 has 12870 combinations.*use scores='position'"),
+    "a name the method needs, taken": (clashing, {"method": nm.LBC()}, "attribute 'fc2.weight_live' of its own"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compile_explains(case: str) -> None:
+    make, options, message = CASES[case]
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(nm.NMError, match=message):
+        nm.compile(model, torch.randn(2, 8), **options)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert model.state_dict().keys() == before.keys()
+    assert all(
+        value.is_meta or torch.equal(value.nan_to_num(), before[name].nan_to_num())
+        for name, value in model.state_dict().items()
+    )
+    assert model.training
+
+
+def test_an_integer_weight_not_asked_for_is_a_line_of_the_report() -> None:
+    rows = {row.name: row.reason for row in nm.report(nm.compile(Quantised(), torch.randn(2, 8), include="fc1*")).rows}
+    assert rows["weight"] == "not floating point (torch.int8)"
+
+
+def test_compiling_twice_is_refused_for_the_result_the_model_and_a_model_around_it() -> None:
+    model = MLP()
+    sparse = nm.compile(model, example(model))
+    for again in (sparse, model, nn.Sequential(nn.Linear(8, 8), model)):
+        with pytest.raises(nm.NMError, match="compiled already"):
+            nm.compile(again, example(model))
+    assert sparse(example(model)).shape == (2, 4)
+
+
+def test_a_wrapped_model_is_to_be_compiled_first() -> None:
+    with pytest.raises(nm.NMError, match="compile the model itself, then wrap the result"):
+        nm.compile(torch.compile(MLP()), torch.randn(2, 8))
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(nm.NMError, match="takes a torch.nn.Module, not function"):
+        nm.compile(lambda x: x, torch.randn(2, 8))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nm.LBC(scores="group"),
+        lambda: nm.LBC(t_i=0.5, t_f=0.5), lambda: nm.LBC(t_i=-0.1), lambda: nm.LBC(t_f=1.1),
+        lambda: nm.BiMask(interval=0), lambda: nm.BiMask(decay=-1.0), lambda: nm.BiMask(decay=float("nan")),
+        lambda: nm.BiMask(moves=-1), lambda: nm.BiMask(objective="l2"),
+        lambda: nm.SRSTE(decay=float("inf")),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_cannot_be_built(make: Callable[[], object]) -> None:
+    with pytest.raises(nm.NMError):
+        make()
+
+
+def test_functions_that_need_a_compiled_model_say_so() -> None:
+    for call in (nm.freeze, nm.show):
+        with pytest.raises(nm.NMError, match=r"ConvNet is not a compiled model: call nm.compile"):
+            call(ConvNet())

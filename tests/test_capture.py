@@ -1,0 +1,205 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""Capture: both modes, any batch, keyword inputs, and errors that name the user's line."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from models import MLP, ConvNet, example
+from torch import Tensor, nn
+
+import nm_compiler as nm
+
+
+def sparse_of(model: nn.Module, *args: Any, **kwargs: Any) -> nm.SparseModule:
+    """All combinations live: the compiled model computes what the dense one does."""
+    return nm.compile(model, args, kwargs, method=nm.LBC(), include="*")
+
+
+def test_an_example_of_batch_one_serves_every_batch() -> None:
+    model = ConvNet()
+    sparse = sparse_of(model, example(model, batch=1)).eval()
+    for batch in (1, 2, 5, 64):
+        x = example(model, batch=batch)
+        torch.testing.assert_close(sparse(x), model(x))
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: dict[str, Tensor]
+
+
+class Keywords(nn.Module):
+    """Positional, keyword, optional and nested inputs; nested outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(
+        self, x: Tensor, extra: dict[str, list[Tensor]] | None = None, *, scale: float = 1.0, flip: bool = False
+    ) -> Pair:
+        y = self.a(x) * scale
+        if extra is not None:
+            y = y + extra["more"][0]
+        return Pair(self.b(-y if flip else y), {"hidden": y})
+
+
+def test_nested_inputs_and_outputs_keep_their_structure() -> None:
+    model = Keywords()
+    x = torch.randn(2, 8)
+    sparse = sparse_of(model, x, extra={"more": [x]}, scale=0.5)
+    x = torch.randn(7, 8)
+    out = sparse(x, extra={"more": [x]}, scale=0.5)
+    assert isinstance(out, Pair)
+    expected = model(x, extra={"more": [x]}, scale=0.5)
+    torch.testing.assert_close(out.first, expected.first)
+    torch.testing.assert_close(out.second["hidden"], expected.second["hidden"])
+
+
+def test_the_same_call_written_with_keywords_or_in_another_order_fits() -> None:
+    model = Keywords()
+    x = torch.randn(2, 8)
+    sparse = sparse_of(model, x, scale=0.5, extra={"more": [x]})
+    expected = sparse(x, scale=0.5, extra={"more": [x]}).first
+    assert torch.equal(sparse(x, extra={"more": [x]}, scale=0.5).first, expected)
+    assert torch.equal(sparse(extra={"more": [x]}, scale=0.5, x=x).first, expected)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "problem"),
+    [
+        ((torch.randn(2, 9),), {"scale": 0.5}, "x has size 9 on axis 1, where 8 was captured"),
+        ((torch.randn(8),), {"scale": 0.5}, "x has 1 axes, 2 were captured"),
+        ((torch.ones(2, 8, dtype=torch.int64),), {"scale": 0.5}, "x is torch.int64, floating point was captured"),
+        ((3,), {"scale": 0.5}, "x is int, a tensor was captured"),
+        ((torch.randn(2, 8),), {"scale": 0.25}, "scale is 0.25, the graph holds for 0.5"),
+        ((torch.randn(2, 8),), {}, "missing scale"),
+        ((torch.randn(2, 8),), {"scale": 0.5, "flip": True}, "unexpected flip"),
+        ((torch.randn(2, 8), None), {"scale": 0.5}, "2 positional inputs, 1 were captured"),
+        (([torch.randn(2, 8)],), {"scale": 0.5}, "its structure differs"),
+    ],
+)
+def test_another_signature_is_refused_with_what_was_captured_and_the_dynamo_route(
+    args: Any, kwargs: Any, problem: str
+) -> None:
+    sparse = sparse_of(Keywords(), torch.randn(2, 8), scale=0.5)
+    with pytest.raises(nm.NMError) as error:
+        sparse(*args, **kwargs)
+    assert problem in str(error.value)
+    assert "captured: (x: [any, 8], scale: 0.5)" in str(error.value)
+    assert "TorchDynamo route" in str(error.value)
+
+
+def test_the_users_dynamic_shapes_are_passed_through() -> None:
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)).mean(1))
+
+    model = Sequence()
+    auto = torch.export.Dim.AUTO
+    sparse = nm.compile(model, torch.randn(3, 5, 8), method=nm.LBC(), dynamic_shapes=({0: auto, 1: auto},), include="*")
+    x = torch.randn(2, 11, 8)
+    torch.testing.assert_close(sparse(x), model(x))
+    fixed = nm.compile(Sequence(), torch.randn(3, 5, 8), method=nm.LBC(), include="*")
+    with pytest.raises(nm.NMError, match=r"size 11 on axis 1, where 5 was captured[\s\S]*dynamic_shapes="):
+        fixed(x)
+
+
+def test_control_flow_on_shapes_is_captured_and_the_other_branch_refused_rather_than_run_wrongly() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(self.a(x))
+            return y * 2 if x.shape[0] > 10 else y
+
+    model = Branch()
+    sparse = sparse_of(model, torch.randn(4, 8))
+    for batch in (1, 10):
+        x = torch.randn(batch, 8)
+        torch.testing.assert_close(sparse(x), model(x))
+    with pytest.raises(nm.NMError, match="size 11 on axis 0, and the captured branch holds for 0 to 10"):
+        sparse(torch.randn(11, 8))
+
+
+def test_control_flow_on_data_is_an_error_that_names_the_line() -> None:
+    class Data(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x)
+            return y if y.sum() > 0 else -y  # the user's line
+
+    model = Data()
+    with pytest.raises(nm.NMError) as error:
+        nm.compile(model, torch.randn(2, 8))
+    assert "test_capture.py" in str(error.value)
+    assert "return y if y.sum() > 0 else -y  # the user's line" in str(error.value)
+    assert "torch.cond" in str(error.value)
+    assert list(model.state_dict()) == ["fc.weight", "fc.bias"]
+
+
+@pytest.mark.parametrize("inputs", [(torch.randn(2, 7),), (torch.randn(2, 8), 3), (), (None,)])
+def test_example_inputs_that_do_not_fit_are_an_error_with_their_shapes(inputs: Any) -> None:
+    model = MLP()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(nm.NMError, match="could not be captured in evaluation mode with inputs"):
+        nm.compile(model, inputs)
+    assert model.state_dict().keys() == before.keys()
+    assert model.training
+
+
+def test_the_models_mode_statistics_and_random_state_survive_capture() -> None:
+    model = ConvNet(dropout=0.5)
+    model.norm1.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    nm.compile(model, example(model), method=nm.SRSTE())
+    assert model.training
+    assert not model.norm1.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_cache_is_not_asked_for_unless_the_user_does() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, use_cache: bool = True) -> tuple[Tensor, Any]:
+            y = self.b(self.a(x))
+            return y, (object() if use_cache else None)  # export could not return the object
+
+    model = Cached()
+    sparse = sparse_of(model, torch.randn(2, 8))
+    assert sparse(torch.randn(3, 8))[1] is None
+
+
+def test_constants_made_in_forward_and_frozen_parameters_are_no_obstacle() -> None:
+    class Constants(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.a.weight.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x) + torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]) + torch.arange(8, device=x.device)
+            return self.b(y.to(torch.float32))
+
+    model = Constants()
+    sparse = sparse_of(model, torch.randn(2, 8))
+    x = torch.randn(3, 8)
+    sparse(x).sum().backward()
+    assert model.a.weight.grad is None
+    assert model.b.weight.grad is not None
+    torch.testing.assert_close(sparse(x), model(x))

@@ -1,0 +1,195 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""freeze gives the user's own module back; verify and report tell what is in it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import MLP, ConvNet, Grouped, Matmuls, example
+from safetensors.torch import save_file
+from torch import nn
+
+import nm_compiler as nm
+
+METHODS = [nm.LBC(), nm.LBC(scores="combination"), nm.BiMask(), nm.SRSTE(), nm.Magnitude()]
+
+
+def trained(kind: type[nn.Module], method: Any, pattern: Any = "2:4", steps: int = 6) -> tuple[nm.SparseModule, Any]:
+    model = kind()
+    sparse = nm.compile(model, example(model), method=method, pattern=pattern)
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.05)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=steps)
+    for step in range(steps):
+        sparse(example(model, batch=4, seed=step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    return sparse, model
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
+def test_the_users_own_module_comes_back_with_exact_zeros_and_the_same_function(method: Any, pattern: str) -> None:
+    sparse, model = trained(ConvNet, method, pattern)
+    keys = set(ConvNet().state_dict())
+    x = example(model, batch=3)
+    expected = sparse.eval()(x)
+    planned = {site.name for site in sparse.plan.sites}
+    frozen = nm.freeze(sparse)
+    assert frozen is model
+    assert set(frozen.state_dict()) == keys
+    torch.testing.assert_close(frozen(x), expected)
+    assert planned <= {name for name, axes in nm.verify(frozen, pattern).satisfied.items() if 1 in axes}
+    assert "stem.weight" not in nm.verify(frozen, pattern).satisfied
+    frozen.train()
+    frozen(x).sum().backward()
+    nm.compile(frozen, x)
+
+
+def test_wrapped_models_freeze_from_the_outside() -> None:
+    sparse, model = trained(MLP, nm.BiMask())
+    assert nm.freeze(torch.compile(sparse, backend="eager")) is model
+
+
+def test_before_t_f_freezing_explains_itself_and_finishing_is_offered() -> None:
+    model = ConvNet()
+    sparse = nm.compile(model, example(model), method=nm.LBC())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        nm.NMError, match=r"2 of 2 weights are not 2:4 yet \(first conv1.weight of shape \[8, 8, 3, 3\]\).*finish=True"
+    ):
+        nm.freeze(sparse)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    frozen = nm.freeze(sparse, finish=True)
+    assert {"conv1.weight", "conv2.weight"} <= set(nm.verify(frozen).satisfied)
+
+
+def test_a_frozen_model_cannot_be_used_or_frozen_again_through_its_carrier() -> None:
+    sparse, model = trained(MLP, nm.SRSTE())
+    nm.freeze(sparse)
+    for use in (lambda: sparse(example(model)), lambda: nm.freeze(sparse), nm.SparsityScheduler(sparse, total_steps=1).step):
+        with pytest.raises(nm.NMError, match="frozen"):
+            use()
+
+
+def test_weights_that_went_nan_in_training_are_not_frozen() -> None:
+    sparse, model = trained(MLP, nm.SRSTE())
+    with torch.no_grad():
+        model.fc2.weight[0, 0] = torch.nan
+    with pytest.raises(nm.NMError, match=r"fc2.weight of shape \[16, 16\] has 1 NaN"):
+        nm.freeze(sparse)
+    assert not sparse.frozen
+
+
+def test_a_model_that_only_trains_with_a_weight_still_gets_zeros_in_it() -> None:
+    class Auxiliary(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.side = nn.Linear(16, 16)
+            self.side_head = nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            hidden = torch.relu(self.fc2(torch.relu(self.fc1(x))))
+            out = self.fc3(hidden)
+            return (out, self.side_head(torch.relu(self.side(hidden)))) if self.training else out
+
+    model = Auxiliary()
+    sparse = nm.compile(model, example(model), method=nm.SRSTE())
+    assert {site.name for site in sparse.plan.sites} == {"fc2.weight", "side.weight"}
+    assert isinstance(sparse(example(model)), tuple)
+    assert isinstance(sparse.eval()(example(model)), torch.Tensor)
+    assert set(nm.verify(nm.freeze(sparse)).satisfied) == {"fc2.weight", "side.weight"}
+
+
+@pytest.mark.parametrize("kind", [Matmuls, Grouped])
+def test_mixed_patterns_freeze_each_to_its_own(kind: type[nn.Module]) -> None:
+    sparse, _ = trained(kind, nm.BiMask(), {"conv1.*": "1:4", "grouped*": "1:4", "*": "2:4"})
+    wanted = {site.name: (site.pattern, site.in_axis) for site in sparse.plan.sites}
+    assert len({pattern for pattern, _ in wanted.values()}) == 2
+    frozen = nm.freeze(sparse)
+    for name, (pattern, axis) in wanted.items():
+        assert axis in nm.verify(frozen, pattern).satisfied[name]
+
+
+def test_verify_reads_modules_state_dicts_and_files(tmp_path: Path) -> None:
+    sparse, model = trained(ConvNet, nm.SRSTE())
+    state = nm.freeze(sparse).state_dict()
+    torch.save(state, tmp_path / "plain.pt")
+    torch.save({"epoch": 3, "model": state}, tmp_path / "nested.pth")
+    save_file(state, tmp_path / "plain.safetensors")
+    expected = nm.verify(model).satisfied
+    assert set(expected) == {"conv1.weight", "conv2.weight"}
+    for target in (state, tmp_path / "plain.pt", tmp_path / "nested.pth", str(tmp_path / "plain.safetensors")):
+        found = nm.verify(target)
+        assert found.satisfied == expected
+    assert "conv1.weight" in str(found)
+    assert "2 of 4 weights are 2:4." in str(found)
+    assert found.to_dict()["satisfied"] == 2
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_a_truncated_file_is_an_error_with_its_size_and_what_to_do(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    state = MLP().state_dict()
+    if path.suffix == ".pt":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(nm.NMError, match=rf"{name} \({path.stat().st_size} bytes\) cannot be read.*save it again"):
+        nm.verify(path)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "readme.txt").write_text("hello")
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    for target, message in (
+        (tmp_path / "none.pt", "no such file"),
+        (tmp_path / "readme.txt", "not .txt"),
+        (tmp_path / "empty.pt", "holds no state_dict"),
+        ({}, "holds no state_dict"),
+    ):
+        with pytest.raises(nm.NMError, match=message):
+            nm.verify(target)
+
+
+def test_the_report_is_text_dict_and_html_with_the_same_lines() -> None:
+    model = ConvNet()
+    sparse = nm.compile(model, example(model), method=nm.LBC())
+    report = nm.report(sparse)
+    as_dict = report.to_dict()
+    assert {"name", "op", "shape", "pattern", "status", "reason"} <= set(as_dict["weights"][0])
+    assert as_dict["totals"]["sparse"] == 2
+    assert as_dict["totals"]["weights"] == 4
+    text, page = str(report), report.to_html()
+    for row in as_dict["weights"]:
+        assert row["name"] in text
+        assert row["name"] in page
+        assert row["reason"] in text
+    conv1 = next(row for row in as_dict["weights"] if row["name"] == "conv1.weight")
+    assert conv1["live"] == 6
+    assert conv1["retained"] == 1.0
+    assert "<script" not in page
+    assert "http" not in page
+
+
+def test_the_report_measures_what_the_masks_keep() -> None:
+    model = MLP()
+    sparse = nm.compile(model, example(model), method=nm.BiMask())
+    row = next(row for row in nm.report(sparse).rows if row.status == "sparse")
+    w = model.fc2.weight.detach().double()
+    forward = w * (w.abs().view(16, 4, 4).argsort(-1, descending=True).argsort(-1) < 2).view(16, 16)
+    backward = forward.abs().view(4, 4, 16).sort(1, descending=True).values[:, :2]
+    assert row.retained == pytest.approx(float(forward.abs().sum() / w.abs().sum()))
+    assert row.backward_kept == pytest.approx(float(backward.sum() / forward.abs().sum()))
+    assert row.nonzero == 0.5
+
+
+def test_a_plain_or_frozen_module_is_reported_by_what_its_zeros_show() -> None:
+    sparse, _ = trained(ConvNet, nm.SRSTE(), "1:4")
+    frozen = nm.freeze(sparse)
+    for target in (frozen, sparse):
+        status = {row.name: row.status for row in nm.report(target, pattern="1:4").rows}
+        assert status == {"stem.weight": "dense", "conv1.weight": "sparse", "conv2.weight": "sparse", "head.weight": "dense"}
+    assert {row.status for row in nm.report(MLP()).rows} == {"dense"}

@@ -1,0 +1,147 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""Every nm:: op by itself: opcheck, and the situations a real layer gets into."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import Grouped, example
+from torch import nn
+
+import nm_compiler as nm
+from nm_compiler.pattern import Pattern, combination_table
+from nm_compiler.solvers.combinations import byte_table, pack
+
+OPS = torch.ops.nm
+
+
+def scored(in_axis: int = 1, by_position: bool = True) -> tuple[Any, ...]:
+    shape = (8, 4, 3) if in_axis else (4, 8)
+    weight = torch.randn(shape, requires_grad=True)
+    live = torch.ones(8, 3 if in_axis else 1, 6, dtype=torch.bool)
+    live[:4, :, 1:] = False
+    scores = torch.rand(shape) if by_position else torch.rand(live.shape)
+    table = byte_table(Pattern(2, 4)) if by_position else combination_table(Pattern(2, 4))
+    kept = pack(live) if by_position else live.to(torch.uint8)
+    mask = OPS.live_mask(kept, table, list(shape), in_axis)
+    return weight, scores.requires_grad_(), kept, mask, table, 1, in_axis, by_position
+
+
+def requires(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+SAMPLES: dict[str, list[Any]] = {
+    "live_mask": [
+        lambda: (pack(torch.rand(8, 3, 6) < 0.5), byte_table(Pattern(2, 4)), [8, 4, 3], 1),
+        lambda: ((torch.rand(8, 3, 6) < 0.5).to(torch.uint8), combination_table(Pattern(2, 4)), [8, 4, 3], 1),
+        lambda: (torch.ones(8, 1, 16, dtype=torch.uint8), torch.eye(16, dtype=torch.uint8), [16, 8], 0),
+        lambda: (pack(torch.rand(4, 1, 5) < 0.5), byte_table(Pattern(1, 5)), [4, 5], 1),
+    ],
+    "unpack_mask": [lambda: (pack(torch.rand(8, 12) < 0.5), [8, 4, 3])],
+    "score_weight": [scored, lambda: scored(0), lambda: scored(1, False), lambda: scored(0, False)],
+    "score_weight_backward": [lambda: (torch.randn(8, 4, 3), *[t.detach() if isinstance(t, torch.Tensor) else t for t in
+                                       (scored()[0], *scored()[2:])])],
+    "masked_weight": [lambda: (requires(8, 4), torch.rand(8, 4) < 0.5)],
+    "srste_weight": [lambda: (requires(8, 4, 3), 2, 4, 1, 2e-4), lambda: (requires(4, 8), 1, 4, 0, 0.0)],
+    "backward_weight": [lambda: (torch.randn(8, 4, 3), torch.randperm(8), 2, 4, 1), lambda: (torch.randn(4, 8), torch.randperm(8), 1, 4, 0)],
+    "linear": [
+        lambda: (requires(2, 3, 4), requires(8, 4), torch.randn(8, 4), requires(8)),
+        lambda: (requires(1, 4), requires(8, 4), torch.randn(8, 4), None),
+        lambda: (requires(4), requires(8, 4), torch.randn(8, 4), None),
+    ],
+    "conv": [
+        lambda: (requires(2, 4, 6, 5), requires(8, 4, 3, 1), torch.randn(8, 4, 3, 1), requires(8), [2, 1], [1, 0], [1, 2], 1),
+        lambda: (requires(1, 8, 7), requires(8, 4, 3), torch.randn(8, 4, 3), None, [1], [2], [2], 2),
+        lambda: (requires(1, 4, 3, 3, 3), requires(4, 4, 1, 2, 1), torch.randn(4, 4, 1, 2, 1), None, [1] * 3, [0] * 3, [1] * 3, 1),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "index"), [(name, i) for name, samples in SAMPLES.items() for i in range(len(samples))])
+def test_the_op_passes_opcheck(name: str, index: int) -> None:
+    torch.library.opcheck(getattr(OPS, name).default, SAMPLES[name][index]())
+
+
+def test_every_registered_op_is_checked() -> None:
+    registered = {
+        str(schema.name).removeprefix("nm::") for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("nm::")
+    }
+    assert registered == set(SAMPLES)
+
+
+METHODS = [nm.LBC(), nm.LBC(scores="combination"), nm.BiMask(), nm.SRSTE(), nm.Magnitude()]
+each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+
+
+@each_method
+def test_grouped_dilated_strided_convolutions_of_non_square_images_work_at_batch_one(method: Any) -> None:
+    model = Grouped()
+    dense = copy.deepcopy(model)
+    sparse = nm.compile(model, example(model), method=method)
+    assert {site.name for site in sparse.plan.sites} == {"grouped.weight", "dilated.weight", "narrow.weight"}
+    x = example(model, batch=1).requires_grad_()
+    sparse(x).square().sum().backward()
+    assert x.grad is not None
+    if isinstance(method, nm.LBC):  # all combinations live: nothing is masked yet
+        y = x.detach().clone().requires_grad_()
+        dense(y).square().sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+    for weight in sparse.weights:
+        assert weight.param.grad is not None
+        assert bool(weight.param.grad.isfinite().all())
+
+
+@each_method
+def test_float64_and_channels_last_give_the_same_numbers_as_float32_contiguous(method: Any) -> None:
+    model = Grouped()
+    sparse = nm.compile(model, example(model), method=method)
+    x = example(model, batch=3)
+    expected = sparse(x)
+    expected.square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in sparse.named_parameters() if p.grad is not None}
+    for change in ({"memory_format": torch.channels_last}, {"dtype": torch.float64}):
+        twin = copy.deepcopy(sparse).to(**change)
+        twin.zero_grad()
+        out = twin(x.to(**change))
+        torch.testing.assert_close(out.float(), expected, rtol=2e-5, atol=2e-6)
+        out.square().sum().backward()
+        for name, parameter in twin.named_parameters():
+            if name in grads:
+                torch.testing.assert_close(parameter.grad.float(), grads[name], rtol=2e-4, atol=2e-6)
+
+
+@each_method
+def test_autocast_to_bfloat16_casts_the_products_and_keeps_the_masters_in_float32(method: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16, bias=False), nn.Tanh(), nn.Linear(16, 8))
+    sparse = nm.compile(model, torch.randn(2, 8), method=method)
+    x = torch.randn(32, 8)
+    exact = sparse(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sparse(x)
+        out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), exact, rtol=0.05, atol=0.02)
+    for name, parameter in sparse.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32, name
+
+
+def test_autocast_to_float16_casts_the_two_weight_products_as_it_casts_torchs_own() -> None:
+    x, w, backward = torch.randn(4, 8), torch.randn(8, 8), torch.randn(8, 8)
+    with torch.autocast("cpu", torch.float16):
+        assert OPS.linear(x, w, backward, None).dtype == torch.nn.functional.linear(x, w).dtype == torch.float16
+
+
+def test_the_backward_weight_gets_no_gradient_and_the_order_no_say_in_the_output() -> None:
+    model = Grouped()
+    sparse = nm.compile(model, example(model), method=nm.BiMask())
+    x = example(model)
+    before = sparse(x)
+    for weight in sparse.weights:
+        if weight.has("order"):
+            block = weight.site.out // weight.site.conv_groups
+            weight["order"].copy_(torch.arange(weight.site.out).view(-1, block).flip(1).flatten())
+    assert torch.equal(sparse(x), before)

@@ -1,0 +1,86 @@
+"""What README.md, docs/ and examples/ show is what happens."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import nm_compiler as nm
+from nm_compiler.methods.base import Method
+from nm_compiler.pattern import Pattern
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+
+
+def load_example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_cnn", ROOT / "examples" / "train_cnn.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_first_example_trains_a_model_whose_middle_weight_is_2_4(capsys: pytest.CaptureFixture[str]) -> None:
+    scope: dict[str, object] = {}
+    first = python_blocks(ROOT / "README.md")[0]
+    assert len([line for line in first.splitlines() if line.strip()]) <= 18
+    exec(compile(first, "README.md", "exec"), scope)
+    model = scope["model"]
+    assert type(model) is nn.Sequential
+    assert nm.verify(model, "2:4").satisfied == {"2.weight": (1,)}
+    assert not [name for name in model.state_dict() if name.endswith(("_scores", "_live", "nm_recipe"))]
+    assert "1 of 3 weights are 2:4." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_other_python_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, block in enumerate(python_blocks(page)[page.name == "README.md" :]):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_make_target_a_page_names_exists(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+    for path in re.findall(r"`((?:nm_compiler|passes|runtime|tests|docs|examples|benchmarks)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"\bmake ([a-z]+)\b(?=[`\n ]*[`\n])", text)) <= targets
+
+
+def test_the_table_of_methods_names_every_method_and_no_other() -> None:
+    shown = set(re.findall(r"^\| `nm\.(\w+)\(\)`", README, re.M))
+    exported = {name for name in nm.__all__ if isinstance(getattr(nm, name), type) and issubclass(getattr(nm, name), Method)}
+    assert shown == exported
+
+
+@pytest.mark.required
+@pytest.mark.parametrize("method", ["LBC", "BiMask"])
+def test_the_example_script_goes_on_exactly_where_it_was_stopped(method: str, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    example = load_example()
+    arguments = ["--method", method, "--steps", "12", "--pattern", "1:4"]
+    straight = example.main(arguments)
+    checkpoint = ["--checkpoint", str(tmp_path / "run.pt")]
+    example.main([*arguments, *checkpoint, "--stop-at", "5"])
+    resumed = example.main([*arguments, *checkpoint])
+    assert [name for name, _ in straight.named_parameters()] == [name for name, _ in resumed.named_parameters()]
+    for name, value in straight.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0, msg=name)
+    assert set(nm.verify(resumed, Pattern(1, 4)).satisfied) == {"3.weight", "6.weight", "9.weight"}

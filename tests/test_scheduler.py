@@ -1,0 +1,161 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""SparsityScheduler: counting, Bi-Mask's searches, saving, and what it refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import MLP, Grouped, example
+from torch import Tensor
+
+import nm_compiler as nm
+
+
+def sparse_mlp(method: Any = None, seed: int = 0) -> nm.SparseModule:
+    torch.manual_seed(0)
+    model = MLP()
+    return nm.compile(model, example(model), method=method or nm.LBC(), seed=seed)
+
+
+def test_epochs_count_calls_of_step_alone_and_optimizer_steps_with_a_length() -> None:
+    sparse = sparse_mlp()
+    assert nm.SparsityScheduler(sparse, epochs=12).total_steps == 12
+    assert nm.SparsityScheduler(sparse, epochs=3, steps_per_epoch=5).total_steps == 15
+
+
+def test_with_gradient_accumulation_only_optimizer_steps_count() -> None:
+    sparse = sparse_mlp()
+    scheduler = nm.SparsityScheduler(sparse, total_steps=4)
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+    for micro in range(1, 9):
+        (sparse(torch.randn(4, 8)).square().mean() / 4).backward()
+        if micro % 4 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+    assert scheduler.last_step == 2
+    assert sparse.method.is_settled(sparse.weights[0])
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        {"total_steps": 0}, {"total_steps": -3}, {"total_steps": 2.5}, {"total_steps": True}, {"epochs": 0},
+        {"epochs": 2, "steps_per_epoch": 0}, {}, {"total_steps": 3, "epochs": 3}, {"total_steps": 3, "steps_per_epoch": 2},
+    ],
+)  # fmt: skip
+def test_a_length_that_is_missing_doubled_or_not_positive_is_refused(length: dict[str, Any]) -> None:
+    with pytest.raises(nm.NMError, match="total_steps|epoch"):
+        nm.SparsityScheduler(sparse_mlp(), **length)
+
+
+def test_stepping_past_the_end_says_how_long_the_schedule_was() -> None:
+    sparse = sparse_mlp()
+    scheduler = nm.SparsityScheduler(sparse, total_steps=1)
+    scheduler.step()
+    live = sparse.weights[0]["live"].clone()
+    with pytest.raises(nm.NMError, match="step 2 of 1: the schedule has ended"):
+        scheduler.step()
+    assert scheduler.last_step == 1
+    assert torch.equal(sparse.weights[0]["live"], live)
+
+
+def test_a_plain_model_has_nothing_to_schedule() -> None:
+    with pytest.raises(nm.NMError, match="MLP is not a compiled model: call nm.compile"):
+        nm.SparsityScheduler(MLP(), total_steps=3)
+
+
+def test_the_orders_are_searched_after_the_first_step_and_then_every_interval() -> None:
+    calls: list[int] = []
+
+    def search(importance: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int) -> Tensor:
+        assert importance.shape == (16, 16)
+        assert (n, m, moves) == (2, 4, 77)
+        calls.append(seed)
+        return order.flip(0)
+
+    sparse = sparse_mlp(nm.BiMask(interval=3, moves=77, search=search))
+    scheduler = nm.SparsityScheduler(sparse, total_steps=8)
+    seen = []
+    for _ in range(8):
+        scheduler.step()
+        seen.append(len(calls))
+    assert seen == [1, 1, 1, 2, 2, 2, 3, 3]
+    assert len(set(calls)) == 3
+    assert sparse.weights[0]["order"].tolist() == list(range(15, -1, -1))
+
+
+def test_the_search_never_lets_the_backward_share_fall_and_stays_within_conv_groups() -> None:
+    model = Grouped()
+    sparse = nm.compile(model, example(model), method=nm.BiMask(interval=1, moves=50))
+    scheduler = nm.SparsityScheduler(sparse, total_steps=4)
+
+    def shares() -> list[float]:
+        return [row.backward_kept for row in nm.report(sparse).rows if row.backward_kept is not None]
+
+    before = shares()
+    for _ in range(4):
+        scheduler.step()
+        after = shares()
+        assert all(new >= old - 1e-6 for new, old in zip(after, before, strict=True))
+        before = after
+    order = model.grouped.weight_order
+    assert order[:12].sort().values.tolist() == list(range(12))
+    assert not torch.equal(order, torch.arange(24))
+
+
+def test_the_seed_of_compile_decides_the_orders() -> None:
+    orders = []
+    for seed in (0, 0, 1):
+        sparse = sparse_mlp(nm.BiMask(interval=1, moves=8), seed=seed)
+        scheduler = nm.SparsityScheduler(sparse, total_steps=1)
+        scheduler.step()
+        orders.append(sparse.weights[0]["order"].clone())
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+
+
+def test_the_count_objective_ignores_magnitudes() -> None:
+    seen: list[Tensor] = []
+
+    def search(importance: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int) -> Tensor:
+        seen.append(importance)
+        return order
+
+    nm.SparsityScheduler(sparse_mlp(nm.BiMask(objective="count", search=search)), total_steps=1).step()
+    assert seen[0].unique().tolist() == [0.0, 1.0]
+    assert float(seen[0].mean()) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"total_steps": 20}, "saved with total_steps=20, this scheduler has 10"),
+        ({"method": "SRSTE(decay=0.0002)"}, "saved for SRSTE"),
+        ({"last_step": 11}, "outside 0 to 10"),
+        ({"last_step": None}, "last_step missing"),
+    ],
+)
+def test_the_state_of_another_schedule_is_refused_and_nothing_changes(change: dict[str, Any], message: str) -> None:
+    scheduler = nm.SparsityScheduler(sparse_mlp(), total_steps=10)
+    scheduler.step()
+    state = {key: value for key, value in {**scheduler.state_dict(), **change}.items() if value is not None}
+    with pytest.raises(nm.NMError, match=message):
+        scheduler.load_state_dict(state)
+    assert scheduler.last_step == 1
+
+
+def test_a_state_taken_before_t_f_lets_the_scores_learn_again() -> None:
+    sparse = sparse_mlp()
+    scheduler = nm.SparsityScheduler(sparse, total_steps=4)
+    early = scheduler.state_dict()
+    for _ in range(4):
+        scheduler.step()
+    assert not sparse.weights[0]["scores"].requires_grad
+    scheduler.load_state_dict(early)
+    assert sparse.weights[0]["scores"].requires_grad
+
+
+def test_a_method_prints_the_same_in_every_process() -> None:
+    assert str(nm.BiMask()) == "BiMask(interval=100, decay=0.0002, moves=1000, objective='magnitude', search=pair_swap_search)"
+    assert "0x" not in str(nm.BiMask(search=lambda *a, **k: a[1]))

@@ -1,0 +1,139 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""Which weights are planned, which are refused, and with which reason."""
+
+import pytest
+import torch
+from models import MLP, Attention, ConvNet, Grouped, Matmuls, Oddities, example
+from torch import nn
+
+import nm_compiler as nm
+
+
+def plan_of(model: nn.Module, **options: object) -> dict[str, str]:
+    """Name to "op pattern" where planned, to the reason where refused."""
+    report = nm.report(nm.compile(model, example(model), method=nm.SRSTE(), **options))
+    return {row.name: f"{row.op} {row.pattern}" if row.status == "sparse" else row.reason for row in report.rows}
+
+
+def test_products_written_four_ways_and_convolutions_of_one_and_three_dimensions_are_found() -> None:
+    assert {name: text for name, text in plan_of(Matmuls()).items() if ":" in text and "stem" not in text} == {
+        "right": "matmul 2:4",
+        "transposed": "matmul 2:4",
+        "added": "addmm 2:4",
+        "conv1.weight": "conv1d 2:4",
+        "conv3.weight": "conv3d 2:4",
+        "head.weight": "head: no other weight comes after it (include= makes it sparse)",
+    }
+
+
+@pytest.mark.parametrize("method", [nm.LBC(), nm.BiMask(), nm.SRSTE(), nm.Magnitude()], ids=str)
+def test_a_weight_stored_as_in_by_out_is_sparse_along_its_reduction_axis(method: nm.Method) -> None:
+    model = Matmuls()
+    sparse = nm.compile(model, example(model), method=method)
+    assert {site.name: site.in_axis for site in sparse.plan.sites}["right"] == 0
+    x = example(model)
+    sparse(x).sum().backward()
+    expected = sparse(x)
+    frozen = nm.freeze(sparse, finish=True)
+    if not isinstance(method, nm.LBC):
+        torch.testing.assert_close(frozen(x), expected)
+    satisfied = nm.verify(frozen).satisfied
+    assert 0 in satisfied["right"]
+    assert 0 in satisfied["added"]
+    assert 1 in satisfied["transposed"]
+
+
+def test_every_weight_that_cannot_be_sparse_says_why() -> None:
+    reasons = plan_of(Oddities(), include="fc.*")
+    expected = {
+        "embed.weight": "an embedding",
+        "fc.weight": "linear 2:4",
+        "depthwise.weight": "depthwise",
+        "narrow.weight": "2 input channels in each of 4 conv groups, groups of 2:4 need a multiple of 4",
+        "transposed.weight": "a transposed convolution",
+        "recurrent.weight_ih_l0": "inside a fused LSTM",
+        "recurrent.weight_hh_l0": "inside a fused LSTM",
+        "gated.weight_ih_l0": "inside a fused LSTM, GRU",
+        "gated.weight_hh_l0": "inside a fused LSTM, GRU",
+        "table": "read by aten.add",
+        "left": "the left operand of a matmul",
+        "unused": "not read by the captured graph",
+        "norm.weight": "read by aten.layer_norm",
+        "norm.bias": "read by aten.layer_norm",
+        "counts": "not floating point (torch.int64)",
+        "head.weight": "head",
+    }
+    assert reasons.keys() == expected.keys()
+    for name, start in expected.items():
+        assert reasons[name].startswith(start), f"{name}: {reasons[name]}"
+
+
+@pytest.mark.parametrize("kind", [MLP, ConvNet, Attention, Matmuls, Grouped, Oddities])
+def test_every_parameter_of_two_or_more_axes_has_exactly_one_line(kind: type[nn.Module]) -> None:
+    model = kind()
+    expected = [name for name, p in model.named_parameters() if p.ndim >= 2]
+    options = {"include": "fc.*"} if kind is Oddities else {}
+    lines = nm.report(nm.compile(model, example(model), **options)).to_dict()["weights"]
+    assert [line["name"] for line in lines] == expected
+    assert all(line["reason"] for line in lines)
+    assert all((line["status"] == "sparse") == (line["pattern"] is not None) for line in lines)
+
+
+def test_the_stem_and_the_head_stay_dense_unless_included() -> None:
+    by_default = plan_of(MLP())
+    assert by_default["fc1.weight"].startswith("stem")
+    assert by_default["fc3.weight"].startswith("head")
+    assert plan_of(MLP(), include="*") == {f"fc{i}.weight": "linear 2:4" for i in (1, 2, 3)}
+    assert plan_of(MLP(), include=("fc3.weight",))["fc1.weight"].startswith("stem")
+
+
+def test_a_head_tied_to_the_embedding_is_refused_as_shared_and_the_layers_behind_an_embedding_are_no_stem() -> None:
+    reasons = plan_of(Attention())
+    assert reasons["embed.weight"] == "shared with an embedding"
+    assert reasons["qkv.weight"] == reasons["out.weight"] == "linear 2:4"
+    assert reasons["position"].startswith("read by aten")
+
+
+def test_excluded_globs_win_over_everything_else() -> None:
+    assert plan_of(ConvNet(), exclude=["conv1.*"], include="*")["conv1.weight"] == "excluded by 'conv1.*'"
+
+
+def test_mixed_patterns_follow_their_globs_and_no_match_is_a_reason() -> None:
+    found = plan_of(ConvNet(), pattern={"conv1.*": "1:4", "conv2.*": "4:8"})
+    assert found["conv1.weight"] == "conv2d 1:4"
+    assert found["conv2.weight"] == "conv2d 4:8"
+    assert plan_of(ConvNet(), pattern={"conv1.*": "1:4"})["conv2.weight"].startswith("no rule of pattern=")
+
+
+def test_a_weight_used_twice_is_one_site_and_along_two_axes_a_refusal() -> None:
+    class Twice(nn.Module):
+        def __init__(self, flip: bool) -> None:
+            super().__init__()
+            self.stem, self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+            self.flip = flip
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.tanh(self.fc(torch.tanh(self.stem(x))))
+            again = x @ self.fc.weight if self.flip else self.fc(x)
+            return self.head(again)
+
+    x = torch.randn(2, 8)
+    assert [s.name for s in nm.compile(Twice(False), x).plan.sites] == ["fc.weight"]
+    refusals = {r.where: r.reason for r in nm.compile(Twice(True), x, include="stem*").plan.refusals}
+    assert refusals["fc.weight"] == "used along different axes by different products"
+
+
+def test_output_channels_that_do_not_divide_keep_the_forward_mask_backward_and_the_report_says_so() -> None:
+    model = Grouped()
+    rows = {row.name: row for row in nm.report(nm.compile(model, example(model), method=nm.BiMask())).rows}
+    assert rows["narrow.weight"].reason == "backward mask = forward mask: 6 output channels, not a multiple of 4"
+    assert rows["narrow.weight"].backward_kept is None
+    assert 0.5 < (rows["grouped.weight"].backward_kept or 0) < 1
+    assert not hasattr(model.narrow, "weight_order")
+
+
+def test_parameters_tied_under_two_names_appear_once_under_the_first() -> None:
+    model = MLP()
+    model.alias = model.fc2
+    sparse = nm.compile(model, example(model))
+    assert [site.name for site in sparse.plan.sites] == ["fc2.weight"]
