@@ -22,7 +22,7 @@ from nm_compiler.state import RECIPE
 
 def compile(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: Any = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
     pattern: PatternSpec = "2:4",
@@ -49,7 +49,7 @@ def compile(
     method = BiMask() if method is None else method
     pipeline(method, ())  # an unknown method is refused before anything else happens
     _check_model(model)
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    args = _arguments(example_inputs, kwargs)
     captured = capture(model, args, dict(kwargs or {}), dynamic_shapes)
     plan = find(model, [gm for gm, _ in captured.values()], patterns, include=_globs(include), exclude=_globs(exclude))
     _check_weights(model, plan, method)
@@ -94,6 +94,17 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
 def show(sparse: nn.Module, *, training: bool = False) -> str:
     """The rewritten graph of a mode as a program: one node a line, with dtype and shape."""
     return show_graph(unwrap(sparse).graph(training))
+
+
+def _arguments(example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[Any, ...]:
+    if example_inputs is None and not kwargs:
+        raise NMError(
+            "nm.compile(model, example_inputs): give inputs to capture the model with, such as (x,). "
+            "Compiling without them, through TorchDynamo, is not in this release"
+        )
+    if example_inputs is None:
+        return ()
+    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
 
 
 def _globs(globs: Sequence[str]) -> tuple[str, ...]:

@@ -70,7 +70,8 @@ def _export(
     except Exception as error:
         raise NMError(_explain(model, error, given, named, training)) from error
     exported = program.module(check_guards=False)
-    gm = bind(flat_copy(exported.graph), model, _extras(exported, model))
+    graph = flat_copy(exported.graph)
+    gm = bind(graph, model, _extras(graph, exported, model))
     for node in list(gm.graph.nodes):  # a dtype or device frozen at capture would break .to() and .double()
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)
@@ -104,16 +105,21 @@ def bind(graph: Graph, model: nn.Module, extras: Mapping[str, Any]) -> GraphModu
     return gm
 
 
-def _extras(exported: GraphModule, model: nn.Module) -> dict[str, Any]:
-    """What the exported graph reads and the model does not have: lifted constants and higher-order subgraphs."""
-    found = {}
-    for node in exported.graph.nodes:
+def _extras(graph: Graph, exported: GraphModule, model: nn.Module) -> dict[str, Any]:
+    """What the exported graph reads and the model does not have: lifted constants and higher-order subgraphs.
+
+    Their nodes in ``graph`` are renamed to flat names, since export puts some of them inside the user's own modules.
+    """
+    found: dict[str, Any] = {}
+    for node in graph.nodes:
         if node.op != "get_attr":
             continue
         try:
             getattr_path(model, node.target)
         except AttributeError:
-            found[str(node.target)] = getattr_path(exported, node.target)
+            value = getattr_path(exported, node.target)
+            node.target = str(node.target).replace(".", "_")
+            found[node.target] = value
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import update_wrapper
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.utils import _pytree as pytree
 from nm_compiler import records
 from nm_compiler.capture import bind, flat_copy
 from nm_compiler.errors import NMError
+from nm_compiler.evaluate import effective_weights
 from nm_compiler.methods.base import Method
 from nm_compiler.signature import Signature
 from nm_compiler.sites import Plan
@@ -42,6 +45,7 @@ class SparseModule(nn.Module):
         self.__dict__.update(
             origin=model, graphs=dict(graphs), training=model.training, frozen=False, _watched=modules, _expected=flags
         )
+        self.__dict__["forward"] = MethodType(_own_code(type(self).forward), self)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -107,6 +111,20 @@ class SparseModule(nn.Module):
         """The rewritten graph of a mode; of the current one by default."""
         gm: GraphModule = self.graphs[self.training if training is None else training][0]
         return gm
+
+    def masked(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """What the planned weight ``name`` is multiplied with now: forward, and backward under Bi-Mask."""
+        for training in (False, True):
+            forward, backward = effective_weights(self.graph(training), name)
+            if forward is not None:
+                return forward, backward
+        raise AssertionError(f"{name} is planned but no graph masks it")
+
+    def masked_parameters(self) -> dict[str, Tensor]:
+        """The model's own parameters by name, planned weights as their masks leave them; what `verify` looks at."""
+        state, planned = set(self.state_names()), {site.name for site in self.plan.sites}
+        own = {name: p.detach() for name, p in self.named_parameters() if name not in state}
+        return {name: self.masked(name)[0] if name in planned and not self.frozen else p for name, p in own.items()}
 
     def state_names(self) -> list[str]:
         """The names of everything that was registered on the model."""
@@ -195,6 +213,14 @@ class SparseModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.method}, {len(self.plan.sites)} weights N:M, {len(self.plan.refusals)} dense"
+
+
+def _own_code(function: Any) -> Any:
+    """The function with a code object of its own: TorchDynamo's recompile limit counts by code object, and would
+    count all compiled models of a process, in both their modes, as one.
+    """
+    twin = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__)
+    return update_wrapper(twin, function)
 
 
 def fresh_state(module: SparseModule, values: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:

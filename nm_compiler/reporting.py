@@ -5,13 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
-from nm_compiler.evaluate import effective_weights
 from nm_compiler.methods.lbc import LBC
 from nm_compiler.module import SparseModule, unwrap
 from nm_compiler.pattern import PatternLike
 from nm_compiler.runtime.report import Report, Row
 from nm_compiler.runtime.verify import verify
-from nm_compiler.sites import Site
 from nm_compiler.solvers.combinations import count
 from nm_compiler.state import Weight
 
@@ -40,7 +38,7 @@ def _refused(module: SparseModule, name: str, reason: str) -> Row:
 
 def _planned(module: SparseModule, weight: Weight) -> Row:
     site = weight.site
-    forward, backward = _effective(module, site)
+    forward, backward = module.masked(site.name)
     total, kept = _magnitude(weight.param.detach()), _magnitude(forward)
     live = None
     if isinstance(module.method, LBC):
@@ -52,14 +50,6 @@ def _planned(module: SparseModule, weight: Weight) -> Row:
         live=live,
         nonzero=float((forward != 0).double().mean()),
     )  # fmt: skip
-
-
-def _effective(module: SparseModule, site: Site) -> tuple[Tensor, Tensor | None]:
-    for training in (False, True):
-        forward, backward = effective_weights(module.graph(training), site.name)
-        if forward is not None:
-            return forward, backward
-    raise AssertionError(f"{site.name} is planned but no graph masks it")
 
 
 def _remark(module: SparseModule, weight: Weight) -> str:

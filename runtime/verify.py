@@ -55,7 +55,8 @@ class Verification:
 def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternLike = "2:4") -> Verification:
     """Check every floating tensor of two or more axes for at most N non-zeros in each group of M.
 
-    target: a module, a state_dict, or the path of a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file (loaded with
+    target: a module (a compiled one with its masks applied), a state_dict,
+    or the path of a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file (loaded with
     ``weights_only``). A weight that is zero altogether satisfies any pattern; its share of non-zeros tells.
     Raises NMError for a file that is missing, truncated or of another kind.
     """
@@ -73,7 +74,8 @@ def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternL
 
 def _tensors(target: nn.Module | Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
     if isinstance(target, nn.Module):
-        return {name: parameter.detach() for name, parameter in target.named_parameters()}
+        masked = getattr(target, "masked_parameters", None)  # a compiled model: its weights as their masks leave them
+        return masked() if masked else {name: parameter.detach() for name, parameter in target.named_parameters()}
     values: Any = _load(Path(target)) if isinstance(target, (str, Path)) else target
     if isinstance(values, Mapping) and not any(isinstance(value, Tensor) for value in values.values()):
         nested = [value for value in values.values() if isinstance(value, Mapping)]

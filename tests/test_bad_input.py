@@ -89,6 +89,11 @@ def test_compiling_twice_is_refused_for_the_result_the_model_and_a_model_around_
     assert sparse(example(model)).shape == (2, 4)
 
 
+def test_without_example_inputs_the_way_to_give_them_is_shown() -> None:
+    with pytest.raises(nm.NMError, match=r"give inputs to capture the model with, such as \(x,\)"):
+        nm.compile(MLP())
+
+
 def test_a_wrapped_model_is_to_be_compiled_first() -> None:
     with pytest.raises(nm.NMError, match="compile the model itself, then wrap the result"):
         nm.compile(torch.compile(MLP()), torch.randn(2, 8))

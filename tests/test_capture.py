@@ -185,6 +185,22 @@ def test_a_cache_is_not_asked_for_unless_the_user_does() -> None:
     assert sparse(torch.randn(3, 8))[1] is None
 
 
+def test_constants_made_inside_a_submodule_stay_out_of_the_users_modules() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8])
+
+    model = nn.Sequential(nn.Sequential(Inner()), Inner())
+    sparse = sparse_of(model, torch.randn(2, 8))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(sparse(x), model(x))
+    assert not any("lifted" in name for module in model.modules() for name in vars(module))
+
+
 def test_constants_made_in_forward_and_frozen_parameters_are_no_obstacle() -> None:
     class Constants(nn.Module):
         def __init__(self) -> None:

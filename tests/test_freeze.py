@@ -154,6 +154,13 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
             nm.verify(target)
 
 
+@pytest.mark.parametrize("method", [nm.BiMask(), nm.Magnitude()], ids=str)
+def test_verify_looks_at_a_compiled_model_through_its_masks(method: Any) -> None:
+    sparse, _ = trained(ConvNet, method)
+    assert set(nm.verify(sparse).satisfied) == {"conv1.weight", "conv2.weight"}
+    assert not nm.verify(sparse.origin).satisfied
+
+
 def test_the_report_is_text_dict_and_html_with_the_same_lines() -> None:
     model = ConvNet()
     sparse = nm.compile(model, example(model), method=nm.LBC())

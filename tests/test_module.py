@@ -141,6 +141,13 @@ def test_inductor_compiles_it_too() -> None:
     torch.testing.assert_close(fast.fc2.weight.grad, model.fc2.weight.grad)
 
 
+def test_many_compiled_models_in_one_process_do_not_share_one_recompile_limit() -> None:
+    for _ in range(10):
+        sparse, model = compiled(MLP, nm.SRSTE())
+        fast = torch.compile(sparse, fullgraph=True, backend="eager")
+        torch.testing.assert_close(fast(example(model, batch=5)), sparse(example(model, batch=5)))
+
+
 def test_moving_and_casting_moves_the_state_and_the_constants_with_the_model() -> None:
     sparse, model = compiled(Grouped, nm.LBC())
     x = example(model)

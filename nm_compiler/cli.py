@@ -1,0 +1,105 @@
+"""The command line: ``nm-compiler demo`` and ``nm-compiler verify``. The only module that prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_EXTRAS = ("sklearn", "matplotlib", "rich", "PIL")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, 1 (verify: no weight satisfies the pattern), 2 (a mistake, explained)."""
+    options = _parser().parse_args(arguments)
+    if not hasattr(options, "command"):
+        _parser().print_help()
+        return 0
+    from nm_compiler.errors import NMError
+
+    try:
+        status: int = options.command(options)
+        return status
+    except NMError as error:
+        print(f"nm-compiler: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nm-compiler: interrupted", file=sys.stderr)
+        return 130
+
+
+def _demo(options: argparse.Namespace) -> int:
+    _check_extras()
+    from rich.console import Console
+
+    from nm_compiler.demo import page
+    from nm_compiler.demo.progress import shown
+    from nm_compiler.demo.settings import choose
+    from nm_compiler.demo.train import run
+    from nm_compiler.pattern import Pattern
+
+    patterns = tuple(dict.fromkeys(map(Pattern.parse, options.patterns))) if options.patterns else None
+    methods = tuple(dict.fromkeys(options.methods)) if options.methods else None
+    settings = choose(
+        data=options.data, model=options.model, quick=options.quick, methods=methods, patterns=patterns, seeds=options.seeds,
+        epochs=options.epochs, batch_size=options.batch_size, limit=options.limit, device=options.device,
+    )  # fmt: skip
+    page.check_place(options.out)
+    with shown(Console(stderr=True)) as progress:
+        outcome = run(settings, progress)
+    print(outcome)
+    page.write(outcome, options.out)
+    print(f"The pictures are in {options.out}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from nm_compiler.runtime.verify import verify
+
+    found = verify(options.file, options.pattern)
+    print(found)
+    return 0 if found.satisfied else 1
+
+
+def _check_extras() -> None:
+    from importlib.util import find_spec
+
+    from nm_compiler.errors import NMError
+
+    missing = [name for name in _EXTRAS if find_spec(name) is None]
+    if missing:
+        raise NMError(f"the demo also needs {', '.join(missing)}: pip install 'nm_compiler[demo]'")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("nm-compiler", description="N:M sparsity for PyTorch models.")
+    commands = parser.add_subparsers(title="commands", metavar="")
+    _add_demo(commands.add_parser("demo", help="train one network five ways and write a page about it", description=_DEMO))
+    check = commands.add_parser("verify", help="which weights of a checkpoint are N:M", description=_VERIFY)
+    check.add_argument("file", metavar="FILE", help="a .safetensors, .pt, .pth, .bin or .ckpt file")
+    check.add_argument("--pattern", default="2:4", metavar="N:M", help="at most N non-zeros of every M (default 2:4)")
+    check.set_defaults(command=_verify)
+    return parser
+
+
+_DEMO = """Dense, one-shot magnitude, SR-STE, LBC and Bi-Mask on real scanned digits (packaged with scikit-learn), with one
+budget; a few minutes on two cores. Prints a table and writes a page of pictures. With --data, the same on CIFAR-10."""
+_VERIFY = """Exit status: 0 if at least one weight satisfies the pattern, 1 if none does, 2 if the file cannot be read."""
+
+
+def _add_demo(demo: argparse.ArgumentParser) -> None:
+    number: Any = {"type": int, "metavar": "N"}
+    demo.add_argument("--quick", action="store_true", help="one seed and fewer steps: a look, not a result")
+    demo.add_argument("--data", metavar="PATH", help="CIFAR-10: cifar10_jpeg.npz, or the folder of the python batches")
+    demo.add_argument("--model", help="resnet20 (default with --data) or resnet32")
+    demo.add_argument("--methods", nargs="+", metavar="NAME", help="of magnitude srste lbc bimask (default all)")
+    demo.add_argument("--patterns", nargs="+", metavar="N:M", help="default 2:4 1:4")
+    demo.add_argument("--seeds", help="repetitions (default 3)", **number)
+    demo.add_argument("--epochs", help="default 30, with --data 100", **number)
+    demo.add_argument("--batch-size", help="default 64, with --data 128", **number)
+    demo.add_argument("--limit", help="training images to use (default all)", **number)
+    demo.add_argument("--device", help="default cpu; with --data cuda where there is one")
+    demo.add_argument("--out", type=Path, default=Path("nm_compiler_demo.html"), metavar="FILE", help="default %(default)s")
+    demo.set_defaults(command=_demo)
