@@ -97,11 +97,9 @@ def retire(scores: Tensor, live: Tensor, table: Tensor, *, keep: int, by_positio
         part = slice(start, start + step)
         alive = unpack(flat_live[part], entries) if packed else flat_live[part].bool()
         total = flat_scores[part] @ combos if by_position and entries != m else flat_scores[part]
-        total = torch.where(alive, total.nan_to_num(nan=-torch.inf, neginf=-torch.inf), -torch.inf)
-        # a live -inf must still beat a retired one: sort by score, then stably by being alive
-        by_score = total.argsort(dim=-1, descending=True, stable=True)
-        by_alive = alive.gather(-1, by_score).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-        best = by_score.gather(-1, by_alive)[..., :keep]
+        lowest = torch.finfo(total.dtype).min  # of a live one: NaN and -inf still beat what has retired
+        total = torch.where(alive, total.nan_to_num(nan=lowest), -torch.inf)
+        best = total.argsort(dim=-1, descending=True, stable=True)[..., :keep]
         chosen = torch.zeros_like(alive).scatter_(-1, best, True) & alive
         kept[part] = pack(chosen) if packed else chosen.to(torch.uint8)
     return kept.view_as(live)
