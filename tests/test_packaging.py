@@ -52,6 +52,7 @@ def test_a_listed_package_has_an_init_file_and_imports(name: str) -> None:
     assert Path(module.__file__).name == "__init__.py"
 
 
+@pytest.mark.required
 @pytest.mark.parametrize("name", LINKED)
 def test_the_link_inside_nm_compiler_points_at_the_top_level_folder(name: str) -> None:
     link = ROOT / "nm_compiler" / name

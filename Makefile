@@ -1,0 +1,56 @@
+# The commands of nm_compiler. Each makes and fills .venv by itself; nothing but make and Python >= 3.11 is needed.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+EXTRAS ?= dev
+WORKERS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.filled-$(EXTRAS)
+# One thread a worker: the models of the tests are tiny, and two workers with all threads each would fight over the cores.
+TEST_ENV := OMP_NUM_THREADS=$(if $(filter 0,$(WORKERS)),,1)
+
+.PHONY: help demo test lint types bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    train one network five ways on real digits, write nm_compiler_demo.html (DEMO_ARGS=--quick: a look)"
+	@echo "make test    run the tests      (PYTEST_ARGS='-k bimask --slow', WORKERS=0 for one process)"
+	@echo "make lint    ruff check, ruff format --check"
+	@echo "make types   mypy --strict"
+	@echo "make bench   run the benchmarks (BENCH_ARGS=--quick: to see that they run)"
+	@echo "make clean   remove .venv and everything that was built"
+
+demo: $(STAMP)
+	$(BIN)/nm-compiler demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/python -m mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/step_time.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/compile_cost.py $(BENCH_ARGS)
+
+# The build backend is installed first, from the same pins, so that pip needs no second, unpinned environment to build in.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "nm_compiler needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python3"; exit 1; }
+	@test -x $(BIN)/python || { echo "making $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
+	@echo "filling $(VENV) from constraints.txt (torch is large: a minute or more the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

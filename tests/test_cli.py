@@ -1,0 +1,75 @@
+"""The command line: exit statuses, and mistakes told in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nm_compiler import cli
+
+SPARSE = torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 0.0, 3.0, 4.0]])
+
+
+def test_verify_exits_with_0_if_a_weight_satisfies_the_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"a": SPARSE, "b": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    assert cli.main(["verify", str(tmp_path / "model.safetensors"), "--pattern", "2:4"]) == 0
+    assert "1 of 2 weights are 2:4." in capsys.readouterr().out
+
+
+def test_verify_exits_with_1_if_no_weight_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"a": SPARSE}, tmp_path / "model.pt")
+    assert cli.main(["verify", str(tmp_path / "model.pt"), "--pattern", "1:4"]) == 1
+    assert "0 of 1 weights are 1:4." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["missing", "truncated", "pattern"])
+def test_verify_exits_with_2_and_one_line_on_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    path = tmp_path / "model.pt"
+    if case != "missing":
+        torch.save({"a": SPARSE}, path)
+    if case == "truncated":
+        path.write_bytes(path.read_bytes()[:100])
+    assert cli.main(["verify", str(path), "--pattern", "4:2" if case == "pattern" else "2:4"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("nm-compiler: ")
+    assert error.count("\n") == 1
+    assert ("did you mean '2:4'?" if case == "pattern" else str(path)) in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "nowhere.npz"], "nowhere.npz: no such file or folder"),
+        (["--model", "resnet20"], "--data PATH"),
+        (["--model", "vgg"], "no model called 'vgg'"),
+        (["--methods", "lbcc"], "no method called 'lbcc': choose from magnitude, srste, lbc, bimask"),
+        (["--patterns", "4:2"], "did you mean '2:4'?"),
+        (["--methods", "magnitude", "--patterns", "3:7"], "3:7"),
+        (["--seeds", "0"], "--seeds 0: needs a whole number of at least 1"),
+        (["--device", "warp"], "--device warp cannot be used here"),
+        (["--out", "no/such/folder/page.html"], "does not exist"),
+    ],
+)
+def test_the_demo_explains_a_mistake_before_it_trains(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert cli.main(["demo", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_EXTRAS", ("no_such_package",))
+    assert cli.main(["demo"]) == 2
+    assert "no_such_package: pip install 'nm_compiler[demo]'" in capsys.readouterr().err
+
+
+def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "verify" in capsys.readouterr().out
