@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In CI (NM_CI=1) a test marked ``required`` may not be skipped."""
+    report = yield
+    if report.skipped and os.environ.get("NM_CI") and item.get_closest_marker("required"):
+        report.outcome, report.longrepr = "failed", f"required, but skipped: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(autouse=True)

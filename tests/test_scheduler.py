@@ -11,9 +11,9 @@ from torch import Tensor
 import nm_compiler as nm
 
 
-def sparse_mlp(method: Any = None, seed: int = 0) -> nm.SparseModule:
+def sparse_mlp(method: Any = None, seed: int = 0, width: int = 16) -> nm.SparseModule:
     torch.manual_seed(0)
-    model = MLP()
+    model = MLP(width)
     return nm.compile(model, example(model), method=method or nm.LBC(), seed=seed)
 
 
@@ -107,7 +107,7 @@ def test_the_search_never_lets_the_backward_share_fall_and_stays_within_conv_gro
 def test_the_seed_of_compile_decides_the_orders() -> None:
     orders = []
     for seed in (0, 0, 1):
-        sparse = sparse_mlp(nm.BiMask(interval=1, moves=8), seed=seed)
+        sparse = sparse_mlp(nm.BiMask(interval=1, moves=64), seed=seed, width=64)
         scheduler = nm.SparsityScheduler(sparse, total_steps=1)
         scheduler.step()
         orders.append(sparse.weights[0]["order"].clone())
@@ -157,5 +157,7 @@ def test_a_state_taken_before_t_f_lets_the_scores_learn_again() -> None:
 
 
 def test_a_method_prints_the_same_in_every_process() -> None:
-    assert str(nm.BiMask()) == "BiMask(interval=100, decay=0.0002, moves=1000, objective='magnitude', search=pair_swap_search)"
+    assert (
+        str(nm.BiMask()) == "BiMask(interval=100, decay=0.0002, moves=10000, objective='magnitude', search=pair_swap_search)"
+    )
     assert "0x" not in str(nm.BiMask(search=lambda *a, **k: a[1]))

@@ -83,7 +83,7 @@ def _sections(outcome: Outcome) -> Iterator[str]:
         "has more than N coloured ones.",
     )  # fmt: skip
     yield _block("What the compiler changed", _programs(outcome), wide=True)
-    yield _block("Weight by weight", "".join(_reports(outcome)))
+    yield _block("Weight by weight", "".join(_reports(outcome)), wide=True)
 
 
 def _figure(outcome: Outcome, picture: plots.Picture, title: str, caption: str) -> str:

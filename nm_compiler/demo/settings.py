@@ -84,7 +84,7 @@ def choose(*, data: str | None = None, model: str | None = None, quick: bool = F
     """Settings with the defaults that fit the data; options given as None count as not given. Raises NMError."""
     if data is None:
         base = Settings(model=model or "digits")
-        base = replace(base, seeds=1, epochs=8) if quick else base
+        base = replace(base, seeds=1, epochs=6) if quick else base
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         base = Settings(data, model or "resnet20", epochs=100, batch_size=128, device=given.get("device") or device)

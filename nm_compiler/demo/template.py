@@ -65,7 +65,8 @@ $methods
 <h2>Results</h2>
 $table
 <div class="soft">
-<p><b>Test accuracy</b> is of the frozen model on images it never saw: mean ± standard deviation over the seeds.
+<p><b>Test accuracy</b> is of the frozen model on images it never saw: mean ± standard deviation over the seeds; a
+difference smaller than that says nothing about the methods.
 <b>Magnitude retained</b> is Σ|W·mask| / Σ|W| at the end of training. <b>Exact pattern</b> is what <code>nm.verify</code>
 counted in the frozen model, in the worst seed; the stem and the head stay dense. <b>Step time</b> is the median of an
 optimizer step plus the mean cost of keeping the masks, relative to dense, all contestants taking turns step by step.

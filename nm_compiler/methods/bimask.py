@@ -28,13 +28,13 @@ class BiMask(Method):
     order are always candidates. A weight whose output channels do not divide by M keeps B = F. Ref: Bi-Mask, eq. 8 to 10.
 
     interval: optimizer steps between searches (first search after step 1); decay: lambda, 2e-4;
-    moves: swaps proposed in a search, for each weight; objective: ``"magnitude"`` keeps the most of sum |W * F|,
+    moves: swaps weighed in a search, for each weight; objective: ``"magnitude"`` keeps the most of sum |W * F|,
     ``"count"`` the most non-zeros (the paper's); search: any `OrderSearch`. Raises NMError for values out of range.
     """
 
     interval: int = 100
     decay: float = 2e-4
-    moves: int = 1000
+    moves: int = 10_000
     objective: Literal["magnitude", "count"] = "magnitude"
     search: OrderSearch = pair_swap_search
 
