@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import is_constant, value_of
 from nm_compiler.rewrite import constant
-from nm_compiler.sites import CONVS
+from nm_compiler.uses import CONVS
 
 aten = torch.ops.aten
 

@@ -21,7 +21,8 @@ from torch.fx import GraphModule, Node
 from nm_compiler.ops import products as _ops  # noqa: F401  registers nm::linear and nm::conv
 from nm_compiler.ops import weights as _weights  # noqa: F401
 from nm_compiler.rewrite import call, masked_nodes
-from nm_compiler.sites import CONVS, Site, Use, uses
+from nm_compiler.sites import Site
+from nm_compiler.uses import CONVS, Use, uses
 
 aten = torch.ops.aten
 
