@@ -62,14 +62,20 @@ class PublishedLBC(nn.Module):
         start = 1 / float(table[:, 0].sum())
         self.scores = nn.Parameter(torch.full((layer.weight.numel() // m, len(rows)), start))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def masked_weight(self) -> Tensor:
+        """The weight that the product reads: the mask from all C scores of every group, times the weight."""
         live = (self.scores != 0).float()
         mask: Tensor = _binary((self.scores * live) @ self.table)
         weight = self.layer.weight
-        if isinstance(self.layer, nn.Linear):
-            return functional.linear(x, mask.view(weight.shape) * weight, self.layer.bias)
+        if weight.ndim == 2:
+            return mask.view(weight.shape) * weight
         rows = weight.permute(0, 2, 3, 1)
-        masked = (mask.view(rows.shape) * rows).permute(0, 3, 1, 2)
+        return (mask.view(rows.shape) * rows).permute(0, 3, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        masked = self.masked_weight()
+        if isinstance(self.layer, nn.Linear):
+            return functional.linear(x, masked, self.layer.bias)
         return functional.conv2d(x, masked, self.layer.bias, self.layer.stride, self.layer.padding)
 
     @torch.no_grad()

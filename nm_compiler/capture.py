@@ -9,6 +9,7 @@ moved or registered on the model is what the graph reads. Constants and subgraph
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import linecache
 import logging
@@ -49,6 +50,7 @@ def capture(
     for training in (False, True):
         with _mode(model, training):
             captured[training] = _export(model, args, named, dynamic_shapes, hidden, training)
+        gc.collect()  # an exported program is one large cycle: two at a time would double the peak
     return captured
 
 
@@ -72,8 +74,9 @@ def _export(
     exported = program.module(check_guards=False)
     graph = flat_copy(exported.graph)
     gm = bind(graph, model, _extras(graph, exported, model))
-    for node in list(gm.graph.nodes):  # a dtype or device frozen at capture would break .to() and .double()
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+    for node in list(gm.graph.nodes):
+        node.meta = {key: value for key, value in node.meta.items() if key in ("val", "stack_trace")}
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:  # a dtype frozen at capture breaks .double()
             gm.graph.erase_node(node)
     _canonical_names(gm, model)
     tidy(gm)
