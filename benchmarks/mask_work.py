@@ -32,13 +32,13 @@ def ours(method: nm.Method, pattern: str, grad: Tensor) -> tuple[Callable[[], No
     sparse = nm.compile(nn.Linear(SIZE, SIZE), torch.randn(2, SIZE), pattern=pattern, method=method, include="*")
     weight = sparse.weights[0]
     masked, weight_op = masked_nodes(sparse.graph(True), "weight")[0], weight.param
-    scores = [weight["scores"]] if weight.has("scores") else []
+    scores = [weight["scores"]] if isinstance(method, LBC) else []
     optimizer = torch.optim.SGD([s for s in scores if isinstance(s, nn.Parameter)] or [nn.Parameter(torch.zeros(1))], 0.1, 0.9)
 
     def step() -> None:
         inputs = [value_of(sparse.graph(True), a) if isinstance(a, torch.fx.Node) else a for a in masked.args]
         forward = masked.target(*inputs)  # type: ignore[operator]
-        if weight.has("order"):
+        if isinstance(method, nm.BiMask):
             torch.ops.nm.backward_weight(forward.detach(), weight["order"], *masked.args[1:4])
         forward.backward(grad)
         weight_op.grad = None

@@ -7,17 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from nm_compiler.capture import capture
 from nm_compiler.errors import NMError
+from nm_compiler.evaluate import value_of
 from nm_compiler.graph import run, show_graph
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.module import SparseModule, attach_state, detach_state, unwrap
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.recipe import freezing, pipeline
+from nm_compiler.rewrite import masked_nodes
 from nm_compiler.sites import Plan, find
-from nm_compiler.state import RECIPE
+from nm_compiler.solvers.check import worst_group
+from nm_compiler.state import MARK
 
 
 def compile(
@@ -45,20 +49,35 @@ def compile(
     place, and `freeze` removes it. Build the optimizer afterwards, from ``sparse.parameters()``.
     Raises NMError, the model unchanged, if it cannot be captured or no weight is left to make sparse.
     """
+    with torch.inference_mode(False):
+        return _compile(model, example_inputs, kwargs, pattern, method, (include, exclude), dynamic_shapes, seed)
+
+
+def _compile(
+    model: nn.Module,
+    example_inputs: Any,
+    kwargs: Mapping[str, Any] | None,
+    pattern: PatternSpec,
+    method: Method | None,
+    globs: tuple[Sequence[str], Sequence[str]],
+    dynamic_shapes: Any,
+    seed: int,
+) -> SparseModule:
     patterns = PatternMap.parse(pattern)
     method = BiMask() if method is None else method
     pipeline(method, ())  # an unknown method is refused before anything else happens
     _check_model(model)
     args = _arguments(example_inputs, kwargs)
-    captured = capture(model, args, dict(kwargs or {}), dynamic_shapes)
-    plan = find(model, [gm for gm, _ in captured.values()], patterns, include=_globs(include), exclude=_globs(exclude))
+    args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
+    captured = capture(model, args, named, dynamic_shapes)
+    plan = find(model, [gm for gm, _ in captured.values()], patterns, include=_globs(globs[0]), exclude=_globs(globs[1]))
     _check_weights(model, plan, method)
     names = attach_state(model, plan, method)
     try:
         graphs = {mode: (run(gm, pipeline(method, plan.sites)), signature) for mode, (gm, signature) in captured.items()}
         return SparseModule(model, graphs, plan, method, seed)
     except BaseException:
-        detach_state(model, names)
+        detach_state(model, plan, names)
         raise
 
 
@@ -81,11 +100,18 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
             f"{list(first.shape)}): combinations are still live before t_f. Train on to t_f, or nm.freeze(sparse, "
             "finish=True) keeps the best-scored combination of every group now and costs accuracy"
         )
+    before = {name: tensor.clone() for name, tensor in module.origin.named_buffers() if name in module.state_names()}
     for weight in open_ones:
         module.method.settle(weight)
+    try:
+        _check_masks(module)
+    except NMError:
+        for name, tensor in before.items():
+            module.origin.get_buffer(name).copy_(tensor)
+        raise
     for training in (False, True):
         run(module.graph(training), freezing(module.plan.sites))
-    detach_state(module.origin, module.state_names())
+    detach_state(module.origin, module.plan, module.state_names())
     module.__dict__["frozen"] = True
     model: nn.Module = module.origin
     return model
@@ -94,6 +120,10 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
 def show(sparse: nn.Module, *, training: bool = False) -> str:
     """The rewritten graph of a mode as a program: one node a line, with dtype and shape."""
     return show_graph(unwrap(sparse).graph(training))
+
+
+def _normal(example: Tensor) -> Tensor:
+    return example.clone() if example.is_inference() else example  # an inference tensor cannot be traced for training
 
 
 def _arguments(example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[Any, ...]:
@@ -111,21 +141,38 @@ def _globs(globs: Sequence[str]) -> tuple[str, ...]:
     return (globs,) if isinstance(globs, str) else tuple(globs)
 
 
+def _where(marked: list[str]) -> str:
+    return f" (its submodule {marked[0]!r} owns N:M weights)" if marked and marked[0] else ""
+
+
+def _check_masks(module: SparseModule) -> None:
+    """Every mask is exactly N:M, checked before the first weight is written."""
+    for weight in module.weights:
+        site = weight.site
+        for training in (False, True):
+            for node in masked_nodes(module.graph(training), site.name):
+                fullest = worst_group(value_of(module.graph(training), node), site.pattern.m, site.in_axis)
+                if fullest > site.pattern.n:
+                    raise NMError(
+                        f"{site.name} of shape {list(site.shape)}: its mask keeps {fullest} of {site.pattern.m} in a "
+                        f"group, not {site.pattern}; the state beside it was edited, load a healthy checkpoint"
+                    )
+
+
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise NMError(f"nm.compile takes a torch.nn.Module, not {type(model).__name__}")
-    if (
-        isinstance(model, SparseModule)
-        or RECIPE in dict(model.named_buffers())
-        or any(name.endswith(f".{RECIPE}") for name, _ in model.named_buffers())
-    ):
+    marked = [name for name, module in model.named_modules() if MARK in module.__dict__]
+    if isinstance(model, SparseModule) or marked:
         raise NMError(
-            f"this {type(model).__name__} is compiled already: use the first nm.compile's result, "
+            f"this {type(model).__name__} is compiled already{_where(marked)}: use the first nm.compile's result, "
             "or nm.freeze it before compiling again"
         )
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
         raise NMError(f"compile the model itself, then wrap the result: this is a {type(model).__name__} around it")
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise NMError(f"{name} has no shape yet (a lazy layer): run one batch through the model before nm.compile")
         if parameter.is_meta:
             raise NMError(
                 f"{name} of shape {list(parameter.shape)} is on the meta device and has no values: "

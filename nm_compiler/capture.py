@@ -31,6 +31,10 @@ from nm_compiler.signature import Signature, describe
 
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_ON_DATA = (
+    "Control flow that depends on data cannot be captured: rewrite that line with torch.where or torch.cond, or move it "
+    "out of the model."
+)
 _NOISY = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export")
 
 
@@ -44,11 +48,14 @@ def capture(
     Returns, per mode, a graph with flat inputs and outputs bound to the model, and the signature it was taken with.
     Raises NMError that names the line of the user's code. The model's mode and state are as before.
     """
+    for name in (*model._modules, *model._parameters, *model._buffers):
+        if hasattr(GraphModule, name) or name == "extras":
+            raise NMError(f"{type(model).__name__}.{name} has a name that graphs use themselves: rename it, or wrap the model")
     hidden = _without_cache(model, kwargs)
     named = {**kwargs, **hidden}
     captured = {}
     for training in (False, True):
-        with _mode(model, training):
+        with in_mode(model, training):
             captured[training] = _export(model, args, named, dynamic_shapes, hidden, training)
         gc.collect()  # an exported program is one large cycle: two at a time would double the peak
     return captured
@@ -115,15 +122,23 @@ def _extras(graph: Graph, exported: GraphModule, model: nn.Module) -> dict[str, 
     """
     found: dict[str, Any] = {}
     for node in graph.nodes:
-        if node.op != "get_attr":
+        if node.op != "get_attr" or _is_state(model, str(node.target)):
             continue
-        try:
-            getattr_path(model, node.target)
-        except AttributeError:
-            value = getattr_path(exported, node.target)
-            node.target = str(node.target).replace(".", "_")
-            found[node.target] = value
+        value = getattr_path(exported, node.target)
+        name = str(node.target).replace(".", "_")
+        while name in found and found[name] is not value:
+            name += "_"
+        node.target, found[name] = name, value
     return found
+
+
+def _is_state(model: nn.Module, path: str) -> bool:
+    owner, _, leaf = path.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return False
+    return leaf in module._parameters or leaf in module._buffers
 
 
 def _canonical_names(gm: GraphModule, model: nn.Module) -> None:
@@ -135,13 +150,17 @@ def _canonical_names(gm: GraphModule, model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The mode as the model's own ``train()`` sets it, so that deliberately frozen layers stay frozen; then back."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The mode as the model's own ``train()`` sets it, so that deliberately frozen layers stay frozen; then back.
+
+    Also back through ``train()``, for models that rewrite weights there, then each module's own flag.
+    """
     before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
         yield
     finally:
+        model.train(before[0][1])
         for module, flag in before:
             module.training = flag
 
@@ -165,13 +184,9 @@ def _without_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any
     return {"use_cache": False} if wants else {}
 
 
-def _batch(leaves: list[Any]) -> int | None:
-    return next((int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
-
-
 def _repeat_batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    if _batch(leaves) != 1:
+    if any(isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] != 1 for leaf in leaves):
         return args, kwargs
     both: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten([_twice(leaf) for leaf in leaves], spec)
     return both
@@ -185,9 +200,8 @@ def _twice(leaf: Any) -> Any:
 
 def _dynamic_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leaves = pytree.tree_leaves((args, kwargs))
-    size = _batch(leaves)
     shapes = torch.export.ShapesCollection()
-    chosen = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == size}
+    chosen = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
     for leaf in chosen.values():
         shapes[leaf] = {0: torch.export.Dim.AUTO}
     try:
@@ -205,8 +219,7 @@ def _explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: 
         f"{type(model).__name__} could not be captured in {mode} mode with inputs {describe(args, kwargs)}\n"
         f"  {type(error).__name__}: {short}\n"
         + (f"  at {line}\n" if line else "")
-        + "Check that model(*example_inputs) runs; control flow that depends on data cannot be captured by export: "
-        "rewrite that line with torch.where or torch.cond, or move it out of the model."
+        + (_ON_DATA if "DataDependent" in type(error).__name__ else "Check that model(*example_inputs) runs.")
     )
 
 

@@ -6,7 +6,6 @@ repeat: dead code, lint, recompile, and shapes for the new nodes.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -161,8 +160,3 @@ def _argument(arg: Any) -> str:
 
 def _flat(args: Any) -> Iterator[Any]:
     yield from args if isinstance(args, (tuple, list)) else (args,)
-
-
-def is_getitem(node: Node) -> bool:
-    """Whether a node only picks an item of a tuple result."""
-    return node.op == "call_function" and node.target is operator.getitem

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from types import FunctionType, MethodType
 from typing import Any
@@ -20,8 +20,13 @@ from nm_compiler.evaluate import effective_weights
 from nm_compiler.methods.base import Method
 from nm_compiler.signature import Signature
 from nm_compiler.sites import Plan
-from nm_compiler.state import RECIPE, SUFFIXES, Weight, read_recipe, register, unregister, write_recipe
+from nm_compiler.state import RECIPE, Weight, mark, read_recipe, register, unmark, unregister, write_recipe
 
+_SHARED = (
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
 Graphs = Mapping[bool, tuple[GraphModule, Signature]]
 
 
@@ -38,12 +43,10 @@ class SparseModule(nn.Module):
         self.__dict__.update(plan=plan, method=method, seed=seed)
 
     def _attach(self, model: nn.Module, graphs: Graphs) -> None:
-        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        for name in _SHARED:
             self.__dict__[name] = getattr(model, name)
-        modules = [module for _, module in model.named_modules()]
-        flags = {mode: _flags(model, modules, mode) for mode in (False, True)}
         self.__dict__.update(
-            origin=model, graphs=dict(graphs), training=model.training, frozen=False, _watched=modules, _expected=flags
+            origin=model, graphs=dict(graphs), training=model.training, frozen=False, _watched=list(model.modules())
         )
         self.__dict__["forward"] = MethodType(_own_code(type(self).forward), self)
 
@@ -53,21 +56,24 @@ class SparseModule(nn.Module):
         """Run the graph of the current mode. Raises NMError for a call that does not fit what was captured."""
         if self.frozen:
             raise NMError("this model was frozen: use what nm.freeze returned, the plain model with zeros in its weights")
-        if not torch.compiler.is_compiling():
-            self._check_modes()
         gm, signature = self.graphs[self.training]
+        self._check_modes(signature.modes)
         outputs = gm(*signature.flatten(args, kwargs))
         return pytree.tree_unflatten(list(outputs), signature.out_spec)
 
-    def _check_modes(self) -> None:
-        for module, expected in zip(self._watched, self._expected[self.training], strict=True):
-            if module.training is not expected:
-                name = next(name for name, m in self.origin.named_modules() if m is module)
-                now, then = ("training", "evaluation") if module.training else ("evaluation", "training")
-                raise NMError(
-                    f"{name or 'the model'} ({type(module).__name__}) is in {now} mode, but was captured in {then} mode: "
-                    "switch the whole model with train() and eval(), or set that mode in the model's own train()"
-                )
+    def _check_modes(self, modes: tuple[bool, ...]) -> None:
+        for module, expected in zip(self._watched, modes, strict=True):
+            if module is not self.origin and module.training is not expected:
+                self._refuse_mode(module)
+
+    @torch.compiler.disable  # a compiled call leaves the graph here, to raise as the eager one does
+    def _refuse_mode(self, module: nn.Module) -> None:
+        name = next(name for name, m in self.origin.named_modules() if m is module)
+        now, then = ("training", "evaluation") if module.training else ("evaluation", "training")
+        raise NMError(
+            f"{name} ({type(module).__name__}) is in {now} mode, but was captured in {then} mode: "
+            "switch the whole model with train() and eval(), or set that mode in the model's own train()"
+        )
 
     def train(self, mode: bool = True) -> SparseModule:
         """Switch the mode as the model's own ``train`` does, so deliberately frozen layers stay frozen."""
@@ -128,27 +134,58 @@ class SparseModule(nn.Module):
 
     def state_names(self) -> list[str]:
         """The names of everything that was registered on the model."""
-        present = [f"{w.site.name}_{suffix}" for w in self.weights for suffix in SUFFIXES if w.has(suffix)]
-        return [*present, RECIPE]
+        own = [f"{site.name}_{suffix}" for site in self.plan.sites for suffix in self.method.suffixes(site)]
+        return [*own, RECIPE]
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module.load_state_dict`; a dense state_dict fits too and starts the state afresh.
+
+        Raises NMError, nothing loaded, for another method, layout or pattern, for damaged state, and for wrong shapes.
+        """
+        if self.frozen:
+            raise NMError("this model was frozen: load into what nm.freeze returned, the plain model")
+        for name, value in self.state_dict().items():
+            given = state_dict.get(name, value)
+            if name != RECIPE and isinstance(given, Tensor) and given.shape != value.shape and name not in self.state_names():
+                raise NMError(
+                    f"{name} has shape {list(given.shape)} in this state_dict and {list(value.shape)} in the model: "
+                    "it belongs to another architecture; nothing was loaded"
+                )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Check the whole state before anything is written; a dense state_dict gets fresh state. Raises NMError."""
-        tag = state_dict.get(prefix + RECIPE)
-        fresh = fresh_state(self, state_dict, prefix)
-        own = self._buffers[RECIPE]
+        """Check the state below ``prefix`` before any of it is written. Also called where this module is nested."""
+        tag, own = state_dict.get(prefix + RECIPE), self._buffers[RECIPE]
         assert own is not None
         if tag is None:
-            stray = [key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) in fresh]
-            if stray:
-                raise NMError(f"this state_dict has {stray[0]!r} but no {prefix + RECIPE!r}: save the whole state_dict again")
-            state_dict.update({prefix + name: value for name, value in fresh.items()})
+            self._start_afresh(state_dict, prefix)
         else:
             self._compare(read_recipe(tag), read_recipe(own))
-            self._check_values(state_dict, prefix, fresh)
+            self._check_values(state_dict, prefix, fresh_state(self, state_dict, prefix))
         state_dict[prefix + RECIPE] = own
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.origin._load_from_state_dict(state_dict, prefix, *args)
+
+    def _start_afresh(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Give a dense state_dict the fresh state of every weight it holds, under all names of its owner."""
+        fresh = fresh_state(self, state_dict, prefix)
+        stray = [key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) in fresh]
+        if stray:
+            raise NMError(f"this state_dict has {stray[0]!r} but no {prefix + RECIPE!r}: save the whole state_dict again")
+        owners = list(self.origin.named_modules(remove_duplicate=False))
+        for weight in self.weights:
+            if prefix + weight.site.name not in state_dict:
+                continue
+            for suffix in self.method.suffixes(weight.site):
+                value = fresh[f"{weight.site.name}_{suffix}"]
+                for path in (path for path, module in owners if module is weight.owner):
+                    state_dict[f"{prefix}{path}{'.' if path else ''}{weight.leaf}_{suffix}"] = value
+                if isinstance(weight[suffix], nn.Parameter):
+                    weight[suffix].requires_grad_(True)  # it learns again, whatever the schedule had settled
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.origin._save_to_state_dict(destination, prefix, keep_vars)  # with the model's own extra state and overrides
 
     def _compare(self, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
         if {k: v for k, v in theirs.items() if k != "weights"} != {k: v for k, v in ours.items() if k != "weights"}:
@@ -168,10 +205,8 @@ class SparseModule(nn.Module):
     def _check_values(self, state_dict: Mapping[str, Any], prefix: str, fresh: Mapping[str, Tensor]) -> None:
         for weight in self.weights:
             state = {}
-            for suffix in SUFFIXES:
+            for suffix in self.method.suffixes(weight.site):
                 name = f"{weight.site.name}_{suffix}"
-                if name not in fresh:
-                    continue
                 value = state_dict.get(prefix + name)
                 if not isinstance(value, Tensor) or value.shape != fresh[name].shape:
                     found = "missing" if value is None else f"of shape {list(value.shape)}"
@@ -245,32 +280,35 @@ def attach_state(model: nn.Module, plan: Plan, method: Method) -> list[str]:
     some = weights[0].param
     extras[RECIPE] = write_recipe(method.layout(), plan.sites).to(some.device)
     register(model, extras)
+    mark(model, plan.sites)
     return list(extras)
 
 
-def detach_state(model: nn.Module, names: Iterator[str] | list[str]) -> None:
-    """Take the state off the model again."""
+def detach_state(model: nn.Module, plan: Plan, names: list[str]) -> None:
+    """Take the state and the marks off the model again."""
     unregister(model, names)
+    unmark(model, plan.sites)
 
 
 def unwrap(model: Any) -> SparseModule:
-    """The SparseModule inside DDP or ``torch.compile``. Raises NMError if there is none."""
+    """The SparseModule inside DDP, an averaged model or ``torch.compile``. Raises NMError if there is none."""
     inner = model
     while not isinstance(inner, SparseModule):
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if inner is None:
-            raise NMError(f"{type(model).__name__} is not a compiled model: call nm.compile(model, example_inputs) first")
+        if isinstance(inner, _WRAPPERS):
+            inner = inner.module
+        elif isinstance(inner, nn.Module) and "_orig_mod" in inner._modules:
+            inner = inner._orig_mod
+        else:
+            raise NMError(_no_carrier(model))
     return inner
 
 
-def _flags(model: nn.Module, modules: list[nn.Module], mode: bool) -> list[bool]:
-    before = [(module, module.training) for module in modules]
-    try:
-        model.train(mode)
-        return [module.training for module in modules]
-    finally:
-        for module, flag in before:
-            module.training = flag
+def _no_carrier(model: Any) -> str:
+    kind = type(model).__name__
+    inside = [n for n, m in model.named_modules() if isinstance(m, SparseModule)] if isinstance(model, nn.Module) else []
+    if inside:
+        return f"{kind} is not a compiled model itself, but its submodule {inside[0]!r} is: pass that one"
+    return f"{kind} is not a compiled model: call nm.compile(model, example_inputs) first"
 
 
 def _method_text(recipe: Mapping[str, Any]) -> str:

@@ -32,6 +32,8 @@ def pipeline(method: Method, sites: Sequence[Site]) -> list[Pass]:
             return [partial(insert_srste, sites=sites, decay=decay)]
         case Magnitude():
             return [partial(insert_fixed_masks, sites=sites)]
+    if isinstance(method, type) and issubclass(method, Method):
+        raise NMError(f"method={method.__name__} is the class: did you mean nm.{method.__name__}()?")
     raise NMError(f"method={method!r}: choose nm.LBC(), nm.BiMask(), nm.SRSTE() or nm.Magnitude()")
 
 

@@ -114,6 +114,9 @@ def move_devices(gm: GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
             return new
         return value
 
+    for value in gm.__dict__.get("extras", {}).values():
+        if isinstance(value, GraphModule):  # the body of a higher-order op
+            move_devices(value, fn)
     for node in gm.graph.nodes:
         node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
         if changed:

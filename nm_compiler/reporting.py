@@ -5,12 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
-from nm_compiler.methods.lbc import LBC
 from nm_compiler.module import SparseModule, unwrap
 from nm_compiler.pattern import PatternLike
 from nm_compiler.runtime.report import Report, Row
 from nm_compiler.runtime.verify import verify
-from nm_compiler.solvers.combinations import count
 from nm_compiler.state import Weight
 
 
@@ -40,27 +38,14 @@ def _planned(module: SparseModule, weight: Weight) -> Row:
     site = weight.site
     forward, backward = module.masked(site.name)
     total, kept = _magnitude(weight.param.detach()), _magnitude(forward)
-    live = None
-    if isinstance(module.method, LBC):
-        live = float(count(weight["live"], packed=module.method.by_position and site.pattern.has_table).double().mean())
     return Row(
-        site.name, site.op, site.shape, str(site.pattern), "sparse", _remark(module, weight),
+        site.name, site.op, site.shape, str(site.pattern), "sparse",
+        module.method.remark(weight) or f"{site.pattern} along the input axis",
         retained=kept / total if total else 1.0,
         backward_kept=None if backward is None else (_magnitude(backward) / kept if kept else 1.0),
-        live=live,
+        live=module.method.live(weight),
         nonzero=float((forward != 0).double().mean()),
     )  # fmt: skip
-
-
-def _remark(module: SparseModule, weight: Weight) -> str:
-    """What a user should know about a sparse weight."""
-    site = weight.site
-    if not module.method.is_settled(weight):
-        return "training: combinations are still live"
-    if module.method.name == "BiMask" and not site.backward_groups:
-        outputs = f"{site.out // site.conv_groups} output channels" + " in each conv group" * (site.conv_groups > 1)
-        return f"backward mask = forward mask: {outputs}, not a multiple of {site.pattern.m}"
-    return f"{site.pattern} along the input axis"
 
 
 def _magnitude(weight: Tensor) -> float:

@@ -7,6 +7,7 @@ says what was captured instead.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ class TensorInput:
                 return f"has size {actual} on axis {axis}, where {size} was captured"
             if size is None and (actual < self.low[axis] or (high is not None and actual > high)):
                 limit = f"{self.low[axis]} to {high}" if high is not None else f"{self.low[axis]} or more"
-                return f"has size {actual} on axis {axis}, and the captured branch holds for {limit}"
+                why = "batch norm in training needs" if self.low[axis] == 2 else "the captured branch holds for"
+                return f"has size {actual} on axis {axis}, and {why} {limit}"
         return None
 
     def __str__(self) -> str:
@@ -56,7 +58,8 @@ class Signature:
     """The inputs of a captured graph and the structure of its outputs.
 
     arg_names: of the positional inputs; hidden: keyword inputs added at capture (``use_cache=False``);
-    guards: conditions on sizes under which the captured branches hold, as Python expressions over ``L[name]``.
+    guards: conditions on sizes under which the captured branches hold, as Python expressions over ``L[name]``;
+    modes: the training flag of each of the model's modules at capture.
     """
 
     arg_names: tuple[str, ...]
@@ -67,6 +70,12 @@ class Signature:
     inputs: tuple[Any, ...]
     paths: tuple[str, ...]
     guards: tuple[str, ...]
+    modes: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        """Guards become functions once, which TorchDynamo can trace into guards of its own."""
+        scope = {"math": math, "torch": torch}
+        self.__dict__["_conditions"] = tuple(eval(f"lambda L: {guard}", scope) for guard in self.guards)
 
     @classmethod
     def of(
@@ -77,8 +86,9 @@ class Signature:
         placeholders = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
         leaves = pytree.tree_leaves((args, dict(kwargs)))
         ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
+        alone = _alone_in_batch_norm(gm)
         inputs = tuple(
-            _tensor_input(value, ranges) if isinstance(value, Tensor) else leaf
+            _tensor_input(value, ranges, alone) if isinstance(value, Tensor) else leaf
             for value, leaf in zip(placeholders, leaves, strict=True)
         )
         names = list(inspect.signature(model.forward).parameters)[: len(args)]
@@ -87,16 +97,18 @@ class Signature:
         paths = tuple(_path(key, arg_names) for key, _ in flat)
         guards = tuple(getattr(program, "_guards_code", None) or ())
         out_spec = program.call_spec.out_spec
-        return cls(arg_names, tuple(kwargs), dict(hidden), in_spec, out_spec, inputs, paths, guards)
+        modes = tuple(module.training for module in model.modules())
+        return cls(arg_names, tuple(kwargs), dict(hidden), in_spec, out_spec, inputs, paths, guards, modes)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tree specs pickle as trees of numbers, which do not depend on the torch version."""
         specs = {key: pytree.tree_unflatten(list(range(spec.num_leaves)), spec) for key, spec in self._specs().items()}
-        return {**self.__dict__, **specs}
+        return {**{k: v for k, v in self.__dict__.items() if k != "_conditions"}, **specs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         specs = {key: pytree.tree_structure(state[key]) for key in ("in_spec", "out_spec")}
         self.__dict__.update({**state, **specs})
+        self.__post_init__()
 
     def _specs(self) -> dict[str, pytree.TreeSpec]:
         return {"in_spec": self.in_spec, "out_spec": self.out_spec}
@@ -116,7 +128,7 @@ class Signature:
                     self._refuse(args, kwargs, f"{path} {problem}")
             elif value is not expected and (isinstance(value, Tensor) or value != expected):
                 self._refuse(args, kwargs, f"{path} is {describe_leaf(value)}, the graph holds for {expected!r}")
-        if self.guards and not torch.compiler.is_compiling():
+        if self.guards:
             self._check_guards(args, named)
         return flat
 
@@ -134,16 +146,19 @@ class Signature:
         return tuple(named[name] for name in self.arg_names), {name: named[name] for name in self.kwarg_names}
 
     def _check_guards(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        scope = {"L": {**dict(zip(self.arg_names, args, strict=True)), **kwargs}}
-        for guard in self.guards:
+        given = {**dict(zip(self.arg_names, args, strict=True)), **kwargs}
+        for guard, condition in zip(self.guards, self.__dict__["_conditions"], strict=True):
             try:
-                holds = bool(eval(guard, {"math": __import__("math"), "torch": torch}, scope))
-            except Exception:
-                holds = not _is_about_sizes(guard)
+                holds = condition(given)
+            except ZeroDivisionError:  # a size of 0 or 1 that the captured branch never meant
+                holds = False
+            except KeyError:  # an input inside *args or **kwargs of forward, which has no name here
+                holds = True
             if not holds:
-                condition = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"\1.shape[\2]", guard)
-                self._refuse(args, kwargs, f"the captured branch holds only while {condition}")
+                readable = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"\1.shape[\2]", guard)
+                self._refuse(args, kwargs, f"the captured branch holds only while {readable}")
 
+    @torch.compiler.disable  # a compiled call leaves the graph here, to raise as the eager one does
     def _refuse(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str) -> None:
         raise NMError(
             f"this call does not fit the captured graph: {why}\n"
@@ -155,7 +170,18 @@ class Signature:
         )
 
 
-def _tensor_input(value: Tensor, ranges: Mapping[str, Any]) -> TensorInput:
+def _alone_in_batch_norm(gm: GraphModule) -> set[str]:
+    """Sizes that, at 1, leave a batch norm in training with one value a channel: its variance would be NaN for good."""
+    found = set()
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.aten.batch_norm.default and node.args[5]:
+            batch, _, *space = node.args[0].meta["val"].shape
+            if all(isinstance(size, int) and size == 1 for size in space):
+                found.add(str(batch))
+    return found
+
+
+def _tensor_input(value: Tensor, ranges: Mapping[str, Any], alone: set[str]) -> TensorInput:
     sizes: list[int | None] = []
     low: list[int] = []
     high: list[int | None] = []
@@ -163,13 +189,10 @@ def _tensor_input(value: Tensor, ranges: Mapping[str, Any]) -> TensorInput:
         sizes.append(size if isinstance(size, int) else None)
         bounds = ranges.get(str(size))
         lower, upper = (int(bounds.lower), bounds.upper) if bounds is not None else (0, None)
-        low.append(0 if lower <= 2 else lower)  # export never takes 0 or 1 for a dynamic size; the graph runs them
+        # export never takes 0 or 1 for a dynamic size; the graph runs them
+        low.append(2 if str(size) in alone else 0 if lower <= 2 else lower)
         high.append(int(upper) if upper is not None and upper.is_Integer and int(upper) < 2**31 else None)
     return TensorInput(tuple(sizes), tuple(low), tuple(high), value.is_floating_point())
-
-
-def _is_about_sizes(guard: str) -> bool:
-    return ".size()" in guard
 
 
 def _path(key: Sequence[Any], arg_names: Sequence[str]) -> str:

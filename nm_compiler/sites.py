@@ -81,6 +81,9 @@ def find(
             if not any(matches(name, (glob,)) for name in parameters):
                 known = ", ".join(list(parameters)[:6]) + (", ..." if len(parameters) > 6 else "")
                 raise NMError(f"{option}={glob!r} matches no weight; globs run over parameter names such as {known}")
+    for glob, pattern in patterns.rules:
+        if glob != "*" and not any(matches(name, (glob,)) for name in parameters):
+            raise NMError(f"pattern={{{glob!r}: '{pattern}'}} matches no weight; globs run over parameter names")
     edges = [ends(gm) for gm in graphs]
     sites: list[Site] = []
     refusals: list[Refusal] = []
@@ -94,7 +97,7 @@ def find(
             sites.append(verdict)
         elif included and not parameter.dtype.is_floating_point:
             raise NMError(
-                f"{name} of shape {tuple(parameter.shape)} is {parameter.dtype} but include={included!r} names it; "
+                f"{name} of shape {list(parameter.shape)} is {parameter.dtype} but include={included!r} names it; "
                 "only floating-point weights can be N:M: dequantise it, or leave it out of include="
             )
         else:
@@ -102,10 +105,14 @@ def find(
     if not sites:
         shown = "\n  ".join(f"{r.where} {list(parameters[r.where].shape)}: {r.reason}" for r in refusals[:12])
         raise NMError(
-            f"no weight of this {type(model).__name__} can be {patterns}:\n  {shown or 'it has no weights'}\n"
+            f"no weight of this {type(model).__name__} can be {_shown(patterns)}:\n  {shown or 'it has no weights'}\n"
             "take stem or head in with include=[...], or choose a pattern whose M divides the input channels"
         )
     return Plan(tuple(sites), tuple(refusals), {n: tuple(p.shape) for n, p in parameters.items()}, ops)
+
+
+def _shown(patterns: PatternMap) -> str:
+    return str(patterns.rules[0][1]) if len(patterns.rules) == 1 and patterns.rules[0][0] == "*" else str(patterns)
 
 
 def _uses_in(gm: GraphModule, name: str) -> Iterator[Use | Blocked]:

@@ -21,7 +21,6 @@ from nm_compiler.errors import NMError
 from nm_compiler.sites import Site
 
 RECIPE = "nm_recipe"
-SUFFIXES = ("scores", "live", "order", "mask")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +53,21 @@ class Weight:
         assert isinstance(found, Tensor)
         return found
 
-    def has(self, suffix: str) -> bool:
-        """Whether the state ``<param>_<suffix>`` is registered."""
-        return hasattr(self.owner, f"{self.leaf}_{suffix}")
+
+MARK = "_nm_weights"  # on a module that owns planned weights: their names; state or none, it is compiled
+
+
+def mark(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Note on every owner which of its weights are planned."""
+    for site in sites:
+        weight = Weight(site, model)
+        weight.owner.__dict__.setdefault(MARK, set()).add(weight.leaf)
+
+
+def unmark(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Take the notes off again."""
+    for site in sites:
+        Weight(site, model).owner.__dict__.pop(MARK, None)
 
 
 def register(model: nn.Module, extras: Mapping[str, Tensor]) -> None:

@@ -32,14 +32,13 @@ _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "r
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One product that reads a weight: the node, its op, the weight's own reduction axis, and its data input."""
+    """One product that reads a weight: the node, its op, and the weight's own reduction axis."""
 
     node: Node
     op: str
     in_axis: int
     conv_groups: int
     view: Node  # the node that the product reads: the weight, or a transpose of it
-    data: Node | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +79,21 @@ def _through(node: Node, axes: tuple[int, ...]) -> tuple[int, ...]:
 def _classify(node: Node, view: Node, axes: tuple[int, ...]) -> Use | Blocked:
     position = next((i for i, arg in enumerate(node.args) if arg is view), None)
     target, ndim = node.target, len(axes)
-    data = node.args[0] if node.args and isinstance(node.args[0], Node) else None
     if target is aten.linear.default and position == 1 and ndim == 2:
-        return Use(node, "linear", axes[1], 1, view, data)
+        return Use(node, "linear", axes[1], 1, view)
     if target in CONVS and position == 1:
         if axes[:2] != (0, 1):
             return Blocked("conv", "a convolution reads a transpose of it; groups need the [out, in, *taps] layout")
         if target is aten.convolution.default and node.args[6]:
             return Blocked("conv_transpose", _TRANSPOSED)
         conv_groups = _argument(node, 8 if target is aten.convolution.default else 6, 1)
-        return Use(node, f"conv{ndim - 2}d", 1, conv_groups, view, data)
+        return Use(node, f"conv{ndim - 2}d", 1, conv_groups, view)
     if target in MATMULS and position == 1 and ndim == 2:
-        return Use(node, "matmul", axes[0], 1, view, data)
+        return Use(node, "matmul", axes[0], 1, view)
     if target is aten.addmm.default and position == 2 and ndim == 2:
         if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
             return Blocked("addmm", "addmm with alpha or beta other than 1")
-        return Use(node, "addmm", axes[0], 1, view, node.args[1] if isinstance(node.args[1], Node) else None)
+        return Use(node, "addmm", axes[0], 1, view)
     return Blocked(_op_name(node), _why_not(node, position, ndim))
 
 
@@ -110,6 +108,10 @@ def _why_not(node: Node, position: int | None, ndim: int) -> str:
         return _TRANSPOSED
     if name in _RECURRENT:
         return "inside a fused LSTM, GRU or RNN op: write the cell with linear layers to make it sparse"
+    if node.op == "output":
+        return "returned by the model as it is"
+    if name == "einsum":
+        return "read by einsum, which has no N:M rule: write torch.nn.functional.linear"
     if target in (*MATMULS, aten.bmm.default, aten.baddbmm.default):
         if position == 0:
             return "the left operand of a matmul: write x @ weight.T to make it sparse"

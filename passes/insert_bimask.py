@@ -68,10 +68,18 @@ def _linear(gm: GraphModule, node: Node, use: Use, seen: Node) -> Node:
     forward, backward = use.view, seen
     if node.target is aten.linear.default:
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    else:
-        bias = node.args[0] if node.target is aten.addmm.default else None
-        forward, backward = (gm.graph.call_function(aten.t.default, (weight,)) for weight in (forward, backward))
-    return gm.graph.call_function(torch.ops.nm.linear.default, (use.data, forward, backward, bias))
+        return gm.graph.call_function(torch.ops.nm.linear.default, (node.args[0], forward, backward, bias))
+    added, data = node.args[:2] if node.target is aten.addmm.default else (None, node.args[0])
+    forward, backward = (gm.graph.call_function(aten.t.default, (weight,)) for weight in (forward, backward))
+    if isinstance(added, Node) and tuple(added.meta["val"].shape) == (forward_out(use),):
+        return gm.graph.call_function(torch.ops.nm.linear.default, (data, forward, backward, added))
+    product = gm.graph.call_function(torch.ops.nm.linear.default, (data, forward, backward, None))
+    return product if added is None else gm.graph.call_function(aten.add.Tensor, (product, added))
+
+
+def forward_out(use: Use) -> int:
+    """Output channels of an addmm: what it adds is a bias only if it has just these."""
+    return int(use.view.meta["val"].shape[-1])
 
 
 def _conv(gm: GraphModule, node: Node, forward: Node, backward: Node) -> Node:
@@ -85,8 +93,12 @@ def _conv(gm: GraphModule, node: Node, forward: Node, backward: Node) -> Node:
         data, sides = _by_name(gm, data, padding, taps, dilation)  # type: ignore[arg-type]
     else:
         sides = _each(padding, len(taps))
+    unbatched = given["input"].meta["val"].ndim == len(taps) + 1  # type: ignore[union-attr]
+    if unbatched:
+        data = gm.graph.call_function(aten.unsqueeze.default, (data, 0))
     arguments = (data, forward, backward, given.get("bias"), stride, sides, dilation, groups)
-    return gm.graph.call_function(torch.ops.nm.conv.default, arguments)
+    product = gm.graph.call_function(torch.ops.nm.conv.default, arguments)
+    return gm.graph.call_function(aten.squeeze.dim, (product, 0)) if unbatched else product
 
 
 def _each(value: object, count: int) -> list[int]:

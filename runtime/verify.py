@@ -74,8 +74,14 @@ def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternL
 
 def _tensors(target: nn.Module | Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
     if isinstance(target, nn.Module):
-        masked = getattr(target, "masked_parameters", None)  # a compiled model: its weights as their masks leave them
-        return masked() if masked else {name: parameter.detach() for name, parameter in target.named_parameters()}
+        found = {name: parameter.detach() for name, parameter in target.named_parameters()}
+        for path, module in target.named_modules():
+            masked = getattr(module, "masked_parameters", None)
+            if masked:  # a compiled model, here or inside: its weights as their masks leave them
+                prefix = f"{path}." if path else ""
+                found = {name: value for name, value in found.items() if not name.startswith(prefix)}
+                found |= {prefix + name: value for name, value in masked().items()}
+        return found
     values: Any = _load(Path(target)) if isinstance(target, (str, Path)) else target
     if isinstance(values, Mapping) and not any(isinstance(value, Tensor) for value in values.values()):
         nested = [value for value in values.values() if isinstance(value, Mapping)]

@@ -41,12 +41,12 @@ def clashing() -> nn.Module:
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "a swapped pattern": (MLP, {"pattern": "4:2"}, "did you mean '2:4'"),
     "a pattern that is no pattern": (MLP, {"pattern": "2:x"}, "'2:x' is not a pattern: write N:M"),
-    "M larger than every layer": (MLP, {"pattern": "2:64"}, r"no weight of this MLP can be \* 2:64[\s\S]*fc2.weight \[16, 16\]: 16 input features, groups of 2:64 need a multiple of 64"),
+    "M larger than every layer": (MLP, {"pattern": "2:64"}, r"no weight of this MLP can be 2:64[\s\S]*fc2.weight \[16, 16\]: 16 input features, groups of 2:64 need a multiple of 64"),
     "no eligible weight": (lambda: nn.Linear(8, 8), {}, r"no weight[\s\S]*weight \[8, 8\]: stem[\s\S]*include="),
     "a model without weights": (nn.Tanh, {}, "it has no weights"),
     "NaN in a weight": (lambda: with_value(float("nan")), {}, r"fc2.weight of shape \[16, 16\] has 1 NaN or infinite"),
     "an infinite weight": (lambda: with_value(float("-inf")), {}, r"fc2.weight of shape \[16, 16\] has 1 NaN or infinite"),
-    "an integer weight asked for": (Quantised, {"include": "weight"}, r"weight of shape \(8, 8\) is torch.int8 but include='weight'"),
+    "an integer weight asked for": (Quantised, {"include": "weight"}, r"weight of shape \[8, 8\] is torch.int8 but include='weight'"),
     "weights on the meta device": (lambda: MLP().to("meta"), {}, r"fc1.weight of shape \[16, 8\] is on the meta device.*to_empty"),
     "an include that matches nothing": (MLP, {"include": "layer9.*"}, r"include='layer9.\*' matches no weight; .* such as fc1.weight"),
     "an exclude that matches nothing": (MLP, {"exclude": ["fc1*", "fx2*"]}, r"exclude='fx2\*' matches no weight"),
@@ -94,6 +94,34 @@ def test_without_example_inputs_the_way_to_give_them_is_shown() -> None:
         nm.compile(MLP())
 
 
+def test_models_that_share_a_compiled_submodule_are_refused_so_that_freezing_one_cannot_break_the_other() -> None:
+    backbone = MLP()
+    nm.compile(nn.Sequential(nn.Linear(8, 8), backbone), torch.randn(2, 8), method=nm.SRSTE())
+    for other in (backbone, nn.Sequential(backbone, nn.Linear(4, 4))):
+        with pytest.raises(nm.NMError, match="compiled already"):
+            nm.compile(other, torch.randn(2, 8))
+
+
+def test_lazy_layers_and_method_classes_get_a_hint() -> None:
+    with pytest.raises(nm.NMError, match="has no shape yet .* run one batch"):
+        nm.compile(nn.Sequential(nn.LazyLinear(8)), torch.randn(2, 8))
+    with pytest.raises(nm.NMError, match=r"did you mean nm.LBC\(\)"):
+        nm.compile(MLP(), torch.randn(2, 8), method=nm.LBC)
+
+
+def test_a_pattern_glob_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(nm.NMError, match=r"pattern=\{'layer9.\*': '1:4'\} matches no weight"):
+        nm.compile(MLP(), torch.randn(2, 8), pattern={"layer9.*": "1:4", "*": "2:4"})
+
+
+def test_a_submodule_named_like_an_attribute_of_graphs_is_refused_by_name() -> None:
+    model = nn.Module()
+    model.graph = nn.Linear(8, 8)
+    model.forward = lambda x: model.graph(x)
+    with pytest.raises(nm.NMError, match="graph has a name that graphs use themselves: rename it"):
+        nm.compile(model, torch.randn(2, 8))
+
+
 def test_a_wrapped_model_is_to_be_compiled_first() -> None:
     with pytest.raises(nm.NMError, match="compile the model itself, then wrap the result"):
         nm.compile(torch.compile(MLP()), torch.randn(2, 8))
@@ -110,7 +138,7 @@ def test_what_is_no_module_is_refused() -> None:
         lambda: nm.LBC(scores="group"),
         lambda: nm.LBC(t_i=0.5, t_f=0.5), lambda: nm.LBC(t_i=-0.1), lambda: nm.LBC(t_f=1.1),
         lambda: nm.BiMask(interval=0), lambda: nm.BiMask(decay=-1.0), lambda: nm.BiMask(decay=float("nan")),
-        lambda: nm.BiMask(moves=-1), lambda: nm.BiMask(objective="l2"),
+        lambda: nm.BiMask(moves=-1), lambda: nm.BiMask(interval=2.5), lambda: nm.LBC(t_f="x"), lambda: nm.SRSTE(decay=None), lambda: nm.BiMask(objective="l2"),
         lambda: nm.SRSTE(decay=float("inf")),
     ],
 )  # fmt: skip

@@ -185,6 +185,62 @@ def test_a_cache_is_not_asked_for_unless_the_user_does() -> None:
     assert sparse(torch.randn(3, 8))[1] is None
 
 
+def test_plain_tensor_attributes_of_the_root_are_constants_of_the_graph() -> None:
+    class Scaled(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.tensor(2.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    model = Scaled()
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(sparse_of(model, x)(x), model(x))
+
+
+def test_inputs_of_different_batches_and_inputs_behind_a_star_are_captured() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, *xs: Tensor) -> Tensor:
+            return self.b(self.a(xs[0] + xs[1]))
+
+    model = Positions()
+    sparse = sparse_of(model, torch.randn(1, 8), torch.randn(4, 8))
+    for batch in (1, 4, 6):
+        inputs = (torch.randn(1, 8), torch.randn(batch, 8))
+        torch.testing.assert_close(sparse(*inputs), model(*inputs))
+
+
+def test_compiling_under_inference_mode_leaves_a_model_that_trains() -> None:
+    model = MLP()
+    with torch.inference_mode():
+        sparse = nm.compile(model, torch.randn(2, 8), method=nm.BiMask(interval=1, moves=40))
+    sparse(torch.randn(2, 8)).sum().backward()
+    nm.SparsityScheduler(sparse, total_steps=1).step()
+
+
+def test_a_model_that_rewrites_its_weights_in_train_and_eval_is_left_as_it_was() -> None:
+    class Merging(MLP):
+        merged = False
+
+        def train(self, mode: bool = True) -> "Merging":
+            if mode == self.merged:
+                self.fc2.weight.data += -1.0 if mode else 1.0
+                self.merged = not mode
+            return super().train(mode)
+
+    model = Merging().eval()
+    before = model.fc2.weight.detach().clone()
+    nm.compile(model, torch.randn(2, 8), method=nm.SRSTE())
+    assert model.merged
+    assert not model.training
+    torch.testing.assert_close(model.fc2.weight.detach(), before)
+
+
 def test_constants_made_inside_a_submodule_stay_out_of_the_users_modules() -> None:
     class Inner(nn.Module):
         def __init__(self) -> None:

@@ -104,12 +104,48 @@ def test_a_model_that_only_trains_with_a_weight_still_gets_zeros_in_it() -> None
 
 @pytest.mark.parametrize("kind", [Matmuls, Grouped])
 def test_mixed_patterns_freeze_each_to_its_own(kind: type[nn.Module]) -> None:
-    sparse, _ = trained(kind, nm.BiMask(), {"conv1.*": "1:4", "grouped*": "1:4", "*": "2:4"})
+    other = "conv1.*" if kind is Matmuls else "grouped*"
+    sparse, _ = trained(kind, nm.BiMask(), {other: "1:4", "*": "2:4"})
     wanted = {site.name: (site.pattern, site.in_axis) for site in sparse.plan.sites}
     assert len({pattern for pattern, _ in wanted.values()}) == 2
     frozen = nm.freeze(sparse)
     for name, (pattern, axis) in wanted.items():
         assert axis in nm.verify(frozen, pattern).satisfied[name]
+
+
+def test_the_users_own_buffers_that_look_like_state_stay() -> None:
+    model = MLP()
+    model.fc2.register_buffer("weight_mask", torch.ones(16, 16))
+    model.fc2.weight_order = nn.Parameter(torch.zeros(3))
+    keys = set(model.state_dict())
+    nm.freeze(nm.compile(model, example(model), method=nm.LBC()), finish=True)
+    assert set(model.state_dict()) == keys
+
+
+def test_a_mask_edited_to_keep_too_much_stops_freezing_before_anything_is_written() -> None:
+    sparse, model = trained(MLP, nm.Magnitude())
+    good, x = model.fc2.weight_mask.clone(), example(model)
+    before, expected = model.fc2.weight.detach().clone(), sparse(x)
+    model.fc2.weight_mask.fill_(255)
+    with pytest.raises(nm.NMError, match=r"fc2.weight of shape \[16, 16\]: its mask keeps 4 of 4 in a group, not 2:4"):
+        nm.freeze(sparse)
+    assert torch.equal(model.fc2.weight, before)
+    model.fc2.weight_mask.copy_(good)
+    for mode in (True, False):
+        torch.testing.assert_close(sparse.train(mode)(x), expected)
+    assert "fc2.weight" in nm.verify(nm.freeze(sparse)).satisfied
+
+
+def test_wrappers_are_seen_through_where_they_are_one_and_named_where_not() -> None:
+    sparse, _ = trained(MLP, nm.BiMask())
+    around = nn.Sequential(sparse, nn.Tanh())
+    assert set(nm.verify(around).satisfied) == {"0.fc2.weight"}
+    with pytest.raises(nm.NMError, match="Sequential is not a compiled model itself, but its submodule '0' is"):
+        nm.freeze(around)
+    averaged = torch.optim.swa_utils.AveragedModel(sparse)
+    averaged.update_parameters(sparse)
+    assert set(nm.verify(nm.freeze(averaged)).satisfied) == {"fc2.weight"}
+    assert not sparse.frozen
 
 
 def test_verify_reads_modules_state_dicts_and_files(tmp_path: Path) -> None:

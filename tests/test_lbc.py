@@ -153,6 +153,22 @@ def test_where_combinations_are_too_many_positions_retire_instead() -> None:
     assert set(nm.verify(nm.freeze(sparse), "8:16").satisfied) == {"fc2.weight"}
 
 
+@pytest.mark.parametrize("text", ["1:2", "2:3", "3:4", "7:8"])
+@pytest.mark.parametrize("layout", ["position", "combination"])
+def test_where_there_are_as_many_combinations_as_positions_the_lowest_scored_still_goes(text: str, layout: Any) -> None:
+    pattern = Pattern.parse(text)
+    model = nn.Linear(4 * pattern.m, 6)
+    sparse = nm.compile(model, torch.randn(2, 4 * pattern.m), pattern=text, method=nm.LBC(scores=layout), include="*")
+    weight = sparse.weights[0]
+    with torch.no_grad():
+        weight["scores"].copy_(torch.rand(weight["scores"].shape))
+    scores = weight["scores"].detach().view(6, 4, -1).clone()
+    kept = nm.freeze(sparse, finish=True).weight.view(6, 4, pattern.m) != 0
+    table = nm.pattern.combination_table(pattern).float()
+    best = (scores @ table.T if layout == "position" else scores).argmax(-1)
+    assert torch.equal(kept, table[best].bool())
+
+
 def test_every_method_trains_under_adam_with_gradient_clipping() -> None:
     for method in (nm.LBC(), nm.LBC(scores="combination"), nm.BiMask(interval=3), nm.SRSTE(), nm.Magnitude()):
         torch.manual_seed(0)

@@ -141,6 +141,92 @@ def test_inductor_compiles_it_too() -> None:
     torch.testing.assert_close(fast.fc2.weight.grad, model.fc2.weight.grad)
 
 
+def test_a_compiled_carrier_refuses_the_other_branch_and_a_switched_layer_as_the_eager_one_does() -> None:
+    class Branch(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + (100.0 if x.shape[0] > 10 else 0.0)
+
+    sparse, model = compiled(Branch)
+    fast = torch.compile(sparse, backend="eager")
+    torch.testing.assert_close(fast(example(model, batch=9)), sparse(example(model, batch=9)))
+    with pytest.raises(nm.NMError, match="size 11 on axis 0"):
+        fast(example(model, batch=11))
+    sparse, model = compiled(ConvNet, dropout=0.5)
+    fast = torch.compile(sparse, backend="eager")
+    fast(example(model))
+    model.dropout.eval()
+    with pytest.raises(nm.NMError, match=r"dropout \(Dropout\) is in evaluation mode"):
+        fast(example(model))
+
+
+def test_one_value_a_channel_is_refused_in_training_before_it_ruins_the_running_variance() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Linear(8, 2))
+    sparse = nm.compile(model, torch.randn(4, 8))
+    with pytest.raises(nm.NMError, match="size 1 on axis 0, and batch norm in training needs 2 or more"):
+        sparse(torch.randn(1, 8))
+    assert bool(model[1].running_var.isfinite().all())
+    assert sparse.eval()(torch.randn(1, 8)).shape == (1, 2)
+
+
+@each_method
+def test_a_dense_state_dict_of_a_model_with_two_names_for_one_layer_loads_strictly(method: Any) -> None:
+    class Alias(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alias = self.fc2
+
+    sparse, _ = compiled(Alias, method)
+    sparse.load_state_dict(Alias().state_dict(), strict=True)
+    sparse.load_state_dict(sparse.state_dict(), strict=True)
+
+
+def test_loading_one_key_leaves_the_learned_masks_of_the_others_alone() -> None:
+    sparse, model = compiled(MLP)
+    steps(sparse, 4, example(model), nm.SparsityScheduler(sparse, total_steps=4))
+    live = model.fc2.weight_live.clone()
+    sparse.load_state_dict({"fc3.bias": torch.zeros(4)}, strict=False)
+    assert torch.equal(model.fc2.weight_live, live)
+    sparse.load_state_dict(MLP().state_dict())
+    assert not torch.equal(model.fc2.weight_live, live)
+    assert model.fc2.weight_scores.requires_grad
+
+
+def test_a_state_dict_of_another_architecture_changes_nothing() -> None:
+    sparse, _ = compiled(MLP)
+    before = {name: value.clone() for name, value in sparse.state_dict().items()}
+    other = {name: value + 1 for name, value in MLP().state_dict().items()} | {"fc3.weight": torch.zeros(5, 16)}
+    with pytest.raises(nm.NMError, match=r"fc3.weight has shape \[5, 16\] in this state_dict and \[4, 16\] in the model"):
+        sparse.load_state_dict(other)
+    assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items())
+
+
+def test_the_models_own_extra_state_and_load_hooks_keep_working() -> None:
+    class Versioned(MLP):
+        version = 1
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_load_state_dict_pre_hook(self._migrate)
+
+        @staticmethod
+        def _migrate(module: Any, state_dict: Any, prefix: str, *rest: Any) -> None:
+            for name in [name for name in state_dict if name.startswith(prefix + "old_")]:
+                state_dict[name.replace("old_", "")] = state_dict.pop(name)
+
+        def get_extra_state(self) -> Any:
+            return {"version": self.version}
+
+        def set_extra_state(self, state: Any) -> None:
+            self.version = state["version"]
+
+    sparse, model = compiled(Versioned, nm.SRSTE())
+    assert sparse.state_dict()["_extra_state"] == {"version": 1}
+    state = dict(Versioned().state_dict()) | {"_extra_state": {"version": 7}}
+    state["old_fc1.bias"] = state.pop("fc1.bias")
+    sparse.load_state_dict(state, strict=True)
+    assert model.version == 7
+
+
 def test_many_compiled_models_in_one_process_do_not_share_one_recompile_limit() -> None:
     for _ in range(10):
         sparse, model = compiled(MLP, nm.SRSTE())
@@ -226,6 +312,12 @@ def test_the_state_of_another_method_layout_or_pattern_is_refused_and_nothing_ch
     ("method", "name", "value", "message"),
     [
         (nm.BiMask(), "conv1.weight_order", torch.zeros(8, dtype=torch.int64), "not a permutation"),
+        (
+            nm.Magnitude(),
+            "conv1.weight_mask",
+            torch.full((8, 9), 255, dtype=torch.uint8),
+            "does not keep exactly 2 of every 4",
+        ),
         (nm.LBC(), "conv1.weight_live", torch.zeros(8, 18, 1, dtype=torch.uint8), "a group has 0 live entries"),
         (nm.LBC(), "conv1.weight_live", torch.full((8, 18, 1), 255, dtype=torch.uint8), "that this pattern does not have"),
         (

@@ -129,6 +129,30 @@ def test_autocast_to_bfloat16_casts_the_products_and_keeps_the_masters_in_float3
         assert parameter.grad.dtype == torch.float32, name
 
 
+@each_method
+def test_what_addmm_adds_need_not_be_a_bias_and_images_need_no_batch(method: Any) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding="same")
+            self.row, self.head = nn.Parameter(torch.randn(8, 8) / 3), nn.Linear(8, 2)
+            self.single = nn.Parameter(torch.randn(1, 8))
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            x = self.conv(self.stem(image)).flatten(1).T
+            x = torch.addmm(x, x, self.row)
+            return self.head(torch.addmm(self.single, x, self.row))
+
+    model, image = Residual(), torch.randn(3, 6, 6)
+    sparse = nm.compile(model, image, method=method)
+    assert {site.name for site in sparse.plan.sites} == {"conv.weight", "row"}
+    sparse(image).square().sum().backward()
+    expected = sparse(image)
+    torch.testing.assert_close(
+        nm.freeze(sparse, finish=True)(image), expected if not isinstance(method, nm.LBC) else model(image)
+    )
+
+
 def test_autocast_to_float16_casts_the_two_weight_products_as_it_casts_torchs_own() -> None:
     x, w, backward = torch.randn(4, 8), torch.randn(8, 8), torch.randn(8, 8)
     with torch.autocast("cpu", torch.float16):
@@ -141,7 +165,7 @@ def test_the_backward_weight_gets_no_gradient_and_the_order_no_say_in_the_output
     x = example(model)
     before = sparse(x)
     for weight in sparse.weights:
-        if weight.has("order"):
+        if weight.site.backward_groups:
             block = weight.site.out // weight.site.conv_groups
             weight["order"].copy_(torch.arange(weight.site.out).view(-1, block).flip(1).flatten())
     assert torch.equal(sparse(x), before)

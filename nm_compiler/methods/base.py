@@ -47,6 +47,18 @@ class Method(ABC):
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
         """The fresh state of a weight by suffix; a Parameter learns, a tensor is a buffer. Must not change ``weight``."""
 
+    def suffixes(self, site: Site) -> tuple[str, ...]:
+        """The names `state` gives, without computing it."""
+        return ()
+
+    def remark(self, weight: Weight) -> str | None:
+        """What the report should say of a weight that this method treats in a special way, or None."""
+        return None
+
+    def live(self, weight: Weight) -> float | None:
+        """Mean number of live combinations a group, where the method has such a thing."""
+        return None
+
     def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
         """Why loaded values of the right shapes cannot be this method's state, or None."""
         return None

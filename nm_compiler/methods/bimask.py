@@ -40,13 +40,25 @@ class BiMask(Method):
 
     def __post_init__(self) -> None:
         check_decay(self.decay, self.name)
-        if self.interval < 1 or self.moves < 0:
-            raise NMError(f"BiMask(interval={self.interval}, moves={self.moves}): needs interval >= 1 and moves >= 0")
+        whole = isinstance(self.interval, int) and isinstance(self.moves, int)
+        if not whole or self.interval < 1 or self.moves < 0:
+            given = f"interval={self.interval!r}, moves={self.moves!r}"
+            raise NMError(f"BiMask({given}): needs whole numbers, interval >= 1 and moves >= 0")
         if self.objective not in ("magnitude", "count"):
             raise NMError(f"BiMask(objective={self.objective!r}): choose 'magnitude' or 'count'")
 
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
         return {"order": torch.arange(site.out, device=weight.device)} if site.backward_groups else {}
+
+    def suffixes(self, site: Site) -> tuple[str, ...]:
+        return ("order",) if site.backward_groups else ()
+
+    def remark(self, weight: Weight) -> str | None:
+        site = weight.site
+        if site.backward_groups:
+            return None
+        outputs = f"{site.out // site.conv_groups} output channels" + " in each conv group" * (site.conv_groups > 1)
+        return f"backward mask = forward mask: {outputs}, not a multiple of {site.pattern.m}"
 
     def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
         if "order" not in state:
@@ -61,7 +73,7 @@ class BiMask(Method):
     def advance(self, weights: Sequence[Weight], clock: Clock) -> None:
         if (clock.step - 1) % self.interval == 0:
             for index, weight in enumerate(weights):
-                if weight.has("order"):
+                if weight.site.backward_groups:
                     self._refresh(weight, clock.seed + 7919 * clock.step + index)
 
     def _refresh(self, weight: Weight, seed: int) -> None:

@@ -41,8 +41,8 @@ class LBC(Method):
     def __post_init__(self) -> None:
         if self.scores not in ("position", "combination"):
             raise NMError(f"LBC(scores={self.scores!r}): choose 'position' or 'combination'")
-        if not 0.0 <= self.t_i < self.t_f <= 1.0:
-            raise NMError(f"LBC(t_i={self.t_i}, t_f={self.t_f}): shares of training, 0 <= t_i < t_f <= 1")
+        if not all(isinstance(t, (int, float)) for t in (self.t_i, self.t_f)) or not 0 <= self.t_i < self.t_f <= 1:
+            raise NMError(f"LBC(t_i={self.t_i!r}, t_f={self.t_f!r}): shares of training, 0 <= t_i < t_f <= 1")
 
     @property
     def by_position(self) -> bool:
@@ -68,15 +68,31 @@ class LBC(Method):
             scores = weight.new_full((site.out, site.groups_per_row, pattern.combinations), start)
         return {"scores": nn.Parameter(scores.detach()), "live": self._all_live(site).to(weight.device)}
 
+    def suffixes(self, site: Site) -> tuple[str, ...]:
+        return ("scores", "live")
+
+    def is_packed(self, site: Site) -> bool:
+        """Whether a live set is one bit an entry."""
+        return self.by_position and site.pattern.has_table
+
+    def live(self, weight: Weight) -> float:
+        return float(self._count(weight).double().mean())
+
+    def remark(self, weight: Weight) -> str | None:
+        return None if self.is_settled(weight) else "training: combinations are still live"
+
+    def _count(self, weight: Weight) -> Tensor:
+        return count(weight["live"], packed=self.is_packed(weight.site))
+
     def _all_live(self, site: Site) -> Tensor:
         entries = _entries(site)
         ones = torch.ones(entries, dtype=torch.uint8)
-        packed = pack(ones) if self.by_position and site.pattern.has_table else ones
-        return packed.expand(site.out, site.groups_per_row, -1).contiguous()
+        entry = pack(ones) if self.is_packed(site) else ones
+        return entry.expand(site.out, site.groups_per_row, -1).contiguous()
 
     def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
         live = state["live"]
-        packed = self.by_position and site.pattern.has_table
+        packed = self.is_packed(site)
         least, most = int(count(live, packed=packed).min()), int(live.max())
         if least < _last(site):
             return f"a group has {least} live entries, at least {_last(site)} must stay"
@@ -113,8 +129,7 @@ class LBC(Method):
         return last - (-(entries - last) * left**3 // (end - begin) ** 3)
 
     def is_settled(self, weight: Weight) -> bool:
-        packed = self.by_position and weight.site.pattern.has_table
-        return bool((count(weight["live"], packed=packed) == _last(weight.site)).all())
+        return bool((self._count(weight) == _last(weight.site)).all())
 
     def settle(self, weight: Weight) -> None:
         self._retire(weight, _last(weight.site))

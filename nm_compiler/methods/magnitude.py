@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from nm_compiler.layout import out_axis_of
+from nm_compiler.layout import as_groups
 from nm_compiler.methods.base import Method
 from nm_compiler.sites import Site
-from nm_compiler.solvers.combinations import pack
+from nm_compiler.solvers.combinations import pack, unpack
 from nm_compiler.solvers.magnitude import magnitude_mask
 
 
@@ -22,5 +24,13 @@ class Magnitude(Method):
 
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
         mask = magnitude_mask(weight, site.pattern.n, site.pattern.m, site.in_axis)
-        assert out_axis_of(site.in_axis) in (0, 1)
         return {"mask": pack(mask.flatten(1))}
+
+    def suffixes(self, site: Site) -> tuple[str, ...]:
+        return ("mask",)
+
+    def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
+        mask = unpack(state["mask"], math.prod(site.shape[1:])).reshape(site.shape)
+        kept = as_groups(mask, site.in_axis, site.pattern.m).sum(-1)
+        exact = bool((kept == site.pattern.n).all())
+        return None if exact else f"the mask does not keep exactly {site.pattern.n} of every {site.pattern.m}"

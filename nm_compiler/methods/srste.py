@@ -30,5 +30,5 @@ class SRSTE(Method):
 
 def check_decay(decay: float, name: str) -> None:
     """Raises NMError unless decay is a finite number >= 0."""
-    if not 0.0 <= decay < float("inf"):
-        raise NMError(f"{name}(decay={decay}): the pull on pruned weights is a finite number >= 0, 2e-4 in the papers")
+    if not isinstance(decay, (int, float)) or not 0.0 <= decay < float("inf"):
+        raise NMError(f"{name}(decay={decay!r}): the pull on pruned weights is a finite number >= 0, 2e-4 in the papers")

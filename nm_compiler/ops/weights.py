@@ -141,7 +141,7 @@ def backward_weight(masked: Tensor, order: Tensor, n: int, m: int, in_axis: int)
     out_axis = out_axis_of(in_axis)
     ordered = masked.index_select(out_axis, order)
     ordered *= magnitude_mask(ordered, n, m, out_axis)  # in place: fresh memory costs more than arithmetic here
-    return torch.empty_like(masked).index_copy_(out_axis, order, ordered)
+    return torch.empty_like(masked).copy_(ordered.index_select(out_axis, order.argsort()))
 
 
 @backward_weight.register_fake

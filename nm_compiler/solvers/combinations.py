@@ -49,8 +49,6 @@ def byte_table(pattern: Pattern) -> Tensor:
 def union(live: Tensor, table: Tensor) -> Tensor:
     """The positions that some live entry covers. Returns bool ``[.., M]``."""
     if table.ndim == 2:
-        if table.shape[0] == table.shape[1]:  # positions: the table is the identity
-            return live.bool()
         return (live.to(torch.float32) @ table.to(torch.float32)) > 0
     m = table.shape[-1]
     word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(m)
@@ -73,9 +71,8 @@ def count(live: Tensor, *, packed: bool) -> Tensor:
 
 def undecided(live: Tensor, *, packed: bool, last: int) -> Tensor:
     """Whether a group still has a choice: more than ``last`` live entries. Returns bool ``[out, groups per row]``."""
-    if packed and live.shape[-1] == 1:
-        byte = live.squeeze(-1)
-        return (byte & (byte - 1)) != 0  # more than one bit set
+    if packed and last == 1:  # more than one bit set in a byte, or more than one byte with a bit
+        return ((live & (live - 1)) != 0).any(-1) | ((live != 0).sum(-1) > 1)
     return count(live, packed=packed) > last
 
 
@@ -96,7 +93,7 @@ def retire(scores: Tensor, live: Tensor, table: Tensor, *, keep: int, by_positio
     for start in range(0, len(flat_live), step):
         part = slice(start, start + step)
         alive = unpack(flat_live[part], entries) if packed else flat_live[part].bool()
-        total = flat_scores[part] @ combos if by_position and entries != m else flat_scores[part]
+        total = flat_scores[part] @ combos if by_position else flat_scores[part]
         lowest = torch.finfo(total.dtype).min  # of a live one: NaN and -inf still beat what has retired
         total = torch.where(alive, total.nan_to_num(nan=lowest), -torch.inf)
         best = total.argsort(dim=-1, descending=True, stable=True)[..., :keep]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PAIRWISE_UP_TO = 8  # beyond, M(M-1)/2 comparisons cost more than a sort
+_PAIRWISE_UP_TO = 8  # beyond, M(M-1)/2 comparisons cost more than looking for the largest a few times
+_PICKED_UP_TO = 4  # beyond, N searches cost more than a sort
 
 
 def magnitude_mask(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
@@ -19,6 +20,13 @@ def magnitude_mask(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
     groups = weight.detach().movedim(axis, -1).unflatten(-1, (-1, m)).abs()
     if m <= _PAIRWISE_UP_TO:
         _by_comparison(groups, kept, n)
+    elif n <= _PICKED_UP_TO:
+        kept.zero_()
+        left = groups.clone()
+        for _ in range(n):  # argmax gives the first among equals
+            best = left.argmax(dim=-1, keepdim=True)
+            kept.scatter_(-1, best, True)
+            left.scatter_(-1, best, -1.0)
     else:
         best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
         kept.zero_().scatter_(-1, best, True)
