@@ -158,7 +158,7 @@ class Signature:
                 readable = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"\1.shape[\2]", guard)
                 self._refuse(args, kwargs, f"the captured branch holds only while {readable}")
 
-    @torch.compiler.disable  # a compiled call leaves the graph here, to raise as the eager one does
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled call leaves the graph here, to raise as the eager one does
     def _refuse(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str) -> None:
         raise NMError(
             f"this call does not fit the captured graph: {why}\n"
