@@ -40,6 +40,7 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_time.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/mask_work.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/compile_cost.py $(BENCH_ARGS)
 
 # The build backend is installed first, from the same pins, so that pip needs no second, unpinned environment to build in.

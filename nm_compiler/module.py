@@ -66,8 +66,9 @@ class SparseModule(nn.Module):
             if module is not self.origin and module.training is not expected:
                 self._refuse_mode(module)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled call leaves the graph here, to raise as the eager one does
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _refuse_mode(self, module: nn.Module) -> None:
+        """Raises. Not traced: a compiled call leaves its graph here, to raise as the eager one does."""
         name = next(name for name, m in self.origin.named_modules() if m is module)
         now, then = ("training", "evaluation") if module.training else ("evaluation", "training")
         raise NMError(

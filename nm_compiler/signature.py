@@ -158,8 +158,9 @@ class Signature:
                 readable = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"\1.shape[\2]", guard)
                 self._refuse(args, kwargs, f"the captured branch holds only while {readable}")
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled call leaves the graph here, to raise as the eager one does
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _refuse(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str) -> None:
+        """Raises. Not traced: a compiled call leaves its graph here, to raise as the eager one does."""
         raise NMError(
             f"this call does not fit the captured graph: {why}\n"
             f"  captured: ({', '.join(f'{p}: {_show(i)}' for p, i in zip(self.paths, self.inputs, strict=True))})\n"
