@@ -24,6 +24,7 @@ from nm_compiler.solvers.check import worst_group
 from nm_compiler.state import MARK
 
 
+@torch.inference_mode(False)  # state made of inference tensors could never be trained
 def compile(
     model: nn.Module,
     example_inputs: Any = None,
@@ -49,20 +50,6 @@ def compile(
     place, and `freeze` removes it. Build the optimizer afterwards, from ``sparse.parameters()``.
     Raises NMError, the model unchanged, if it cannot be captured or no weight is left to make sparse.
     """
-    with torch.inference_mode(False):
-        return _compile(model, example_inputs, kwargs, pattern, method, (include, exclude), dynamic_shapes, seed)
-
-
-def _compile(
-    model: nn.Module,
-    example_inputs: Any,
-    kwargs: Mapping[str, Any] | None,
-    pattern: PatternSpec,
-    method: Method | None,
-    globs: tuple[Sequence[str], Sequence[str]],
-    dynamic_shapes: Any,
-    seed: int,
-) -> SparseModule:
     patterns = PatternMap.parse(pattern)
     method = BiMask() if method is None else method
     pipeline(method, ())  # an unknown method is refused before anything else happens
@@ -70,7 +57,7 @@ def _compile(
     args = _arguments(example_inputs, kwargs)
     args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
     captured = capture(model, args, named, dynamic_shapes)
-    plan = find(model, [gm for gm, _ in captured.values()], patterns, include=_globs(globs[0]), exclude=_globs(globs[1]))
+    plan = find(model, [gm for gm, _ in captured.values()], patterns, include=_globs(include), exclude=_globs(exclude))
     _check_weights(model, plan, method)
     names = attach_state(model, plan, method)
     try:
