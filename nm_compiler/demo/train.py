@@ -154,7 +154,7 @@ class Contestant:
     def _orders(self) -> list[LayerOrder]:
         assert self._sparse is not None
         now = self._backward_kept()
-        ordered = [weight for weight in self._sparse.weights if weight.site.backward_groups]
+        ordered = [weight for weight in self._sparse.weights if weight.site.name in now]
         return [_layer_order(weight, self._first[weight.site.name], now[weight.site.name]) for weight in ordered]
 
     def _now(self) -> float:
