@@ -17,6 +17,7 @@ from nm_compiler import records
 from nm_compiler.capture import bind, flat_copy
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
+from nm_compiler.loading import check_values, compare, start_afresh
 from nm_compiler.methods.base import Method
 from nm_compiler.signature import Signature
 from nm_compiler.sites import Plan
@@ -161,61 +162,15 @@ class SparseModule(nn.Module):
         tag, own = state_dict.get(prefix + RECIPE), self._buffers[RECIPE]
         assert own is not None
         if tag is None:
-            self._start_afresh(state_dict, prefix)
+            start_afresh(self, state_dict, prefix)
         else:
-            self._compare(read_recipe(tag), read_recipe(own))
-            self._check_values(state_dict, prefix, fresh_state(self, state_dict, prefix))
+            compare(self, read_recipe(tag), read_recipe(own))
+            check_values(self, state_dict, prefix)
         state_dict[prefix + RECIPE] = own
         self.origin._load_from_state_dict(state_dict, prefix, *args)
 
-    def _start_afresh(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Give a dense state_dict the fresh state of every weight it holds, under all names of its owner."""
-        fresh = fresh_state(self, state_dict, prefix)
-        stray = [key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) in fresh]
-        if stray:
-            raise NMError(f"this state_dict has {stray[0]!r} but no {prefix + RECIPE!r}: save the whole state_dict again")
-        owners = list(self.origin.named_modules(remove_duplicate=False))
-        for weight in self.weights:
-            if prefix + weight.site.name not in state_dict:
-                continue
-            for suffix in self.method.suffixes(weight.site):
-                value = fresh[f"{weight.site.name}_{suffix}"]
-                for path in (path for path, module in owners if module is weight.owner):
-                    state_dict[f"{prefix}{path}{'.' if path else ''}{weight.leaf}_{suffix}"] = value
-                if isinstance(weight[suffix], nn.Parameter):
-                    weight[suffix].requires_grad_(True)  # it learns again, whatever the schedule had settled
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.origin._save_to_state_dict(destination, prefix, keep_vars)  # with the model's own extra state and overrides
-
-    def _compare(self, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-        if {k: v for k, v in theirs.items() if k != "weights"} != {k: v for k, v in ours.items() if k != "weights"}:
-            raise NMError(
-                f"this state_dict was trained with {_method_text(theirs)}, the model is compiled for {_method_text(ours)}: "
-                "compile with the same method and layout, or load the dense weights only (nm.freeze, then state_dict)"
-            )
-        for name in {**theirs["weights"], **ours["weights"]}:
-            there, here = theirs["weights"].get(name, "dense"), ours["weights"].get(name, "dense")
-            if there != here:
-                shape = list(self.plan.shapes.get(name, ()))
-                raise NMError(
-                    f"{name} of shape {shape} is {there} in this state_dict and {here} in the compiled model: "
-                    "compile with the same pattern=, include= and exclude="
-                )
-
-    def _check_values(self, state_dict: Mapping[str, Any], prefix: str, fresh: Mapping[str, Tensor]) -> None:
-        for weight in self.weights:
-            state = {}
-            for suffix in self.method.suffixes(weight.site):
-                name = f"{weight.site.name}_{suffix}"
-                value = state_dict.get(prefix + name)
-                if not isinstance(value, Tensor) or value.shape != fresh[name].shape:
-                    found = "missing" if value is None else f"of shape {list(value.shape)}"
-                    raise NMError(f"{name} is {found} in this state_dict, {list(fresh[name].shape)} is needed")
-                state[suffix] = value
-            problem = self.method.problem(weight.site, state)
-            if problem:
-                raise NMError(f"{weight.site.name} of shape {list(weight.site.shape)}: {problem}; this state_dict is damaged")
 
     # -- copying -----------------------------------------------------------------------------------------------------
 
@@ -259,18 +214,6 @@ def _own_code(function: Any) -> Any:
     return update_wrapper(twin, function)
 
 
-def fresh_state(module: SparseModule, values: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """The state every weight would start with, by full name. values: weights to derive it from, where present."""
-    fresh = {}
-    for weight in module.weights:
-        name = weight.site.name
-        given = values.get(prefix + name)
-        base = given.detach() if isinstance(given, Tensor) and given.shape == weight.param.shape else weight.param.detach()
-        for suffix, value in module.method.state(weight.site, base).items():
-            fresh[f"{name}_{suffix}"] = value.detach()
-    return fresh
-
-
 def attach_state(model: nn.Module, plan: Plan, method: Method) -> list[str]:
     """Register the fresh state of all planned weights and the recipe tag. Returns the names. All or nothing."""
     weights = [Weight(site, model) for site in plan.sites]
@@ -310,8 +253,3 @@ def _no_carrier(model: Any) -> str:
     if inside:
         return f"{kind} is not a compiled model itself, but its submodule {inside[0]!r} is: pass that one"
     return f"{kind} is not a compiled model: call nm.compile(model, example_inputs) first"
-
-
-def _method_text(recipe: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{key}={value!r}" for key, value in recipe.items() if key not in ("method", "weights"))
-    return f"{recipe.get('method')}({options})"

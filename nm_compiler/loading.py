@@ -1,0 +1,88 @@
+"""What a state_dict must be to fit a compiled model, checked before anything is written.
+
+recipe and state of the same method, layout and pattern     loaded as they are, once their values make sense
+neither (a dense state_dict)                                 the weights it holds start with fresh state
+anything else                                                NMError
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from nm_compiler.errors import NMError
+from nm_compiler.state import RECIPE
+
+if TYPE_CHECKING:
+    from nm_compiler.module import SparseModule
+
+
+def compare(carrier: SparseModule, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise NMError where the recipes of a state_dict and of the compiled model differ."""
+    if {k: v for k, v in theirs.items() if k != "weights"} != {k: v for k, v in ours.items() if k != "weights"}:
+        raise NMError(
+            f"this state_dict was trained with {_method_text(theirs)}, the model is compiled for {_method_text(ours)}: "
+            "compile with the same method and layout, or load the dense weights only (nm.freeze, then state_dict)"
+        )
+    for name in {**theirs["weights"], **ours["weights"]}:
+        there, here = theirs["weights"].get(name, "dense"), ours["weights"].get(name, "dense")
+        if there != here:
+            shape = list(carrier.plan.shapes.get(name, ()))
+            raise NMError(
+                f"{name} of shape {shape} is {there} in this state_dict and {here} in the compiled model: "
+                "compile with the same pattern=, include= and exclude="
+            )
+
+
+def check_values(carrier: SparseModule, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Raise NMError where the state has a wrong shape or values that the method cannot have made."""
+    fresh = fresh_state(carrier, state_dict, prefix)
+    for weight in carrier.weights:
+        state = {}
+        for suffix in carrier.method.suffixes(weight.site):
+            name = f"{weight.site.name}_{suffix}"
+            value = state_dict.get(prefix + name)
+            if not isinstance(value, Tensor) or value.shape != fresh[name].shape:
+                found = "missing" if value is None else f"of shape {list(value.shape)}"
+                raise NMError(f"{name} is {found} in this state_dict, {list(fresh[name].shape)} is needed")
+            state[suffix] = value
+        problem = carrier.method.problem(weight.site, state)
+        if problem:
+            raise NMError(f"{weight.site.name} of shape {list(weight.site.shape)}: {problem}; this state_dict is damaged")
+
+
+def start_afresh(carrier: SparseModule, state_dict: dict[str, Any], prefix: str) -> None:
+    """Give a dense state_dict the fresh state of every weight it holds, under all names of its owner."""
+    fresh = fresh_state(carrier, state_dict, prefix)
+    stray = [key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) in fresh]
+    if stray:
+        raise NMError(f"this state_dict has {stray[0]!r} but no {prefix + RECIPE!r}: save the whole state_dict again")
+    owners = list(carrier.origin.named_modules(remove_duplicate=False))
+    for weight in carrier.weights:
+        if prefix + weight.site.name not in state_dict:
+            continue
+        for suffix in carrier.method.suffixes(weight.site):
+            value = fresh[f"{weight.site.name}_{suffix}"]
+            for path in (path for path, module in owners if module is weight.owner):
+                state_dict[f"{prefix}{path}{'.' if path else ''}{weight.leaf}_{suffix}"] = value
+            if isinstance(weight[suffix], nn.Parameter):
+                weight[suffix].requires_grad_(True)  # it learns again, whatever the schedule had settled
+
+
+def fresh_state(carrier: SparseModule, values: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """The state every weight would start with, by full name. values: weights to derive it from, where present."""
+    fresh = {}
+    for weight in carrier.weights:
+        name = weight.site.name
+        given = values.get(prefix + name)
+        base = given.detach() if isinstance(given, Tensor) and given.shape == weight.param.shape else weight.param.detach()
+        for suffix, value in carrier.method.state(weight.site, base).items():
+            fresh[f"{name}_{suffix}"] = value.detach()
+    return fresh
+
+
+def _method_text(recipe: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{key}={value!r}" for key, value in recipe.items() if key not in ("method", "weights"))
+    return f"{recipe.get('method')}({options})"
