@@ -58,10 +58,6 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]]
     ops: Mapping[str, str]
 
-    def site(self, name: str) -> Site | None:
-        """The site of that name, or None."""
-        return next((site for site in self.sites if site.name == name), None)
-
 
 def find(
     model: nn.Module,
