@@ -1,0 +1,79 @@
+"""Elementwise ops: entry i of every input meets entry i of the result, axes of size 1 meet them all.
+
+Ops that torch tags as pointwise need no entry here; these are the ones it does not tag. In-place ops, writes into views
+included, are the same rule: the terms of a view are those of what it views.
+"""
+
+from __future__ import annotations
+
+from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value
+
+
+def pointwise(a: Analysis, call: Call) -> Value:
+    """Any op whose tensor inputs broadcast against each other."""
+    inputs = [a.dims(node) for node in call.node.all_input_nodes]
+    return a.broadcast(inputs, f"{call.name} aligns them")
+
+
+def same(a: Analysis, call: Call) -> Value:
+    """The first input's axes, whatever the others are: numbers, dtypes, a tensor of which only the dtype matters."""
+    return a.dims(call.node.args[0])
+
+
+def dropout(a: Analysis, call: Call) -> Value:
+    """Zeros at random: no order in them. ``native_dropout`` returns the mask too."""
+    dims = same(a, call)
+    return (dims, dims) if call.name == "native_dropout" else dims
+
+
+def write(a: Analysis, call: Call) -> Value:
+    """``copy_(self, src)`` and ``fill_(self, value)``: the second broadcasts into the first."""
+    target = a.dims(call.node.args[0])
+    source = a.dims(call.node.args[1]) if len(call.node.args) > 1 else ()
+    a.broadcast([target, source], f"{call.name} aligns them")
+    return target
+
+
+def sizes_of_other(a: Analysis, call: Call) -> Value:
+    """``expand_as`` and ``broadcast_to``: an axis of size 1 is repeated, and all its entries are equal."""
+    return stretched(a, a.dims(call.node.args[0]), a.shape(call.node))
+
+
+def stretched(a: Analysis, dims: Dims, sizes: tuple[int, ...]) -> Dims:
+    """``dims`` broadcast to ``sizes``: an axis that is repeated holds equal entries, so any order leaves it as it is."""
+    result = []
+    for i, size in enumerate(sizes):
+        at = i - len(sizes) + len(dims)
+        known = dims[at] if at >= 0 else a.terms.one
+        result.append(known if known.size == size else a.terms.leaf(size))
+    return tuple(result)
+
+
+_POINTWISE = (
+    "where masked_fill dropout_backward pow lerp addcmul addcdiv clamp clip prelu _prelu_kernel rrelu gelu silu mish "
+    "hardswish hardsigmoid hardtanh relu6 selu celu elu leaky_relu logsigmoid log_sigmoid softplus softshrink hardshrink "
+    "threshold glu_jvp nan_to_num isclose logaddexp bitwise_and bitwise_or bitwise_xor bitwise_not logical_and logical_or "
+    "logical_xor logical_not __and__ __or__ __xor__ __lshift__ __rshift__ remainder fmod floor_divide true_divide divide "
+    "multiply subtract rsub polar complex view_as_real_copy square special_expit huber_loss_none relu sigmoid tanh "
+    "__iand__ __ior__ bucketize isin xlogy copysign hypot atan2 arctan2 maximum minimum fmax fmin eq ne lt le gt ge "
+    "greater less equal_elementwise not_equal greater_equal less_equal float_power ldexp nextafter"
+).split()
+_SAME = (
+    "clone detach contiguous alias to _to_copy type_as positive lift_fresh_copy lift_fresh lift resolve_conj resolve_neg "
+    "requires_grad retain_grad feature_dropout feature_alpha_dropout alpha_dropout dropout zero detach_copy float double half "
+    "bfloat16 view_of bernoulli normal uniform exponential data _autocast_to_reduced_precision _autocast_to_full_precision "
+    "fake_quantize_per_tensor_affine random cauchy log_normal geometric"
+).split()
+
+RULES: dict[str, Rule] = {
+    "pointwise": pointwise,
+    **dict.fromkeys(_POINTWISE, pointwise),
+    **dict.fromkeys(_SAME, same),
+    "native_dropout": dropout,
+    "copy": write,
+    "fill": write,
+    "expand": sizes_of_other,
+    "expand_as": sizes_of_other,
+    "broadcast_to": sizes_of_other,
+    "expand_copy": sizes_of_other,
+}

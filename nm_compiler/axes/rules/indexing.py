@@ -1,0 +1,149 @@
+"""Look-ups: the axis that indices point into keeps its order, the axes of the indices and all others go through.
+
+Sorting and top-k belong here: what they return along their axis depends on values alone, and the indices that come with it
+point into the axis.
+"""
+
+from __future__ import annotations
+
+from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value
+from nm_compiler.axes.rules.parts import renewed
+
+
+def embedding(a: Analysis, call: Call) -> Value:
+    """Rows of a table."""
+    table, indices = a.dims(call["weight"]), a.dims(call["indices"])
+    a.pin(table[:1], "rows of an embedding are looked up by number")
+    a.mixed(table, (0,))
+    return (*indices, *table[1:])
+
+
+def index(a: Analysis, call: Call) -> Value:
+    """``x[i, :, j]`` with tensors of numbers, or of booleans, which pin what they choose from."""
+    x = a.dims(call["self"])
+    given = call["indices"]
+    indexed, positions, axis = [], [], 0
+    for item in given:
+        if item is None:
+            axis += 1
+            continue
+        dims = a.dims(item)
+        chooses = str(item.meta["val"].dtype) in ("torch.bool", "torch.uint8")
+        width = len(dims) if chooses else 1
+        if chooses:
+            a.pin(dims, "a boolean index counts what it keeps")
+        positions.extend(range(axis, axis + width))
+        indexed.append((a.terms.leaf(a.shape(call.node)[_place(given)], "a boolean index counts what it keeps"),) if chooses else dims)
+        axis += width
+    a.pin((x[i] for i in positions), "entries are looked up by number")
+    a.mixed(x, positions)
+    looked_up = a.broadcast(indexed, "index aligns its indices")
+    kept = [term for i, term in enumerate(x) if i not in positions]
+    start = _place(given)
+    return (*kept[:start], *looked_up, *kept[start:])
+
+
+def _place(given: list[object]) -> int:
+    """Where the looked-up axes go: at the first indexed one, or at the front when indexed axes lie apart."""
+    at = [i for i, item in enumerate(given) if item is not None]
+    return at[0] if at[-1] - at[0] == len(at) - 1 else 0
+
+
+def index_select(a: Analysis, call: Call) -> Value:
+    """Entries of one axis by number."""
+    x = a.dims(call["self"])
+    axis = call["dim"] % len(x)
+    a.pin((x[axis],), "entries are looked up by number")
+    a.mixed(x, (axis,))
+    return (*x[:axis], *a.dims(call["index"]), *x[axis + 1 :])
+
+
+def gather(a: Analysis, call: Call) -> Value:
+    """Entries of one axis by number, other numbers for every position along the other axes."""
+    x, indices = a.dims(call["self"]), a.dims(call["index"])
+    axis = call["dim"] % len(x)
+    a.pin((x[axis],), "entries are looked up by number")
+    _align(a, x, indices, axis)
+    a.mixed(x, (axis,))
+    return indices
+
+
+def scatter(a: Analysis, call: Call) -> Value:
+    """Entries written to places along one axis, by number; the other axes meet."""
+    x, indices = a.dims(call["self"]), a.dims(call["index"])
+    axis = call["dim"] % len(x)
+    source = a.dims(call.get("src", call.get("source"))) if call.get("value") is None else ()
+    a.pin((x[axis],), "entries are written by number")
+    if len(indices) == len(x):  # scatter: an index for every entry
+        _align(a, x, indices, axis)
+        if source:
+            a.unify(indices[axis], source[axis], "scatter aligns them")
+    elif source:  # index_add, index_copy: an index for every row
+        a.unify(indices[0], source[axis], f"{call.name} aligns them")
+    if source:
+        _align(a, x, source, axis)
+    a.mixed(x, (axis,))
+    return x
+
+
+def index_put(a: Analysis, call: Call) -> Value:
+    """``x[i, :, j] = values``."""
+    x, given = a.dims(call["self"]), call["indices"]
+    positions = [i for i, item in enumerate(given) if item is not None]
+    kinds = [str(given[i].meta["val"].dtype) for i in positions]
+    assert "torch.bool" not in kinds and "torch.uint8" not in kinds
+    a.pin((x[i] for i in positions), "entries are written by number")
+    looked_up = a.broadcast([a.dims(given[i]) for i in positions], "index aligns its indices")
+    kept = [term for i, term in enumerate(x) if i not in positions]
+    start = _place(given)
+    a.broadcast([(*kept[:start], *looked_up, *kept[start:]), a.dims(call["values"])], "an assignment aligns them")
+    a.mixed(x, positions)
+    return x
+
+
+def ranked(a: Analysis, call: Call) -> Value:
+    """``sort``, ``topk``, ``argsort``: ranks along an axis; the numbers that come with them point into it."""
+    x = a.dims(call["self"])
+    axis = call.get("dim", -1) % len(x)
+    val = call.node.meta["val"]
+    sizes = a.sizes(val[0] if isinstance(val, (tuple, list)) else val)
+    result = renewed(a, x, [axis], sizes, f"{call.name} tells positions along it")
+    return (result, result) if isinstance(val, (tuple, list)) else result
+
+
+def counts(a: Analysis, call: Call) -> Value:
+    """``one_hot``, ``bincount``, ``histc``: values become positions along a new axis."""
+    dims = a.dims(call["self"]) if call.name == "one_hot" else ()
+    return (*dims, a.terms.leaf(a.shape(call.node)[-1], f"{call.name} counts along it"))
+
+
+def bucketed(a: Analysis, call: Call) -> Value:
+    """``bucketize`` and ``searchsorted``: where a value lies among sorted boundaries."""
+    x, boundaries = call["self"], call.get("boundaries", call.get("sorted_sequence"))
+    edges = a.dims(boundaries)
+    assert len(edges) == 1
+    a.pin(edges, f"{call.name} needs it sorted")
+    return a.dims(x)
+
+
+def _align(a: Analysis, x: Dims, other: Dims, axis: int) -> None:
+    for i, (first, second) in enumerate(zip(x, other, strict=True)):
+        if i != axis:
+            if first.size == second.size:
+                a.unify(first, second, "a look-up aligns them")
+            else:
+                a.pin((first, second), "a look-up reads only a part of it")
+
+
+RULES: dict[str, Rule] = {
+    "embedding": embedding,
+    "index": index,
+    "_unsafe_index": index,
+    "index_select": index_select,
+    **dict.fromkeys("gather take_along_dim".split(), gather),
+    **dict.fromkeys("scatter scatter_add scatter_reduce index_add index_copy index_reduce".split(), scatter),
+    **dict.fromkeys("index_put _unsafe_index_put".split(), index_put),
+    **dict.fromkeys("sort topk argsort msort".split(), ranked),
+    **dict.fromkeys("one_hot bincount histc".split(), counts),
+    **dict.fromkeys("bucketize searchsorted".split(), bucketed),
+}

@@ -1,0 +1,48 @@
+"""Ops that slide over positions: those keep their order, before and after; channels go through."""
+
+from __future__ import annotations
+
+from nm_compiler.axes.analysis import Analysis, Call, Rule, Value
+from nm_compiler.axes.rules.parts import renewed
+
+
+def windows(a: Analysis, call: Call) -> Value:
+    """Pooling and resizing over the last one, two or three axes (as many as the name says, or all after the channels)."""
+    x = a.dims(call.node.args[0])
+    val = call.node.meta["val"]
+    several = isinstance(val, (tuple, list))
+    sizes = a.sizes(val[0] if several else val)
+    rank = next((int(c) for c in call.name if c in "123"), 0) if call.name.endswith(("1d", "2d", "3d", "_indices")) else len(x) - 2
+    result = renewed(a, x, range(len(x) - rank, len(x)), sizes, f"{call.name} slides over it")
+    return (result, result) if several else result
+
+
+def fourier(a: Analysis, call: Call) -> Value:
+    """Fourier transforms along some axes."""
+    x = a.dims(call["self"])
+    axes = call.get("dim")
+    axes = [axes] if isinstance(axes, int) else range(len(x)) if axes is None else axes
+    return renewed(a, x, list(axes), a.shape(call.node), f"{call.name} mixes it")
+
+
+def grid_sample(a: Analysis, call: Call) -> Value:
+    """Values at coordinates."""
+    x, grid = a.dims(call["input"]), a.dims(call["grid"])
+    a.pin((*x[2:], *grid[1:]), "positions are looked up")
+    a.unify(x[0], grid[0], "grid_sampler aligns the batch")
+    a.spaces.append(x[:2])
+    return (*x[:2], *grid[1:-1])
+
+
+_POOLS = [f"{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "_adaptive_avg", "lp") for rank in (1, 2, 3)]
+_POOLS += [f"max_pool{rank}d_with_indices" for rank in (1, 2, 3)]
+_RESIZES = [f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "_nearest_exact1d", "_nearest_exact2d",
+            "linear1d", "bilinear2d", "trilinear3d", "bicubic2d")] + ["_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+            "_upsample_nearest_exact2d"]  # fmt: skip
+_FFT = "fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn".split()
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys((*_POOLS, *_RESIZES), windows),
+    **dict.fromkeys(_FFT, fourier),
+    **dict.fromkeys("grid_sampler grid_sampler_2d grid_sampler_3d".split(), grid_sample),
+}

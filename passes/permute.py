@@ -1,0 +1,63 @@
+"""Put weight axes that are coupled in another order, in place; the graph stays, and computes the same function.
+
+    before                              after
+    %w1 = self.fc1.weight               %w1 = self.fc1.weight        # rows in the new order
+    %b1 = self.fc1.bias                 %b1 = self.fc1.bias          # entries in the new order
+    %h = linear(%x, %w1, %b1)           %h = linear(%x, %w1, %b1)    # channels in the new order
+    %w2 = self.fc2.weight               %w2 = self.fc2.weight        # columns in the new order
+    %y = linear(relu(%h), %w2)          %y = linear(relu(%h), %w2)   # as before
+
+All or nothing: orders are checked before the first write, and what was written is put back if a later write fails.
+Reference: Pool & Yu, *Channel Permutations for N:M Sparsity* (NeurIPS 2021), over every axis the graph couples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from nm_compiler.axes.reorder import Orders, inverse, needs_of, reorder
+from nm_compiler.axes.result import Axes, Axis
+from nm_compiler.graph import getattr_path
+
+
+def permute(gm: GraphModule, *, axes: Axes, orders: Orders, beside: Sequence[tuple[str, Tensor]] = ()) -> GraphModule:
+    """Permute the parameters and buffers that ``gm`` is bound to.
+
+    axes: of the model; orders: int64 ``[*rows, size]`` by class name, valid ones (see `nm_compiler.permuting`);
+    beside: tensors that go along with a parameter of their shape, such as an optimizer's momentum, by its name.
+    """
+    needs = needs_of(axes)
+    tensors = [(getattr_path(gm, name), layout) for name, layout in axes.state.items()]
+    tensors += [(tensor, axes.state[name]) for name, tensor in beside if name in axes.state]
+    done: list[tuple[Tensor, Sequence[Axis]]] = []
+    try:
+        for tensor, layout in tensors:
+            done.append((tensor, layout))
+            _write(tensor, layout, orders, needs)
+    except BaseException:
+        back = inverse(orders, needs)
+        for tensor, layout in done[:-1]:
+            _write(tensor, layout, back, needs)
+        raise
+    return gm
+
+
+@torch.no_grad()
+def _write(tensor: Tensor, layout: Sequence[Axis], orders: Orders, needs: dict[str, tuple[str, ...]]) -> None:
+    here = dict(_on(tensor, layout, orders))
+    new = reorder(tensor.detach(), layout, here, needs)
+    if new is not tensor and here:
+        tensor.copy_(new)
+
+
+def _on(tensor: Tensor, layout: Sequence[Axis], orders: Orders) -> Iterator[tuple[str, Tensor]]:
+    from nm_compiler.axes.result import leaves
+
+    for axis in layout:
+        for leaf in leaves(axis):
+            if leaf.name in orders:
+                yield leaf.name, orders[leaf.name].to(tensor.device)
