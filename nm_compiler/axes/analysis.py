@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -27,6 +28,7 @@ Value: TypeAlias = "Dims | tuple[Any, ...] | None"  # of a tensor, of several te
 Rule: TypeAlias = "Callable[[Analysis, Call], Value]"
 
 _LOG = logging.getLogger(__name__)
+_COPIES = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.clone.default, torch.ops.aten.detach.default)
 _PRIMES = (1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121, 1000133, 1000151, 1000159, 1000171)
 
 
@@ -125,6 +127,16 @@ class Analysis:
         if isinstance(value, (tuple, list)):
             return tuple(self.fresh(item, pinned) for item in value)
         return None
+
+    def constant(self, node: Any) -> Tensor | None:
+        """The value of a node that reads a constant of the code; None for state, which may change, and for what is computed."""
+        while isinstance(node, Node) and node.op == "call_function" and node.target in _COPIES:
+            node = node.args[0]
+        if not isinstance(node, Node) or node.op != "get_attr":
+            return None
+        owner = node.graph.owning_module
+        found = getattr(owner, "__dict__", {}).get("extras", {}).get(str(node.target))
+        return found if isinstance(found, Tensor) and not isinstance(found, FakeTensor) and found.device.type != "meta" else None
 
     def _read(self, gm: GraphModule, node: Node) -> Value:
         tensor = getattr_path(gm, node.target)

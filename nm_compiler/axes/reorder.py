@@ -40,10 +40,11 @@ def reorder(tensor: Tensor, layout: Sequence[Axis], orders: Orders, needs: Mappi
 
 
 def _permute_leaves(tensor: Tensor, layout: Sequence[Axis], orders: Orders, needs: Mapping[str, tuple[str, ...]]) -> Tensor:
-    places = {axis.name: at for at, axis in enumerate(layout) if isinstance(axis, Leaf) and axis.name in orders}
+    places = [(axis.name, at) for at, axis in enumerate(layout) if isinstance(axis, Leaf) and axis.name in orders]
     while places:  # what depends on others goes first, while those still stand as they were
-        name = next(name for name in places if not any(name in needs.get(other, ()) for other in places if other != name))
-        at, order = places.pop(name), orders[name]
+        asked = {need for name, _ in places for need in needs.get(name, ())}
+        name, at = places.pop(next(i for i, (name, _) in enumerate(places) if name not in asked))
+        order = orders[name]
         rows = needs.get(name, ())
         if not rows:
             tensor = tensor.index_select(at, order)

@@ -6,8 +6,10 @@ point into the axis.
 
 from __future__ import annotations
 
+import torch
+
 from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value
-from nm_compiler.axes.rules.parts import renewed
+from nm_compiler.axes.rules.parts import pieces, renewed
 
 
 def embedding(a: Analysis, call: Call) -> Value:
@@ -22,6 +24,10 @@ def index(a: Analysis, call: Call) -> Value:
     """``x[i, :, j]`` with tensors of numbers, or of booleans, which pin what they choose from."""
     x = a.dims(call["self"])
     given = call["indices"]
+    if (run := _run(a, given)) is not None:
+        axis, first, length = run
+        first %= x[axis].size
+        return pieces(a, x, axis, [first, length, x[axis].size - first - length], "index takes a run of it")[1]
     indexed, positions, axis = [], [], 0
     for item in given:
         if item is None:
@@ -41,6 +47,16 @@ def index(a: Analysis, call: Call) -> Value:
     kept = [term for i, term in enumerate(x) if i not in positions]
     start = _place(given)
     return (*kept[:start], *looked_up, *kept[start:])
+
+
+def _run(a: Analysis, given: list[object]) -> tuple[int, int, int] | None:
+    """Axis, start and length, where the only index is a constant list of consecutive numbers: a slice in disguise."""
+    (axis, node), *others = [(i, item) for i, item in enumerate(given) if item is not None]
+    numbers = a.constant(node) if not others else None
+    if numbers is None or numbers.ndim != 1 or numbers.numel() == 0 or numbers.dtype != torch.int64:
+        return None
+    first = int(numbers[0])
+    return (axis, first, len(numbers)) if numbers.tolist() == list(range(first, first + len(numbers))) else None
 
 
 def _place(given: list[object]) -> int:
@@ -111,6 +127,12 @@ def ranked(a: Analysis, call: Call) -> Value:
     return (result, result) if isinstance(val, (tuple, list)) else result
 
 
+def difference(a: Analysis, call: Call) -> Value:
+    """``diff``: neighbours are compared."""
+    x = a.dims(call["self"])
+    return renewed(a, x, [call["dim"]], a.shape(call.node), "diff compares neighbours")
+
+
 def counts(a: Analysis, call: Call) -> Value:
     """``one_hot``, ``bincount``, ``histc``: values become positions along a new axis."""
     dims = a.dims(call["self"]) if call.name == "one_hot" else ()
@@ -144,6 +166,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys("scatter scatter_add scatter_reduce index_add index_copy index_reduce".split(), scatter),
     **dict.fromkeys("index_put _unsafe_index_put".split(), index_put),
     **dict.fromkeys("sort topk argsort msort".split(), ranked),
+    "diff": difference,
     **dict.fromkeys("one_hot bincount histc".split(), counts),
     **dict.fromkeys("bucketize searchsorted".split(), bucketed),
 }

@@ -15,6 +15,11 @@ from nm_compiler.axes.terms import Term
 def pieces(a: Analysis, dims: Dims, axis: int, sizes: Sequence[int], why: str) -> list[Dims]:
     """``dims`` cut along ``axis`` into consecutive pieces; the other axes as they are ordered within each piece."""
     whole = dims[axis]
+    if sum(sizes) != whole.size:  # sizes that depend on data
+        a.pin((whole,), why)
+        a.mixed(dims, (axis % len(dims),))
+        loose = [a.terms.one if size == 1 else a.terms.leaf(size, why) for size in sizes]
+        return [(*dims[: axis % len(dims)], part, *without(dims, axis)[axis % len(dims) :]) for part in loose]
     parts = a.terms.cut(whole, sizes, why) if whole.size != 1 else [whole if size else a.terms.leaf(0) for size in sizes]
     return [
         tuple(part if i == axis % len(dims) else a.terms.within(other, part, whole) for i, other in enumerate(dims))
@@ -33,7 +38,12 @@ def cat(a: Analysis, call: Call) -> Value:
     many = [dims for node in call["tensors"] if (dims := a.dims(node)) and not (len(dims) == 1 and dims[0].size == 0)]
     axis = call.get("dim", 0) % len(many[0])
     others = a.broadcast([without(dims, axis) for dims in many], "cat aligns them")
-    return (*others[:axis], a.terms.sum(_entries(a, dims[axis]) for dims in many), *others[axis:])
+    whole = a.terms.sum(_entries(a, dims[axis]) for dims in many)
+    size = a.shape(call.node)[axis]
+    if whole.size != size:  # sizes that depend on data
+        a.pin((whole,), "cat of parts whose sizes depend on data")
+        whole = a.terms.leaf(size, "cat of parts whose sizes depend on data")
+    return (*others[:axis], whole, *others[axis:])
 
 
 def _entries(a: Analysis, term: Term) -> Term:

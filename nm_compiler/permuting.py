@@ -1,0 +1,137 @@
+"""permute and show_axes: reorder the channels of a model so that N:M masks keep more, without changing what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.optim import Optimizer
+
+from nm_compiler.axes.analyse import analyse
+from nm_compiler.axes.orders import checked, random_orders
+from nm_compiler.axes.outputs import Outputs
+from nm_compiler.axes.reorder import inverse, needs_of
+from nm_compiler.axes.result import Axes
+from nm_compiler.axes.search import search_orders
+from nm_compiler.errors import NMError
+from nm_compiler.pattern import PatternMap, PatternSpec
+from nm_compiler.passes.permute import permute as permute_pass
+from nm_compiler.preparing import Captured, captured_and_planned
+from nm_compiler.sites import Plan
+from nm_compiler.solvers.magnitude import retained_magnitude
+
+Order = str | Mapping[str, Any]
+"""``"search"``, ``"random"``, or orders by axis."""
+
+
+@dataclass(frozen=True)
+class Permutation(Mapping[str, Tensor]):
+    """What `permute` did: an order, int64 ``[*rows, size]``, for every class of axes that it moved.
+
+    retained: per N:M weight, the share of magnitude that its forward mask kept before, and keeps now.
+    """
+
+    orders: Mapping[str, Tensor]
+    axes: Axes
+    retained: Mapping[str, tuple[float, float]]
+
+    def inverse(self) -> dict[str, Tensor]:
+        """The orders that put everything back: ``nm.permute(model, inputs, order=permutation.inverse())``."""
+        return inverse(self.orders, needs_of(self.axes))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.orders[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.orders)
+
+    def __len__(self) -> int:
+        return len(self.orders)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.orders)} of {len(self.axes)} axis classes permuted; retained magnitude of each N:M weight:"]
+        width = max(map(len, self.retained), default=0)
+        lines += [f"  {name:{width}}  {before:.4f} -> {after:.4f}" for name, (before, after) in self.retained.items()]
+        return "\n".join(lines)
+
+
+def permute(
+    model: nn.Module,
+    example_inputs: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    pattern: PatternSpec = "2:4",
+    order: Order = "search",
+    outputs: Outputs = None,
+    optimizer: Optimizer | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dynamic_shapes: Any = None,
+    seed: int = 0,
+    budget_s: float | None = None,
+) -> Permutation:
+    """Put the channels of ``model`` in another order, in place; it computes the same function.
+
+    pattern, include, exclude: which weights the search has in mind, as in `compile`;
+    order: ``"search"`` for the most retained magnitude, ``"random"``, or a mapping from axes (see `show_axes`) to orders,
+    int64 ``[size]`` with ``new[i] = old[order[i]]``; what it does not name stays.
+    outputs: those that must not change, as index, name, several, or a function of the outputs. By default all, but for models
+    that name them, such as Hugging Face's, the logits and losses: other outputs are then right up to the order of channels.
+    optimizer: whose state of the permuted parameters (momenta of their shape) goes along.
+    seed, budget_s: of the search; seconds.
+
+    The state_dict keeps its names and shapes, and loads into any model of the architecture.
+    Raises NMError, nothing changed, if the model cannot be captured or an order does not fit.
+    Reference: Pool & Yu, NeurIPS 2021.
+    """
+    found = captured_and_planned(model, example_inputs, kwargs, pattern, include, exclude, dynamic_shapes, what="nm.permute")
+    axes = coupled(model, found, outputs)
+    return apply(model, found, axes, order, optimizer=optimizer, seed=seed, budget_s=budget_s)
+
+
+def show_axes(
+    model: nn.Module,
+    example_inputs: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    outputs: Outputs = None,
+    dynamic_shapes: Any = None,
+) -> Axes:
+    """Which axes of the model's weights one order must permute together, and which are pinned and why.
+
+    Returns a value to print, to iterate over and to ``draw("axes.svg")``. Nothing is changed; weights may be on the meta device.
+    """
+    patterns = PatternMap.parse("1:1")
+    del patterns
+    found = captured_and_planned(model, example_inputs, kwargs, None, (), (), dynamic_shapes, what="nm.show_axes")
+    return coupled(model, found, outputs)
+
+
+def coupled(model: nn.Module, found: Captured, outputs: Outputs) -> Axes:
+    """The coupled axes of a captured model."""
+    return analyse(model, list(found.graphs.values()), in_axes=found.in_axes, outputs=outputs)
+
+
+def apply(
+    model: nn.Module, found: Captured, axes: Axes, order: Order, *,
+    optimizer: Optimizer | None = None, seed: int = 0, budget_s: float | None = None,
+) -> Permutation:  # fmt: skip
+    """Find or check the orders, then permute the model's state in place, all of it or nothing."""
+    beside = _beside(model, optimizer)
+    if isinstance(order, Mapping):
+        orders = checked(axes, order)
+    elif order == "random":
+        orders = random_orders(axes, seed)
+    elif order == "search":
+        orders = search_orders(model, axes, found.plan, seed=seed, budget_s=budget_s)
+    else:
+        raise NMError(f'order={order!r}: use "search", "random", or a mapping from axes to orders')
+    before = _retained(model, found.plan)
+    gm = next(iter(found.graphs.values()))[0]
+    permute_pass(gm, axes=axes, orders=orders, beside=beside)
+    after = _retained(model, found.plan)
+    return Permutation(orders, axes, {name: (share, after[name]) for name, share in before.items()})
