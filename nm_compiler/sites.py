@@ -6,52 +6,80 @@ first reason that applies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from nm_compiler.errors import NMError, Refusal
-from nm_compiler.layout import groups_per_row, out_axis_of
+from nm_compiler.graph import getattr_path, reads
+from nm_compiler.layout import Layout
 from nm_compiler.pattern import Pattern, PatternMap, matches
-from nm_compiler.uses import Blocked, Use, ends, uses
+from nm_compiler.uses import Blocked, Use, constants, ends, uses
+from nm_compiler.views import is_scale
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
     """A weight that becomes N:M.
 
-    name: of the parameter; op: linear, matmul, addmm, conv1d, conv2d, conv3d; in_axis: the reduction axis (1 for
-    ``[out, in, *taps]``, 0 for ``[in, out]``); conv_groups: 1 but for grouped convolutions.
+    name: of the parameter; op: of its first product (linear, matmul, einsum, grouped_mm, conv2d, ...); layout: which axis
+    is what; conv_groups: 1 but for grouped convolutions; blocks: into how many equal blocks of output channels (conv
+    groups, or slices such as those of an in_proj_weight) its products split the rows, inside which they may be reordered.
     """
 
     name: str
     op: str
     shape: tuple[int, ...]
-    in_axis: int
-    conv_groups: int
+    layout: Layout
     pattern: Pattern
+    conv_groups: int = 1
+    blocks: int = 1
+
+    @property
+    def in_axis(self) -> int:
+        """The reduction axis, along which forward groups run."""
+        return self.layout.in_axis
+
+    @property
+    def rows(self) -> list[int]:
+        """The axes as (*batch, out, *taps, in), for `nm_compiler.layout.as_rows`."""
+        return list(self.layout.rows(len(self.shape)))
 
     @property
     def out(self) -> int:
-        """Number of output channels."""
-        return self.shape[out_axis_of(self.in_axis)]
+        """Number of output channels (of each expert)."""
+        return self.shape[self.layout.out_axis]
+
+    @property
+    def block(self) -> int:
+        """Number of output channels that may be reordered among themselves."""
+        return self.out // self.blocks
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The axes that state by group begins with: ``(out,)``, or ``(experts, out)``."""
+        return (*(self.shape[axis] for axis in self.layout.batch), self.out)
 
     @property
     def groups_per_row(self) -> int:
-        """Number of forward groups in one output row."""
-        return groups_per_row(self.shape, self.in_axis, self.pattern.m)
+        """Number of forward groups in one output row, taps included."""
+        return math.prod(self.shape) // math.prod(self.leading) // self.pattern.m
 
     @property
     def backward_groups(self) -> bool:
-        """Whether groups along output channels exist: C_out / conv groups is a multiple of M."""
-        return self.out // self.conv_groups % self.pattern.m == 0
+        """Whether groups along output channels exist: the blocks of output channels are multiples of M."""
+        return self.block % self.pattern.m == 0
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every floating weight of two or more axes: a site, or a refusal. ``shapes`` and ``ops`` are for the report."""
+    """Every weight of two or more axes: a site, or a refusal. ``shapes`` and ``ops`` are for the report.
+
+    Weights are all parameters, and the buffers and constants that a product multiplies data with.
+    """
 
     sites: tuple[Site, ...]
     refusals: tuple[Refusal, ...]
@@ -67,7 +95,7 @@ def find(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> Plan:
-    """Plan every floating parameter of two or more axes over the graphs of one model (evaluation first).
+    """Plan every parameter of two or more axes over the graphs of one model (evaluation first).
 
     Raises NMError if a glob of ``include``/``exclude`` matches no parameter, or if no weight is left to make sparse.
     """
@@ -80,12 +108,13 @@ def find(
     for glob, pattern in patterns.rules:
         if glob != "*" and not any(matches(name, (glob,)) for name in parameters):
             raise NMError(f"pattern={{{glob!r}: '{pattern}'}} matches no weight; globs run over parameter names")
-    edges = [ends(gm) for gm in graphs]
+    fixed = [constants(gm.graph) for gm in graphs]
+    edges = [ends(gm, known) for gm, known in zip(graphs, fixed, strict=True)]
     sites: list[Site] = []
     refusals: list[Refusal] = []
     ops: dict[str, str] = {}
     for name, parameter in parameters.items():
-        per_graph = [list(_uses_in(gm, name)) for gm in graphs]
+        per_graph = [list(_uses_in(gm, name, known)) for gm, known in zip(graphs, fixed, strict=True)]
         ops[name] = _op_label(per_graph)
         included = matches(name, include)
         verdict = _judge(name, parameter, per_graph, edges, patterns, included is not None, matches(name, exclude))
@@ -98,23 +127,47 @@ def find(
             )
         else:
             refusals.append(verdict)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    for name, shape, op, reason in _untrained(model, graphs, fixed):
+        refusals.append(Refusal(name, reason))
+        shapes[name], ops[name] = shape, op
     if not sites:
-        shown = "\n  ".join(f"{r.where} {list(parameters[r.where].shape)}: {r.reason}" for r in refusals[:12])
+        shown = "\n  ".join(f"{r.where} {list(shapes[r.where])}: {r.reason}" for r in refusals[:12])
         raise NMError(
             f"no weight of this {type(model).__name__} can be {_shown(patterns)}:\n  {shown or 'it has no weights'}\n"
             "take stem or head in with include=[...], or choose a pattern whose M divides the input channels"
         )
-    return Plan(tuple(sites), tuple(refusals), {n: tuple(p.shape) for n, p in parameters.items()}, ops)
+    return Plan(tuple(sites), tuple(refusals), shapes, ops)
 
 
 def _shown(patterns: PatternMap) -> str:
     return str(patterns.rules[0][1]) if len(patterns.rules) == 1 and patterns.rules[0][0] == "*" else str(patterns)
 
 
-def _uses_in(gm: GraphModule, name: str) -> Iterator[Use | Blocked]:
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" and node.target == name:
-            yield from uses(node)
+def _uses_in(gm: GraphModule, name: str, fixed: Collection[Node]) -> Iterator[Use | Blocked]:
+    for node in reads(gm, name):
+        yield from uses(node, fixed)
+
+
+def _untrained(
+    model: nn.Module, graphs: Sequence[GraphModule], fixed: Sequence[Collection[Node]]
+) -> Iterator[tuple[str, tuple[int, ...], str, str]]:
+    """Buffers and constants that a product multiplies data with: name, shape, op and why they stay dense."""
+    trained, seen = {name for name, _ in model.named_parameters()}, set()
+    buffers = {name for name, _ in model.named_buffers()}
+    for gm, known in zip(graphs, fixed, strict=True):
+        for node in gm.graph.nodes:
+            if node.op != "get_attr" or node.target in trained or node.target in seen:
+                continue
+            value = getattr_path(gm, node.target)
+            if not isinstance(value, Tensor) or value.ndim < 2 or not value.dtype.is_floating_point:
+                continue
+            products = [use for use in uses(node, known) if isinstance(use, Use) and not any(map(is_scale, use.path))]
+            if products:
+                seen.add(node.target)
+                what = "a buffer" if node.target in buffers else "a plain tensor"
+                reason = f"{what}, not a parameter: make it an nn.Parameter(requires_grad=False) to make it sparse"
+                yield str(node.target), tuple(value.shape), products[0].op, reason
 
 
 def _op_label(per_graph: Sequence[Sequence[Use | Blocked]]) -> str:
@@ -149,15 +202,11 @@ def _judge(
     if pattern is None:
         return Refusal(name, f"no rule of pattern={patterns} matches it")
     first = products[0]
-    if any((use.in_axis, use.conv_groups) != (first.in_axis, first.conv_groups) for use in products):
+    if any((use.layout, use.conv_groups) != (first.layout, first.conv_groups) for use in products):
         return Refusal(name, "used along different axes by different products")
-    inputs = shape[first.in_axis]
-    if first.conv_groups > 1 and inputs == 1:
-        return Refusal(name, "depthwise convolution: one input channel a group, nothing to choose from")
-    if inputs % pattern.m:
-        what = "input channels" if first.op.startswith("conv") else "input features"
-        inside = f" in each of {first.conv_groups} conv groups" if first.conv_groups > 1 else ""
-        return Refusal(name, f"{inputs} {what}{inside}, groups of {pattern} need a multiple of {pattern.m}")
+    cut = _cut(name, shape, products, pattern)
+    if cut:
+        return cut
     if not included:
         at = next(index for index, found in enumerate(per_graph) if found)
         stems, heads = edges[at]
@@ -166,4 +215,24 @@ def _judge(
             return Refusal(name, "stem: no other weight comes before it (include= makes it sparse)")
         if all(node in heads for node in here):
             return Refusal(name, "head: no other weight comes after it (include= makes it sparse)")
-    return Site(name, first.op, shape, first.in_axis, first.conv_groups, pattern)
+    rows = shape[first.layout.out_axis]
+    block = math.gcd(rows // first.conv_groups, *(edge for use in products for edge in use.outputs))
+    return Site(name, first.op, shape, first.layout, pattern, first.conv_groups, rows // block)
+
+
+def _cut(name: str, shape: tuple[int, ...], products: Sequence[Use], pattern: Pattern) -> Refusal | None:
+    """Why the reduction axis, or the parts of it that products read, cannot be cut into groups."""
+    first = products[0]
+    inputs = shape[first.layout.in_axis]
+    if inputs % pattern.m:
+        what = "input channels" if first.op.startswith("conv") else "input features"
+        if len(shape) > 2 and not first.op.startswith("conv"):
+            what = f"weights along axis {first.layout.in_axis}"
+        inside = f" in each of {first.conv_groups} conv groups" if first.conv_groups > 1 else ""
+        return Refusal(name, f"{inputs} {what}{inside}, groups of {pattern} need a multiple of {pattern.m}")
+    for use in products:
+        begin, count = use.inputs
+        if begin % pattern.m or count % pattern.m:
+            part = f"inputs {begin} to {begin + count - 1} of {inputs}"
+            return Refusal(name, f"a product reads {part} by themselves, which cuts groups of {pattern}: slice at multiples")
+    return None

@@ -3,8 +3,11 @@
 <param>_scores   Parameter   LBC: the weight's shape (by position) or [out, groups per row, C]
 <param>_live     uint8       LBC: [out, groups per row, ceil(C / 8)], [.., C] or [.., M]
 <param>_order    int64       Bi-Mask: [out]
-<param>_mask     uint8       fixed masks: [out, ceil(rest / 8)], one bit a weight
+<param>_mask     uint8       fixed masks: [size of axis 0, ceil(rest / 8)], one bit a weight
 nm_recipe        uint8       on the root: what the state belongs to (method, layout, patterns), as JSON text
+
+Where a weight holds several, such as experts [expert, out, in] or [expert, in, out], [out, ..] is [expert, out, ..]: the
+state can then be sharded along its leading axis together with the weight.
 """
 
 from __future__ import annotations

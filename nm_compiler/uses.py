@@ -1,19 +1,24 @@
 """Follow a weight through the graph to the products that read it, or to what is no N:M product and why.
 
-A *use* is one product that reads a weight, possibly through transposes: linear, addmm or matmul with a constant weight, or
-a convolution of one to three dimensions.
+A *use* is one product of the weight with data: any product that can be written as an einsum of two tensors
+(`nm_compiler.equations`), a convolution of one to three dimensions, or a grouped matmul of experts. Between the weight and
+the product there may be views and constant scales (`nm_compiler.views`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
+from nm_compiler.equations import LINEAR, PRODUCTS, equation_of
 from nm_compiler.graph import getattr_path, target_name
+from nm_compiler.layout import Layout
+from nm_compiler.views import Seen, fragments, is_scale, is_view, reads_shape_only, start, start_of, step
 
 aten = torch.ops.aten
 
@@ -22,23 +27,26 @@ CONVS = {
     aten.conv1d.padding: "conv1d", aten.conv2d.padding: "conv2d", aten.conv3d.padding: "conv3d",
     aten.convolution.default: "conv",
 }  # fmt: skip
-MATMULS = (aten.mm.default, aten.matmul.default)
-_VIEWS = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.detach.default,
-          aten.alias.default, aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.contiguous.default)  # fmt: skip
-_PRODUCTS = ("linear", "mm", "matmul", "addmm", "bmm", "baddbmm", "einsum")
+GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")  # by name: transformers need not be there
 _TRANSPOSED_CONVS = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One product that reads a weight: the node, its op, and the weight's own reduction axis."""
+    """One product that reads a weight: the node and its op, and which axes of the weight it sums over and keeps.
+
+    inputs, outputs: (start, count) along the reduction and the output axis, less than all of them for a slice.
+    path: the nodes from the one that reads the weight to the one that the product reads.
+    """
 
     node: Node
     op: str
-    in_axis: int
+    layout: Layout
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
     conv_groups: int
-    view: Node  # the node that the product reads: the weight, or a transpose of it
+    path: tuple[Node, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,59 +57,134 @@ class Blocked:
     reason: str
 
 
-def uses(read: Node) -> Iterator[Use | Blocked]:
-    """Follow a weight from the node that reads it, through transposes, to the products, or to what is none."""
-    weight = read.meta["val"]
-    stack: list[tuple[Node, tuple[int, ...]]] = [(read, tuple(range(weight.ndim)))]
+def constants(graph: Graph) -> set[Node]:
+    """The nodes that depend on parameters, buffers and constants alone."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" or (node.op == "call_function" and all(arg in found for arg in node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def uses(read: Node, fixed: Collection[Node] | None = None) -> Iterator[Use | Blocked]:
+    """Follow a weight from the node that reads it to the products, or to what is none.
+
+    fixed: the graph's `constants`, where the caller has them.
+    """
+    fixed = constants(read.graph) if fixed is None else fixed
+    stack, found, reached = [start(read)], [], {read}
     while stack:
-        view, axes = stack.pop()
-        for user in view.users:
-            if user.op == "call_function" and user.target in _VIEWS and user.args[0] is view:
-                stack.append((user, _through(user, axes)))
+        seen = stack.pop()
+        for user in seen.node.users:
+            if reads_shape_only(user, seen.node):
+                continue
+            after = step(seen, user, fixed)
+            if isinstance(after, Seen):
+                stack.append(after)
+                reached.add(user)
             else:
-                yield _classify(user, view, axes)
+                found.append((seen, user, after))
+    for seen, user, why in found:
+        if not _only_scales(user, reached, fixed):
+            verdict = Blocked(_op_name(user), why) if why else _classify(user, seen, fixed)
+            if isinstance(verdict, Blocked) and seen.scaled:  # a table that something is multiplied by, not a scaled weight
+                verdict = Blocked(_op_name(seen.scaled), f"{_read_by(seen.scaled)}, and what comes of it is: {verdict.reason}")
+            yield verdict
 
 
-def _through(node: Node, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Where the weight's axes lie after a view."""
-    if node.target in (aten.t.default, aten.numpy_T.default):
-        return axes[::-1]
-    if node.target is aten.transpose.int:
-        first, second = (int(a) % len(axes) for a in node.args[1:3])  # type: ignore[arg-type]
-        swapped = list(axes)
-        swapped[first], swapped[second] = axes[second], axes[first]
-        return tuple(swapped)
-    if node.target is aten.permute.default:
-        return tuple(axes[int(a) % len(axes)] for a in node.args[1])  # type: ignore[union-attr, arg-type]
-    return axes
+def _only_scales(node: Node, reached: Collection[Node], fixed: Collection[Node]) -> bool:
+    """Whether all that comes of a node is a factor of the same weight: the norm in weight norm or spectral norm."""
+    if node not in fixed or not node.users:
+        return False
+    return all((user in reached and is_scale(user)) or _only_scales(user, reached, fixed) for user in node.users)
 
 
-def _classify(node: Node, view: Node, axes: tuple[int, ...]) -> Use | Blocked:
-    position = next((i for i, arg in enumerate(node.args) if arg is view), None)
-    target, ndim = node.target, len(axes)
-    if target is aten.linear.default and position == 1 and ndim == 2:
-        return Use(node, "linear", axes[1], 1, view)
-    if target in CONVS and position == 1:
-        if axes[:2] != (0, 1):
-            return Blocked("conv", "a convolution reads a transpose of it; groups need the [out, in, *taps] layout")
-        if target is aten.convolution.default and node.args[6]:
-            return Blocked("conv_transpose", _TRANSPOSED)
-        conv_groups = _argument(node, 8 if target is aten.convolution.default else 6, 1)
-        return Use(node, f"conv{ndim - 2}d", 1, conv_groups, view)
-    if target in MATMULS and position == 1 and ndim == 2:
-        return Use(node, "matmul", axes[0], 1, view)
-    if target is aten.addmm.default and position == 2 and ndim == 2:
-        if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-            return Blocked("addmm", "addmm with alpha or beta other than 1")
-        return Use(node, "addmm", axes[0], 1, view)
-    return Blocked(_op_name(node), _why_not(node, position, ndim))
+def _classify(node: Node, seen: Seen, fixed: Collection[Node]) -> Use | Blocked:
+    name = _op_name(node)
+    position = next((i for i, arg in enumerate(node.args) if arg is seen.node), None)
+    if node.target in CONVS and position == 1:
+        return _convolution(node, seen)
+    if node.op == "call_function" and target_name(node.target) in GROUPED and position == 1 and seen.dims.ndim == 3:
+        return _placed(node, "grouped_mm", seen, ("batch", "in", "out"))
+    if node.target not in PRODUCTS:
+        return Blocked(name, _why_not(node, computed=node in fixed))
+    equation = equation_of(node)
+    if isinstance(equation, str):
+        return Blocked(name, equation)
+    side = next((i for i, arg in enumerate(equation.operands) if arg is seen.node), None)
+    if side is None:
+        return Blocked(name, f"added to the result of {target_name(node.target)}")
+    if equation.operands[0] is equation.operands[1]:
+        return Blocked(name, "multiplied with itself")
+    if node.target is LINEAR and side == 0:
+        return Blocked(name, "the input of a linear, not its weight")
+    if node.target is not LINEAR and equation.operands[1 - side] in fixed:
+        return Blocked(name, "multiplied with another weight before any data: multiply the data with one, then the other")
+    ours, theirs, out = equation.terms[side], equation.terms[1 - side], equation.out
+    if any(letter not in out + theirs for letter in ours):
+        return Blocked(name, f"{name} sums over one of its axes before the product")
+    parts = [("batch" if c in out else "in") if c in theirs else "out" for c in ours]
+    return _placed(node, "matmul" if name == "mm" else name, seen, parts)
+
+
+def _convolution(node: Node, seen: Seen) -> Use | Blocked:
+    general = node.target is aten.convolution.default
+    if general and node.args[6]:
+        return Blocked("conv_transpose", _TRANSPOSED)
+    at = 8 if general else 6
+    groups: Any = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
+    if groups > 1 and seen.dims.shape[1] == 1:
+        return Blocked("conv", "depthwise convolution: one input channel a group, nothing to choose from")
+    parts = ("out", "in", *["taps"] * (seen.dims.ndim - 2))
+    return _placed(node, f"conv{seen.dims.ndim - 2}d", seen, parts, groups)
+
+
+def _placed(node: Node, op: str, seen: Seen, parts: Sequence[str], conv_groups: int = 1) -> Use | Blocked:
+    """Carry the parts of the product's axes over to the weight's own axes.
+
+    Where several axes play one part, the fastest in memory is the one that groups run along.
+    """
+    shape = tuple(int(size) for size in seen.path[0].meta["val"].shape)
+    walked: dict[str, list[tuple[int, int, int, int]]] = {"in": [], "out": [], "batch": [], "taps": []}
+    for part, size, stride in zip(parts, seen.dims.shape, seen.dims.stride(), strict=True):
+        if size == 1 or stride == 0:
+            if part == "in" and size > 1:
+                return Blocked(op, "expanded along the axis that its product sums over")
+            continue
+        steps = fragments(size, stride, shape)
+        if steps is None:
+            return Blocked(op, "reshaped across its axes: groups could not be told apart behind it")
+        slower = {"in": "taps", "out": "batch"}.get(part, part)
+        for index, (axis, jump, count) in enumerate(steps):
+            walked[slower if index else part].append((stride if not index else 1 << 62, axis, jump, count))
+    units = [axis for axis, size in enumerate(shape) if size == 1]
+    inner = min(walked["in"], default=(0, units[-1] if units else 0, 1, 1))
+    if "in" not in parts or (not walked["in"] and not units):
+        return Blocked(op, "multiplied element by element: its product sums over none of its axes")
+    if inner[2] != 1:
+        return Blocked(op, f"its product reads weights {inner[2]} apart, groups need consecutive ones")
+    if inner[0] in seen.indexed:
+        return Blocked(op, "indexed along the axis that its product sums over")
+    in_axis = inner[1]
+    units = [axis for axis in units if axis != in_axis]
+    outer = min((step for step in walked["out"] if step[1] != in_axis), default=None)
+    if outer is None and not units:
+        return Blocked(op, "no output axis: every weight row meets data of its own")
+    _, out_axis, jump, count = outer or (0, units[0], 1, 1)
+    batch = {step[1] for part in ("batch", "out") for step in walked[part]}
+    batch |= {axis for axis in range(len(shape)) if all(axis != step[1] for steps in walked.values() for step in steps)}
+    batch -= {axis for axis in units if axis > min(in_axis, out_axis)} | {in_axis, out_axis}
+    layout = Layout(in_axis, out_axis, tuple(sorted(batch)))
+    first = start_of(seen.dims, out_axis, shape)
+    outputs = (first, count) if jump == 1 else (0, 1)
+    return Use(node, op, layout, (start_of(seen.dims, in_axis, shape), inner[3]), outputs, conv_groups, seen.path)
 
 
 _TRANSPOSED = "a transposed convolution: no N:M kernel reduces along its axis"
 
 
-def _why_not(node: Node, position: int | None, ndim: int) -> str:
-    target, name = node.target, _op_name(node)
+def _why_not(node: Node, *, computed: bool) -> str:
+    name = _op_name(node)
     if name.startswith("embedding"):
         return "an embedding: rows are looked up, not multiplied"
     if name in _TRANSPOSED_CONVS:
@@ -110,28 +193,30 @@ def _why_not(node: Node, position: int | None, ndim: int) -> str:
         return "inside a fused LSTM, GRU or RNN op: write the cell with linear layers to make it sparse"
     if node.op == "output":
         return "returned by the model as it is"
-    if name == "einsum":
-        return "read by einsum, which has no N:M rule: write torch.nn.functional.linear"
-    if target in (*MATMULS, aten.bmm.default, aten.baddbmm.default):
-        if position == 0:
-            return "the left operand of a matmul: write x @ weight.T to make it sparse"
-        return f"a {ndim}-D weight of a batched matmul: not supported yet"
-    return f"read by {target_name(target)}, which has no N:M rule"
+    if name == "bilinear":
+        return "bilinear sums over two axes of it at once: write two products"
+    if not computed:
+        return _read_by(node)
+    if is_scale(node):
+        return "a factor of another weight"
+    if name == "cat":
+        return "joined with other weights before its product: write a product for each, or keep one joined parameter"
+    if name in ("batch_norm", "sub", "add", "rsub"):
+        return f"{_read_by(node)}: behind it zeros are no longer zeros, so use a layer whose weight is a plain parameter"
+    return _read_by(node)
+
+
+def _read_by(node: Node) -> str:
+    return f"read by {target_name(node.target)}, which has no N:M rule"
 
 
 def _op_name(node: Node) -> str:
     return node.target._opname if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
 
 
-def _argument(node: Node, position: int, default: int) -> int:
-    value = node.args[position] if len(node.args) > position else node.kwargs.get("groups", default)
-    return int(value)  # type: ignore[arg-type]
-
-
-def ends(gm: GraphModule) -> tuple[set[Node], set[Node]]:
+def ends(gm: GraphModule, fixed: Collection[Node]) -> tuple[set[Node], set[Node]]:
     """The products of the graph with no weighted op before them (stems) and with none after them (heads)."""
-    weighted = [node for node in gm.graph.nodes if _is_weighted(gm, node)]
-    chosen = set(weighted)
+    chosen = {node for node in gm.graph.nodes if _is_weighted(gm, node, fixed)}
     after: set[Node] = set()
     for node in gm.graph.nodes:
         if any(arg in after or arg in chosen for arg in node.all_input_nodes):
@@ -143,19 +228,24 @@ def ends(gm: GraphModule) -> tuple[set[Node], set[Node]]:
     return chosen - after, chosen - before
 
 
-def _is_weighted(gm: GraphModule, node: Node) -> bool:
-    """A linear, matmul, convolution (also transposed), embedding or recurrent op that reads a parameter."""
+def _is_weighted(gm: GraphModule, node: Node, fixed: Collection[Node]) -> bool:
+    """A product, convolution (also transposed), embedding or recurrent op that reads a parameter."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    name = node.target._opname
-    known = name.startswith(("conv", "embedding")) or name in _RECURRENT or name in _PRODUCTS
-    return known and any(_reads_weight(gm, arg) for arg in node.all_input_nodes)
-
-
-def _reads_weight(gm: GraphModule, node: Node) -> bool:
-    while node.op == "call_function" and node.target in _VIEWS and isinstance(node.args[0], Node):
-        node = node.args[0]
-    if node.op != "get_attr":
+    if node in fixed and node.target is not LINEAR:  # weights multiplied with weights
         return False
-    value = getattr_path(gm, node.target)
-    return isinstance(value, nn.Parameter) and value.ndim >= 2
+    name = node.target._opname
+    product = node.target in PRODUCTS or target_name(node.target) in GROUPED or name == "bilinear"
+    known = product or name.startswith(("conv", "embedding")) or name in _RECURRENT
+    return known and any(_holds_weight(gm, arg, fixed) for arg in node.all_input_nodes)
+
+
+def _holds_weight(gm: GraphModule, node: Node, fixed: Collection[Node]) -> bool:
+    """Whether a node is computed from a parameter of two or more axes alone, or is rows of one that an index chose."""
+    if node.op == "get_attr":
+        value = getattr_path(gm, node.target)
+        return isinstance(value, nn.Parameter) and value.ndim >= 2
+    if node in fixed:
+        return any(_holds_weight(gm, arg, fixed) for arg in node.all_input_nodes)
+    first = node.args[0] if node.op == "call_function" and node.args else None
+    return isinstance(first, Node) and is_view(node) and _holds_weight(gm, first, fixed)

@@ -7,7 +7,7 @@
     %z = nm.conv(%y, %v2, %u2, %c, [1, 1], ...)       %z = aten.conv2d(%y, %w2, %c, [1, 1], ...)
 
 A node that stands for a weight depends on parameters and constants alone, so its value is computed here and copied
-into the parameter in place. `nm.linear` and `nm.conv` become the products they compute in the forward pass.
+into the parameter in place. `nm.linear` and its kin become the products they compute in the forward pass.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ def freeze_masks(gm: GraphModule) -> GraphModule:
         elif node.target is torch.ops.nm.conv.default:
             data, weight, _, bias, *geometry = node.args
             _become(gm, node, _CONV[len(geometry[0])], (data, weight, bias, *geometry))
+        elif node.target is torch.ops.nm.einsum.default:
+            _become(gm, node, aten.einsum.default, (node.args[3], [node.args[0], node.args[1]]))
+        elif node.target is torch.ops.nm.grouped_mm.default:
+            data, weight, _, offsets, native = node.args
+            op = aten._grouped_mm.default if native else torch.ops.transformers.grouped_mm_fallback.default
+            _become(gm, node, op, (data, weight, offsets))
     return gm
 
 

@@ -4,8 +4,15 @@
     %w = self.fc.weight             %w = self.fc.weight                                # [out, in]
     %v = nm.srste_weight(%w, ...)   %v = nm.srste_weight(%w, ...)                      # W * F
     %y = aten.linear(%x, %v, %b)    %o = self.fc.weight_order                          # [out]
-                                    %u = nm.backward_weight(%v, %o, 2, 4, 1)           # W * B, B a subset of F
+                                    %u = nm.backward_weight(%v, %o, 2, 4, [0, 1])      # W * B, B a subset of F
                                     %y = nm.linear(%x, %v, %u, %b)                     # dx = g (W * B), dW = g^T x
+
+Convolutions become nm.conv, experts behind a grouped matmul nm.grouped_mm, other products nm.einsum; views between the
+weight and a product are repeated for W * B:
+
+    %c = aten.chunk(%v, 3)          %c = aten.chunk(%v, 3)        %d = aten.chunk(%u, 3)
+    %p = operator.getitem(%c, 1)    %p = operator.getitem(%c, 1)  %q = operator.getitem(%d, 1)
+    %y = aten.linear(%x, %p)        %y = nm.linear(%x, %p, %q, None)
 
 It runs behind any pass that masks the forward weight. A weight whose output channels do not divide keeps B = F.
 Safe because y does not read %u: only the gradient of x changes.
@@ -14,72 +21,102 @@ Safe because y does not read %u: only the gradient of x changes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
-from nm_compiler.ops import products as _ops  # noqa: F401  registers nm::linear and nm::conv
+from nm_compiler.equations import Equation, equation_of
+from nm_compiler.graph import target_name
+from nm_compiler.ops import einsum as _einsum  # noqa: F401  registers nm::einsum, and so on
+from nm_compiler.ops import grouped_mm as _grouped_mm  # noqa: F401
+from nm_compiler.ops import products as _products  # noqa: F401
 from nm_compiler.ops import weights as _weights  # noqa: F401
 from nm_compiler.rewrite import call, masked_nodes
 from nm_compiler.sites import Site
-from nm_compiler.uses import CONVS, Use, uses
+from nm_compiler.uses import CONVS, GROUPED, Use, constants, uses
+from nm_compiler.views import is_scale
 
 aten = torch.ops.aten
+nm = torch.ops.nm
 
 
 def insert_bimask(gm: GraphModule, *, sites: Sequence[Site]) -> GraphModule:
-    """Turn every product of a site into `nm.linear` or `nm.conv`. The order must be registered on the model already."""
+    """Turn every product of a site into one with two weights. The order must be registered on the model already."""
+    fixed = constants(gm.graph)
     for site in sites:
         if not site.backward_groups:
             continue
         for forward in masked_nodes(gm, site.name):
-            products = [use for use in uses(forward) if isinstance(use, Use)]
+            products = [use for use in uses(forward, fixed) if isinstance(use, Use)]
             with gm.graph.inserting_after(forward):
                 order = gm.graph.get_attr(f"{site.name}_order")
             with gm.graph.inserting_after(order):
-                arguments = (forward, order, site.pattern.n, site.pattern.m, site.in_axis)
+                arguments = (forward, order, site.pattern.n, site.pattern.m, site.rows)
                 name = f"{forward.name.removesuffix('_masked')}_backward"
-                backward = call(gm, torch.ops.nm.backward_weight.default, arguments, name)
+                backward = call(gm, nm.backward_weight.default, arguments, name)
+            seen = {forward: backward}
             for use in products:
-                _replace(gm, use, forward, backward)
+                _replace(gm, use, seen)
     return gm
 
 
-def _replace(gm: GraphModule, use: Use, forward: Node, backward: Node) -> None:
-    node = use.node
+def _replace(gm: GraphModule, use: Use, seen: dict[Node, Node]) -> None:
+    node, view = use.node, use.path[-1]
+    for before, after in pairwise(use.path):
+        if after not in seen:
+            with gm.graph.inserting_after(after):
+                seen[after] = _same_step(gm, before, after, seen[before])
     with gm.graph.inserting_before(node):
-        seen = _same_view(gm, use.view, forward, backward)
-        new = _conv(gm, node, use.view, seen) if node.target in CONVS else _linear(gm, node, use, seen)
-    new.meta = {key: value for key, value in node.meta.items() if key != "val"}
+        if node.target in CONVS:
+            new = _conv(gm, node, view, seen[view])
+        elif target_name(node.target) in GROUPED:
+            native = node.target is aten._grouped_mm.default
+            new = gm.graph.call_function(nm.grouped_mm.default, (node.args[0], view, seen[view], _offsets(node), native))
+        else:
+            equation = equation_of(node)
+            assert isinstance(equation, Equation)
+            new = _product(gm, equation, view, seen[view])
+    new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
 
 
-def _same_view(gm: GraphModule, view: Node, forward: Node, backward: Node) -> Node:
-    """What the product reads, with the backward weight in place of the forward one: the same transposes again."""
-    if view is forward:
-        return backward
-    source = _same_view(gm, view.args[0], forward, backward)  # type: ignore[arg-type]
-    return gm.graph.call_function(view.target, (source, *view.args[1:]), dict(view.kwargs))  # type: ignore[arg-type]
+def _same_step(gm: GraphModule, before: Node, after: Node, backward: Node) -> Node:
+    """The step from ``before`` to ``after`` again, for the backward weight; a scale stays the one of W * F."""
+    if not is_scale(after):
+        args, kwargs = map_arg((after.args, after.kwargs), lambda arg: backward if arg is before else arg)
+        return gm.graph.call_function(after.target, args, kwargs)  # type: ignore[arg-type]
+    kept = gm.graph.call_function(aten.ne.Scalar, (backward, 0))
+    with gm.graph.inserting_after(kept):
+        return gm.graph.call_function(aten.mul.Tensor, (after, kept))
 
 
-def _linear(gm: GraphModule, node: Node, use: Use, seen: Node) -> Node:
-    """linear(x, [out, in], b), addmm(b, x, [in, out]) and matmul(x, [in, out]) are all nm.linear."""
-    forward, backward = use.view, seen
-    if node.target is aten.linear.default:
-        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-        return gm.graph.call_function(torch.ops.nm.linear.default, (node.args[0], forward, backward, bias))
-    added, data = node.args[:2] if node.target is aten.addmm.default else (None, node.args[0])
-    forward, backward = (gm.graph.call_function(aten.t.default, (weight,)) for weight in (forward, backward))
-    if isinstance(added, Node) and tuple(added.meta["val"].shape) == (forward_out(use),):
-        return gm.graph.call_function(torch.ops.nm.linear.default, (data, forward, backward, added))
-    product = gm.graph.call_function(torch.ops.nm.linear.default, (data, forward, backward, None))
+def _offsets(node: Node) -> Any:
+    return node.args[2] if len(node.args) > 2 else node.kwargs["offs"]
+
+
+def _product(gm: GraphModule, equation: Equation, forward: Node, backward: Node) -> Node:
+    """linear(x, [out, in], b), addmm(b, x, [in, out]) and matmul(x, [in, out]) are all nm.linear; the rest is nm.einsum."""
+    side = equation.operands.index(forward)
+    data, term, weight_term, out = equation.operands[1 - side], equation.terms[1 - side], equation.terms[side], equation.out
+    added = equation.added
+    if len(weight_term) == 2 and out and term == out[:-1] + term[-1:] and {term[-1], out[-1]} == set(weight_term):
+        outputs = forward.meta["val"].shape[weight_term.index(out[-1])]
+        if weight_term[0] == term[-1]:
+            forward, backward = (gm.graph.call_function(aten.t.default, (weight,)) for weight in (forward, backward))
+        bias = added if added is not None and tuple(added.meta["val"].shape) == (outputs,) else None
+        product = gm.graph.call_function(nm.linear.default, (data, forward, backward, bias))
+        added = None if bias is not None else added
+    else:
+        spare = [axis for axis, letter in enumerate(term) if letter not in weight_term + out]
+        if spare:  # summed over in x alone
+            data = gm.graph.call_function(aten.sum.dim_IntList, (data, spare))
+            term = "".join(letter for letter in term if letter in weight_term + out)
+        product = gm.graph.call_function(nm.einsum.default, (data, forward, backward, f"{term},{weight_term}->{out}"))
     return product if added is None else gm.graph.call_function(aten.add.Tensor, (product, added))
-
-
-def forward_out(use: Use) -> int:
-    """Output channels of an addmm: what it adds is a bias only if it has just these."""
-    return int(use.view.meta["val"].shape[-1])
 
 
 def _conv(gm: GraphModule, node: Node, forward: Node, backward: Node) -> Node:

@@ -11,6 +11,7 @@ from models import MLP, example
 from torch import nn
 
 import nm_compiler as nm
+from nm_compiler.layout import Layout
 from nm_compiler.methods.lbc import LBC
 from nm_compiler.pattern import Pattern
 from nm_compiler.sites import Site
@@ -73,7 +74,7 @@ def test_position_scores_are_combination_scores_under_sgd_with_momentum_and_weig
 @pytest.mark.parametrize(("t_i", "t_f"), [(0.0, 0.5), (0.2, 0.7), (0.0, 1.0)])
 def test_the_schedule_is_the_papers_cubic_with_its_ceil_taken_exactly(text: str, t_i: float, t_f: float) -> None:
     pattern = Pattern.parse(text)
-    site = Site("w", "linear", (16, 16), 1, 1, pattern)
+    site = Site("w", "linear", (16, 16), Layout(1, 0), pattern)
     method, total = nm.LBC(t_i=t_i, t_f=t_f), 600
     begin, end = round(t_i * total), round(t_f * total)
     for step in range(total + 1):

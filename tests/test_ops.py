@@ -24,8 +24,9 @@ def scored(in_axis: int = 1, by_position: bool = True) -> tuple[Any, ...]:
     scores = torch.rand(shape) if by_position else torch.rand(live.shape)
     table = byte_table(Pattern(2, 4)) if by_position else combination_table(Pattern(2, 4))
     kept = pack(live) if by_position else live.to(torch.uint8)
-    mask = OPS.live_mask(kept, table, list(shape), in_axis)
-    return weight, scores.requires_grad_(), kept, mask, table, 1, in_axis, by_position
+    rows = [0, 2, 1] if in_axis else [1, 0]
+    mask = OPS.live_mask(kept, table, list(shape), rows)
+    return weight, scores.requires_grad_(), kept, mask, table, 1, rows, by_position
 
 
 def requires(*shape: int) -> torch.Tensor:
@@ -34,10 +35,10 @@ def requires(*shape: int) -> torch.Tensor:
 
 SAMPLES: dict[str, list[Any]] = {
     "live_mask": [
-        lambda: (pack(torch.rand(8, 3, 6) < 0.5), byte_table(Pattern(2, 4)), [8, 4, 3], 1),
-        lambda: ((torch.rand(8, 3, 6) < 0.5).to(torch.uint8), combination_table(Pattern(2, 4)), [8, 4, 3], 1),
-        lambda: (torch.ones(8, 1, 16, dtype=torch.uint8), torch.eye(16, dtype=torch.uint8), [16, 8], 0),
-        lambda: (pack(torch.rand(4, 1, 5) < 0.5), byte_table(Pattern(1, 5)), [4, 5], 1),
+        lambda: (pack(torch.rand(8, 3, 6) < 0.5), byte_table(Pattern(2, 4)), [8, 4, 3], [0, 2, 1]),
+        lambda: ((torch.rand(8, 3, 6) < 0.5).to(torch.uint8), combination_table(Pattern(2, 4)), [8, 4, 3], [0, 2, 1]),
+        lambda: (torch.ones(8, 1, 16, dtype=torch.uint8), torch.eye(16, dtype=torch.uint8), [16, 8], [1, 0]),
+        lambda: (pack(torch.rand(4, 1, 5) < 0.5), byte_table(Pattern(1, 5)), [4, 5], [0, 1]),
     ],
     "unpack_mask": [lambda: (pack(torch.rand(8, 12) < 0.5), [8, 4, 3])],
     "score_weight": [scored, lambda: scored(0), lambda: scored(1, False), lambda: scored(0, False)],
@@ -45,12 +46,24 @@ SAMPLES: dict[str, list[Any]] = {
                                        (scored()[0], *scored()[2:])])],
     "masked_weight": [lambda: (requires(8, 4), torch.rand(8, 4) < 0.5)],
     "srste_weight": [lambda: (requires(8, 4, 3), 2, 4, 1, 2e-4), lambda: (requires(4, 8), 1, 4, 0, 0.0)],
-    "backward_weight": [lambda: (torch.randn(8, 4, 3), torch.randperm(8), 2, 4, 1), lambda: (torch.randn(4, 8), torch.randperm(8), 1, 4, 0)],
+    "backward_weight": [lambda: (torch.randn(8, 4, 3), torch.randperm(8), 2, 4, [0, 2, 1]),
+                        lambda: (torch.randn(4, 8), torch.randperm(8), 1, 4, [1, 0]),
+                        lambda: (torch.randn(3, 4, 8), torch.stack([torch.randperm(8) for _ in range(3)]), 2, 4, [0, 2, 1])],
     "linear": [
         lambda: (requires(2, 3, 4), requires(8, 4), torch.randn(8, 4), requires(8)),
         lambda: (requires(1, 4), requires(8, 4), torch.randn(8, 4), None),
         lambda: (requires(4), requires(8, 4), torch.randn(8, 4), None),
     ],
+    "einsum": [
+        lambda: (requires(2, 3, 4), requires(3, 8, 4), torch.randn(3, 8, 4), "bei,eoi->beo"),
+        lambda: (requires(4, 5), requires(8, 4), torch.randn(8, 4), "it,oi->ot"),
+        lambda: (requires(2, 1, 5, 4), requires(3, 4, 8), torch.randn(3, 4, 8), "beti,eio->beto"),
+    ],
+    "grouped_mm": [
+        lambda: (requires(7, 4), requires(3, 4, 8), torch.randn(3, 4, 8), torch.tensor([2, 2, 6]), False),
+        lambda: (requires(4, 4), requires(2, 8, 4).transpose(1, 2), torch.randn(2, 8, 4).transpose(1, 2), torch.tensor([1, 4]), True),
+    ],
+    "grouped_mm_weight": [lambda: (torch.randn(7, 4), torch.randn(7, 8), torch.randn(3, 4, 8), torch.tensor([2, 2, 6]), False)],
     "conv": [
         lambda: (requires(2, 4, 6, 5), requires(8, 4, 3, 1), torch.randn(8, 4, 3, 1), requires(8), [2, 1], [1, 0], [1, 2], 1),
         lambda: (requires(1, 8, 7), requires(8, 4, 3), torch.randn(8, 4, 3), None, [1], [2], [2], 2),

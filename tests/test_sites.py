@@ -56,7 +56,7 @@ def test_every_weight_that_cannot_be_sparse_says_why() -> None:
         "gated.weight_ih_l0": "inside a fused LSTM, GRU",
         "gated.weight_hh_l0": "inside a fused LSTM, GRU",
         "table": "read by aten.add",
-        "left": "the left operand of a matmul",
+        "left": "5 input features, groups of 2:4 need a multiple of 4",
         "unused": "not read by the captured graph",
         "norm.weight": "read by aten.layer_norm",
         "norm.bias": "read by aten.layer_norm",

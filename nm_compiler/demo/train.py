@@ -186,7 +186,7 @@ def accuracy(model: nn.Module, data: Dataset, limit: int | None = None) -> float
 def _layer_order(weight: Weight, start: float, searched: float) -> LayerOrder:
     site, param = weight.site, weight.param.detach().cpu()
     n, m = site.pattern.n, site.pattern.m
-    rows = as_rows(param.abs() * magnitude_mask(param, n, m, site.in_axis), site.in_axis).flatten(1)
+    rows = as_rows(param.abs() * magnitude_mask(param, n, m, site.in_axis), site.rows).flatten(1)
     generator = torch.Generator().manual_seed(0)
     whole = float(rows.sum(dtype=torch.float64))
     chances = [float(kept_importance(rows, torch.randperm(site.out, generator=generator), n, m)) for _ in range(20)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -48,7 +49,9 @@ class BiMask(Method):
             raise NMError(f"BiMask(objective={self.objective!r}): choose 'magnitude' or 'count'")
 
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
-        return {"order": torch.arange(site.out, device=weight.device)} if site.backward_groups else {}
+        if not site.backward_groups:
+            return {}
+        return {"order": torch.arange(site.out, device=weight.device).expand(site.leading).contiguous()}
 
     def suffixes(self, site: Site) -> tuple[str, ...]:
         return ("order",) if site.backward_groups else ()
@@ -57,17 +60,17 @@ class BiMask(Method):
         site = weight.site
         if site.backward_groups:
             return None
-        outputs = f"{site.out // site.conv_groups} output channels" + " in each conv group" * (site.conv_groups > 1)
-        return f"backward mask = forward mask: {outputs}, not a multiple of {site.pattern.m}"
+        inside = " in each conv group" * (site.conv_groups > 1) or " in each slice that a product reads" * (site.blocks > 1)
+        return f"backward mask = forward mask: {site.block} output channels{inside}, not a multiple of {site.pattern.m}"
 
     def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
         if "order" not in state:
             return None
-        order = state["order"].cpu()
-        block = site.out // site.conv_groups
-        inside = order.view(site.conv_groups, block) - torch.arange(0, site.out, block).unsqueeze(-1)
-        if not torch.equal(inside.sort(-1).values, torch.arange(block).expand(site.conv_groups, -1)):
-            return "the order is not a permutation of its output channels" + " within each conv group" * (site.conv_groups > 1)
+        order = state["order"].cpu().unflatten(-1, (site.blocks, site.block))
+        inside = order - torch.arange(0, site.out, site.block).unsqueeze(-1)
+        if not torch.equal(inside.sort(-1).values, torch.arange(site.block).expand_as(order)):
+            where = " within each conv group" * (site.conv_groups > 1) or " within each slice" * (site.blocks > 1)
+            return f"the order is not a permutation of its output channels{where}"
         return None
 
     def advance(self, weights: Sequence[Weight], clock: Clock) -> None:
@@ -87,14 +90,11 @@ class BiMask(Method):
         n, m = site.pattern.n, site.pattern.m
         mask = magnitude_mask(weight, n, m, site.in_axis)
         importance = mask.to(weight.dtype) if self.objective == "count" else weight.abs() * mask
-        rows = as_rows(importance, site.in_axis).flatten(1)
-        block = site.out // site.conv_groups
-        found = []
-        for start in range(0, site.out, block):
-            part = slice(start, start + block)
-            local = self.search(rows[part], order[part] - start, n, m, moves=self.moves, seed=seed)
-            found.append(local + start)
-        return torch.cat(found)
+        rows = as_rows(importance, site.rows).reshape(-1, site.block, math.prod(site.shape) // math.prod(site.leading))
+        starts = torch.arange(0, site.out, site.block, device=order.device).repeat(len(rows) // site.blocks)
+        local = order.reshape(-1, site.block) - starts.unsqueeze(-1)
+        found = [self.search(part, one, n, m, moves=self.moves, seed=seed) for part, one in zip(rows, local, strict=True)]
+        return (torch.stack(found) + starts.unsqueeze(-1)).view_as(order)
 
 
 def _rank() -> int:

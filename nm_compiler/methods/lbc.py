@@ -65,7 +65,7 @@ class LBC(Method):
         if self.by_position:
             scores = torch.full_like(weight, start / pattern.n)
         else:
-            scores = weight.new_full((site.out, site.groups_per_row, pattern.combinations), start)
+            scores = weight.new_full((*site.leading, site.groups_per_row, pattern.combinations), start)
         return {"scores": nn.Parameter(scores.detach()), "live": self._all_live(site).to(weight.device)}
 
     def suffixes(self, site: Site) -> tuple[str, ...]:
@@ -85,10 +85,13 @@ class LBC(Method):
         return count(weight["live"], packed=self.is_packed(weight.site))
 
     def _all_live(self, site: Site) -> Tensor:
-        entries = _entries(site)
-        ones = torch.ones(entries, dtype=torch.uint8)
-        entry = pack(ones) if self.is_packed(site) else ones
-        return entry.expand(site.out, site.groups_per_row, -1).contiguous()
+        entry = self._one_live(site)
+        return entry.expand(*site.leading, site.groups_per_row, -1).contiguous()
+
+    def _one_live(self, site: Site) -> Tensor:
+        """The live set of one group with nothing retired."""
+        ones = torch.ones(_entries(site), dtype=torch.uint8)
+        return pack(ones) if self.is_packed(site) else ones
 
     def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
         live = state["live"]
@@ -96,7 +99,7 @@ class LBC(Method):
         least, most = int(count(live, packed=packed).min()), int(live.max())
         if least < _last(site):
             return f"a group has {least} live entries, at least {_last(site)} must stay"
-        if (not packed and most > 1) or bool((live & ~self._all_live(site)[:1, :1].to(live.device)).any()):
+        if (not packed and most > 1) or bool((live & ~self._one_live(site).to(live.device)).any()):
             return "a live entry is set that this pattern does not have"
         return None
 
@@ -138,7 +141,7 @@ class LBC(Method):
         site, scores, live = weight.site, weight["scores"].detach(), weight["live"]
         pattern = site.pattern
         table = combination_table(pattern) if pattern.has_table else torch.eye(pattern.m, dtype=torch.uint8)
-        rows = as_rows(scores, site.in_axis) if self.by_position else scores
+        rows = as_rows(scores, site.rows) if self.by_position else scores
         wide = rows if rows.dtype == torch.float64 else rows.float()
         live.copy_(retire(wide, live, table.to(live.device), keep=keep, by_position=self.by_position))
 

@@ -31,6 +31,6 @@ class Magnitude(Method):
 
     def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
         mask = unpack(state["mask"], math.prod(site.shape[1:])).reshape(site.shape)
-        kept = as_groups(mask, site.in_axis, site.pattern.m).sum(-1)
+        kept = as_groups(mask, site.rows, site.pattern.m).sum(-1)
         exact = bool((kept == site.pattern.n).all())
         return None if exact else f"the mask does not keep exactly {site.pattern.n} of every {site.pattern.m}"

@@ -10,19 +10,20 @@ from nm_compiler.solvers.combinations import union, unpack
 
 
 @torch.library.custom_op("nm::live_mask", mutates_args=())
-def live_mask(live: Tensor, table: Tensor, shape: list[int], in_axis: int) -> Tensor:
+def live_mask(live: Tensor, table: Tensor, shape: list[int], rows: list[int]) -> Tensor:
     """1 where some live combination covers the position. LBC, section 3.2.
 
-    live, table: see `nm_compiler.solvers.combinations`; shape: of the weight. Returns bool of that shape.
+    live, table: see `nm_compiler.solvers.combinations`; shape: of the weight; rows: its axes as
+    (*batch, out, *taps, in), see `nm_compiler.layout`. Returns bool of that shape.
     """
     mask = torch.empty(shape, dtype=torch.bool, device=live.device)
-    rows = as_rows(mask, in_axis)
-    rows.copy_(union(live, table).view(rows.shape))
+    by_row = as_rows(mask, rows)
+    by_row.copy_(union(live, table).view(by_row.shape))
     return mask
 
 
 @live_mask.register_fake
-def _(live: Tensor, table: Tensor, shape: list[int], in_axis: int) -> Tensor:
+def _(live: Tensor, table: Tensor, shape: list[int], rows: list[int]) -> Tensor:
     return live.new_empty(shape, dtype=torch.bool)
 
 

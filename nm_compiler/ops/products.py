@@ -96,8 +96,17 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 conv.register_autograd(_conv_backward, setup_context=_conv_setup)
 
 
-def _under_autocast(op: Any, device: str) -> Any:
-    """Cast the floating tensors to the autocast dtype and call the op below autocast, as torch does for its own."""
+_autocast = torch.library.Library("nm", "IMPL")  # kept: the registrations live as long as this object
+
+
+def under_autocast(name: str) -> None:
+    """Under autocast, cast the floating tensors of ``nm::name`` to its dtype, as torch does for its own products."""
+    for device, suffix in (("cpu", "CPU"), ("cuda", "CUDA")):
+        _autocast.impl(name, _casting(getattr(torch.ops.nm, name), device), f"Autocast{suffix}")
+
+
+def _casting(op: Any, device: str) -> Any:
+    """Cast, then call the op below autocast."""
     key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
 
     def cast_and_call(*args: Any) -> Any:
@@ -110,7 +119,5 @@ def _under_autocast(op: Any, device: str) -> Any:
     return cast_and_call
 
 
-_autocast = torch.library.Library("nm", "IMPL")  # kept: the registrations live as long as this object
-for _op, _name in ((torch.ops.nm.linear, "linear"), (torch.ops.nm.conv, "conv")):
-    _autocast.impl(_name, _under_autocast(_op, "cpu"), "AutocastCPU")
-    _autocast.impl(_name, _under_autocast(_op, "cuda"), "AutocastCUDA")
+under_autocast("linear")
+under_autocast("conv")

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nm_compiler.layout import as_groups, out_axis_of
+from nm_compiler.layout import as_groups
 from nm_compiler.solvers.combinations import undecided
 from nm_compiler.solvers.magnitude import magnitude_mask
 
 
 @torch.library.custom_op("nm::score_weight", mutates_args=())
 def score_weight(
-    weight: Tensor, scores: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, in_axis: int, by_position: bool
+    weight: Tensor, scores: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
 ) -> Tensor:
     """LBC's forward weight W * mask, through which the scores learn. Ref: LBC, eq. 6 and 7.
 
-    weight: floating ``[out, in, *taps]`` (in_axis 1) or ``[in, out]`` (in_axis 0); mask: bool, from `live_mask`.
-    scores: the weight's shape (by_position) or ``[out, groups per row, C]``. last: live entries of a decided group.
+    weight: floating; rows: its axes as (*batch, out, *taps, in), see `nm_compiler.layout`; mask: bool, from `live_mask`.
+    scores: the weight's shape (by_position) or ``[*batch, out, groups per row, C]``. last: live entries of a decided group.
     With g the gradient of the result: dW = mask * g; dscore_c = live_c * sum of W_j g_j over j in c, straight-through,
     or dscore_j = W_j g_j by position. A decided group gets a zero score gradient.
     """
@@ -28,14 +29,14 @@ def score_weight(
 
 @score_weight.register_fake
 def _(
-    weight: Tensor, scores: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, in_axis: int, by_position: bool
+    weight: Tensor, scores: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
 ) -> Tensor:
     return torch.empty_like(weight)
 
 
 @torch.library.custom_op("nm::score_weight_backward", mutates_args=())
 def score_weight_backward(
-    grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, in_axis: int, by_position: bool
+    grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `score_weight`: ``(dW, dscores)``, shapes of the weight and of the scores."""
     zero = grad.new_zeros(())
@@ -48,25 +49,25 @@ def score_weight_backward(
         moved = torch.empty_like(weight)
         torch.mul(weight, grad_weight, out=moved)
         if live.device.type != "cpu" or not bool(choice.all()):  # asking a GPU would stall it; asking the CPU is free
-            groups = as_groups(moved, in_axis, m)
+            groups = as_groups(moved, rows, m)
             groups *= choice.view(groups.shape[:-1]).unsqueeze(-1)
         return grad_weight, moved
-    moved = as_groups(weight * grad_weight, in_axis, m).reshape(*live.shape[:2], m)
+    moved = as_groups(weight * grad_weight, rows, m).reshape(*live.shape[:-1], m)
     return grad_weight, (moved @ table.to(moved.dtype).T) * live * choice.unsqueeze(-1)
 
 
 @score_weight_backward.register_fake
 def _(
-    grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, in_axis: int, by_position: bool
+    grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
 ) -> tuple[Tensor, Tensor]:
     scores = torch.empty_like(weight) if by_position else live.new_empty(live.shape, dtype=weight.dtype)
     return torch.empty_like(weight), scores
 
 
 def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, _scores, live, mask, table, last, in_axis, by_position = inputs
+    weight, _scores, live, mask, table, last, rows, by_position = inputs
     ctx.save_for_backward(weight, live, mask, table)
-    ctx.rest = (last, in_axis, by_position)
+    ctx.rest = (last, rows, by_position)
 
 
 def _score_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,20 +133,31 @@ masked_weight.register_autograd(_masked_backward, setup_context=_masked_setup)
 
 
 @torch.library.custom_op("nm::backward_weight", mutates_args=())
-def backward_weight(masked: Tensor, order: Tensor, n: int, m: int, in_axis: int) -> Tensor:
+def backward_weight(masked: Tensor, order: Tensor, n: int, m: int, rows: list[int]) -> Tensor:
     """Bi-Mask's backward weight W * B, B the top ``n`` of every ``m`` output rows, taken in ``order``.
 
-    masked: W * F; order: int64 ``[out]``, ``new[i] = old[order[i]]``, within conv groups. B is a subset of F.
-    Not differentiated. Ref: Bi-Mask, eq. 8.
+    masked: W * F; rows: its axes as (*batch, out, *taps, in); order: int64 ``[*batch, out]``, ``new[i] = old[order[i]]``,
+    within the blocks of rows. B is a subset of F. Not differentiated. Ref: Bi-Mask, eq. 8.
     """
-    out_axis = out_axis_of(in_axis)
-    ordered = masked.index_select(out_axis, order)
-    ordered *= magnitude_mask(ordered, n, m, out_axis)  # in place: fresh memory costs more than arithmetic here
-    return torch.empty_like(masked).copy_(ordered.index_select(out_axis, order.argsort()))
+    *batch, out_axis = rows[: order.ndim]
+    out_axis -= sum(axis < out_axis for axis in batch)
+    result = torch.empty_like(masked)
+    for index in itertools.product(*map(range, order.shape[:-1])):
+        ordered = _at(masked, batch, index).index_select(out_axis, order[index])
+        ordered *= magnitude_mask(ordered, n, m, out_axis)  # in place: fresh memory costs more than arithmetic here
+        _at(result, batch, index).copy_(ordered.index_select(out_axis, order[index].argsort()))
+    return result
+
+
+def _at(tensor: Tensor, axes: list[int], index: tuple[int, ...]) -> Tensor:
+    """One expert of several: a view."""
+    for axis, place in sorted(zip(axes, index, strict=True), reverse=True):
+        tensor = tensor.select(axis, place)
+    return tensor
 
 
 @backward_weight.register_fake
-def _(masked: Tensor, order: Tensor, n: int, m: int, in_axis: int) -> Tensor:
+def _(masked: Tensor, order: Tensor, n: int, m: int, rows: list[int]) -> Tensor:
     return torch.empty_like(masked)
 
 

@@ -1,6 +1,6 @@
 """LBC's live sets: which combinations of a group may still win, and how the lowest-scored are retired.
 
-A live set has one of three forms, all with the leading axes ``[out, groups per row]``:
+A live set has one of three forms, all with the leading axes ``[*batch, out, groups per row]`` (batch: experts, or none):
 
     packed      uint8 [.., ceil(C / 8)]   one bit per combination, table [ceil(C / 8), 256, M]   (position layout)
     unpacked    uint8 [.., C]             one byte per combination, table [C, M]                 (combination layout)
@@ -65,12 +65,12 @@ def union(live: Tensor, table: Tensor) -> Tensor:
 
 
 def count(live: Tensor, *, packed: bool) -> Tensor:
-    """How many entries of each group are live. Returns int64 ``[out, groups per row]``."""
+    """How many entries of each group are live. Returns int64, ``live`` without its last axis."""
     return (unpack(live, 8 * live.shape[-1]) if packed else live).sum(-1)
 
 
 def undecided(live: Tensor, *, packed: bool, last: int) -> Tensor:
-    """Whether a group still has a choice: more than ``last`` live entries. Returns bool ``[out, groups per row]``."""
+    """Whether a group still has a choice: more than ``last`` live entries. Returns bool, ``live`` without its last axis."""
     if packed and last == 1:  # more than one bit set in a byte, or more than one byte with a bit
         return ((live & (live - 1)) != 0).any(-1) | ((live != 0).sum(-1) > 1)
     return count(live, packed=packed) > last
@@ -79,14 +79,13 @@ def undecided(live: Tensor, *, packed: bool, last: int) -> Tensor:
 def retire(scores: Tensor, live: Tensor, table: Tensor, *, keep: int, by_position: bool) -> Tensor:
     """Keep the ``keep`` highest-scored live entries of every group; among equals the first in order stays.
 
-    scores: ``[out, *taps, in]`` rows of position scores (by_position), else ``[out, groups per row, C]``.
+    scores: ``[*batch, out, *taps, in]`` rows of position scores (by_position), else ``[*batch, out, groups per row, C]``.
     table: uint8 ``[C, M]`` (or eye(M)), also where ``live`` is packed. A NaN score ranks lowest.
     Returns a new live set of the same form; an entry that was not live never comes back.
     """
     entries, m = table.shape
     packed = live.shape[-1] != entries
-    per_group = scores.reshape(*live.shape[:2], -1) if not by_position else scores.reshape(*live.shape[:2], m)
-    flat_scores, flat_live = per_group.flatten(0, 1), live.flatten(0, 1)
+    flat_scores, flat_live = scores.reshape(-1, m if by_position else entries), live.flatten(0, -2)
     kept = torch.empty_like(flat_live)
     combos = table.to(scores.dtype).T
     step = max(1, _CHUNK // entries)

@@ -1,0 +1,186 @@
+"""Follow a weight through views and other steps that keep its zeros, and know which weight lies where.
+
+    %w = self.in_proj_weight              [48, 16]   strides (16, 1), from 0
+    %c = aten.chunk(%w, 3)
+    %k = operator.getitem(%c, 1)          [16, 16]   strides (16, 1), from 256: rows 16 to 31
+    %t = aten.transpose.int(%k, 0, 1)     [16, 16]   strides (1, 16), from 256
+
+A view is described by the strides it would have over the contiguous weight, so one rule (run the view on a tensor of the
+meta device) serves every view op; what would have to copy cannot be followed. Steps that multiply by a constant, such as
+weight norm, keep every zero where it is: the product behind them reads an N:M weight if the parameter is one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nm_compiler.graph import target_name
+
+aten = torch.ops.aten
+
+_COPIES = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default,
+           aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default)  # fmt: skip
+_VIEWS = {
+    aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default, aten.adjoint.default,
+    aten.swapaxes.default, aten.movedim.int, aten.movedim.intlist, aten.view.default, aten.reshape.default,
+    aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor, aten.narrow.default,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.unbind.int,
+    aten.tensor_split.sections, aten.tensor_split.indices,
+}  # fmt: skip
+_COPYING = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}  # run as a view, which never copies
+_EXPANDED = (aten.expand.default, aten.expand_as.default)
+_AS_ANOTHER = (aten.view_as.default, aten.reshape_as.default)
+_SHAPES = (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.empty_like.default, aten.zeros_like.default,
+           aten.ones_like.default, aten.rand_like.default, aten.randn_like.default, aten.full_like.default)  # fmt: skip
+_INDEXED = (aten.index.Tensor, aten.index_select.default)
+_SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default, aten.dropout.default,
+           aten._weight_norm.default)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A weight as a node shows it.
+
+    path: the nodes from the one that reads the weight to this one; dims: the view of a contiguous weight, on the meta
+    device (a list of them for split and its kin); indexed: strides of axes read through an index; scaled: the first step
+    that is no view.
+    """
+
+    path: tuple[Node, ...]
+    dims: Any
+    indexed: tuple[int, ...] = ()
+    scaled: Node | None = None
+
+    @property
+    def node(self) -> Node:
+        """Where the view is."""
+        return self.path[-1]
+
+
+def start(read: Node) -> Seen:
+    """The weight itself, at the node that reads it."""
+    return Seen((read,), torch.empty(tuple(int(size) for size in read.meta["val"].shape), device="meta"))
+
+
+def is_scale(node: Node) -> bool:
+    """Whether a node only multiplies (or divides) its first operand, or for a product of two either one."""
+    return node.op == "call_function" and node.target in _SCALES
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node shows its first operand, as it is or a part of it."""
+    known = (*_COPIES, *_VIEWS, *_EXPANDED, *_AS_ANOTHER, *_INDEXED, operator.getitem)
+    return node.op == "call_function" and node.target in known
+
+
+def reads_shape_only(node: Node, weight: Node) -> bool:
+    """Whether a node asks for the sizes or the dtype of a weight, not for its values."""
+    return node.target in _SHAPES or (node.target in (*_AS_ANOTHER, aten.expand_as.default) and node.args[0] is not weight)
+
+
+def step(seen: Seen, user: Node, constants: Collection[Node]) -> Seen | str | None:
+    """The weight as ``user`` shows it, why it cannot be followed there, or None where ``user`` is no such step."""
+    after = replace(seen, path=(*seen.path, user))
+    if user.op != "call_function":
+        return None
+    if user.target is operator.getitem:
+        return replace(after, dims=seen.dims[user.args[1]])
+    if is_scale(user) and user in constants:
+        return _scaled(after, seen.node)
+    if not user.args or user.args[0] is not seen.node:
+        return None
+    if user.target in _COPIES:
+        return after
+    if user.target in _INDEXED:
+        return _indexed(after)
+    try:
+        if user.target in _EXPANDED:
+            return replace(after, dims=_expand(seen.dims, user))
+        if user.target in _AS_ANOTHER:
+            return replace(after, dims=seen.dims.view([int(size) for size in user.meta["val"].shape]))
+        if user.target in _VIEWS:
+            return _viewed(after)
+    except (RuntimeError, TypeError, ValueError):  # a copy would be needed, or a size depends on the input
+        return f"{target_name(user.target)} mixes its axes: groups could not be told apart behind it"
+    return None
+
+
+def _viewed(after: Seen) -> Seen:
+    node = after.node
+    target = aten.view.default if node.target in _COPYING else node.target
+    found = target(after.dims, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    storage = after.dims.untyped_storage()._cdata
+    if any(part.untyped_storage()._cdata != storage for part in (found if isinstance(found, (list, tuple)) else [found])):
+        raise RuntimeError("copied")
+    return replace(after, dims=found)
+
+
+def _expand(dims: Tensor, user: Node) -> Tensor:
+    """Sizes that depend on the input are left at 1: what matters is that they are no axes of the weight."""
+    wanted = user.meta["val"].shape
+    fixed = [1] * (len(wanted) - dims.ndim) + list(dims.shape)
+    sizes = [old if old > 1 or not isinstance(new, int) else new for old, new in zip(fixed, wanted, strict=True)]
+    return dims.expand(sizes)
+
+
+def _indexed(after: Seen) -> Seen | str:
+    """An axis read through an index keeps its place; further axes of the index come before it."""
+    node, dims = after.node, after.dims
+    args: tuple[Any, ...] = node.args
+    if node.target is aten.index_select.default:
+        axis, index = args[1] % dims.ndim, args[2]
+    else:
+        given = [(axis, index) for axis, index in enumerate(args[1]) if index is not None]
+        if len(given) != 1 or given[0][1].meta["val"].dtype == torch.bool:
+            return "indexed along several axes, or by a mask: groups could not be told apart behind it"
+        axis, index = given[0]
+    stride = dims.stride(axis)
+    for _ in range(index.meta["val"].ndim - 1):
+        dims = dims.unsqueeze(axis)
+    return replace(after, dims=dims, indexed=(*after.indexed, stride))
+
+
+def _scaled(after: Seen, before: Node) -> Seen | None:
+    node = after.node
+    divided = node.target in (aten.div.Tensor, aten.div.Scalar, aten._weight_norm.default)
+    if divided and node.args[0] is not before:
+        return None
+    return replace(after, dims=_expand(after.dims, node), scaled=after.scaled or node)
+
+
+def fragments(size: int, stride: int, shape: tuple[int, ...]) -> list[tuple[int, int, int]] | None:
+    """Which axes of a contiguous weight an axis of a view walks along: (axis, step, count), the fastest first.
+
+    >>> fragments(16, 4, (8, 2, 4))  # [8, 2, 4] seen as [16, 4]: its rows are axis 1, and in turns axis 0
+    [(1, 1, 2), (0, 1, 8)]
+
+    Returns None where it does not walk along axes.
+    """
+    found, at = [], 1
+    for axis in reversed(range(len(shape))):
+        length = shape[axis]
+        if size > 1 and length > 1 and at <= stride < at * length:
+            jump = stride // at
+            most = -(-length // jump)
+            if stride % at or (size > most and (length % jump or size % most)):
+                return None
+            found.append((axis, jump, min(size, most)))
+            size, stride = (1, stride) if size <= most else (size // most, at * length)
+        at *= length
+    return found if size == 1 else None
+
+
+def start_of(dims: Tensor, axis: int, shape: tuple[int, ...]) -> int:
+    """Where along ``axis`` of the weight a view begins."""
+    below = 1
+    for length in shape[axis + 1 :]:
+        below *= length
+    return int(dims.storage_offset()) // below % shape[axis]
