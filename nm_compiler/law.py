@@ -77,7 +77,7 @@ def permutation_law(
                                        (example_inputs, dict(kwargs or {})))  # fmt: skip
     captured = capture(work, args, named)
     gm, signature = captured[False]
-    axes = analyse(work, list(captured.values()), in_axes={}, outputs=outputs)
+    axes = analyse(work, list(captured.values()), layouts={}, outputs=outputs)
     if dtype == torch.float64:
         _lift_casts(gm)
     try:

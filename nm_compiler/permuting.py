@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from nm_compiler.axes.analyse import analyse
 from nm_compiler.axes.orders import checked, random_orders
@@ -20,12 +21,23 @@ from nm_compiler.axes.search import search_orders
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.passes.permute import permute as permute_pass
-from nm_compiler.preparing import Captured, captured_and_planned
-from nm_compiler.sites import Plan
-from nm_compiler.solvers.magnitude import retained_magnitude
+from nm_compiler.layout import Layout
+from nm_compiler.signature import Signature
+from nm_compiler.sites import Plan, find
+from nm_compiler.uses import layouts
+from nm_compiler.solvers.magnitude import magnitude_mask
 
 Order = str | Mapping[str, Any]
 """``"search"``, ``"random"``, or orders by axis."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured model. graphs: by training flag; plan: its N:M weights; layouts: the axes of every weight of a product."""
+
+    graphs: Mapping[bool, tuple[GraphModule, Signature]]
+    plan: Plan | None
+    layouts: Mapping[str, Layout]
 
 
 @dataclass(frozen=True)
@@ -105,15 +117,13 @@ def show_axes(
 
     Returns a value to print, to iterate over and to ``draw("axes.svg")``. Nothing is changed; weights may be on the meta device.
     """
-    patterns = PatternMap.parse("1:1")
-    del patterns
     found = captured_and_planned(model, example_inputs, kwargs, None, (), (), dynamic_shapes, what="nm.show_axes")
     return coupled(model, found, outputs)
 
 
 def coupled(model: nn.Module, found: Captured, outputs: Outputs) -> Axes:
     """The coupled axes of a captured model."""
-    return analyse(model, list(found.graphs.values()), in_axes=found.in_axes, outputs=outputs)
+    return analyse(model, list(found.graphs.values()), layouts=found.layouts, outputs=outputs)
 
 
 def apply(
@@ -135,3 +145,46 @@ def apply(
     permute_pass(gm, axes=axes, orders=orders, beside=beside)
     after = _retained(model, found.plan)
     return Permutation(orders, axes, {name: (share, after[name]) for name, share in before.items()})
+
+
+def captured_and_planned(
+    model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | None, pattern: PatternSpec | None,
+    include: Sequence[str], exclude: Sequence[str], dynamic_shapes: Any, what: str,
+) -> Captured:  # fmt: skip
+    from nm_compiler.api import _arguments, _check_model, _globs, _normal
+    from nm_compiler.capture import capture
+
+    _check_model(model)
+    args = _arguments(example_inputs, kwargs)
+    args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
+    graphs = capture(model, args, named, dynamic_shapes)
+    plan = None
+    if pattern is not None:
+        plan = find(model, [gm for gm, _ in graphs.values()], PatternMap.parse(pattern), include=_globs(include), exclude=_globs(exclude))
+    return Captured(graphs, plan, layouts([gm for gm, _ in graphs.values()], model))
+
+
+def _beside(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[str, Tensor]]:
+    """The tensors of the optimizer's state that have an entry for every entry of their parameter."""
+    if optimizer is None:
+        return []
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not known & set(names):
+        raise NMError("optimizer= has none of this model's parameters: build it from model.parameters()")
+    return [
+        (names[id(parameter)], value)
+        for parameter, state in optimizer.state.items()
+        for value in state.values()
+        if id(parameter) in names and isinstance(value, Tensor) and value.shape == parameter.shape
+    ]
+
+
+def _retained(model: nn.Module, plan: Plan | None) -> dict[str, float]:
+    found = {}
+    for site in plan.sites if plan else ():
+        weight = model.get_parameter(site.name).detach()
+        total = weight.abs().sum(dtype=torch.float64)
+        kept = weight.mul(magnitude_mask(weight, site.pattern.n, site.pattern.m, site.in_axis)).abs().sum(dtype=torch.float64)
+        found[site.name] = float(kept / total) if total else 1.0
+    return found

@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from nm_compiler.equations import LINEAR, PRODUCTS, equation_of
-from nm_compiler.graph import getattr_path, target_name
+from nm_compiler.graph import getattr_path, reads, target_name
 from nm_compiler.layout import Layout
 from nm_compiler.views import Seen, fragments, is_scale, is_view, reads_shape_only, start, start_of, step
 
@@ -249,3 +249,15 @@ def _holds_weight(gm: GraphModule, node: Node, fixed: Collection[Node]) -> bool:
         return any(_holds_weight(gm, arg, fixed) for arg in node.all_input_nodes)
     first = node.args[0] if node.op == "call_function" and node.args else None
     return isinstance(first, Node) and is_view(node) and _holds_weight(gm, first, fixed)
+
+
+def layouts(graphs: Sequence[GraphModule], model: nn.Module) -> dict[str, Layout]:
+    """The layout of every parameter that a product reads, as its first product has it."""
+    found: dict[str, Layout] = {}
+    for gm in graphs:
+        fixed = constants(gm.graph)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and name not in found:
+                seen = (use for node in reads(gm, name) for use in uses(node, fixed) if isinstance(use, Use))
+                found |= {name: use.layout for use in list(seen)[:1]}
+    return found

@@ -16,17 +16,18 @@ from nm_compiler.axes.result import Axes, AxisClass, Family, Leaf, Member, Produ
 from nm_compiler.axes.result import Axis as Expression
 from nm_compiler.axes.rules import RULES
 from nm_compiler.axes.terms import Term, Terms
+from nm_compiler.layout import Layout
 from nm_compiler.signature import Signature
 
 _LOG = logging.getLogger(__name__)
 
 
 def analyse(
-    model: nn.Module, graphs: Sequence[tuple[GraphModule, Signature]], *, in_axes: Mapping[str, int], outputs: Outputs = None
+    model: nn.Module, graphs: Sequence[tuple[GraphModule, Signature]], *, layouts: Mapping[str, Layout], outputs: Outputs = None
 ) -> Axes:
     """The coupled axes of ``model`` over all of its captured graphs. Reads shapes only; weights may be on the meta device.
 
-    in_axes: the reduction axis of each weight that has one, for the members' roles;
+    layouts: of the weights of products, for the roles of their axes;
     outputs: those that must keep their order, see `nm_compiler.axes.outputs.chosen`.
     """
     analysis = Analysis(model, RULES)
@@ -40,7 +41,7 @@ def analyse(
     for op, count in analysis.unknown.items():
         _LOG.info("no rule for %s: it pinned %d axes", op, count)
     names = tuple(dict.fromkeys(name or "the output" for found, _ in kept for name in found))
-    return _Naming(model, analysis, in_axes).axes(names)
+    return _Naming(model, analysis, layouts).axes(names)
 
 
 def _tensors(value: Any) -> list[Dims]:
@@ -50,11 +51,11 @@ def _tensors(value: Any) -> list[Dims]:
 class _Naming:
     """Classes get the name of a weight axis that consists of them alone, else that of a piece of one."""
 
-    def __init__(self, model: nn.Module, analysis: Analysis, in_axes: Mapping[str, int]) -> None:
+    def __init__(self, model: nn.Module, analysis: Analysis, layouts: Mapping[str, Layout]) -> None:
         self.terms: Terms = analysis.terms
         order = [*dict(model.named_parameters()), *dict(model.named_buffers())]
         self.state = {name: analysis.state[name] for name in order if name in analysis.state}
-        self.in_axes = in_axes
+        self.layouts = layouts
         self.unknown = dict(analysis.unknown)
         self.names: dict[int, str] = {}
         self.found: dict[int, Term] = {}
@@ -93,10 +94,10 @@ class _Naming:
         return AxisClass(self.names[id(leaf)], leaf.size, names, tuple(n.size for n in needs), tuple(members), leaf.pinned)
 
     def _role(self, name: str, axis: int) -> str:
-        reduced = self.in_axes.get(name)
-        if reduced is None:
+        layout = self.layouts.get(name)
+        if layout is None:
             return "with"
-        return "in" if axis == reduced else "out" if axis in (0, 1) or axis == len(self.state[name]) - 1 else "with"
+        return "in" if axis == layout.in_axis else "out" if axis == layout.out_axis else "with"
 
     def _expression(self, term: Term) -> Expression:
         term = self.terms.find(term)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nm_compiler.axes.result import Axes, AxisClass, Axis, Family, Leaf, Product, Sum
+from nm_compiler.axes.result import Axes, AxisClass, Axis, Leaf, Product, Sum, restricted
 
 Orders = Mapping[str, Tensor]
 
@@ -33,7 +33,7 @@ def reorder(tensor: Tensor, layout: Sequence[Axis], orders: Orders, needs: Mappi
         if isinstance(axis, Sum):
             pieces = []
             for part, piece in zip(axis.parts, tensor.split([part.size for part in axis.parts], at), strict=True):
-                inner = tuple(part if i == at else _within(other, part) for i, other in enumerate(layout))
+                inner = tuple(part if i == at else restricted(other, part) for i, other in enumerate(layout))
                 pieces.append(reorder(piece, inner, orders, needs))
             return torch.cat(pieces, at)
     return _permute_leaves(tensor, layout, orders, needs)
@@ -64,15 +64,6 @@ def _moves(axis: Axis, orders: Orders) -> bool:
     if isinstance(axis, Leaf):
         return axis.name in orders
     return any(_moves(part, orders) for part in axis.parts)
-
-
-def _within(axis: Axis, part: Axis) -> Axis:
-    """``axis`` where another axis of the tensor is in its ``part``."""
-    if isinstance(axis, Leaf):
-        return axis
-    if isinstance(axis, Family):
-        return next((inner for key, inner in zip(axis.keys, axis.parts, strict=True) if key == part), axis)
-    return type(axis)(tuple(_within(inner, part) for inner in axis.parts), axis.size)
 
 
 def inverse(orders: Orders, needs: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:

@@ -56,6 +56,15 @@ def leaves(axis: Axis) -> Iterator[Leaf]:
             yield from leaves(part)
 
 
+def restricted(axis: Axis, part: Axis) -> Axis:
+    """``axis`` where another axis of the tensor is in its ``part``: families keyed by it are their member for it."""
+    if isinstance(axis, Leaf):
+        return axis
+    if isinstance(axis, Family):
+        return next((inner for key, inner in zip(axis.keys, axis.parts, strict=True) if key == part), axis)
+    return type(axis)(tuple(restricted(inner, part) for inner in axis.parts), axis.size)
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """One axis of a parameter or buffer that a class is part of. role: "in" (reduced), "out" (output channels) or "with"."""
