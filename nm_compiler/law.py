@@ -33,9 +33,9 @@ BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5}
 class Law:
     """What was seen.
 
-    error: largest relative difference of an output that matters, after a random order of every free class; dtype: of the check;
-    undone: axes of weights and buffers that were put back one at a time; undetected: those of them that changed no output
-    although their tensor does matter. Lawful: ``error`` within bounds, nothing undetected.
+    error: largest relative difference of an output that matters, after a random order of every free class; dtype: of the
+    check; undone: axes of weights and buffers that were put back one at a time; undetected: those of them that changed no
+    output although their tensor does matter. Lawful: ``error`` within bounds, nothing undetected.
     """
 
     error: float
@@ -89,8 +89,8 @@ def permutation_law(
         return permutation_law(model, example_inputs, kwargs, outputs=outputs, undo=undo, seed=seed, dtype=torch.float32)
     if _difference(before, run()) != 0:
         raise NMError(
-            f"the outputs of {type(model).__name__} change from run to run in evaluation mode: it draws random numbers or keeps "
-            "state, so no permutation can be checked on it. Make it deterministic in eval(), or choose other outputs="
+            f"the outputs of {type(model).__name__} change from run to run in eval(): it draws random numbers or "
+            "keeps state, so no permutation can be checked on it. Make it deterministic in eval(), or choose other outputs="
         )
     orders = {each.name: random_order(each, generator) for each in axes.free}
     permute(gm, axes=axes, orders=orders)
@@ -98,7 +98,11 @@ def permutation_law(
     places = list(_places(axes, orders))
     if undo is not None and undo < len(places):
         places = [places[i] for i in torch.randperm(len(places), generator=generator)[:undo].tolist()]
-    missed = [f"{name}[{axis}]" for name, axis in places if not _noticed(work, axes, orders, name, axis, run, BOUNDS[dtype], generator)]
+    missed = [
+        f"{name}[{axis}]"
+        for name, axis in places
+        if not _noticed(work, axes, orders, name, axis, run, BOUNDS[dtype], generator)
+    ]
     return Law(error, dtype, axes, len(places), tuple(missed))
 
 
@@ -125,7 +129,7 @@ def _lift_casts(gm: GraphModule) -> None:
 def _runner(
     model: nn.Module, gm: GraphModule, signature: Signature, args: Any, kwargs: Mapping[str, Any], outputs: Outputs
 ) -> Callable[[], list[Tensor]]:
-    (_, indices), = chosen([signature.out_spec], outputs)
+    ((_, indices),) = chosen([signature.out_spec], outputs)
 
     @torch.no_grad()
     def run() -> list[Tensor]:

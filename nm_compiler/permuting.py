@@ -19,13 +19,13 @@ from nm_compiler.axes.reorder import inverse, needs_of
 from nm_compiler.axes.result import Axes
 from nm_compiler.axes.search import search_orders
 from nm_compiler.errors import NMError
-from nm_compiler.pattern import PatternMap, PatternSpec
-from nm_compiler.passes.permute import permute as permute_pass
 from nm_compiler.layout import Layout
+from nm_compiler.passes.permute import permute as permute_pass
+from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.signature import Signature
 from nm_compiler.sites import Plan, find
-from nm_compiler.uses import layouts
 from nm_compiler.solvers.magnitude import magnitude_mask
+from nm_compiler.uses import layouts
 
 Order = str | Mapping[str, Any]
 """``"search"``, ``"random"``, or orders by axis."""
@@ -115,7 +115,7 @@ def show_axes(
 ) -> Axes:
     """Which axes of the model's weights one order must permute together, and which are pinned and why.
 
-    Returns a value to print, to iterate over and to ``draw("axes.svg")``. Nothing is changed; weights may be on the meta device.
+    Returns a value to print, to iterate over and to ``draw("axes.svg")``. Nothing is changed; meta weights will do.
     """
     found = captured_and_planned(model, example_inputs, kwargs, None, (), (), dynamic_shapes, what="nm.show_axes")
     return coupled(model, found, outputs)
@@ -137,6 +137,7 @@ def apply(
     elif order == "random":
         orders = random_orders(axes, seed)
     elif order == "search":
+        assert found.plan is not None
         orders = search_orders(model, axes, found.plan, seed=seed, budget_s=budget_s)
     else:
         raise NMError(f'order={order!r}: use "search", "random", or a mapping from axes to orders')
@@ -160,7 +161,13 @@ def captured_and_planned(
     graphs = capture(model, args, named, dynamic_shapes)
     plan = None
     if pattern is not None:
-        plan = find(model, [gm for gm, _ in graphs.values()], PatternMap.parse(pattern), include=_globs(include), exclude=_globs(exclude))
+        plan = find(
+            model,
+            [gm for gm, _ in graphs.values()],
+            PatternMap.parse(pattern),
+            include=_globs(include),
+            exclude=_globs(exclude),
+        )
     return Captured(graphs, plan, layouts([gm for gm, _ in graphs.values()], model))
 
 

@@ -258,6 +258,7 @@ def layouts(graphs: Sequence[GraphModule], model: nn.Module) -> dict[str, Layout
         fixed = constants(gm.graph)
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and name not in found:
-                seen = (use for node in reads(gm, name) for use in uses(node, fixed) if isinstance(use, Use))
-                found |= {name: use.layout for use in list(seen)[:1]}
+                seen = (use.layout for node in reads(gm, name) for use in uses(node, fixed) if isinstance(use, Use))
+                if (first := next(seen, None)) is not None:
+                    found[name] = first
     return found

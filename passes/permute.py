@@ -31,7 +31,7 @@ def permute(gm: GraphModule, *, axes: Axes, orders: Orders, beside: Sequence[tup
     beside: tensors that go along with a parameter of their shape, such as an optimizer's momentum, by its name.
     """
     needs = needs_of(axes)
-    tensors = [(getattr_path(gm, name), layout) for name, layout in axes.state.items()]
+    tensors: list[tuple[Tensor, Sequence[Axis]]] = [(getattr_path(gm, name), layout) for name, layout in axes.state.items()]
     tensors += [(tensor, axes.state[name]) for name, tensor in beside if name in axes.state]
     done: list[tuple[Tensor, Sequence[Axis]]] = []
     try:

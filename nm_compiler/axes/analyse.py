@@ -23,7 +23,11 @@ _LOG = logging.getLogger(__name__)
 
 
 def analyse(
-    model: nn.Module, graphs: Sequence[tuple[GraphModule, Signature]], *, layouts: Mapping[str, Layout], outputs: Outputs = None
+    model: nn.Module,
+    graphs: Sequence[tuple[GraphModule, Signature]],
+    *,
+    layouts: Mapping[str, Layout],
+    outputs: Outputs = None,
 ) -> Axes:
     """The coupled axes of ``model`` over all of its captured graphs. Reads shapes only; weights may be on the meta device.
 

@@ -129,14 +129,16 @@ class Analysis:
         return None
 
     def constant(self, node: Any) -> Tensor | None:
-        """The value of a node that reads a constant of the code; None for state, which may change, and for what is computed."""
+        """The value of a node that reads a constant of the code; None for state, which may change, and what is computed."""
         while isinstance(node, Node) and node.op == "call_function" and node.target in _COPIES:
             node = node.args[0]
         if not isinstance(node, Node) or node.op != "get_attr":
             return None
         owner = node.graph.owning_module
         found = getattr(owner, "__dict__", {}).get("extras", {}).get(str(node.target))
-        return found if isinstance(found, Tensor) and not isinstance(found, FakeTensor) and found.device.type != "meta" else None
+        return (
+            found if isinstance(found, Tensor) and not isinstance(found, FakeTensor) and found.device.type != "meta" else None
+        )
 
     def _read(self, gm: GraphModule, node: Node) -> Value:
         tensor = getattr_path(gm, node.target)
@@ -282,13 +284,18 @@ class Analysis:
         return result
 
 
+def named(names: str, rule: Rule) -> dict[str, Rule]:
+    """``rule`` for every op in ``names``, separated by spaces."""
+    return dict.fromkeys(names.split(), rule)
+
+
 def _tensors(value: Value) -> list[Dims]:
     """The tensors of a value, each as its terms."""
     if value is None:
         return []
     if all(isinstance(term, Term) for term in value):
         return [value]
-    return [dims for item in value for dims in _tensors(item)]
+    return [dims for item in value if not isinstance(item, Term) for dims in _tensors(item)]
 
 
 def _bound(node: Node) -> dict[str, Any]:
@@ -300,7 +307,9 @@ def _bound(node: Node) -> dict[str, Any]:
         if index < len(node.args):
             bound[argument.name] = node.args[index]
         else:
-            bound[argument.name] = node.kwargs.get(argument.name, argument.default_value if argument.has_default_value() else None)
+            bound[argument.name] = node.kwargs.get(
+                argument.name, argument.default_value if argument.has_default_value() else None
+            )
     return bound
 
 

@@ -25,7 +25,7 @@ def settle(terms: Terms, spaces: Sequence[Space]) -> None:
     while changed:
         changed = False
         for space in spaces:
-            if any(map(lambda term: _concerns(terms, term), space)):
+            if any(_concerns(terms, term) for term in space):
                 changed |= _hold(terms, space, [_MANY])
     _break_cycles(terms, [leaf for space in spaces for term in space for leaf in terms.leaves(term)])
 
@@ -75,7 +75,11 @@ def _hold_parts(terms: Terms, space: Space, budget: list[int]) -> bool:
     if families:
         changed = False
         for family in families:
-            part = [member for key, member in zip(family.keys, family.parts, strict=True) if present.count(id(terms.find(key))) == 1]
+            part = [
+                member
+                for key, member in zip(family.keys, family.parts, strict=True)
+                if present.count(id(terms.find(key))) == 1
+            ]
             if len(part) != 1:
                 terms.collapse(family, "one order for all parts")
                 return True

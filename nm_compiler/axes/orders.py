@@ -25,7 +25,9 @@ def checked(axes: Axes, orders: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, given in orders.items():
         each = _class(axes, name)
         if each.name in result:
-            raise NMError(f"two orders for the axis class {each.name}, one of them as {name!r}: they are permuted by one order")
+            raise NMError(
+                f"two orders for the axis class {each.name}, one of them as {name!r}: they are permuted by one order"
+            )
         result[each.name] = _order(each, name, given)
     return result
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
 
-Outputs: TypeAlias = "None | int | str | Sequence[int | str] | Callable[[Any], Any]"
+Outputs: TypeAlias = "int | str | Sequence[int | str] | Callable[[Any], Any] | None"
 
 _MATTER = ("logits", "loss", "pred_", "scores", "reconstruction", "prediction")
 _BESIDE = ("hidden_state", "attentions", "past_key_values", "cache", "intermediate", "states")
@@ -66,7 +66,9 @@ def _default(names: Sequence[tuple[str, str]]) -> Sequence[int]:
     if all(not name or name.isdigit() for name, _ in names):
         return range(len(names))
     matter = [i for i, (name, _) in enumerate(names) if any(word in name for word in _MATTER)]
-    return matter or [i for i, (name, _) in enumerate(names) if not any(w in name for w in _BESIDE) or name == "last_hidden_state"]
+    return matter or [
+        i for i, (name, _) in enumerate(names) if not any(w in name for w in _BESIDE) or name == "last_hidden_state"
+    ]
 
 
 def _match(names: Sequence[tuple[str, str]], wanted: int | str) -> list[int]:
@@ -88,7 +90,9 @@ def _by_function(
     try:
         leaves = pytree.tree_leaves(function(structure))
     except Exception as error:
-        raise NMError(f"outputs={function!r} could not choose from the model's outputs: {type(error).__name__}: {error}") from error
+        raise NMError(
+            f"outputs={function!r} could not choose from the model's outputs: {type(error).__name__}: {error}"
+        ) from error
     if not leaves or not all(isinstance(leaf, _Marker) for leaf in leaves):
         raise NMError("outputs= as a function takes the model's outputs and returns some of them, unchanged")
     return _picked(names, sorted({leaf.index for leaf in leaves}))

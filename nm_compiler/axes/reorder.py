@@ -1,7 +1,7 @@
 """Put a tensor's entries in another order: arrays in, arrays out.
 
-An order is ``new[i] = old[order[i]]``. One with rows has an order for every entry of the axes it depends on, counted as they were
-before: ``new[i, j] = old[s[i], t[s[i], j]]`` for an order ``s`` of the rows and ``t`` within them.
+An order is ``new[i] = old[order[i]]``. One with rows has an order for every entry of the axes it depends on, counted as
+they were before: ``new[i, j] = old[s[i], t[s[i], j]]`` for an order ``s`` of the rows and ``t`` within them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nm_compiler.axes.result import Axes, AxisClass, Axis, Leaf, Product, Sum, restricted
+from nm_compiler.axes.result import Axes, Axis, AxisClass, Leaf, Product, Sum, restricted
 
 Orders = Mapping[str, Tensor]
 

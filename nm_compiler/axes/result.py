@@ -107,7 +107,7 @@ class Axes:
     """What is coupled to what in a model.
 
     classes: in the order of the model's parameters; state: for every parameter and buffer that the graphs read, one
-    expression an axis; outputs: the outputs that keep their order; unknown: ops without a rule, with how many axes each pinned.
+    expression an axis; outputs: those that keep their order; unknown: ops without a rule, with how many axes each pinned.
     """
 
     classes: tuple[AxisClass, ...]

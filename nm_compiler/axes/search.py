@@ -35,10 +35,12 @@ def search_orders(model: nn.Module, axes: Axes, plan: Plan, *, seed: int, budget
     orders: dict[str, Tensor] = {}
     for (each, row, pattern, columns), share in zip(problems, cost, strict=True):
         budget = None if budget_s is None else budget_s * share / sum(cost)
-        order = search_order(np.concatenate([c for c in columns]), pattern=pattern, budget_s=budget, seed=seed)
+        order = search_order(np.concatenate(columns), pattern=pattern, budget_s=budget, seed=seed)
         identity = torch.arange(each.size).expand(*each.rows, each.size)
         orders.setdefault(each.name, identity.clone()).view(-1, each.size)[row] = torch.as_tensor(np.asarray(order))
-    return {name: order for name, order in orders.items() if not torch.equal(order, torch.arange(order.shape[-1]).expand_as(order))}
+    return {
+        name: order for name, order in orders.items() if not torch.equal(order, torch.arange(order.shape[-1]).expand_as(order))
+    }
 
 
 def _problems(

@@ -129,7 +129,9 @@ class Terms:
         elif "family" in (a.kind, b.kind):
             self._unify_families(a, b, why)
         else:
-            apart, split = (self.factors, self.split_product) if a.kind == b.kind == "product" else (self.summands, self.split_sum)
+            apart, split = (
+                (self.factors, self.split_product) if a.kind == b.kind == "product" else (self.summands, self.split_sum)
+            )
             if self._zip(apart(a), apart(b), split, why) and self.find(a) is a and self.find(b) is not a:
                 a.parent = self.find(b)
 
@@ -177,17 +179,17 @@ class Terms:
             self.unify(family.parts[0], part, why)
 
     def _zip(self, left: list[Term], right: list[Term], split: Split, why: str) -> bool:
-        """Unify two lists of parts of equal total, splitting the larger of each pair. False, all pinned, if they do not fit."""
+        """Unify two lists of parts of equal total, splitting the larger of each pair. False, pinned, if they do not fit."""
         left, right = left[::-1], right[::-1]
         while left and right:
             a, b = self.find(left.pop()), self.find(right.pop())
-            if a.size == b.size and not {a.kind, b.kind} == {"product", "sum"}:
+            if a.size == b.size and {a.kind, b.kind} != {"product", "sum"}:
                 self.unify(a, b, why)
                 continue
             if a.size == b.size:  # a product meets a sum: cut the product where the sum is cut
                 whole, parts = (a, self.summands(b)) if a.kind == "product" else (b, self.summands(a))
-                pieces = self.cut(whole, [part.size for part in parts], why)
-                for piece, part in zip(pieces, parts, strict=True):
+                cut = self.cut(whole, [part.size for part in parts], why)
+                for piece, part in zip(cut, parts, strict=True):
                     if {self.find(piece).kind, self.find(part).kind} == {"product", "sum"}:
                         self._pin_both(piece, part, why)
                     else:

@@ -7,7 +7,18 @@ returns the terms of the result. An op whose result depends on neighbours along 
 from __future__ import annotations
 
 from nm_compiler.axes.analysis import Rule
-from nm_compiler.axes.rules import creation, elementwise, indexing, layout, norms, parts, products, reductions, spatial, subgraphs
+from nm_compiler.axes.rules import (
+    creation,
+    elementwise,
+    indexing,
+    layout,
+    norms,
+    parts,
+    products,
+    reductions,
+    spatial,
+    subgraphs,
+)
 
 RULES: dict[str, Rule] = {
     **elementwise.RULES,

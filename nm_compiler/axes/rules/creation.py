@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nm_compiler.axes.analysis import Analysis, Call, Rule, Value
+from nm_compiler.axes.analysis import Analysis, Call, Rule, Value, named
 
 
 def uniform(a: Analysis, call: Call) -> Value:
@@ -28,12 +28,12 @@ def triangle(a: Analysis, call: Call) -> Value:
 _UNIFORM = (
     "zeros ones full empty new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like "
     "rand randn rand_like randn_like randint randint_like new_empty_strided empty_strided empty_permuted scalar_tensor"
-).split()
-_COUNTED = "arange linspace logspace eye randperm tril_indices triu_indices hann_window hamming_window tensor one_hot".split()
+)
+_COUNTED = "arange linspace logspace eye randperm tril_indices triu_indices hann_window hamming_window tensor"
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_UNIFORM, uniform),
-    **dict.fromkeys((name for name in _COUNTED if name != "one_hot"), counted),
+    **named(_UNIFORM, uniform),
+    **named(_COUNTED, counted),
     "tril": triangle,
     "triu": triangle,
 }

@@ -6,7 +6,7 @@ included, are the same rule: the terms of a view are those of what it views.
 
 from __future__ import annotations
 
-from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value
+from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value, named
 
 
 def pointwise(a: Analysis, call: Call) -> Value:
@@ -50,25 +50,25 @@ def stretched(a: Analysis, dims: Dims, sizes: tuple[int, ...]) -> Dims:
 
 
 _POINTWISE = (
-    "where masked_fill dropout_backward pow lerp addcmul addcdiv clamp clip prelu _prelu_kernel rrelu gelu silu mish "
+    "where masked_fill pow lerp addcmul addcdiv clamp clip _prelu_kernel rrelu gelu silu mish "
     "hardswish hardsigmoid hardtanh relu6 selu celu elu leaky_relu logsigmoid log_sigmoid softplus softshrink hardshrink "
-    "threshold glu_jvp nan_to_num isclose logaddexp bitwise_and bitwise_or bitwise_xor bitwise_not logical_and logical_or "
+    "threshold nan_to_num isclose logaddexp bitwise_and bitwise_or bitwise_xor bitwise_not logical_and logical_or "
     "logical_xor logical_not __and__ __or__ __xor__ __lshift__ __rshift__ remainder fmod floor_divide true_divide divide "
-    "multiply subtract rsub polar complex view_as_real_copy square special_expit huber_loss_none relu sigmoid tanh "
-    "__iand__ __ior__ bucketize isin xlogy copysign hypot atan2 arctan2 maximum minimum fmax fmin eq ne lt le gt ge "
-    "greater less equal_elementwise not_equal greater_equal less_equal float_power ldexp nextafter"
-).split()
+    "multiply subtract rsub polar complex square special_expit relu sigmoid tanh "
+    "__iand__ __ior__ xlogy copysign hypot atan2 arctan2 maximum minimum fmax fmin eq ne lt le gt ge "
+    "greater less not_equal greater_equal less_equal float_power ldexp nextafter"
+)
 _SAME = (
     "clone detach contiguous alias to _to_copy type_as positive lift_fresh_copy lift_fresh lift resolve_conj resolve_neg "
     "requires_grad retain_grad feature_dropout feature_alpha_dropout alpha_dropout dropout zero detach_copy float double half "
-    "bfloat16 view_of bernoulli normal uniform exponential data _autocast_to_reduced_precision _autocast_to_full_precision "
+    "bfloat16 bernoulli normal uniform exponential _autocast_to_reduced_precision _autocast_to_full_precision "
     "fake_quantize_per_tensor_affine random cauchy log_normal geometric"
-).split()
+)
 
 RULES: dict[str, Rule] = {
     "pointwise": pointwise,
-    **dict.fromkeys(_POINTWISE, pointwise),
-    **dict.fromkeys(_SAME, same),
+    **named(_POINTWISE, pointwise),
+    **named(_SAME, same),
     "native_dropout": dropout,
     "copy": write,
     "fill": write,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value
+from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value, named
 from nm_compiler.axes.rules.parts import pieces, renewed
 
 
@@ -28,7 +28,9 @@ def index(a: Analysis, call: Call) -> Value:
         axis, first, length = run
         first %= x[axis].size
         return pieces(a, x, axis, [first, length, x[axis].size - first - length], "index takes a run of it")[1]
-    indexed, positions, axis = [], [], 0
+    indexed: list[Dims] = []
+    positions: list[int] = []
+    axis = 0
     for item in given:
         if item is None:
             axis += 1
@@ -39,7 +41,8 @@ def index(a: Analysis, call: Call) -> Value:
         if chooses:
             a.pin(dims, "a boolean index counts what it keeps")
         positions.extend(range(axis, axis + width))
-        indexed.append((a.terms.leaf(a.shape(call.node)[_place(given)], "a boolean index counts what it keeps"),) if chooses else dims)
+        count = a.shape(call.node)[_place(given)]
+        indexed.append((a.terms.leaf(count, "a boolean index counts what it keeps"),) if chooses else dims)
         axis += width
     a.pin((x[i] for i in positions), "entries are looked up by number")
     a.mixed(x, positions)
@@ -107,7 +110,7 @@ def index_put(a: Analysis, call: Call) -> Value:
     x, given = a.dims(call["self"]), call["indices"]
     positions = [i for i, item in enumerate(given) if item is not None]
     kinds = [str(given[i].meta["val"].dtype) for i in positions]
-    assert "torch.bool" not in kinds and "torch.uint8" not in kinds
+    assert not {"torch.bool", "torch.uint8"} & set(kinds)
     a.pin((x[i] for i in positions), "entries are written by number")
     looked_up = a.broadcast([a.dims(given[i]) for i in positions], "index aligns its indices")
     kept = [term for i, term in enumerate(x) if i not in positions]
@@ -162,11 +165,11 @@ RULES: dict[str, Rule] = {
     "index": index,
     "_unsafe_index": index,
     "index_select": index_select,
-    **dict.fromkeys("gather take_along_dim".split(), gather),
-    **dict.fromkeys("scatter scatter_add scatter_reduce index_add index_copy index_reduce".split(), scatter),
-    **dict.fromkeys("index_put _unsafe_index_put".split(), index_put),
-    **dict.fromkeys("sort topk argsort msort".split(), ranked),
+    **named("gather take_along_dim", gather),
+    **named("scatter scatter_add scatter_reduce index_add index_copy index_reduce", scatter),
+    **named("index_put _unsafe_index_put", index_put),
+    **named("sort topk argsort msort", ranked),
     "diff": difference,
-    **dict.fromkeys("one_hot bincount histc".split(), counts),
-    **dict.fromkeys("bucketize searchsorted".split(), bucketed),
+    **named("one_hot bincount histc", counts),
+    **named("bucketize searchsorted", bucketed),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nm_compiler.axes.analysis import Analysis, Call, Rule, Value
+from nm_compiler.axes.analysis import Analysis, Call, Rule, Value, named
 from nm_compiler.axes.terms import Term
 
 
@@ -70,7 +70,8 @@ def repeat_interleave(a: Analysis, call: Call) -> Value:
     """Every entry several times in a row."""
     dims = list(a.dims(call["self"]))
     axis = call["dim"]
-    assert isinstance(call["repeats"], int) and axis is not None
+    assert isinstance(call["repeats"], int)
+    assert axis is not None
     copies = a.shape(call.node)[axis] // dims[axis].size
     dims[axis] = a.terms.product((dims[axis], a.terms.leaf(copies)))
     return tuple(dims)
@@ -114,24 +115,19 @@ def view_as_real(a: Analysis, call: Call) -> Value:
     return (*a.dims(call["self"]), a.terms.leaf(2, "view_as_real makes pairs"))
 
 
-def _reshapes() -> dict[str, Rule]:
-    names = "view reshape _unsafe_view view_as reshape_as flatten unflatten squeeze _reshape_alias ravel view_copy"
-    return dict.fromkeys(names.split(), reshape)
-
-
 RULES: dict[str, Rule] = {
-    **_reshapes(),
+    **named("view reshape _unsafe_view view_as reshape_as flatten unflatten squeeze _reshape_alias ravel", reshape),
     "permute": permute,
-    **dict.fromkeys("transpose swapaxes swapdims".split(), transpose),
-    **dict.fromkeys("t mT adjoint matrix_H".split(), last_two),
-    **dict.fromkeys("numpy_T T".split(), reversed_axes),
-    **dict.fromkeys("movedim moveaxis".split(), movedim),
+    **named("transpose swapaxes swapdims", transpose),
+    **named("t mT adjoint matrix_H", last_two),
+    **named("numpy_T T", reversed_axes),
+    **named("movedim moveaxis", movedim),
     "unsqueeze": unsqueeze,
-    **dict.fromkeys("repeat tile".split(), repeat),
+    **named("repeat tile", repeat),
     "repeat_interleave": repeat_interleave,
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
-    **dict.fromkeys("channel_shuffle native_channel_shuffle".split(), channel_shuffle),
+    **named("channel_shuffle native_channel_shuffle", channel_shuffle),
     "view_as_complex": view_as_complex,
     "view_as_real": view_as_real,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nm_compiler.axes.analysis import Analysis, Call, Rule, Value
+from nm_compiler.axes.analysis import Analysis, Call, Rule, Value, named
 
 
 def layer_norm(a: Analysis, call: Call) -> Value:
@@ -74,11 +74,11 @@ def prelu(a: Analysis, call: Call) -> Value:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys("layer_norm rms_norm native_layer_norm".split(), layer_norm),
-    **dict.fromkeys("batch_norm instance_norm".split(), batch_norm),
+    **named("layer_norm rms_norm native_layer_norm", layer_norm),
+    **named("batch_norm instance_norm", batch_norm),
     "group_norm": group_norm,
-    **dict.fromkeys("softmax log_softmax _softmax _log_softmax _safe_softmax softmin".split(), softmax),
-    **dict.fromkeys("cumsum cumprod logcumsumexp cummax cummin".split(), cumulative),
+    **named("softmax log_softmax _softmax _log_softmax _safe_softmax softmin", softmax),
+    **named("cumsum cumprod logcumsumexp cummax cummin", cumulative),
     "_weight_norm": normalize,
     "prelu": prelu,
 }

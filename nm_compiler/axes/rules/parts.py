@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value
+from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value, named
 from nm_compiler.axes.terms import Term
 
 
@@ -134,9 +134,9 @@ def pad(a: Analysis, call: Call) -> Value:
         axis = len(dims) - 1 - i
         cut = [max(-before, 0), dims[axis].size - max(-before, 0) - max(-after, 0), max(-after, 0)]
         if before or after:
-            kept = tuple(pieces(a, tuple(dims), axis, cut, "pad cuts it"))[1]
-            dims = list(kept)
-            dims[axis] = a.terms.sum(_entries(a, t) for t in (a.terms.leaf(max(before, 0)), dims[axis], a.terms.leaf(max(after, 0))))
+            dims = list(pieces(a, tuple(dims), axis, cut, "pad cuts it")[1])
+            ends = (a.terms.leaf(max(before, 0)), a.terms.leaf(max(after, 0)))
+            dims[axis] = a.terms.sum((ends[0], _entries(a, dims[axis]), ends[1]))
     return tuple(dims)
 
 
@@ -167,16 +167,16 @@ def renewed(a: Analysis, dims: Dims, axes: Sequence[int], sizes: Sequence[int], 
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys("cat concat concatenate".split(), cat),
+    **named("cat concat concatenate", cat),
     "stack": stack,
-    **dict.fromkeys("split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk unsafe_split_with_sizes".split(), split),
+    **named("split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk unsafe_split_with_sizes", split),
     "unbind": unbind,
     "select": select,
     "slice": slices,
     "narrow": narrow,
     "glu": glu,
-    **dict.fromkeys("flip roll".split(), moved),
-    **dict.fromkeys("pad constant_pad_nd".split(), pad),
+    **named("flip roll", moved),
+    **named("pad constant_pad_nd", pad),
     "unfold": unfold,
     "diagonal": diagonal,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value
+from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value, named
 
 
 def linear(a: Analysis, call: Call) -> Value:
@@ -64,7 +64,7 @@ def einsum(a: Analysis, call: Call) -> Value:
 
 
 def attention(a: Analysis, call: Call) -> Value:
-    """``softmax(q[..., n, d] @ k[..., m, d].T + mask[..., n, m]) @ v[..., m, e]``; with GQA, q has several heads for one of k."""
+    """``softmax(q[..., n, d] @ k[..., m, d].T + mask[..., n, m]) @ v[..., m, e]``; in GQA one head of k serves several."""
     query, key, value = (a.dims(call[name]) for name in ("query", "key", "value"))
     if call.get("enable_gqa"):
         key, value = (_with_heads(a, query, dims) for dims in (key, value))
@@ -129,14 +129,14 @@ def _pinned(a: Analysis, sizes: Iterable[int], why: str) -> Dims:
     return tuple(a.terms.one if size == 1 else a.terms.leaf(size, why) for size in sizes)
 
 
-_CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution".split()
+_CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"
 
 RULES: dict[str, Rule] = {
     "linear": linear,
-    **dict.fromkeys("matmul mm bmm mv dot linalg_matmul".split(), matmul),
-    **dict.fromkeys("addmm baddbmm addmv".split(), addmm),
+    **named("matmul mm bmm mv dot linalg_matmul", matmul),
+    **named("addmm baddbmm addmv", addmm),
     "einsum": einsum,
     "scaled_dot_product_attention": attention,
-    **dict.fromkeys("_grouped_mm transformers.grouped_mm_fallback".split(), grouped),
-    **dict.fromkeys(_CONVOLUTIONS, convolution),
+    **named("_grouped_mm transformers.grouped_mm_fallback", grouped),
+    **named(_CONVOLUTIONS, convolution),
 }

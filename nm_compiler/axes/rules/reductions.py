@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value
+from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value, named
 
 
 def reduce(a: Analysis, call: Call) -> Value:
@@ -50,11 +50,11 @@ def _kept(a: Analysis, dims: Dims, axes: tuple[int, ...], keepdim: bool) -> Dims
 _REDUCTIONS = (
     "sum mean nansum nanmean amax amin var std var_mean std_mean prod all any logsumexp norm linalg_vector_norm "
     "count_nonzero frobenius_norm special_logsumexp aminmax"
-).split()
+)
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_REDUCTIONS, reduce),
-    **dict.fromkeys("argmax argmin median nanmedian mode kthvalue".split(), positions),
-    **dict.fromkeys("max min".split(), extreme),
+    **named(_REDUCTIONS, reduce),
+    **named("argmax argmin median nanmedian mode kthvalue", positions),
+    **named("max min", extreme),
     "cosine_similarity": cosine,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nm_compiler.axes.analysis import Analysis, Call, Rule, Value
+from nm_compiler.axes.analysis import Analysis, Call, Rule, Value, named
 from nm_compiler.axes.rules.parts import renewed
 
 
@@ -12,7 +12,7 @@ def windows(a: Analysis, call: Call) -> Value:
     val = call.node.meta["val"]
     several = isinstance(val, (tuple, list))
     sizes = a.sizes(val[0] if several else val)
-    rank = next((int(c) for c in call.name if c in "123"), 0) if call.name.endswith(("1d", "2d", "3d", "_indices")) else len(x) - 2
+    rank = next((int(c) for c in call.name if c in "123"), len(x) - 2)
     result = renewed(a, x, range(len(x) - rank, len(x)), sizes, f"{call.name} slides over it")
     return (result, result) if several else result
 
@@ -34,15 +34,21 @@ def grid_sample(a: Analysis, call: Call) -> Value:
     return (*x[:2], *grid[1:-1])
 
 
-_POOLS = [f"{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "_adaptive_avg", "lp") for rank in (1, 2, 3)]
-_POOLS += [f"max_pool{rank}d_with_indices" for rank in (1, 2, 3)]
-_RESIZES = [f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "_nearest_exact1d", "_nearest_exact2d",
-            "linear1d", "bilinear2d", "trilinear3d", "bicubic2d")] + ["_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-            "_upsample_nearest_exact2d"]  # fmt: skip
-_FFT = "fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn".split()
+_POOLS = (
+    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d "
+    "_adaptive_avg_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"
+)
+_RESIZES = (
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+    "upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa "
+    "_upsample_bicubic2d_aa"
+)
+_FFT = "fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn"
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys((*_POOLS, *_RESIZES), windows),
-    **dict.fromkeys(_FFT, fourier),
-    **dict.fromkeys("grid_sampler grid_sampler_2d grid_sampler_3d".split(), grid_sample),
+    **named(_POOLS, windows),
+    **named(_RESIZES, windows),
+    **named(_FFT, fourier),
+    **named("grid_sampler grid_sampler_2d grid_sampler_3d", grid_sample),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from nm_compiler.axes.analysis import Analysis, Call, Rule, Value
+from nm_compiler.axes.analysis import Analysis, Call, Rule, Value, named
 from nm_compiler.graph import getattr_path
 
 
@@ -15,10 +15,9 @@ def once(a: Analysis, call: Call) -> Value:
     holder = call.node.graph.owning_module
     subgraph = getattr_path(holder, arguments[at].target)  # type: ignore[union-attr]
     assert isinstance(subgraph, GraphModule)
-    result = a.run(subgraph, [a.value(arg) for arg in arguments[at + 1 :]])
-    return result if isinstance(call.node.meta["val"], (tuple, list)) or result is None else result
+    return a.run(subgraph, [a.value(arg) for arg in arguments[at + 1 :]])
 
 
-RULES: dict[str, Rule] = dict.fromkeys(
-    ("wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap"), once
-)
+_ONCE = "wrap_with_set_grad_enabled wrap_with_autocast tag_activation_checkpoint wrap_activation_checkpoint wrap"
+
+RULES: dict[str, Rule] = named(_ONCE, once)
