@@ -88,10 +88,10 @@ def _same_step(gm: GraphModule, before: Node, after: Node, backward: Node) -> No
     """The step from ``before`` to ``after`` again, for the backward weight; a scale stays the one of W * F."""
     if not is_scale(after):
         args, kwargs = map_arg((after.args, after.kwargs), lambda arg: backward if arg is before else arg)
-        return gm.graph.call_function(after.target, args, kwargs)  # type: ignore[arg-type]
+        return gm.graph.create_node("call_function", after.target, args, kwargs, f"{after.name}_backward")
     kept = gm.graph.call_function(aten.ne.Scalar, (backward, 0))
     with gm.graph.inserting_after(kept):
-        return gm.graph.call_function(aten.mul.Tensor, (after, kept))
+        return call(gm, aten.mul.Tensor, (after, kept), f"{after.name}_backward")
 
 
 def _offsets(node: Node) -> Any:

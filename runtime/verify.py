@@ -34,7 +34,10 @@ class Verification:
 
     @property
     def satisfied(self) -> dict[str, tuple[int, ...]]:
-        """Weights that satisfy the pattern, with the axes (1 is the input axis of linears and convolutions)."""
+        """Weights that satisfy the pattern, with the axes: 1 is the input axis of linears and convolutions.
+
+        Of experts it is 1 or 2, for ``[expert, in, out]`` or ``[expert, out, in]``.
+        """
         return {weight.name: weight.axes for weight in self.weights if weight.axes}
 
     def __str__(self) -> str:

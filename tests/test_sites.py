@@ -1,8 +1,11 @@
 # mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
 """Which weights are planned, which are refused, and with which reason."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from models import MLP, Attention, ConvNet, Grouped, Matmuls, Oddities, example
 from torch import nn
 
@@ -137,3 +140,85 @@ def test_parameters_tied_under_two_names_appear_once_under_the_first() -> None:
     model.alias = model.fc2
     sparse = nm.compile(model, example(model))
     assert [site.name for site in sparse.plan.sites] == ["fc2.weight"]
+
+
+class Computed(nn.Module):
+    """One weight, read by what ``call`` makes of it; ``other`` is there to be read as well."""
+
+    def __init__(self, call: Callable[..., torch.Tensor], shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.call, self.fc = call, nn.Linear(8, 8)
+        self.w, self.other = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(self.fc(x), self.w, self.other)
+
+
+@pytest.mark.parametrize(
+    ("shape", "call", "reason"),
+    [
+        ((8, 8), lambda x, w, o: x[:, :6] @ w[:, :6].T, "a product reads inputs 0 to 5 of 8 by themselves, which cuts groups"),
+        ((8, 8), lambda x, w, o: x[:, ::2] @ w[:, ::2].T, "its product reads weights 2 apart"),
+        ((8, 4, 3, 3), lambda x, w, o: x.repeat(1, 5)[:, :36] @ w.flatten(1).T, "3 weights along axis 3, groups of 2:4"),
+        ((4, 16), lambda x, w, o: x @ w.T.contiguous().view(8, 8), "aten.view mixes its axes"),
+        ((8, 8), lambda x, w, o: F.linear(x, w[:, torch.arange(7, -1, -1)]), "indexed along the axis that its product sums over"),
+        ((8, 1), lambda x, w, o: F.linear(x, w.expand(8, 8)), "expanded along the axis that its product sums over"),
+        ((8, 8), lambda x, w, o: F.linear(x, torch.cat([w, o])), "joined with other weights before its product"),
+        ((8, 8), lambda x, w, o: F.linear(x, w + o), "read by aten.add.Tensor, which has no N:M rule: behind it zeros are no longer"),
+        ((8, 8), lambda x, w, o: F.linear(x, w - w.mean()), "read by aten.mean"),
+        ((8, 8), lambda x, w, o: F.linear(x, w @ o), "multiplied with another weight before any data"),
+        ((8, 8), lambda x, w, o: x @ (w @ w), "multiplied with itself"),
+        ((8, 8), lambda x, w, o: F.linear(w, o) + x[:1], "the input of a linear, not its weight"),
+        ((8, 8, 8), lambda x, w, o: F.bilinear(x, x, w), "bilinear sums over two axes"),
+        ((8, 8), lambda x, w, o: torch.einsum("bi,oi,bi->bo", x, w, x), "an einsum of 3 tensors"),
+        ((8, 8), lambda x, w, o: torch.einsum("bi,ii->b", x, w)[:, None], "an einsum that reads a diagonal"),
+        ((8, 8), lambda x, w, o: torch.einsum("bi,bi->b", x[:8], w[:2])[:, None], "no output axis"),
+        ((8, 8), lambda x, w, o: torch.einsum("bi,oi->bi", x, w), "einsum sums over one of its axes before the product"),
+        ((1, 8), lambda x, w, o: (x * w) @ o, "read by aten.mul.Tensor, which has no N:M rule"),
+        ((8, 8), lambda x, w, o: torch.addmm(x[0], x, w, alpha=2), "addmm with alpha or beta other than 1"),
+    ],
+)  # fmt: skip
+def test_a_weight_that_groups_cannot_be_told_apart_in_is_refused_with_the_reason(
+    shape: tuple[int, ...], call: Callable[..., torch.Tensor], reason: str
+) -> None:
+    model, x = Computed(call, shape), torch.randn(2, 8)
+    plan = nm.compile(model, x, include="*", dynamic_shapes=({},) if reason == "no output axis" else None).plan
+    assert {refusal.where: refusal.reason for refusal in plan.refusals}["w"].startswith(reason)
+
+
+def test_weight_standardisation_is_refused_because_zeros_would_not_stay_zeros() -> None:
+    def standardised(x: torch.Tensor, w: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        plain = F.batch_norm(w.reshape(1, 8, -1), None, None, training=True).reshape_as(w)
+        return F.conv1d(x[..., None], plain)[..., 0]
+
+    model = Computed(standardised, (8, 8, 1))
+    reasons = {r.where: r.reason for r in nm.compile(model, torch.randn(2, 8), include="*").plan.refusals}
+    assert "zeros are no longer zeros, so use a layer whose weight is a plain parameter" in reasons["w"]
+
+
+def test_a_buffer_that_multiplies_data_has_a_line_with_the_way_out_and_a_frozen_parameter_is_planned() -> None:
+    class Fixed(nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+            self.register_buffer("mask", torch.ones(8, 8))
+            basis = torch.randn(8, 8)
+            if kind == "buffer":
+                self.register_buffer("basis", basis)
+            else:
+                self.basis = nn.Parameter(basis, requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(F.linear(x, self.fc.weight * self.mask) @ self.basis)
+
+    sparse = nm.compile(Fixed("buffer"), torch.randn(2, 8), include="*")
+    rows = {row.name: row for row in nm.report(sparse).rows}
+    assert set(rows) == {"fc.weight", "head.weight", "basis"}  # a mask is a factor, no weight
+    assert (rows["basis"].op, rows["basis"].status) == ("matmul", "dense")
+    assert rows["basis"].reason == "a buffer, not a parameter: make it an nn.Parameter(requires_grad=False) to make it sparse"
+    for method in (nm.LBC(), nm.BiMask(), nm.Magnitude()):
+        again = nm.compile(Fixed("parameter"), torch.randn(2, 8), method=method)
+        assert "basis" in {site.name for site in again.plan.sites}
+        again(torch.randn(2, 8)).sum().backward()
+        assert again.basis.grad is None
+        assert "basis" in nm.verify(nm.freeze(again, finish=True)).satisfied
