@@ -1,0 +1,37 @@
+"""Compile a kernel with numba, cached on disk where that is possible.
+
+Import this module, and the kernels that use it, inside the function that needs them: numba takes half a second to import.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+try:
+    import numba
+except AttributeError as error:  # numba extends whatever module of the name `coverage` it finds
+    raise ImportError("numba cannot be imported: a file coverage.py on sys.path hides the package of that name") from error
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_log = logging.getLogger(__name__)
+
+
+def jit(kernel: F) -> F:
+    """``kernel`` as machine code: no GIL while it runs, sums in any order, no division checks.
+
+    The code is kept beside the source or in the user's cache (NUMBA_CACHE_DIR moves it). Where neither can be written the
+    kernel is compiled afresh in every process, a few seconds, and the log says so once for each.
+    """
+    try:
+        compiled = _compiled(kernel, cache=True)
+    except RuntimeError as error:  # numba found no directory that it may write to
+        _log.info("%s is compiled in every process, set NUMBA_CACHE_DIR to a writable directory: %s", kernel.__name__, error)
+        compiled = _compiled(kernel, cache=False)
+    return compiled
+
+
+def _compiled(kernel: F, *, cache: bool) -> F:
+    return cast(F, numba.njit(cache=cache, nogil=True, fastmath=True, error_model="numpy")(kernel))
