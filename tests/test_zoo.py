@@ -1,0 +1,97 @@
+"""A sample of the zoo and every awkward model: captured in both modes, equal to the bit, with weights to make sparse.
+
+Each model is a test of its own, so that workers share them. The whole zoo is measured by ``benchmarks/coverage.py``.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from awkward import AWKWARD
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from zoo.shim import declare_missing_operators
+
+from nm_compiler.capture import capture, in_mode
+from nm_compiler.errors import NMError
+from nm_compiler.pattern import PatternMap
+from nm_compiler.sites import find
+
+SAMPLE = {
+    "torchvision": "alexnet regnet_x_400mf resnet18 shufflenet_v2_x0_5 squeezenet1_1",
+    "timm": "byobnet convmixer deit efficientnet mlp_mixer resnetv2 vision_transformer",
+    "transformers": "albert bart bert clip distilbert falcon gpt2 llama mamba mixtral opt resnet vit",
+}
+NOT_ONE_GRAPH = {
+    "branch_on_data": "a branch on values in both modes",
+    "branch_in_training": "a branch on a random number in training",
+    "returns_unregistered": "the output hides its tensors from pytree",
+}
+"""Models that no single exported graph holds."""
+
+
+@pytest.fixture(autouse=True)
+def _imports_are_not_garbage() -> Iterator[None]:
+    """`capture` collects garbage; with the objects of three libraries to look at that would be most of what a test takes."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def entry(library: str, name: str) -> zoo.Entry:
+    declare_missing_operators()
+    pytest.importorskip(library, reason="the zoo is an extra: pip install -e '.[zoo]'", exc_type=ImportError)
+    return next(entry for entry in zoo.entries(library) if entry.name == name)
+
+
+def check(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Everything that has to hold for a captured model."""
+    captured = capture(model, args, kwargs)
+    assert set(captured) == {False, True}
+    graph, signature = captured[False]
+    kwargs = {**kwargs, **signature.hidden}
+    with in_mode(model, False):  # with gradients: without, attention takes a fused path that rounds differently
+        expected = [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        found = [leaf for leaf in pytree.tree_leaves(graph(*pytree.tree_leaves((args, kwargs)))) if isinstance(leaf, Tensor)]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
+    assert find(model, [graph, captured[True][0]], PatternMap.parse("2:4")).sites
+    # The permutation law belongs here: every model above, every free class.
+
+
+@pytest.mark.required
+@pytest.mark.parametrize(("library", "name"), [(library, name) for library, names in SAMPLE.items() for name in names.split()])
+def test_a_model_of_the_zoo_is_captured_in_both_modes_and_computes_the_same_to_the_bit(library: str, name: str) -> None:
+    check(*zoo.seeded(entry(library, name).small))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(raises=NMError, reason=NOT_ONE_GRAPH[name]))
+        if name in NOT_ONE_GRAPH
+        else name
+        for name in AWKWARD
+    ],
+)
+def test_an_awkward_model_is_captured_in_both_modes_and_computes_the_same_to_the_bit(name: str) -> None:
+    check(*AWKWARD[name]())
+
+
+@pytest.mark.required
+def test_the_zoo_holds_what_it_says_and_no_name_twice() -> None:
+    declare_missing_operators()
+    pytest.importorskip("torchvision", reason="the zoo is an extra: pip install -e '.[zoo]'")
+    listed = [str(entry) for entry in zoo.entries()]
+    assert len(set(listed)) == len(listed)
+    counted = Counter(name.partition("/")[0] for name in listed)
+    assert counted["torchvision"] == 80
+    assert counted["timm"] == 98
+    assert counted["transformers"] >= 150
+    assert len(AWKWARD) >= 25
