@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -165,14 +165,14 @@ class Analysis:
         if node.target is operator.getitem:
             return self._item(node)
         val = node.meta.get("val")
-        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(val)):
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(val)) and not _may_write(node.target):
             return None  # sizes and checks: no order in them
         name, rule = self._rule(node)
         if rule is None:
             return self.pin_all(node, f"{name} has no rule", unknown=name)
         try:
             value = rule(self, Call(node, name, _bound(node)))
-        except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             _LOG.debug("the rule of %s did not fit %s", name, node.format_node(), exc_info=error)
             return self.pin_all(node, f"{name} is called in a way its rule does not know", unknown=name)
         if not self._fits(value, val):
@@ -200,11 +200,11 @@ class Analysis:
 
     def _fits(self, value: Value, val: Any) -> bool:
         if isinstance(val, Tensor):
-            if value is None or not all(isinstance(term, Term) for term in value):
+            if not isinstance(value, tuple) or not all(isinstance(term, Term) for term in value):
                 return False
             return tuple(term.size for term in value) == self.sizes(val)
-        if isinstance(val, (tuple, list)):
-            return value is not None and len(value) == len(val) and all(map(self._fits, value, val))
+        if isinstance(val, (tuple, list)) and val:
+            return isinstance(value, tuple) and len(value) == len(val) and all(map(self._fits, value, val))
         return True
 
     # --- what rules say -------------------------------------------------------------------------------------------
@@ -298,6 +298,13 @@ def _tensors(value: Value) -> list[Dims]:
     return [dims for item in value if not isinstance(item, Term) for dims in _tensors(item)]
 
 
+def _may_write(target: Any) -> bool:
+    """Whether a call that returns no tensor may still matter: it writes into its inputs, or runs a subgraph that does."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
 def _bound(node: Node) -> dict[str, Any]:
     """Arguments by the names in the op's schema, defaults filled in; positions for what has no schema."""
     if not isinstance(node.target, torch._ops.OpOverload):
@@ -314,14 +321,29 @@ def _bound(node: Node) -> dict[str, Any]:
 
 
 def _overlapping(model: nn.Module) -> dict[str, str]:
-    """Parameters and buffers that are different tensors over the same memory: one order could not serve both."""
-    owners: dict[int, tuple[str, int]] = {}
+    """State that lies in the memory of another tensor of the model: one order could not serve both."""
+    spans = sorted(_spans(model))
     shared: dict[str, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
-            continue
-        where = tensor.untyped_storage().data_ptr()
-        owner = owners.setdefault(where, (name, id(tensor)))
-        if where and owner[1] != id(tensor):
-            shared[name], shared[owner[0]] = owner[0], name
+    for at, (_, end, name, identity) in enumerate(spans):
+        for other_start, _, other, other_identity in spans[at + 1 :]:
+            if other_start >= end:
+                break
+            if identity != other_identity:
+                shared.setdefault(name, other)
+                shared.setdefault(other, name)
     return shared
+
+
+def _spans(model: nn.Module) -> Iterator[tuple[int, int, str, int]]:
+    """First and last byte, name and identity of every tensor that a module holds, plain attributes included."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        held = {**module._parameters, **module._buffers, **{k: v for k, v in vars(module).items() if isinstance(v, Tensor)}}
+        for key, tensor in held.items():
+            if not isinstance(tensor, Tensor) or id(tensor) in seen or tensor.device.type == "meta" or not tensor.numel():
+                continue
+            seen.add(id(tensor))
+            start = tensor.data_ptr()
+            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            if start:
+                yield start, start + reach * tensor.element_size(), f"{path}.{key}".lstrip("."), id(tensor)

@@ -27,7 +27,8 @@ def settle(terms: Terms, spaces: Sequence[Space]) -> None:
         for space in spaces:
             if any(_concerns(terms, term) for term in space):
                 changed |= _hold(terms, space, [_MANY])
-    _break_cycles(terms, [leaf for space in spaces for term in space for leaf in terms.leaves(term)])
+    leaves = {id(leaf): leaf for space in spaces for term in space for leaf in terms.leaves(term)}
+    _order(terms, sorted(leaves.values(), key=lambda leaf: leaf.serial))
 
 
 def _concerns(terms: Terms, term: Term) -> bool:
@@ -119,12 +120,28 @@ def _families(terms: Terms, term: Term) -> Iterator[Term]:
         yield from _families(terms, part)
 
 
-def _break_cycles(terms: Terms, leaves: Sequence[Term]) -> None:
-    """Of two leaves that depend on each other, the one that was met first goes before."""
-    for leaf in sorted({id(leaf): leaf for leaf in leaves}.values(), key=lambda leaf: leaf.serial):
+def _order(terms: Terms, leaves: Sequence[Term]) -> None:
+    """Leaves that come before what depends on them: cycles broken, and what is needed indirectly named as well.
+
+    Of two leaves that depend on each other, the one that was met first goes before. Where ``dim`` depends on ``head`` and that
+    on ``group``, the order of ``dim`` after ``head`` has moved is only told with the group.
+    """
+    for leaf in leaves:
+        if leaf.pinned:
+            leaf.needs = []
+    for leaf in leaves:
         needs = {id(part): part for need in leaf.needs for part in terms.factors(need)}
         leaf.needs = []
         leaf.needs = [part for part in needs.values() if part.kind == "leaf" and not _reaches(terms, part, leaf)]
+    for leaf in leaves:
+        found: dict[int, Term] = {}
+        stack = leaf.needs[::-1]
+        while stack:
+            need = stack.pop()
+            if id(need) not in found:
+                found[id(need)] = need
+                stack.extend(need.needs[::-1])
+        leaf.needs = list(found.values())
 
 
 def _reaches(terms: Terms, start: Term, goal: Term) -> bool:

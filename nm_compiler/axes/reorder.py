@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nm_compiler.axes.result import Axes, Axis, AxisClass, Leaf, Product, Sum, restricted
+from nm_compiler.axes.result import Axes, Axis, AxisClass, Family, Leaf, Product, Sum, restricted
 
 Orders = Mapping[str, Tensor]
 
@@ -40,6 +40,7 @@ def reorder(tensor: Tensor, layout: Sequence[Axis], orders: Orders, needs: Mappi
 
 
 def _permute_leaves(tensor: Tensor, layout: Sequence[Axis], orders: Orders, needs: Mapping[str, tuple[str, ...]]) -> Tensor:
+    assert not any(isinstance(axis, Family) and _moves(axis, orders) for axis in layout), "a family without its key"
     places = [(axis.name, at) for at, axis in enumerate(layout) if isinstance(axis, Leaf) and axis.name in orders]
     while places:  # what depends on others goes first, while those still stand as they were
         asked = {need for name, _ in places for need in needs.get(name, ())}

@@ -177,6 +177,8 @@ class Terms:
         """One order for all members of a family."""
         for part in family.parts[1:]:
             self.unify(family.parts[0], part, why)
+        if family.parent is None:  # also where they cannot meet: all of them are pinned then
+            family.parent = self.find(family.parts[0])
 
     def _zip(self, left: list[Term], right: list[Term], split: Split, why: str) -> bool:
         """Unify two lists of parts of equal total, splitting the larger of each pair. False, pinned, if they do not fit."""
@@ -338,6 +340,8 @@ class Terms:
             if not any(self.find(need) is whole for need in term.needs):
                 return term
             keys = self.summands(whole)
+            if len({id(key) for key in keys}) < len(keys):  # a part that comes twice does not tell where an entry is
+                return term
             if len(keys) < 2 or not any(self.find(key) is self.find(p) for key in keys for p in self.summands(part)):
                 return term
             others = [need for need in term.needs if self.find(need) is not whole]
@@ -348,10 +352,13 @@ class Terms:
         if term.kind == "family":
             wanted = self.summands(part)
             chosen = {id(self.find(key)): inner for key, inner in zip(term.keys, term.parts, strict=True)}
+            if len(chosen) < len(term.keys):
+                self.collapse(term, "two parts of an axis turned out to be one")
+                return self.find(term)
             picked = [(key, chosen[id(self.find(key))]) for key in wanted if id(self.find(key)) in chosen]
             if len(picked) == len(wanted):
                 return self.family([key for key, _ in picked], [inner for _, inner in picked])
-            if any(self.find(key).kind != "leaf" for key in term.keys):  # a key was cut further
+            if any(len(self.summands(key)) > 1 for key in term.keys):  # a key was cut further
                 self._refine(term)
                 return self.within(term, part, whole) if self.find(term).kind == "family" else self.find(term)
             return term

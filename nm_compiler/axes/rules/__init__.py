@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from nm_compiler.axes.analysis import Rule
 from nm_compiler.axes.rules import (
+    algebra,
     creation,
     elementwise,
     indexing,
     layout,
+    losses,
     norms,
     parts,
     products,
@@ -26,6 +28,8 @@ RULES: dict[str, Rule] = {
     **layout.RULES,
     **parts.RULES,
     **products.RULES,
+    **algebra.RULES,
+    **losses.RULES,
     **norms.RULES,
     **reductions.RULES,
     **indexing.RULES,

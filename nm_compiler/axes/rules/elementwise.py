@@ -39,6 +39,18 @@ def sizes_of_other(a: Analysis, call: Call) -> Value:
     return stretched(a, a.dims(call.node.args[0]), a.shape(call.node))
 
 
+def together(a: Analysis, call: Call) -> Value:
+    """``broadcast_tensors``: all stretched to one shape, which does not make them meet."""
+    vals = call.node.meta["val"]
+    return tuple(stretched(a, a.dims(node), a.sizes(val)) for node, val in zip(call["tensors"], vals, strict=True))
+
+
+def halves(a: Analysis, call: Call) -> Value:
+    """``frexp``: mantissa and exponent."""
+    dims = same(a, call)
+    return (dims, dims)
+
+
 def stretched(a: Analysis, dims: Dims, sizes: tuple[int, ...]) -> Dims:
     """``dims`` broadcast to ``sizes``: an axis that is repeated holds equal entries, so any order leaves it as it is."""
     result = []
@@ -56,12 +68,12 @@ _POINTWISE = (
     "logical_xor logical_not __and__ __or__ __xor__ __lshift__ __rshift__ remainder fmod floor_divide true_divide divide "
     "multiply subtract rsub polar complex square special_expit relu sigmoid tanh "
     "__iand__ __ior__ xlogy copysign hypot atan2 arctan2 maximum minimum fmax fmin eq ne lt le gt ge "
-    "greater less not_equal greater_equal less_equal float_power ldexp nextafter"
+    "bernoulli normal greater less not_equal greater_equal less_equal float_power ldexp nextafter"
 )
 _SAME = (
     "clone detach contiguous alias to _to_copy type_as positive lift_fresh_copy lift_fresh lift resolve_conj resolve_neg "
     "requires_grad retain_grad feature_dropout feature_alpha_dropout alpha_dropout dropout zero detach_copy float double half "
-    "bfloat16 bernoulli normal uniform exponential _autocast_to_reduced_precision _autocast_to_full_precision "
+    "bfloat16 uniform real imag exponential _autocast_to_reduced_precision _autocast_to_full_precision "
     "fake_quantize_per_tensor_affine random cauchy log_normal geometric"
 )
 
@@ -76,4 +88,6 @@ RULES: dict[str, Rule] = {
     "expand_as": sizes_of_other,
     "broadcast_to": sizes_of_other,
     "expand_copy": sizes_of_other,
+    "broadcast_tensors": together,
+    "frexp": halves,
 }

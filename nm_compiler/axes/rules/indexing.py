@@ -6,10 +6,13 @@ point into the axis.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value, named
 from nm_compiler.axes.rules.parts import pieces, renewed
+from nm_compiler.axes.rules.reductions import values_only
 
 
 def embedding(a: Analysis, call: Call) -> Value:
@@ -59,7 +62,9 @@ def _run(a: Analysis, given: list[object]) -> tuple[int, int, int] | None:
     if numbers is None or numbers.ndim != 1 or numbers.numel() == 0 or numbers.dtype != torch.int64:
         return None
     first = int(numbers[0])
-    return (axis, first, len(numbers)) if numbers.tolist() == list(range(first, first + len(numbers))) else None
+    across = first < 0 <= first + len(numbers) - 1  # from the end on to the beginning
+    run = numbers.tolist() == list(range(first, first + len(numbers)))
+    return (axis, first, len(numbers)) if run and not across else None
 
 
 def _place(given: list[object]) -> int:
@@ -79,7 +84,7 @@ def index_select(a: Analysis, call: Call) -> Value:
 
 def gather(a: Analysis, call: Call) -> Value:
     """Entries of one axis by number, other numbers for every position along the other axes."""
-    x, indices = a.dims(call["self"]), a.dims(call["index"])
+    x, indices = a.dims(call["self"]), a.dims(call.get("index", call.get("indices")))
     axis = call["dim"] % len(x)
     a.pin((x[axis],), "entries are looked up by number")
     _align(a, x, indices, axis)
@@ -110,7 +115,8 @@ def index_put(a: Analysis, call: Call) -> Value:
     x, given = a.dims(call["self"]), call["indices"]
     positions = [i for i, item in enumerate(given) if item is not None]
     kinds = [str(given[i].meta["val"].dtype) for i in positions]
-    assert not {"torch.bool", "torch.uint8"} & set(kinds)
+    if {"torch.bool", "torch.uint8"} & set(kinds):
+        return _put_where(a, x, given, a.dims(call["values"]))
     a.pin((x[i] for i in positions), "entries are written by number")
     looked_up = a.broadcast([a.dims(given[i]) for i in positions], "index aligns its indices")
     kept = [term for i, term in enumerate(x) if i not in positions]
@@ -120,25 +126,67 @@ def index_put(a: Analysis, call: Call) -> Value:
     return x
 
 
+def _put_where(a: Analysis, x: Dims, given: list[Any], values: Dims) -> Value:
+    """``x[mask] = values``: elementwise for one value; else the entries that the mask chooses are counted."""
+    (mask,) = given  # a mask behind other axes has no rule
+    chosen, rest = x[: len(a.dims(mask))], x[len(a.dims(mask)) :]
+    a.broadcast([chosen, a.dims(mask)], "a mask aligns with what it chooses from")
+    a.spaces.append(x)
+    if len(values) > len(rest) and values[0].size != 1:
+        a.pin((*chosen, values[0]), "a boolean index counts what it keeps")
+        a.mixed(x, range(len(chosen)))
+        values = values[1:]
+    a.broadcast([rest, values[-len(rest) :] if rest else ()], "an assignment aligns them")
+    return x
+
+
+def filled(a: Analysis, call: Call) -> Value:
+    """``index_fill``: entries along one axis, by number, become one value."""
+    x = a.dims(call["self"])
+    axis = call["dim"] % len(x)
+    a.pin((x[axis],), "entries are written by number")
+    a.mixed(x, (axis,))
+    return x
+
+
+def counted(a: Analysis, call: Call) -> Value:
+    """``masked_scatter``: entries are taken one after the other."""
+    x = a.dims(call["self"])
+    given = [a.dims(node) for node in call.node.all_input_nodes]
+    a.broadcast([x, a.dims(call["mask"])], "a mask aligns with what it chooses from")
+    a.pin((term for dims in given for term in dims), "entries are taken one after the other")
+    return renewed(a, x, range(len(x)), a.shape(call.node), "entries are taken one after the other")
+
+
 def ranked(a: Analysis, call: Call) -> Value:
     """``sort``, ``topk``, ``argsort``: ranks along an axis; the numbers that come with them point into it."""
     x = a.dims(call["self"])
-    axis = call.get("dim", -1) % len(x)
+    axis = (0 if call.name == "msort" else call["dim"]) % len(x)
     val = call.node.meta["val"]
     sizes = a.sizes(val[0] if isinstance(val, (tuple, list)) else val)
-    result = renewed(a, x, [axis], sizes, f"{call.name} tells positions along it")
+    why = f"{call.name} tells positions along it"
+    if call.name == "msort" or values_only(call):  # the same values come out, whatever the order they go in
+        a.mixed(x, (axis,))
+        result: Dims = tuple(a.terms.leaf(sizes[i], why) if i == axis else term for i, term in enumerate(x))
+    else:
+        result = renewed(a, x, [axis], sizes, why)
     return (result, result) if isinstance(val, (tuple, list)) else result
 
 
 def difference(a: Analysis, call: Call) -> Value:
     """``diff``: neighbours are compared."""
     x = a.dims(call["self"])
+    assert call["prepend"] is None
+    assert call["append"] is None
     return renewed(a, x, [call["dim"]], a.shape(call.node), "diff compares neighbours")
 
 
 def counts(a: Analysis, call: Call) -> Value:
     """``one_hot``, ``bincount``, ``histc``: values become positions along a new axis."""
-    dims = a.dims(call["self"]) if call.name == "one_hot" else ()
+    dims = a.dims(call["self"])
+    if call.get("weights") is not None:
+        a.broadcast([dims, a.dims(call["weights"])], f"{call.name} aligns its weights")
+    dims = dims if call.name == "one_hot" else ()
     return (*dims, a.terms.leaf(a.shape(call.node)[-1], f"{call.name} counts along it"))
 
 
@@ -147,6 +195,7 @@ def bucketed(a: Analysis, call: Call) -> Value:
     x, boundaries = call["self"], call.get("boundaries", call.get("sorted_sequence"))
     edges = a.dims(boundaries)
     assert len(edges) == 1
+    assert call.get("sorter") is None
     a.pin(edges, f"{call.name} needs it sorted")
     return a.dims(x)
 
@@ -168,6 +217,8 @@ RULES: dict[str, Rule] = {
     **named("gather take_along_dim", gather),
     **named("scatter scatter_add scatter_reduce index_add index_copy index_reduce", scatter),
     **named("index_put _unsafe_index_put", index_put),
+    "index_fill": filled,
+    "masked_scatter": counted,
     **named("sort topk argsort msort", ranked),
     "diff": difference,
     **named("one_hot bincount histc", counts),

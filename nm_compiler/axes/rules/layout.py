@@ -102,6 +102,20 @@ def channel_shuffle(a: Analysis, call: Call) -> Value:
     return (batch, a.terms.product((fast, slow)), *rest)
 
 
+def meshgrid(a: Analysis, call: Call) -> Value:
+    """Vectors, each repeated along the axes of all others."""
+    size = len(call["tensors"])
+    at = [1, 0, *range(2, size)] if call.get("indexing") == "xy" and size > 1 else list(range(size))
+    axes = [a.dims(node)[0] for node in call["tensors"]]
+    return tuple(
+        tuple(
+            axis if at[j] == i else a.terms.one if axes[at[j]].size == 1 else a.terms.leaf(axes[at[j]].size)
+            for j in range(size)
+        )
+        for i, axis in enumerate(axes)
+    )
+
+
 def view_as_complex(a: Analysis, call: Call) -> Value:
     """Pairs along the last axis become complex numbers."""
     *dims, pair = a.dims(call["self"])
@@ -128,6 +142,7 @@ RULES: dict[str, Rule] = {
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
     **named("channel_shuffle native_channel_shuffle", channel_shuffle),
+    "meshgrid": meshgrid,
     "view_as_complex": view_as_complex,
     "view_as_real": view_as_real,
 }

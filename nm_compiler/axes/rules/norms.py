@@ -22,7 +22,7 @@ def layer_norm(a: Analysis, call: Call) -> Value:
 def batch_norm(a: Analysis, call: Call) -> Value:
     """``batch_norm`` and ``instance_norm``: one mean and scale a channel."""
     x = a.dims(call["input"])
-    a.spaces.append(x[1:2])
+    a.spaces.append(x[:2] if call.name == "instance_norm" else x[1:2])
     for name in ("weight", "bias", "running_mean", "running_var"):
         if call.get(name) is not None:
             a.unify(x[1], a.dims(call[name])[0], f"{call.name} scales it")

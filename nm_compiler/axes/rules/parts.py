@@ -157,6 +157,16 @@ def diagonal(a: Analysis, call: Call) -> Value:
     return (*(t for i, t in enumerate(dims) if i not in axes), a.terms.leaf(a.shape(call.node)[-1], "diagonal"))
 
 
+def turned(a: Analysis, call: Call) -> Value:
+    """``rot90``: two axes change places, one of them backwards."""
+    dims = list(a.dims(call["self"]))
+    first, second = (axis % len(dims) for axis in call["dims"])
+    turned = list(renewed(a, tuple(dims), [first, second], [term.size for term in dims], "rot90 turns it"))
+    if call["k"] % 2:
+        turned[first], turned[second] = turned[second], turned[first]
+    return tuple(turned)
+
+
 def renewed(a: Analysis, dims: Dims, axes: Sequence[int], sizes: Sequence[int], why: str) -> Dims:
     """``dims`` after an op that mixes entries along ``axes``: those are pinned, before and after."""
     chosen = {axis % len(dims) for axis in axes}
@@ -177,6 +187,7 @@ RULES: dict[str, Rule] = {
     "glu": glu,
     **named("flip roll", moved),
     **named("pad constant_pad_nd", pad),
+    "rot90": turned,
     "unfold": unfold,
     "diagonal": diagonal,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value, named
 
 
@@ -15,10 +17,18 @@ def reduce(a: Analysis, call: Call) -> Value:
 
 
 def positions(a: Analysis, call: Call) -> Value:
-    """``max(dim)``, ``argmax`` and the like tell where the entry was: the axis keeps its order."""
+    """``max(dim)``, ``argmax`` and the like tell where the entry was: the axis keeps its order if anybody asks."""
     x = a.dims(call.node.args[0])
-    a.pin((x[axis] for axis in _axes(call, len(x))), f"{call.name} tells positions along it")
+    if not values_only(call):
+        a.pin((x[axis] for axis in _axes(call, len(x))), f"{call.name} tells positions along it")
     return reduce(a, call)
+
+
+def values_only(call: Call) -> bool:
+    """Whether of ``(values, indices)`` only the values are used; ``median()`` returns nothing else."""
+    if isinstance(call.node.meta["val"], (tuple, list)):
+        return all(user.target is operator.getitem and user.args[1] == 0 for user in call.node.users)
+    return call.name in ("median", "nanmedian")
 
 
 def extreme(a: Analysis, call: Call) -> Value:
@@ -32,6 +42,7 @@ def cosine(a: Analysis, call: Call) -> Value:
     """``cosine_similarity`` along an axis."""
     x = a.broadcast([a.dims(call["x1"]), a.dims(call["x2"])], "cosine similarity aligns them")
     axis = call["dim"] % len(x)
+    a.spaces.append(x)
     a.mixed(x, (axis,))
     return (*x[:axis], *x[axis + 1 :])
 

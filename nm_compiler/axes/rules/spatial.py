@@ -25,6 +25,35 @@ def fourier(a: Analysis, call: Call) -> Value:
     return renewed(a, x, list(axes), a.shape(call.node), f"{call.name} mixes it")
 
 
+def patches(a: Analysis, call: Call) -> Value:
+    """``im2col``: ``[*, c, h, w] -> [*, c taps, positions]``."""
+    *batch, channels, height, width = a.dims(call["self"])
+    why = "patches read positions"
+    a.pin((height, width), why)
+    a.mixed((*batch, channels, height, width), (len(batch) + 1, len(batch) + 2))
+    *_, columns, positions = a.shape(call.node)
+    return (
+        *batch, a.terms.product((channels, a.terms.leaf(columns // channels.size, why))), a.terms.leaf(positions, why)
+    )  # fmt: skip
+
+
+def overlaid(a: Analysis, call: Call) -> Value:
+    """``col2im``: ``[*, c taps, positions] -> [*, c, h, w]``."""
+    *batch, columns, positions = a.dims(call["self"])
+    why = "patches are laid out by position"
+    *_, count, height, width = a.shape(call.node)
+    channels, taps = a.regroup((columns,), (count, columns.size // count), why)
+    a.pin((taps, positions), why)
+    a.mixed((*batch, channels, taps, positions), (len(batch) + 1, len(batch) + 2))
+    return (*batch, channels, a.terms.leaf(height, why), a.terms.leaf(width, why))
+
+
+def shifted(a: Analysis, call: Call) -> Value:
+    """``fftshift``: halves change places."""
+    x = a.dims(call["self"])
+    return renewed(a, x, range(len(x)) if call["dim"] is None else call["dim"], a.shape(call.node), "halves change places")
+
+
 def grid_sample(a: Analysis, call: Call) -> Value:
     """Values at coordinates."""
     x, grid = a.dims(call["input"]), a.dims(call["grid"])
@@ -44,11 +73,17 @@ _RESIZES = (
     "upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa "
     "_upsample_bicubic2d_aa"
 )
-_FFT = "fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn"
+_FFT = (
+    "fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn "
+    "fft_hfft fft_ihfft"
+)
 
 RULES: dict[str, Rule] = {
     **named(_POOLS, windows),
     **named(_RESIZES, windows),
     **named(_FFT, fourier),
+    "im2col": patches,
+    "col2im": overlaid,
+    **named("fft_fftshift fft_ifftshift", shifted),
     **named("grid_sampler grid_sampler_2d grid_sampler_3d", grid_sample),
 }
