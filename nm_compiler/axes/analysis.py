@@ -271,6 +271,8 @@ class Analysis:
         return (*result, *(self.terms.one for _ in wanted))
 
     def _carve(self, factors: list[Term], sizes: list[int], why: str) -> list[Term]:
+        for index, factor in enumerate(factors[1:], 1):  # heads of q in a group of k: the fast may depend on the slow
+            self.terms.offer(factor, factors[:index])
         rest = self.terms.product(factors)
         result = []
         for size in sizes:

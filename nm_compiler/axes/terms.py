@@ -156,6 +156,8 @@ class Terms:
         """The order of every leaf in ``term`` may depend on ``needs``, if the graph turns out to allow it."""
         needs = list(needs)
         for leaf in self.leaves(term):
+            if leaf.pinned:
+                continue
             known = {id(self.find(n)) for n in leaf.needs} | {id(leaf)}
             leaf.needs.extend(n for n in needs if id(self.find(n)) not in known)
 
