@@ -51,9 +51,11 @@ def _hold(terms: Terms, space: Space, budget: list[int]) -> bool:
     for index, whole in enumerate(space):
         if whole.kind == "sum" and _matters(terms, space, whole):
             changed, before = False, terms.families
+            others = (*space[:index], *space[index + 1 :])
+            once = not _meet(terms, whole, others)
             for part in terms.summands(whole):
-                alternative = [terms.within(other, part, whole) if i != index else part for i, other in enumerate(space)]
-                changed |= _hold(terms, tuple(alternative), budget)
+                rest = tuple(terms.within(other, part, whole) for other in others) if once else others
+                changed |= _hold(terms, (part, *rest), budget)
             return changed or terms.families != before
     return _hold_parts(terms, space, budget)
 
@@ -66,6 +68,12 @@ def _matters(terms: Terms, space: Space, whole: Term) -> bool:
     asked = [need for term in space for leaf in terms.leaves(term) if not leaf.pinned for need in leaf.needs]
     asked += [key for term in space for family in _families(terms, term) for key in family.keys]
     return any(id(part) in parts for term in asked for part in (terms.find(term), *terms.summands(term)))
+
+
+def _meet(terms: Terms, whole: Term, others: Space) -> bool:
+    """Whether a part of ``whole`` is indexed by another axis too: which part an entry lies in then has two answers."""
+    mine = {id(leaf) for leaf in terms.leaves(whole)}
+    return any(id(leaf) in mine for other in others for leaf in terms.leaves(other))
 
 
 def _hold_parts(terms: Terms, space: Space, budget: list[int]) -> bool:
