@@ -459,6 +459,21 @@ CASES: dict[str, Case] = {
     "rot_heads": hidden(lambda m, h: (h.view(5, 2, 2, 2).rot90(1, (1, 2)) + h.view(5, 2, 2, 2)).flatten(1), free=1),
     "cdist_heads": hidden(lambda m, h: torch.cdist(h.view(5, 2, 4), h.view(5, 2, 4)).flatten(1), out=4, free=2),
     # Parts: sums, families, and parts that come twice
+    "two_of_one_axis_cut": hidden(
+        lambda m, h: (
+            linear((h[:, None, :] * h[:, :, None]).view(5, 4, 3, 12).flatten(1), m.w)
+            + linear(torch.cat([h[:, 6:], h[:, :6]], 1), m.v)
+        ),
+        c=12,
+        w=(8, 144),
+        v=(8, 12),
+        free=4,
+    ),
+    "two_of_one_axis_cut_into_ones": hidden(
+        lambda m, h: torch.cat([(h.view(5, 2, 1, 4) * h.view(5, 1, 2, 4)).flatten(1), torch.cat([h[:, 4:], h[:, :4]], 1)], 1),
+        out=24,
+        free=1,
+    ),
     "dup_key": hidden(
         lambda m, h: (
             linear((h.view(5, 4, 3) * torch.cat([m.u, m.u])[:, None])[:, :2].flatten(1), m.w)
@@ -1085,7 +1100,7 @@ CASES: dict[str, Case] = {
         lambda m, q, k, v: F.conv2d((q @ k.mT / 2), m.p) @ v.mean(1, keepdim=True) + v, dict(p=(2, 2, 1, 1)), free=4
     ),
     "qk_swapped_heads": heads(lambda m, q, k, v: (q @ k.flip(1).mT).softmax(-1) @ v, free=2),
-    "qk_roll_cat": heads(lambda m, q, k, v: (q @ torch.cat([k[:, 1:], k[:, :1]], 1).mT).softmax(-1) @ v, free=3),
+    "qk_roll_cat": heads(lambda m, q, k, v: (q @ torch.cat([k[:, 1:], k[:, :1]], 1).mT).softmax(-1) @ v, free=4),
     "cross_heads_all": heads(lambda m, q, k, v: (q[:, :, None] @ k[:, None].mT).softmax(-1).mean(2) @ v, free=4),
     "diff_attn": heads(
         lambda m, q, k, v: ((q[:, :1] @ k[:, :1].mT).softmax(-1) - m.l * (q[:, 1:] @ k[:, 1:].mT).softmax(-1)) @ v,

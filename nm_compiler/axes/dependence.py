@@ -47,7 +47,8 @@ def _hold(terms: Terms, space: Space, budget: list[int]) -> bool:
     budget[0] -= 1
     if budget[0] < 0:
         return _give_up(terms, space)
-    space = tuple(factor for term in space for factor in terms.factors(term))
+    # an axis of one entry stays: it may be a part of another, and tell which
+    space = tuple(factor for term in space for factor in terms.factors(term) or (terms.find(term),))
     for index, whole in enumerate(space):
         if whole.kind == "sum" and _matters(terms, space, whole):
             changed, before = False, terms.families
