@@ -21,7 +21,12 @@ _FIRST, _SECOND = np.array([a[0] for a in _COMBOS]), np.array([a[1] for a in _CO
 _BITS = [(1 << a[0]) | (1 << a[1]) for a in _COMBOS]
 _UPPER = np.array([[one | two << 4 for two in _BITS] for one in _BITS], dtype=np.int32)  # two rows as a mask
 _LOWER = _UPPER << 8
-_PERMUTATIONS = np.array(list(itertools.permutations(range(3))))
+_SEVEN = np.array([  # the seven entries, as 4 row + column, of each mask that `two_of_four` speaks of
+    [4 * r + c, *(4 * i + j for i, p in zip(rows, permuted, strict=True) for j in permuted if j != p)]
+    for r in range(4) for c in range(4)
+    for rows in [[i for i in range(4) if i != r]]
+    for permuted in itertools.permutations([j for j in range(4) if j != c])
+])  # fmt: skip
 
 
 @jit
@@ -136,18 +141,13 @@ def _better_of(tile: Array, t: int, mask: int) -> Any:
         if (mask >> k) & 1:
             best += tile[k, t]
     chosen = np.int32(mask)
-    for r in range(4):
-        for c in range(4):
-            for p in range(6):
-                bits, value = 1 << (4 * r + c), np.float64(tile[4 * r + c, t])
-                for i in range(3):
-                    for j in range(3):
-                        if _PERMUTATIONS[p, i] != j:
-                            at = 4 * (i + (i >= r)) + j + (j >= c)
-                            bits |= 1 << at
-                            value += tile[at, t]
-                if value > best:
-                    best, chosen = value, np.int32(bits)
+    for p in range(_SEVEN.shape[0]):
+        value, bits = 0.0, 0
+        for k in _SEVEN[p]:
+            value += tile[k, t]
+            bits |= 1 << k
+        if value > best:
+            best, chosen = value, np.int32(bits)
     return chosen
 
 
@@ -173,10 +173,11 @@ def any_of_any(values: Array, out: Array, n: int, m: int, exactly: bool) -> None
                         weights[i, j] = turned[j, i] = values[batch, top + i, left + j]
                         most = max(most, weights[i, j])
                 column_price[:] = 0
-                for _ in range(3):
-                    _price(weights, column_price, n, levels, falling, row_price)
-                    _price(turned, row_price, n, levels, falling, column_price)
-                _price(weights, column_price, n, levels, falling, row_price)
+                for k in range(7):
+                    if k % 2:
+                        _price(turned, row_price, n, levels, falling, column_price)
+                    else:
+                        _price(weights, column_price, n, levels, falling, row_price)
                 counts[:] = 0
                 for i in range(m):
                     taken = 0
