@@ -10,7 +10,6 @@ See README.md for what the columns mean.
 from __future__ import annotations
 
 import fnmatch
-import importlib
 import json
 import os
 import resource
@@ -35,13 +34,16 @@ from zoo import LIBRARIES, Entry, entries, seeded
 
 import nm_compiler as nm
 from nm_compiler.capture import capture, in_mode
+from nm_compiler.law import permutation_law
 from nm_compiler.pattern import PatternMap
+from nm_compiler.permuting import captured_and_planned, coupled
 from nm_compiler.sites import find
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from awkward import AWKWARD
 
 Row = dict[str, Any]
+UNDOS = 8
 ALL = (*LIBRARIES, "awkward")
 
 
@@ -53,12 +55,26 @@ def listed(library: str | None) -> list[Entry]:
 
 
 def axes_row(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: str | None) -> Row:
-    """Free input axes among all input axes of eligible weights, seconds, error of the law, undos that nobody notices."""
+    """Weights whose input axis is free, of those that become 2:4; the law of permutations, on a copy, with a few undos."""
+    start, row = time.perf_counter(), Row()
     try:
-        importlib.import_module("nm_compiler.axes")
-    except ImportError:  # not there yet
-        return {}
-    return {}
+        found = captured_and_planned(model, args, kwargs, "2:4", (), (), None, what="coverage")
+        axes = coupled(model, found, outputs)
+        assert found.plan is not None
+        sites = {site.name for site in found.plan.sites}
+        free = {member.name for each in axes.free for member in each.of("in")}
+        row |= {"axes_free": len(sites & free), "axes_all": len(sites), "axes_seconds": time.perf_counter() - start}
+        row |= {"axes_unknown": dict(axes.unknown)}
+        law = permutation_law(model, args, kwargs, outputs=outputs, undo=UNDOS)
+    except nm.NMError as error:
+        return {"axes_error": str(error)}
+    return {
+        **row,
+        "law_error": law.error,
+        "law_holds": law.holds,
+        "law_dtype": str(law.dtype),
+        "undetected": list(law.undetected),
+    }
 
 
 def measure(entry: Entry, *, quick: bool, capture_only: bool) -> Iterator[Row]:
@@ -161,11 +177,14 @@ def run(entry: Entry, flags: Sequence[str], timeout: float, threads: int) -> Row
     return row
 
 
-HEAD = ["model", "weights", "eval", "train", "way", "differs", "planned", "refused", "capture s", "compile s", "peak MiB"]
+HEAD = ["model", "weights", "eval", "train", "way", "differs", "planned", "refused", "capture s", "compile s", "peak MiB",
+        "free", "law"]  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
     """A row of the table; a blank where the model did not get that far."""
+
+    free = f"{row['axes_free']}/{row['axes_all']}" if "axes_all" in row else ""
 
     def shown(key: str, form: str) -> str:
         return format(row[key], form) if key in row else ""
@@ -174,7 +193,8 @@ def cells(row: Row) -> list[str]:
         f"{row['library']}/{row['model']}", shown("parameters", ","), row.get("eval", "no"), row.get("train", "no"),
         "+".join(row.get("way", [])), shown("difference", ".0e") if row.get("difference") else "", shown("planned", "d"),
         str(sum(row["reasons"].values())) if "reasons" in row else "", shown("capture_seconds", ".1f"),
-        shown("compile_seconds", ".1f"), shown("peak_mib", ".0f"),
+        shown("compile_seconds", ".1f"), shown("peak_mib", ".0f"), free,
+        shown("law_error", ".0e") + ("" if row.get("law_holds", True) else " BROKEN"),
     ]  # fmt: skip
 
 

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from nm_compiler.capture import capture
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
-from nm_compiler.graph import run, show_graph
+from nm_compiler.graph import run
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.module import SparseModule, attach_state, detach_state, unwrap
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.recipe import freezing, pipeline
 from nm_compiler.rewrite import masked_nodes
+from nm_compiler.routes import check_outside, take
 from nm_compiler.sites import Plan, find
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.state import MARK
@@ -41,6 +42,7 @@ def compile(
 
     example_inputs: a tuple of positional inputs (or one tensor); kwargs: keyword inputs. The batch (axis 0) becomes
     dynamic; pass ``dynamic_shapes`` as to `torch.export.export` for other axes.
+    model: on one device; on the meta device it is planned and rewritten without values, see `SparseModule.to_empty`.
     pattern: ``"2:4"``, ``(2, 4)``, or globs over parameter names, first match wins: ``{"layer4.*": "1:4", "*": "2:4"}``.
     method: `LBC`, `BiMask` (the default), `SRSTE` or `Magnitude`.
     include, exclude: globs over parameter names; include also takes in the stem and the head, which stay dense otherwise.
@@ -56,13 +58,18 @@ def compile(
     _check_model(model)
     args = _arguments(example_inputs, kwargs)
     args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
-    captured = capture(model, args, named, dynamic_shapes)
-    plan = find(model, [gm for gm, _ in captured.values()], patterns, include=_globs(include), exclude=_globs(exclude))
+    if any(parameter.is_meta for parameter in model.parameters()):  # a shape without values is captured with such inputs
+        args, named = pytree.tree_map_only(Tensor, _valueless, (args, named))
+    routes = take(model, args, named, dynamic_shapes)
+    check_outside(model, routes, patterns, _globs(exclude))
+    graphs = [route.whole for route in routes.values()]
+    plan = find(model, graphs, patterns, include=_globs(include), exclude=_globs(exclude))
     _check_weights(model, plan, method)
     names = attach_state(model, plan, method)
     try:
-        graphs = {mode: (run(gm, pipeline(method, plan.sites)), signature) for mode, (gm, signature) in captured.items()}
-        return SparseModule(model, graphs, plan, method, seed)
+        for route in routes.values():
+            route.rewrite(pipeline(method, plan.sites), plan)
+        return SparseModule(model, routes, plan, method, seed)
     except BaseException:
         detach_state(model, plan, names)
         raise
@@ -96,8 +103,8 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
         for name, tensor in before.items():
             module.origin.get_buffer(name).copy_(tensor)
         raise
-    for training in (False, True):
-        run(module.graph(training), freezing(module.plan.sites))
+    for gm in module.programs():
+        run(gm, freezing(module.plan.sites))
     detach_state(module.origin, module.plan, module.state_names())
     module.__dict__["frozen"] = True
     model: nn.Module = module.origin
@@ -105,12 +112,20 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
 
 
 def show(sparse: nn.Module, *, training: bool = False) -> str:
-    """The rewritten graph of a mode as a program: one node a line, with dtype and shape."""
-    return show_graph(unwrap(sparse).graph(training))
+    """The rewritten graph of a mode as a program: one node a line, with dtype and shape.
+
+    A mode that runs in fragments shows all that have run so far, in the order they were first met.
+    """
+    text: str = unwrap(sparse).routes[training].text()
+    return text
 
 
 def _normal(example: Tensor) -> Tensor:
     return example.clone() if example.is_inference() else example  # an inference tensor cannot be traced for training
+
+
+def _valueless(example: Tensor) -> Tensor:
+    return example.to("meta")
 
 
 def _arguments(example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[Any, ...]:
@@ -136,9 +151,9 @@ def _check_masks(module: SparseModule) -> None:
     """Every mask is exactly N:M, checked before the first weight is written."""
     for weight in module.weights:
         site = weight.site
-        for training in (False, True):
-            for node in masked_nodes(module.graph(training), site.name):
-                fullest = worst_group(value_of(module.graph(training), node), site.pattern.m, site.in_axis)
+        for gm in module.programs():
+            for node in masked_nodes(gm, site.name):
+                fullest = worst_group(value_of(gm, node), site.pattern.m, site.in_axis)
                 if fullest > site.pattern.n:
                     raise NMError(
                         f"{site.name} of shape {list(site.shape)}: its mask keeps {fullest} of {site.pattern.m} in a "
@@ -160,10 +175,39 @@ def _check_model(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise NMError(f"{name} has no shape yet (a lazy layer): run one batch through the model before nm.compile")
-        if parameter.is_meta:
+        _check_plain(name, parameter)
+    _check_devices(dict(model.named_parameters()))
+
+
+def _check_plain(name: str, parameter: Tensor) -> None:
+    """Sharded and quantised weights hold their values in other tensors, which no mask here could reach."""
+    inner = getattr(parameter, "data", parameter)
+    if parameter.is_quantized or is_traceable_wrapper_subclass(inner):
+        kind = type(inner).__name__ if not parameter.is_quantized else str(parameter.dtype)
+        sharded = kind == "DTensor"
+        way = (
+            "nm.compile the whole model first, then shard it"
+            if sharded
+            else "nm.compile the floating-point model, quantise it after nm.freeze"
+        )
+        raise NMError(
+            f"{name} of shape {list(parameter.shape)} is a {kind}, {'sharded' if sharded else 'quantised'} already: {way}"
+        )
+
+
+def _check_devices(parameters: Mapping[str, Tensor]) -> None:
+    """One device for all, which may be meta: planning needs no values."""
+    first = next(iter(parameters.items()), None)
+    for name, parameter in parameters.items():
+        if first is not None and parameter.device != first[1].device:
+            empty = (
+                " (it has no values: model.to_empty(device=...) and load weights)"
+                if parameter.is_meta or first[1].is_meta
+                else ""
+            )
             raise NMError(
-                f"{name} of shape {list(parameter.shape)} is on the meta device and has no values: "
-                "model.to_empty(device=...) and load weights before nm.compile"
+                f"{first[0]} is on {first[1].device}, {name} of shape {list(parameter.shape)} on {parameter.device}{empty}: "
+                "a captured graph runs on one device; move the model there with model.to(device) before nm.compile"
             )
 
 
@@ -176,6 +220,8 @@ def _check_weights(model: nn.Module, plan: Plan, method: Method) -> None:
 
 def _check_finite(weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
+        if weight.is_meta:  # no values to look at
+            continue
         extremes = torch.stack(torch.aminmax(weight.detach())) if weight.numel() else weight.new_zeros(2)
         if not bool(torch.isfinite(extremes).all()):  # NaN wins both; a mask of the whole weight would cost memory
             wrong = int((~torch.isfinite(weight.detach())).sum())

@@ -31,11 +31,15 @@ def report(model: nn.Module, pattern: PatternLike | None = None) -> Report:
 
 
 def _refused(module: SparseModule, name: str, reason: str) -> Row:
-    return Row(name, module.plan.ops[name], module.plan.shapes[name], None, "dense", reason)
+    return Row(name, module.plan.ops[name], module.plan.shapes[name], None, "dense", module.late.get(name, reason))
 
 
 def _planned(module: SparseModule, weight: Weight) -> Row:
     site = weight.site
+    if weight.param.is_meta:
+        return Row(
+            site.name, site.op, site.shape, str(site.pattern), "sparse", f"{site.pattern} along the input axis; no values yet"
+        )
     forward, backward = module.masked(site.name)
     total, kept = _magnitude(weight.param.detach()), _magnitude(forward)
     return Row(
