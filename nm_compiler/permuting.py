@@ -115,7 +115,7 @@ def show_axes(
 ) -> Axes:
     """Which axes of the model's weights one order must permute together, and which are pinned and why.
 
-    Returns a value to print, to iterate over and to ``draw("axes.svg")``. Nothing is changed.
+    Returns a value to print, to iterate over and to ``draw("axes.svg")``. Nothing is changed; meta weights will do.
     """
     found = captured_and_planned(model, example_inputs, kwargs, None, (), (), dynamic_shapes, what="nm.show_axes")
     return coupled(model, found, outputs)

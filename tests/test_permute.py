@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +17,7 @@ from torch.utils import _pytree as pytree
 import nm_compiler as nm
 from nm_compiler.passes import permute as permute_pass
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _frozen() -> Iterator[None]:
-    """A capture collects garbage; what other tests left behind need not be looked at again each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("frozen")
 
 
 def digest(model: nn.Module, *more: Tensor) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,13 +18,7 @@ from nm_compiler.axes.result import Axes
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _frozen() -> Iterator[None]:
-    """A capture collects garbage; what other tests left behind need not be looked at again each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("frozen")
 
 
 class Block(nn.Module):
@@ -77,6 +70,12 @@ def test_nothing_is_changed_by_looking() -> None:
     nm.show_axes(model, (example(model),))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not model.training
+
+
+def test_weights_without_values_will_do() -> None:
+    with torch.device("meta"):
+        model, x = ConvNet(), torch.empty(2, 3, 8, 8)
+    assert str(nm.show_axes(model, (x,))) == str(axes_of(ConvNet))
 
 
 def test_a_class_is_found_by_its_name_and_by_that_of_any_axis_in_it() -> None:
