@@ -10,7 +10,6 @@ See README.md for what the columns mean.
 from __future__ import annotations
 
 import fnmatch
-import importlib
 import json
 import os
 import resource
@@ -19,28 +18,36 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from harness import arguments, environment, table, write
 from torch import nn
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 from zoo import LIBRARIES, Entry, entries, seeded
 
 import nm_compiler as nm
+from nm_compiler.axes.analyse import analyse
 from nm_compiler.capture import capture, in_mode
+from nm_compiler.graph import reads
+from nm_compiler.law import permutation_law
 from nm_compiler.pattern import PatternMap
+from nm_compiler.signature import Signature
 from nm_compiler.sites import find
+from nm_compiler.uses import Use, constants, ends, layouts, uses
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from awkward import AWKWARD
 
 Row = dict[str, Any]
+Captured = dict[bool, tuple[GraphModule, Signature]]
 ALL = (*LIBRARIES, "awkward")
 
 
@@ -51,16 +58,47 @@ def listed(library: str | None) -> list[Entry]:
     return [entry for name in wanted for entry in (awkward if name == "awkward" else entries(name))]
 
 
-def axes_row(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: str | None) -> Row:
-    """Free input axes among all input axes of eligible weights, seconds, error of the law, undos that nobody notices."""
-    try:
-        importlib.import_module("nm_compiler.axes")
-    except ImportError:  # not there yet
-        return {}
-    return {}
+def axes_row(entry: Entry, model: nn.Module, captured: Captured) -> Row:
+    """Free input axes among those of all weights of products, stems left out; seconds of the analysis."""
+    graphs = [gm for gm, _ in captured.values()]
+    found = layouts(graphs, model)
+    start = time.perf_counter()
+    axes = analyse(model, list(captured.values()), layouts=found, outputs=entry.outputs)
+    seconds = time.perf_counter() - start
+    first = [ends(gm, constants(gm.graph))[0] for gm in graphs]
+    wanted = [
+        (name, layout.in_axis)
+        for name, layout in found.items()
+        if model.get_parameter(name).shape[layout.in_axis] > 1 and not _is_stem(graphs, first, name)
+    ]
+    pinned = [f"{name}[{axis}]" for name, axis in wanted if not axes.is_free(name, axis)]
+    return {
+        "axes_seconds": seconds, "input_axes": len(wanted), "free_input_axes": len(wanted) - len(pinned),
+        "classes": len(axes), "free_classes": len(axes.free), "unknown_ops": dict(axes.unknown), "pinned_inputs": pinned,
+    }  # fmt: skip
 
 
-def measure(entry: Entry, *, quick: bool, capture_only: bool) -> Iterator[Row]:
+def _is_stem(graphs: Sequence[GraphModule], first: Sequence[Collection[Node]], name: str) -> bool:
+    for gm, stems in zip(graphs, first, strict=True):
+        fixed = constants(gm.graph)
+        products = [use.node for node in reads(gm, name) for use in uses(node, fixed) if isinstance(use, Use)]
+        if products:
+            return all(node in stems for node in products)
+    return False
+
+
+def law_row(entry: Entry, undo: int) -> Row:
+    """The law on the small variant: relative error after random orders, axes undone, those that nobody noticed."""
+    model, args, kwargs = seeded(entry.small)
+    start = time.perf_counter()
+    law = permutation_law(model, args, kwargs, outputs=entry.outputs, undo=undo)
+    return {
+        "law_error": law.error, "law_dtype": str(law.dtype).removeprefix("torch."), "undone": law.undone,
+        "undetected": list(law.undetected), "law_holds": law.holds, "law_seconds": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+def measure(entry: Entry, *, quick: bool, capture_only: bool, undo: int) -> Iterator[Row]:
     """What is found out about one model, in parts: what is known before a crash is not lost with it."""
     start = time.perf_counter()
     model, args, kwargs = seeded(entry.small if quick else entry.build)
@@ -70,26 +108,38 @@ def measure(entry: Entry, *, quick: bool, capture_only: bool) -> Iterator[Row]:
         captured = capture(model, args, kwargs)
     except nm.NMError as error:
         yield {"capture_seconds": time.perf_counter() - start, **_by_mode(model, args, kwargs, error)}
+        yield from second_way(model, args, kwargs)
         return
-    yield {"capture_seconds": time.perf_counter() - start, "eval": "yes", "train": "yes"}
-    yield {"way": sorted({str(getattr(signature, "way", "export")) for _, signature in captured.values()})}
+    taken = time.perf_counter() - start
+    yield {"capture_seconds": taken, "eval": "yes", "train": "yes", "way": "export"}
     yield {"difference": difference(model, captured[False], args, kwargs)}
     try:
         plan = find(model, [gm for gm, _ in captured.values()], PatternMap.parse("2:4"))
-        yield {"planned": len(plan.sites), "reasons": _histogram([refusal.reason for refusal in plan.refusals])}
     except nm.NMError as error:
         yield {"planned": 0, "plan_error": str(error)}
         return
-    del captured
+    yield {"planned": len(plan.sites), "reasons": _histogram([refusal.reason for refusal in plan.refusals])}
     if capture_only:
         return
-    yield axes_row(model, args, kwargs, entry.outputs)
+    yield axes_row(entry, model, captured)
+    start = time.perf_counter()
+    with mock.patch("nm_compiler.api.capture", return_value=captured):
+        nm.compile(model, args, kwargs)
+    yield {"compile_seconds": taken + time.perf_counter() - start}
+    del captured, model
+    yield law_row(entry, undo)
+
+
+def second_way(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Row]:
+    """What `nm.compile` does with a model that cannot be exported."""
     start = time.perf_counter()
     try:
-        nm.compile(model, args, kwargs)
-        yield {"compile_seconds": time.perf_counter() - start}
+        sparse = nm.compile(model, args, kwargs)
     except nm.NMError as error:
         yield {"compile_error": str(error)}
+        return
+    yield {"way": "fragments", "planned": len(sparse.plan.sites), "compile_seconds": time.perf_counter() - start}
+    yield {"reasons": _histogram([refusal.reason for refusal in sparse.plan.refusals])}
 
 
 def difference(model: nn.Module, captured: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
@@ -126,11 +176,11 @@ def _histogram(reasons: Sequence[str]) -> Row:
     return dict(Counter("".join("#" if c.isdigit() else c for c in reason) for reason in reasons).most_common())
 
 
-def child(library: str, name: str, *, quick: bool, capture_only: bool) -> None:
+def child(library: str, name: str, *, quick: bool, capture_only: bool, undo: int) -> None:
     """Measure one model in this process; every part goes out as a line of JSON as soon as it is known."""
     try:
         entry = next(entry for entry in listed(library) if entry.name == name)
-        for part in measure(entry, quick=quick, capture_only=capture_only):
+        for part in measure(entry, quick=quick, capture_only=capture_only, undo=undo):
             _say(part)
     except Exception as error:
         _say({"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-2000:]})
@@ -160,7 +210,10 @@ def run(entry: Entry, flags: Sequence[str], timeout: float, threads: int) -> Row
     return row
 
 
-HEAD = ["model", "weights", "eval", "train", "way", "differs", "planned", "refused", "capture s", "compile s", "peak MiB"]
+HEAD = [
+    "model", "weights", "eval", "train", "way", "differs", "planned", "refused", "free inputs", "law error", "unnoticed",
+    "capture s", "axes s", "compile s", "peak MiB",
+]  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
@@ -171,9 +224,12 @@ def cells(row: Row) -> list[str]:
 
     return [
         f"{row['library']}/{row['model']}", shown("parameters", ","), row.get("eval", "no"), row.get("train", "no"),
-        "+".join(row.get("way", [])), shown("difference", ".0e") if row.get("difference") else "", shown("planned", "d"),
-        str(sum(row["reasons"].values())) if "reasons" in row else "", shown("capture_seconds", ".1f"),
-        shown("compile_seconds", ".1f"), shown("peak_mib", ".0f"),
+        row.get("way", ""), shown("difference", ".0e") if row.get("difference") else "", shown("planned", "d"),
+        str(sum(row["reasons"].values())) if "reasons" in row else "",
+        f"{row['free_input_axes']}/{row['input_axes']}" if "input_axes" in row else "",
+        shown("law_error", ".0e") + (" f32" if row.get("law_dtype") == "float32" else ""),
+        f"{len(row['undetected'])}/{row['undone']}" if "undone" in row else "", shown("capture_seconds", ".1f"),
+        shown("axes_seconds", ".2f"), shown("compile_seconds", ".1f"), shown("peak_mib", ".0f"),
     ]  # fmt: skip
 
 
@@ -184,12 +240,28 @@ def summary(rows: Sequence[Row]) -> str:
         mine = [row for row in rows if row["library"] == library]
         if mine:
             took = [row["capture_seconds"] for row in mine if "capture_seconds" in row]
-            lines.append([
-                library, str(len(mine)), *(str(sum(row.get(mode) == "yes" for row in mine)) for mode in ("eval", "train")),
-                str(sum(row.get("planned", 0) > 0 for row in mine)), str(sum(row.get("difference", 1) == 0 for row in mine)),
-                f"{median(took):.1f}" if took else "",
-            ])  # fmt: skip
-    return table(["library", "models", "eval", "train", "with N:M weights", "equal to the bit", "median capture s"], lines)
+            lines.append([library, *_totals(mine)])
+    head = [
+        "library", "models", "eval", "train", "second way", "with N:M weights", "equal to the bit", "free inputs", "law checked",
+        "law broken", "axes / capture, most", "capture s, median", "compile s, most",
+    ]  # fmt: skip
+    return table(head, lines)
+
+
+def _totals(rows: Sequence[Row]) -> list[str]:
+    def count(true: Callable[[Row], bool]) -> str:
+        return str(sum(map(true, rows)))
+
+    free, every = (sum(row.get(key, 0) for row in rows) for key in ("free_input_axes", "input_axes"))
+    share = max((row["axes_seconds"] / row["capture_seconds"] for row in rows if "axes_seconds" in row), default=0)
+    took = [row["capture_seconds"] for row in rows if "capture_seconds" in row]
+    return [
+        str(len(rows)), count(lambda row: row.get("eval") == "yes"), count(lambda row: row.get("train") == "yes"),
+        count(lambda row: row.get("way") == "fragments"), count(lambda row: row.get("planned", 0) > 0),
+        count(lambda row: row.get("difference", 1) == 0), f"{free}/{every}", count(lambda row: "law_error" in row),
+        count(lambda row: row.get("law_holds") is False), f"{share:.0%}", f"{median(took):.1f}" if took else "",
+        f"{max((row.get('compile_seconds', 0) for row in rows), default=0):.1f}",
+    ]  # fmt: skip
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -201,11 +273,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one model")
     parser.add_argument("--capture-only", action="store_true", help="neither axes nor nm.compile")
+    parser.add_argument("--undo", type=int, default=12, help="axes of each model to undo one at a time")
     parser.add_argument("--child", nargs=2, metavar=("LIBRARY", "NAME"), help="measure one model in this process")
     given = parser.parse_args(words)
     if given.child:
         torch.set_num_threads(given.threads)
-        child(*given.child, quick=given.quick, capture_only=given.capture_only)
+        child(*given.child, quick=given.quick, capture_only=given.capture_only, undo=given.undo)
         return
     started = environment(given.threads)
     chosen = [entry for entry in listed(given.library) if fnmatch.fnmatch(entry.name, given.only)]
@@ -213,6 +286,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if given.resume and given.out.exists():
         rows = {f"{row['library']}/{row['model']}": row for row in json.loads(given.out.read_text())["models"]}
     flags = [flag for flag in ("--quick", "--capture-only") if getattr(given, flag[2:].replace("-", "_"))]
+    flags += ["--undo", str(given.undo)]
     with ThreadPoolExecutor(given.jobs) as pool:
         waiting = [pool.submit(run, e, flags, given.timeout, given.threads) for e in chosen if str(e) not in rows]
         for done in as_completed(waiting):
