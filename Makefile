@@ -14,7 +14,7 @@ STAMP := $(VENV)/.filled-$(EXTRAS)
 # One thread a worker: the models of the tests are tiny, and two workers with all threads each would fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=$(if $(filter 0,$(WORKERS)),,1)
 
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types bench coverage clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make lint    ruff check, ruff format --check"
 	@echo "make types   mypy --strict"
 	@echo "make bench   run the benchmarks (BENCH_ARGS=--quick: to see that they run)"
+	@echo "make coverage which of 370 models can be compiled; hours, goes on where it stopped (BENCH_ARGS='--library timm')"
 	@echo "make clean   remove .venv and everything that was built"
 
 demo: $(STAMP)
@@ -42,6 +43,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/step_time.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/mask_work.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/compile_cost.py $(BENCH_ARGS)
+
+coverage: $(STAMP)
+	$(BIN)/python benchmarks/coverage.py --resume $(BENCH_ARGS)
 
 # The build backend is installed first, from the same pins, so that pip needs no second, unpinned environment to build in.
 $(STAMP): pyproject.toml constraints.txt

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -280,7 +281,7 @@ def main(words: Sequence[str] | None = None) -> None:
         torch.set_num_threads(given.threads)
         child(*given.child, quick=given.quick, capture_only=given.capture_only, undo=given.undo)
         return
-    started = environment(given.threads)
+    started = environment(given.threads) | {library: version(library) for library in LIBRARIES}
     chosen = [entry for entry in listed(given.library) if fnmatch.fnmatch(entry.name, given.only)]
     rows: dict[str, Row] = {}
     if given.resume and given.out.exists():
@@ -290,7 +291,7 @@ def main(words: Sequence[str] | None = None) -> None:
     with ThreadPoolExecutor(given.jobs) as pool:
         waiting = [pool.submit(run, e, flags, given.timeout, given.threads) for e in chosen if str(e) not in rows]
         for done in as_completed(waiting):
-            row = done.result()
+            row = {**done.result(), "commit": started["commit"]}  # rows that --resume keeps may be of another
             rows[f"{row['library']}/{row['model']}"] = row
             print("  ".join(cells(row)), row.get("error", "").replace("\n", " ")[:200], flush=True)
             _keep(given.out, started, rows)

@@ -17,6 +17,7 @@ from awkward import AWKWARD
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo.shim import declare_missing_operators
+from zoo.shrink import cut
 
 from nm_compiler.capture import capture, in_mode
 from nm_compiler.errors import NMError
@@ -82,6 +83,15 @@ def test_a_model_of_the_zoo_is_captured_in_both_modes_and_computes_the_same_to_t
 )
 def test_an_awkward_model_is_captured_in_both_modes_and_computes_the_same_to_the_bit(name: str) -> None:
     check(*AWKWARD[name]())
+
+
+def test_cutting_a_model_keeps_two_of_equal_blocks_and_all_others() -> None:
+    def width(size: int) -> nn.Linear:
+        return nn.Linear(8, size)
+
+    layers = nn.Sequential(width(8), nn.ReLU(), nn.ReLU(), nn.ReLU(), *(width(8) for _ in range(5)), width(4))
+    kept = [getattr(layer, "out_features", 0) for layer in cut(layers).children()]
+    assert kept == [8, 0, 0, 0, 8, 8, 4]
 
 
 @pytest.mark.required
