@@ -11,15 +11,10 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
-import resource
-import subprocess
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +27,7 @@ from harness import arguments, environment, table, write
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
+from workers import Row, each
 from zoo import LIBRARIES, Entry, entries, seeded
 
 import nm_compiler as nm
@@ -47,7 +43,6 @@ from nm_compiler.uses import Use, constants, ends, layouts, uses
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from awkward import AWKWARD
 
-Row = dict[str, Any]
 Captured = dict[bool, tuple[GraphModule, Signature]]
 ALL = (*LIBRARIES, "awkward")
 
@@ -177,40 +172,6 @@ def _histogram(reasons: Sequence[str]) -> Row:
     return dict(Counter("".join("#" if c.isdigit() else c for c in reason) for reason in reasons).most_common())
 
 
-def child(library: str, name: str, *, quick: bool, capture_only: bool, undo: int) -> None:
-    """Measure one model in this process; every part goes out as a line of JSON as soon as it is known."""
-    try:
-        entry = next(entry for entry in listed(library) if entry.name == name)
-        for part in measure(entry, quick=quick, capture_only=capture_only, undo=undo):
-            _say(part)
-    except Exception as error:
-        _say({"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-2000:]})
-    _say({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
-
-
-def _say(part: Row) -> None:
-    print("ROW" + json.dumps(part), flush=True)
-
-
-def run(entry: Entry, flags: Sequence[str], timeout: float, threads: int) -> Row:
-    """One model in a fresh process. A crash or a timeout is a row."""
-    words = [sys.executable, __file__, "--child", entry.library, entry.name, "--threads", str(threads), *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    row: Row = {"library": entry.library, "model": entry.name}
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=env)
-        said = done.stdout
-        if done.returncode:
-            row["error"] = f"process ended with {done.returncode}: {done.stderr[-500:]}"
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        row["error"] = f"no result within {timeout:.0f} s"
-    for line in said.splitlines():
-        if line.startswith("ROW"):
-            row.update(json.loads(line.removeprefix("ROW")))
-    return row
-
-
 HEAD = [
     "model", "weights", "eval", "train", "way", "differs", "planned", "refused", "free inputs", "law error", "unnoticed",
     "capture s", "axes s", "compile s", "peak MiB",
@@ -236,12 +197,8 @@ def cells(row: Row) -> list[str]:
 
 def summary(rows: Sequence[Row]) -> str:
     """A line for each library."""
-    lines = []
-    for library in ALL:
-        mine = [row for row in rows if row["library"] == library]
-        if mine:
-            took = [row["capture_seconds"] for row in mine if "capture_seconds" in row]
-            lines.append([library, *_totals(mine)])
+    kinds = [(library, [row for row in rows if row["library"] == library]) for library in ALL]
+    lines = [[library, *_totals(mine)] for library, mine in kinds if mine]
     head = [
         "library", "models", "eval", "train", "second way", "with N:M weights", "equal to the bit", "free inputs", "law checked",
         "law broken", "axes / capture, most", "capture s, median", "compile s, most",
@@ -265,6 +222,12 @@ def _totals(rows: Sequence[Row]) -> list[str]:
     ]  # fmt: skip
 
 
+def warm_up() -> None:
+    """Import once, before the first fork, what every capture needs."""
+    with torch.random.fork_rng(devices=[]):
+        permutation_law(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), (torch.randn(2, 8),), undo=1)
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Measure, print, write after every model."""
     parser = arguments("Which models can be compiled", Path(__file__).stem)
@@ -275,26 +238,21 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one model")
     parser.add_argument("--capture-only", action="store_true", help="neither axes nor nm.compile")
     parser.add_argument("--undo", type=int, default=12, help="axes of each model to undo one at a time")
-    parser.add_argument("--child", nargs=2, metavar=("LIBRARY", "NAME"), help="measure one model in this process")
     given = parser.parse_args(words)
-    if given.child:
-        torch.set_num_threads(given.threads)
-        child(*given.child, quick=given.quick, capture_only=given.capture_only, undo=given.undo)
-        return
+    torch.set_num_threads(given.threads)
     started = environment(given.threads) | {library: version(library) for library in LIBRARIES}
     chosen = [entry for entry in listed(given.library) if fnmatch.fnmatch(entry.name, given.only)]
     rows: dict[str, Row] = {}
     if given.resume and given.out.exists():
         rows = {f"{row['library']}/{row['model']}": row for row in json.loads(given.out.read_text())["models"]}
-    flags = [flag for flag in ("--quick", "--capture-only") if getattr(given, flag[2:].replace("-", "_"))]
-    flags += ["--undo", str(given.undo)]
-    with ThreadPoolExecutor(given.jobs) as pool:
-        waiting = [pool.submit(run, e, flags, given.timeout, given.threads) for e in chosen if str(e) not in rows]
-        for done in as_completed(waiting):
-            row = {**done.result(), "commit": started["commit"]}  # rows that --resume keeps may be of another
-            rows[f"{row['library']}/{row['model']}"] = row
-            print("  ".join(cells(row)), row.get("error", "").replace("\n", " ")[:200], flush=True)
-            _keep(given.out, started, rows)
+    chosen = [entry for entry in chosen if str(entry) not in rows]
+    work = partial(measure, quick=given.quick, capture_only=given.capture_only, undo=given.undo)
+    warm_up()
+    for entry, found in each(work, chosen, jobs=given.jobs, timeout=given.timeout):
+        row = {"library": entry.library, "model": entry.name, **found, "commit": started["commit"]}
+        rows[str(entry)] = row  # those that --resume keeps may be of another commit
+        print("  ".join(cells(row)), row.get("error", "").replace("\n", " ")[:200], flush=True)
+        _keep(given.out, started, rows)
     ordered = sorted(rows.values(), key=lambda row: (ALL.index(row["library"]), row["model"]))
     print(f"\n{table(HEAD, [cells(row) for row in ordered])}\n\n{summary(ordered)}")
     write(given.out, started, {"models": ordered})
