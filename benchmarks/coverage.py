@@ -200,8 +200,8 @@ def summary(rows: Sequence[Row]) -> str:
     kinds = [(library, [row for row in rows if row["library"] == library]) for library in ALL]
     lines = [[library, *_totals(mine)] for library, mine in kinds if mine]
     head = [
-        "library", "models", "eval", "train", "second way", "with N:M weights", "equal to the bit", "free inputs", "law checked",
-        "law broken", "axes / capture, most", "capture s, median", "compile s, most",
+        "library", "models", "eval", "train", "second way", "with N:M weights", "equal to the bit", "free inputs",
+        "law checked", "law broken", "axes / capture, most", "capture s, median", "compile s, most",
     ]  # fmt: skip
     return table(head, lines)
 
