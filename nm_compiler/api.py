@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nm_compiler.capture import capture
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
-from nm_compiler.graph import run, show_graph
+from nm_compiler.graph import run
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.module import SparseModule, attach_state, detach_state, unwrap
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.recipe import freezing, pipeline
 from nm_compiler.rewrite import masked_nodes
+from nm_compiler.routes import check_outside, take
 from nm_compiler.sites import Plan, find
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.state import MARK
@@ -56,13 +56,16 @@ def compile(
     _check_model(model)
     args = _arguments(example_inputs, kwargs)
     args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
-    captured = capture(model, args, named, dynamic_shapes)
-    plan = find(model, [gm for gm, _ in captured.values()], patterns, include=_globs(include), exclude=_globs(exclude))
+    routes = take(model, args, named, dynamic_shapes)
+    check_outside(model, routes, patterns, _globs(exclude))
+    graphs = [route.whole for route in routes.values()]
+    plan = find(model, graphs, patterns, include=_globs(include), exclude=_globs(exclude))
     _check_weights(model, plan, method)
     names = attach_state(model, plan, method)
     try:
-        graphs = {mode: (run(gm, pipeline(method, plan.sites)), signature) for mode, (gm, signature) in captured.items()}
-        return SparseModule(model, graphs, plan, method, seed)
+        for route in routes.values():
+            route.rewrite(pipeline(method, plan.sites), plan)
+        return SparseModule(model, routes, plan, method, seed)
     except BaseException:
         detach_state(model, plan, names)
         raise
@@ -96,8 +99,8 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
         for name, tensor in before.items():
             module.origin.get_buffer(name).copy_(tensor)
         raise
-    for training in (False, True):
-        run(module.graph(training), freezing(module.plan.sites))
+    for gm in module.programs():
+        run(gm, freezing(module.plan.sites))
     detach_state(module.origin, module.plan, module.state_names())
     module.__dict__["frozen"] = True
     model: nn.Module = module.origin
@@ -105,8 +108,12 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
 
 
 def show(sparse: nn.Module, *, training: bool = False) -> str:
-    """The rewritten graph of a mode as a program: one node a line, with dtype and shape."""
-    return show_graph(unwrap(sparse).graph(training))
+    """The rewritten graph of a mode as a program: one node a line, with dtype and shape.
+
+    A mode that runs in fragments shows all that have run so far, in the order they were first met.
+    """
+    text: str = unwrap(sparse).routes[training].text()
+    return text
 
 
 def _normal(example: Tensor) -> Tensor:
@@ -136,9 +143,9 @@ def _check_masks(module: SparseModule) -> None:
     """Every mask is exactly N:M, checked before the first weight is written."""
     for weight in module.weights:
         site = weight.site
-        for training in (False, True):
-            for node in masked_nodes(module.graph(training), site.name):
-                fullest = worst_group(value_of(module.graph(training), node), site.pattern.m, site.in_axis)
+        for gm in module.programs():
+            for node in masked_nodes(gm, site.name):
+                fullest = worst_group(value_of(gm, node), site.pattern.m, site.in_axis)
                 if fullest > site.pattern.n:
                     raise NMError(
                         f"{site.name} of shape {list(site.shape)}: its mask keeps {fullest} of {site.pattern.m} in a "

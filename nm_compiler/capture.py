@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import io
 import linecache
 import logging
+import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,29 +36,33 @@ _ON_DATA = (
     "Control flow that depends on data cannot be captured: rewrite that line with torch.where or torch.cond, or move it "
     "out of the model."
 )
-_NOISY = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export")
+_NOISY = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export", "torch._dynamo")
 
 
 def capture(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
 ) -> dict[bool, tuple[GraphModule, Signature]]:
-    """Capture ``model`` in evaluation (False) and training (True) mode.
+    """Capture ``model`` in evaluation (False) and training (True) mode, each as `capture_mode` does."""
+    return {training: capture_mode(model, args, kwargs, dynamic_shapes, training=training) for training in (False, True)}
+
+
+def capture_mode(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None, *, training: bool
+) -> tuple[GraphModule, Signature]:
+    """Capture ``model`` in one mode.
 
     args, kwargs: example inputs; an example of batch 1 is repeated to 2, since export would specialise 1.
     dynamic_shapes: passed to `torch.export.export`; None makes the batch (axis 0) of every input dynamic.
-    Returns, per mode, a graph with flat inputs and outputs bound to the model, and the signature it was taken with.
+    Returns a graph with flat inputs and outputs bound to the model, and the signature it was taken with.
     Raises NMError that names the line of the user's code. The model's mode and state are as before.
     """
     for name in (*model._modules, *model._parameters, *model._buffers):
         if hasattr(GraphModule, name) or name == "extras":
             raise NMError(f"{type(model).__name__}.{name} has a name that graphs use themselves: rename it, or wrap the model")
-    hidden = _without_cache(model, kwargs)
-    named = {**kwargs, **hidden}
-    captured = {}
-    for training in (False, True):
-        with in_mode(model, training):
-            captured[training] = _export(model, args, named, dynamic_shapes, hidden, training)
-        gc.collect()  # an exported program is one large cycle: two at a time would double the peak
+    hidden = without_cache(model, kwargs)
+    with in_mode(model, training):
+        captured = _export(model, args, {**kwargs, **hidden}, dynamic_shapes, hidden, training)
+    gc.collect()  # an exported program is one large cycle: two at a time would double the peak
     return captured
 
 
@@ -72,12 +77,12 @@ def _export(
     given, named = (args, kwargs) if dynamic_shapes is not None else _repeat_batch_of_one(args, kwargs)
     shapes = dynamic_shapes if dynamic_shapes is not None else _dynamic_batch(model, given, named)
     try:
-        with _quiet_export():
+        with quiet():
             program = torch.export.export(model, given, named or None, dynamic_shapes=shapes, strict=False)
     except NMError:
         raise
     except Exception as error:
-        raise NMError(_explain(model, error, given, named, training)) from error
+        raise NMError(explain(model, error, given, named, training)) from error
     exported = program.module(check_guards=False)
     graph = flat_copy(exported.graph)
     gm = bind(graph, model, _extras(graph, exported, model))
@@ -166,19 +171,25 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_export() -> Iterator[None]:
-    """Export logs every specialisation it considers; the ones that matter come back as our own errors."""
+def quiet() -> Iterator[None]:
+    """Capture logs every specialisation it considers, and export prints what it had when it fails.
+
+    What matters comes back as our own errors. What the model itself prints is passed on unless capture fails.
+    """
     loggers = [(logger := logging.getLogger(name), logger.level) for name in _NOISY]
     for logger, _ in loggers:
         logger.setLevel(logging.CRITICAL)
+    printed = io.StringIO()
     try:
-        yield
+        with contextlib.redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())
     finally:
         for logger, level in loggers:
             logger.setLevel(level)
 
 
-def _without_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def without_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Hugging Face models return caches that no pytree knows; ask for none unless the user did."""
     wants = "use_cache" in inspect.signature(model.forward).parameters and "use_cache" not in kwargs
     return {"use_cache": False} if wants else {}
@@ -210,11 +221,11 @@ def _dynamic_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return None
 
 
-def _explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> str:
+def explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> str:
     message = str(error).strip().split("\n\nWhile executing")[0].strip()
     short = "\n  ".join(message.splitlines()[:6]) or type(error).__name__
     mode = "training" if training else "evaluation"
-    line = _user_line(error.__traceback__)
+    line = user_line(traceback.extract_tb(error.__traceback__))
     return (
         f"{type(model).__name__} could not be captured in {mode} mode with inputs {describe(args, kwargs)}\n"
         f"  {type(error).__name__}: {short}\n"
@@ -223,10 +234,10 @@ def _explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: 
     )
 
 
-def _user_line(trace: TracebackType | None) -> str | None:
-    """The innermost frame outside torch and this package: the line of the user's code."""
+def user_line(frames: Iterable[traceback.FrameSummary]) -> str | None:
+    """The innermost of ``frames`` outside torch and this package: the line of the user's code."""
     found, standard = None, sysconfig.get_path("stdlib")
-    for frame in traceback.extract_tb(trace):
+    for frame in frames:
         in_standard_library = frame.filename.startswith(standard) and "site-packages" not in frame.filename
         if not frame.filename.startswith(_LIBRARIES) and not frame.filename.startswith("<") and not in_standard_library:
             code = linecache.getline(frame.filename, frame.lineno or 0).strip()

@@ -47,19 +47,22 @@ def has_side_effect(node: Node) -> bool:
         return True
     if node.op != "call_function":
         return False
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return any(
-            has_side_effect(inner)
-            for arg in node.all_input_nodes
-            if arg.op == "get_attr" and isinstance(owner := getattr_path(node.graph.owning_module, arg.target), GraphModule)
-            for inner in owner.graph.nodes
-            if inner.op == "call_function"
-        )
+    bodies = [body for arg in node.all_input_nodes if (body := _body(arg)) is not None]
+    if bodies or isinstance(node.target, torch._ops.HigherOrderOperator):
+        return any(has_side_effect(inner) for body in bodies for inner in body.graph.nodes if inner.op == "call_function")
     if isinstance(node.target, torch._ops.OpOverload):
         name = node.target._opname
         trains = name in ("batch_norm", "instance_norm", "_native_batch_norm_legit", "native_batch_norm", "cudnn_batch_norm")
         return node.target._schema.is_mutable or trains or name.startswith("_assert")
     return node.is_impure()
+
+
+def _body(node: Node) -> GraphModule | None:
+    """The subgraph that a node stands for."""
+    if node.op != "get_attr":
+        return None
+    value = getattr_path(node.graph.owning_module, node.target)
+    return value if isinstance(value, GraphModule) else None
 
 
 def getattr_path(owner: Any, path: Any) -> Any:
@@ -85,7 +88,7 @@ def propagate_shapes(gm: GraphModule) -> None:
             if node.op == "get_attr":
                 value = getattr_path(gm, node.target)
                 if isinstance(value, torch.Tensor):
-                    node.meta["val"] = mode.from_tensor(value.detach(), static_shapes=True)
+                    node.meta["val"] = mode.from_tensor(value, static_shapes=True)
                 continue
             flat = [n for n in node.all_input_nodes if "val" not in n.meta]
             if flat or not callable(node.target):

@@ -1,4 +1,4 @@
-"""SparseModule, the carrier: the rewritten graphs, run over the original model's own children and parameters."""
+"""SparseModule: the rewritten model, run over the original's own children and parameters, in each mode by a carrier."""
 
 from __future__ import annotations
 
@@ -6,48 +6,54 @@ import copy
 from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from types import FunctionType, MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from nm_compiler import records
-from nm_compiler.capture import bind, flat_copy
+from nm_compiler.bodies import programs
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
+from nm_compiler.exported import Exported, moved
+from nm_compiler.graph import Pass
 from nm_compiler.loading import check_values, compare, start_afresh
 from nm_compiler.methods.base import Method
-from nm_compiler.signature import Signature
+from nm_compiler.recipe import pipeline
 from nm_compiler.sites import Plan
 from nm_compiler.state import RECIPE, Weight, mark, read_recipe, register, unmark, unregister, write_recipe
+
+if TYPE_CHECKING:
+    from nm_compiler.dynamo import Fragments
 
 _SHARED = (
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
-Graphs = Mapping[bool, tuple[GraphModule, Signature]]
 
 
 class SparseModule(nn.Module):
     """A model that trains with N:M weights.
 
     It shares the model's ``_parameters``, ``_buffers`` and ``_modules``, so names, ``state_dict``, ``.to()``, hooks of
-    DDP and so on are the model's own plus the state beside the weights. ``forward`` runs one rewritten graph per mode.
+    DDP and so on are the model's own plus the state beside the weights. ``forward`` runs one rewritten graph per mode,
+    or, in a mode that export cannot take, rewritten fragments.
     """
 
-    def __init__(self, model: nn.Module, graphs: Graphs, plan: Plan, method: Method, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, routes: Mapping[bool, Exported | Fragments], plan: Plan, method: Method, seed: int
+    ) -> None:
         super().__init__()
-        self._attach(model, graphs)
+        self._attach(model, routes)
         self.__dict__.update(plan=plan, method=method, seed=seed)
 
-    def _attach(self, model: nn.Module, graphs: Graphs) -> None:
+    def _attach(self, model: nn.Module, routes: Mapping[bool, Exported | Fragments]) -> None:
         for name in _SHARED:
             self.__dict__[name] = getattr(model, name)
         self.__dict__.update(
-            origin=model, graphs=dict(graphs), training=model.training, frozen=False, _watched=list(model.modules())
+            origin=model, routes=dict(routes), training=model.training, frozen=False, _watched=list(model.modules())
         )
         self.__dict__["forward"] = MethodType(_own_code(type(self).forward), self)
 
@@ -57,10 +63,10 @@ class SparseModule(nn.Module):
         """Run the graph of the current mode. Raises NMError for a call that does not fit what was captured."""
         if self.frozen:
             raise NMError("this model was frozen: use what nm.freeze returned, the plain model with zeros in its weights")
-        gm, signature = self.graphs[self.training]
-        self._check_modes(signature.modes)
-        outputs = gm(*signature.flatten(args, kwargs))
-        return pytree.tree_unflatten(list(outputs), signature.out_spec)
+        route = self.routes[self.training]
+        if isinstance(route, Exported):  # fragments follow the mode of every layer by themselves
+            self._check_modes(route.signature.modes)
+        return route(args, kwargs)
 
     def _check_modes(self, modes: tuple[bool, ...]) -> None:
         for module, expected in zip(self._watched, modes, strict=True):
@@ -85,11 +91,9 @@ class SparseModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for gm, _ in self.graphs.values():
-            for name, value in gm.__dict__["extras"].items():
-                if isinstance(value, Tensor):
-                    gm.__dict__["extras"][name] = gm.__dict__[name] = fn(value)
-            records.move_devices(gm, fn)
+        for training in (False, True):
+            for gm in self._tops(training):
+                moved(gm, fn)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -116,14 +120,32 @@ class SparseModule(nn.Module):
         return [Weight(site, self.origin) for site in self.plan.sites]
 
     def graph(self, training: bool | None = None) -> GraphModule:
-        """The rewritten graph of a mode; of the current one by default."""
-        gm: GraphModule = self.graphs[self.training if training is None else training][0]
-        return gm
+        """The rewritten graph of a mode; of the current one by default. Raises NMError if it runs in fragments."""
+        mode = self.training if training is None else training
+        route = self.routes[mode]
+        if isinstance(route, Exported):
+            return route.gm
+        raise NMError(f"{'training' if mode else 'evaluation'} mode runs in fragments: there is no one graph; see programs()")
+
+    def _tops(self, training: bool) -> list[GraphModule]:
+        route = self.routes[training]
+        return [route.gm] if isinstance(route, Exported) else list(route.seen.values())
+
+    def programs(self, training: bool | None = None) -> list[GraphModule]:
+        """All rewritten graphs of a mode, or of both: the exported one, or the fragments so far, and bodies in them."""
+        modes = (False, True) if training is None else (training,)
+        return [each for mode in modes for gm in self._tops(mode) for each in programs(gm)]
+
+    @property
+    def late(self) -> dict[str, str]:
+        """Weights that stay dense because only fragments that came after planning read them, and why."""
+        routes = [route for route in self.routes.values() if not isinstance(route, Exported)]
+        return {name: reason for route in routes for name, reason in route.late.items()}
 
     def masked(self, name: str) -> tuple[Tensor, Tensor | None]:
         """What the planned weight ``name`` is multiplied with now: forward, and backward under Bi-Mask."""
-        for training in (False, True):
-            forward, backward = effective_weights(self.graph(training), name)
+        for gm in self.programs():
+            forward, backward = effective_weights(gm, name)
             if forward is not None:
                 return forward, backward
         raise AssertionError(f"{name} is planned but no graph masks it")
@@ -179,31 +201,34 @@ class SparseModule(nn.Module):
         memo[id(self)] = twin
         nn.Module.__init__(twin)
         model = copy.deepcopy(self.origin, memo)
-        graphs = {
-            mode: (bind(flat_copy(gm.graph), model, copy.deepcopy(gm.__dict__["extras"], memo)), signature)
-            for mode, (gm, signature) in self.graphs.items()
-        }
-        twin._attach(model, graphs)
+        twin._attach(model, {mode: route.copied(model, memo) for mode, route in self.routes.items()})
         twin.__dict__.update({key: self.__dict__[key] for key in ("plan", "method", "seed", "frozen")})
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {key: self.__dict__[key] for key in ("origin", "plan", "method", "seed", "frozen", "training")}
-        graphs = {mode: (records.pack(gm), signature) for mode, (gm, signature) in self.graphs.items()}
-        return {**kept, "graphs": graphs}
+        routes = {
+            mode: (records.pack(route.gm), route.signature) if isinstance(route, Exported) else route.packed()
+            for mode, route in self.routes.items()
+        }
+        return {**kept, "routes": routes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__init__(self)
-        model = state["origin"]
-        graphs = {}
-        for mode, (packed, signature) in state["graphs"].items():
-            graph, extras = records.unpack(packed)
-            graphs[mode] = (bind(graph, model, extras), signature)
-        self._attach(model, graphs)
+        model, passes = state["origin"], pipeline(state["method"], state["plan"].sites)
+        self._attach(model, {mode: _unpacked(packed, model, passes) for mode, packed in state["routes"].items()})
         self.__dict__.update({key: state[key] for key in ("plan", "method", "seed", "frozen", "training")})
 
     def extra_repr(self) -> str:
         return f"{self.method}, {len(self.plan.sites)} weights N:M, {len(self.plan.refusals)} dense"
+
+
+def _unpacked(packed: Any, model: nn.Module, passes: list[Pass]) -> Exported | Fragments:
+    if isinstance(packed, tuple):
+        return Exported(records.unpack(packed[0], model), packed[1])
+    from nm_compiler.dynamo import Fragments
+
+    return Fragments.unpacked(packed, model, passes)
 
 
 def _own_code(function: Any) -> Any:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from nm_compiler.bodies import is_body
+from nm_compiler.capture import bind
 from nm_compiler.graph import type_of
 
 
@@ -35,7 +37,8 @@ def pack(gm: GraphModule) -> dict[str, Any]:
     extras = {}
     own = gm.__dict__["extras"] if "extras" in gm.__dict__ else _attributes(gm)
     for name, value in own.items():
-        extras[name] = ("graph", pack(value)) if isinstance(value, GraphModule) else ("value", value)
+        kind = "body" if is_body(value) else "graph" if isinstance(value, GraphModule) else "value"
+        extras[name] = (kind, value if kind == "value" else pack(value))
     return {"nodes": nodes, "extras": extras}
 
 
@@ -43,8 +46,13 @@ def _as_ref(value: Any) -> Any:
     return _Ref(value.name) if isinstance(value, Node) else value
 
 
-def unpack(packed: dict[str, Any]) -> tuple[Graph, dict[str, Any]]:
-    """The inverse of `pack`: the graph, and what it reads beside the model's own state."""
+def unpack(packed: dict[str, Any], model: nn.Module) -> GraphModule:
+    """The inverse of `pack`: the graph, bound to ``model``."""
+    graph, extras = _unpacked(packed, model)
+    return bind(graph, model, extras)
+
+
+def _unpacked(packed: dict[str, Any], model: nn.Module) -> tuple[Graph, dict[str, Any]]:
     graph = Graph()
     named: dict[str, Node] = {}
     for op, name, target, args, kwargs, kind in packed["nodes"]:
@@ -54,8 +62,10 @@ def unpack(packed: dict[str, Any]) -> tuple[Graph, dict[str, Any]]:
         named[name] = node
     extras: dict[str, Any] = {}
     for name, (what, value) in packed["extras"].items():
-        if what == "graph":
-            inner, inside = unpack(value)
+        if what == "body":
+            extras[name] = unpack(value, model)
+        elif what == "graph":
+            inner, inside = _unpacked(value, model)
             extras[name] = GraphModule(_holder(inside), inner)
         else:
             extras[name] = value

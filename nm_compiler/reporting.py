@@ -31,7 +31,7 @@ def report(model: nn.Module, pattern: PatternLike | None = None) -> Report:
 
 
 def _refused(module: SparseModule, name: str, reason: str) -> Row:
-    return Row(name, module.plan.ops[name], module.plan.shapes[name], None, "dense", reason)
+    return Row(name, module.plan.ops[name], module.plan.shapes[name], None, "dense", module.late.get(name, reason))
 
 
 def _planned(module: SparseModule, weight: Weight) -> Row:

@@ -11,7 +11,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 import nm_compiler as nm
-from nm_compiler.api import attach_state, capture, find
+from nm_compiler.api import attach_state, find
+from nm_compiler.capture import capture
 from nm_compiler.graph import run, show_graph
 from nm_compiler.passes.check_pattern import check_pattern
 from nm_compiler.passes.fold_batchnorm import fold_batchnorm

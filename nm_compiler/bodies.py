@@ -1,0 +1,121 @@
+"""Ops that take a subgraph: their bodies read the model's weights themselves, so that passes find them there.
+
+    %w = self.fc.weight                                          %x = input
+    %x = input                                        ->         %y = bodies.checkpointed(%body, %x)
+    %y = tag_activation_checkpoint(%body, %x, %w)                body:  %w = self.fc.weight
+    body:  %w = input                                                   ...
+
+A body is then a graph over the model like any other, and each pass runs on it as on the graph around it. Passing a masked
+weight into the body instead would hide the product from the passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils.checkpoint import checkpoint
+
+from nm_compiler.capture import bind, flat_copy
+from nm_compiler.graph import getattr_path, tidy
+
+_higher = torch.ops.higher_order
+
+
+def checkpointed(body: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    """Run ``body`` and recompute it in the backward pass, with the same random numbers."""
+    options.pop("use_reentrant", None)
+    result = checkpoint(body, *inputs, use_reentrant=False, **options)
+    return result
+
+
+def branch(condition: Any, yes: Callable[..., Any], no: Callable[..., Any], operands: Any) -> Any:
+    """``torch.cond``, decided now: gradients reach whatever the taken branch reads."""
+    taken = yes if bool(condition) else no
+    return taken(*operands)
+
+
+HOSTS: dict[Any, Callable[..., Any]] = {_higher.tag_activation_checkpoint: checkpointed, _higher.cond: branch}
+
+
+def open_bodies(gm: GraphModule, model: nn.Module) -> None:
+    """Bind the bodies of known ops to ``model`` and move the reads of its state into them. In place on ``gm``."""
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in HOSTS:
+            continue
+        bodies = [arg for arg in node.args if isinstance(arg, Node) and _body(gm, arg) is not None]
+        given = _operands(node)
+        inside = [index for index, arg in enumerate(given) if isinstance(arg, Node) and _reads_state(arg, model)]
+        for read in bodies:
+            body = _body(gm, read)
+            assert body is not None
+            reads = {index: str(given[index].target) for index in inside}
+            gm.__dict__["extras"][str(read.target)] = gm.__dict__[str(read.target)] = _bound(body, reads, model)
+        left = tuple(arg for index, arg in enumerate(given) if index not in inside)
+        if node.target is _higher.cond:
+            node.args = (*node.args[:3], left)
+        else:
+            options = _body(gm, bodies[0]).meta.get("_checkpoint_context_fn")  # type: ignore[union-attr]
+            node.args = (node.args[0], *left)
+            if options is not None:
+                node.kwargs = {**node.kwargs, "context_fn": options}
+        node.target = HOSTS[node.target]
+
+
+def programs(gm: GraphModule) -> Iterator[GraphModule]:
+    """The graph and, in turn, the bodies in it that are graphs over the model too."""
+    yield gm
+    for value in gm.__dict__.get("extras", {}).values():
+        if is_body(value):
+            yield from programs(value)
+
+
+def is_body(value: Any) -> bool:
+    """Whether a constant of a graph is a body bound to the model."""
+    return isinstance(value, GraphModule) and "extras" in value.__dict__
+
+
+def _operands(node: Node) -> tuple[Any, ...]:
+    if node.target is _higher.cond:
+        return tuple(node.args[3])  # type: ignore[arg-type]
+    return tuple(node.args[1:])
+
+
+def _body(gm: GraphModule, node: Node) -> GraphModule | None:
+    value = getattr_path(gm, node.target) if node.op == "get_attr" else None
+    return value if isinstance(value, GraphModule) else None
+
+
+def _reads_state(node: Node, model: nn.Module) -> bool:
+    if node.op != "get_attr":
+        return False
+    owner, _, leaf = str(node.target).rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return False
+    return isinstance(module._parameters.get(leaf, module._buffers.get(leaf)), Tensor)
+
+
+def _bound(body: GraphModule, reads: dict[int, str], model: nn.Module) -> GraphModule:
+    graph = flat_copy(body.graph)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for index, name in reads.items():
+        node = placeholders[index]
+        with graph.inserting_before(node):
+            read = graph.create_node("get_attr", name, name=name.replace(".", "_"))
+        read.meta = dict(node.meta)
+        node.replace_all_uses_with(read)
+        graph.erase_node(node)
+    for node in graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key in ("val", "stack_trace")}
+    names = set(reads.values())
+    extras = {str(n.target): getattr_path(body, n.target) for n in graph.nodes if n.op == "get_attr" and n.target not in names}
+    gm = bind(graph, model, extras)
+    gm.meta.update(body.meta)
+    open_bodies(gm, model)
+    tidy(gm)
+    return gm

@@ -1,0 +1,347 @@
+"""The second way to carry a mode: TorchDynamo runs the model's Python and hands over fragments, which the passes rewrite.
+
+    forward ──TorchDynamo──► fragment, Python, fragment, ...     fragment ──lower──► aten ──passes──► program, run as it is
+
+For models whose control flow depends on data. A branch that is taken for the first time is compiled and rewritten then.
+Nothing runs dense in silence: the recompile limit raises, and so does a planned weight that Python reads outside fragments.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import traceback
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
+
+from nm_compiler import records
+from nm_compiler.bodies import programs
+from nm_compiler.capture import user_line
+from nm_compiler.errors import NMError
+from nm_compiler.exported import copied
+from nm_compiler.fragments import bind_inputs, lower, state_names
+from nm_compiler.graph import Pass, reads, run, show_graph
+from nm_compiler.ops.weights import MASKED
+from nm_compiler.outline import Run, outline
+from nm_compiler.sites import Plan
+from nm_compiler.uses import Use, uses
+
+_log = logging.getLogger(__name__)
+UNREAD = "not read by the captured graph"
+_LIMIT = 64  # versions of one function: layers that share their code need one each; Dynamo's own limit is 8
+
+
+class Fragments:
+    """One mode of a model, in fragments. Before `rewrite` it runs them dense and can `record` them.
+
+    hidden: keyword inputs that every call gets unless it brings its own (``use_cache=False``).
+    """
+
+    def __init__(self, model: nn.Module, hidden: Mapping[str, Any]) -> None:
+        self.model, self.hidden = model, dict(hidden)
+        self.seen: dict[str, GraphModule] = {}
+        self.late: dict[str, str] = {}
+        self.planned: frozenset[str] = frozenset()
+        self.unread: frozenset[str] = frozenset()
+        self.passes: list[Pass] | None = None
+        self.runs: list[Run] | None = None
+        self.outlined: GraphModule | None = None
+        self.outside: dict[str, str] = {}
+        self._fragments: list[_Fragment] = []
+        self._names: dict[int, str] = {}
+        self._compiled: Callable[..., Any] | None = None
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the model. Raises NMError where a weight would be dense, and what the model itself raises."""
+        if self._compiled is None:
+            self._compiled = _entry(self)
+        named = {**self.hidden, **kwargs}
+        try:
+            with torch._dynamo.config.patch(_settings()), _Watch(self):
+                return self._compiled(*args, **named)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            inner = error.inner_exception
+            if isinstance(inner, NMError):
+                raise inner from None
+            raise NMError(self._explain(inner)) from error
+        except (torch._dynamo.exc.FailOnRecompileLimitHit, torch._dynamo.exc.TorchDynamoException) as error:
+            raise NMError(self._explain(error)) from error
+
+    def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """A Dynamo fragment becomes what runs in its place. This is the backend that Dynamo calls."""
+        fragment = _Fragment(self, lower(gm))
+        fragment.variant(self.names_of(inputs))
+        self._fragments.append(fragment)
+        return _weakly(fragment)
+
+    def names_of(self, inputs: Sequence[Any]) -> tuple[str | None, ...]:
+        """Which of ``inputs`` are the model's state now."""
+        self._names = state_names(self.model)
+        return tuple(self._names.get(id(value)) if isinstance(value, Tensor) else None for value in inputs)
+
+    def _explain(self, error: BaseException) -> str:
+        kind = type(self.model).__name__
+        line = user_line(traceback.extract_tb(error.__traceback__)) or _line_in(str(error))
+        if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+            return (
+                f"{kind}: TorchDynamo compiled one function {_settings()['recompile_limit']} times, and would run it without "
+                f"masks from now on\n  at {line}\n"
+                "An argument or attribute in it takes ever new values (TORCH_LOGS=recompiles says which): pass it as a "
+                "tensor, or raise torch._dynamo.config.recompile_limit"
+            )
+        at = f"\n  at {line}" if line else ""
+        return (
+            f"{kind}: a fragment of its forward could not be rewritten: {type(error).__name__}: {_first_lines(error, 4)}{at}\n"
+            "Write that line with other ops, or move it behind a @torch._dynamo.disable function that reads no weights"
+        )
+
+    # -- copying -----------------------------------------------------------------------------------------------------
+
+    def copied(self, model: nn.Module, memo: dict[int, Any]) -> Fragments:
+        """The same over a copy of the model; its fragments are compiled again when they run."""
+        return self._twin(model, [copied(program, model, memo) for program in self.seen.values()])
+
+    def packed(self) -> dict[str, Any]:
+        """Plain values: the programs so far, for show, report and freeze. What runs is compiled again."""
+        kept = {key: self.__dict__[key] for key in ("hidden", "planned", "unread", "late")}
+        return {**kept, "seen": [records.pack(program) for program in self.seen.values()]}
+
+    @classmethod
+    def unpacked(cls, packed: dict[str, Any], model: nn.Module, passes: Sequence[Pass]) -> Fragments:
+        """The inverse of `packed`."""
+        carrier = cls(model, packed["hidden"])
+        carrier.__dict__.update({key: packed[key] for key in ("planned", "unread", "late")}, passes=list(passes))
+        return carrier._twin(model, [records.unpack(program, model) for program in packed["seen"]])
+
+    def _twin(self, model: nn.Module, seen: Iterable[GraphModule]) -> Fragments:
+        twin = Fragments(model, self.hidden)
+        twin.__dict__.update({key: self.__dict__[key] for key in ("planned", "unread", "passes")}, late=dict(self.late))
+        twin.seen = {program_text(program): program for program in seen}
+        return twin
+
+    # -- rewriting ---------------------------------------------------------------------------------------------------
+
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Run the example once and keep what ran as one outline. The caller puts the model's state back."""
+        self.runs = []
+        try:
+            self(args, kwargs)
+            self.outlined = outline(self.model, self.runs, (args, kwargs))
+        finally:
+            self.runs = None
+
+    @property
+    def whole(self) -> GraphModule:
+        """The outline of the recorded run, which weights are planned on."""
+        assert self.outlined is not None
+        return self.outlined
+
+    def text(self) -> str:
+        """All programs so far, numbered."""
+        count = len(self.seen)
+        return "\n\n".join(f"# fragment {number} of {count}\n{text}" for number, text in enumerate(self.seen, 1))
+
+    def rewrite(self, passes: Sequence[Pass], plan: Plan) -> None:
+        """Apply ``passes`` to all fragments there are and to all that come."""
+        self.passes, self.planned = list(passes), frozenset(site.name for site in plan.sites)
+        self.unread = frozenset(refusal.where for refusal in plan.refusals if refusal.reason == UNREAD)
+        self.outlined = None
+        for fragment in self._fragments:
+            for variant in fragment.variants.values():
+                variant.program = self.adopt(variant.program)
+
+    def adopt(self, program: GraphModule) -> GraphModule:
+        """Rewrite a new program once the plan is there, and check that no planned weight stayed dense in it."""
+        if self.passes is None:
+            return program
+        for each in programs(program):
+            self._note_late(each)
+            run(each, self.passes)
+            for name in self.planned:
+                dense = [user for read in reads(each, name) for user in read.users if user.target not in MASKED]
+                assert not dense, f"{name} is planned, but {dense[0].format_node()} reads it without a mask"
+        self.seen[program_text(program)] = program
+        return program
+
+    def _note_late(self, program: GraphModule) -> None:
+        for name in self.unread:
+            if any(isinstance(use, Use) for read in reads(program, name) for use in uses(read)):
+                self._tell(name)
+
+    def _tell(self, name: str) -> None:
+        if name not in self.late:
+            self.late[name] = "first used after nm.compile, on a path that the example inputs did not take: it stays dense"
+            _log.warning("%s: %s; give example inputs that take it", name, self.late[name])
+
+    def note_outside(self, name: str, func: Any) -> None:
+        """A parameter was read by Python outside fragments. Raises NMError if it is planned."""
+        line = user_line(traceback.extract_stack()) or "code outside the model"
+        if name in self.planned:
+            raise NMError(outside_text(name, line))
+        if getattr(func, "__name__", "") not in _PRODUCTS:
+            return
+        if self.passes is None:
+            self.outside.setdefault(name, line)
+        elif name in self.unread:
+            self._tell(name)
+
+    def name_of(self, parameter: Tensor) -> str | None:
+        """The full name of a parameter of the model, or None."""
+        name = self._names.get(id(parameter))
+        if name is None:
+            self._names = state_names(self.model)
+            name = self._names.get(id(parameter))
+        return name
+
+
+def outside_text(name: str, line: str) -> str:
+    """The message for a weight that would run dense."""
+    return (
+        f"{name} is read by code that TorchDynamo does not compile, so it would be dense there:\n  {line}\n"
+        "Take the function that reads it out of torch._dynamo.disable (or whatever makes Dynamo skip it), "
+        f"or leave the weight dense with exclude={name!r}"
+    )
+
+
+def program_text(program: GraphModule) -> str:
+    """The program and the bodies in it, as `show` prints them."""
+    first, *bodies = (show_graph(each) for each in programs(program))
+    return "\n\n".join([first, *(f"# a body of it\n{body}" for body in bodies)])
+
+
+class _Variant:
+    """A fragment bound to certain parameters and buffers."""
+
+    def __init__(self, program: GraphModule, names: Sequence[str | None], model: nn.Module) -> None:
+        self.program = program
+        self.kept = [index for index, name in enumerate(names) if name is None]
+        self.state = [(index, *_store(model, name)) for index, name in enumerate(names) if name is not None]
+
+    def fits(self, args: Sequence[Any]) -> bool:
+        """Whether ``args`` bring the very parameters and buffers that the program reads by name."""
+        return all(store.get(leaf) is args[index] for index, store, leaf in self.state) and not any(
+            isinstance(args[index], nn.Parameter) for index in self.kept
+        )
+
+
+class _Fragment:
+    """What runs in place of one Dynamo graph: equal layers share it, so it has a variant for each set of weights."""
+
+    def __init__(self, carrier: Fragments, lowered: GraphModule) -> None:
+        self.carrier, self.lowered = carrier, lowered
+        self.variants: dict[tuple[str | None, ...], _Variant] = {}
+
+    def variant(self, names: tuple[str | None, ...]) -> _Variant:
+        if names not in self.variants:
+            program = self.carrier.adopt(bind_inputs(self.lowered, names, self.carrier.model))
+            self.variants[names] = _Variant(program, names, self.carrier.model)
+        return self.variants[names]
+
+    def __call__(self, *args: Any) -> Any:
+        found = next((variant for variant in self.variants.values() if variant.fits(args)), None)
+        found = found or self.variant(self.carrier.names_of(args))
+        inputs = [args[index] for index in found.kept]
+        with torch._C.DisableTorchFunction():  # the watch is for Python outside fragments
+            outputs = found.program(*inputs)
+        if self.carrier.runs is not None:
+            self.carrier.runs.append(Run(found.program, tuple(inputs), tuple(outputs)))
+        return outputs
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every torch function that Python calls outside fragments. Inside them Dynamo traces it away."""
+
+    def __init__(self, carrier: Fragments) -> None:
+        super().__init__()
+        self.carrier = carrier
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not torch.compiler.is_compiling():
+            self.look(func, args, kwargs, result)
+        return result
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def look(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Note a parameter that a tensor was computed from."""
+        given = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, nn.Parameter)]
+        if not given or not isinstance(result, (Tensor, tuple, list)) or torch._guards.CompileContext.try_get() is not None:
+            return
+        for parameter in given:
+            name = self.carrier.name_of(parameter)
+            if name is not None:
+                self.carrier.note_outside(name, func)
+
+
+_PRODUCTS = (
+    "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__", "bilinear",
+    "conv1d", "conv2d", "conv3d", "multi_head_attention_forward", "t", "transpose", "permute",
+)  # fmt: skip
+torch._dynamo.eval_frame.skip_code(_Watch.__torch_function__.__code__)  # as a frame of its own it must stay Python
+
+
+def _settings() -> dict[str, Any]:
+    """Dynamo's own settings while a carrier runs, the user's otherwise."""
+    return {
+        "fail_on_recompile_limit_hit": True,  # not: go on with the dense code
+        "suppress_errors": False,  # nor this
+        "recompile_limit": max(_LIMIT, torch._dynamo.config.recompile_limit),
+        "optimize_ddp": False,  # it splits fragments and hands them over with fake inputs
+        "allow_empty_graphs": True,  # else a function whose first call has no ops stays Python for good
+    }
+
+
+def _entry(carrier: Fragments) -> Callable[..., Any]:
+    """The model's call under TorchDynamo, with this carrier's own cache where torch has such a thing (2.12 on)."""
+    model, backend = carrier.model, weakref.WeakMethod(carrier.compile)
+
+    def compile_fragment(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        own = backend()
+        assert own is not None
+        return own(gm, inputs)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    entry: Callable[..., Any] = torch.compile(call, backend=compile_fragment, **apart)  # type: ignore[call-overload]
+    return entry
+
+
+def _weakly(fragment: _Fragment) -> Callable[..., Any]:
+    """Dynamo's cache lives as long as the user's code: it must not keep the model alive."""
+    reference = weakref.ref(fragment)
+
+    def run_fragment(*args: Any) -> Any:
+        own = reference()
+        assert own is not None
+        return own(*args)
+
+    return run_fragment
+
+
+def _store(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    return (owner._parameters if leaf in owner._parameters else owner._buffers), leaf
+
+
+def _first_lines(error: BaseException, count: int) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return "\n  ".join(lines[:count])
+
+
+def _line_in(message: str) -> str | None:
+    """The user's line where Dynamo's message quotes one."""
+    found = [line.strip() for line in message.splitlines() if line.strip().startswith('File "')]
+    return found[-1] if found else None

@@ -1,0 +1,119 @@
+"""A fragment of a model, as TorchDynamo hands it over, becomes the same aten dialect that export gives.
+
+    %w = placeholder  (a Parameter)                     %w = self.fc.weight
+    %x = placeholder                                    %x = input
+    %y = torch.nn.functional.linear(%x, %w)     ->      %y = aten.linear(%x, %w)
+    %z = tag_activation_checkpoint(%body, %y, %w)       %z = bodies.checkpointed(%body, %y)
+
+The fragment is run once under `make_fx` in its own fake mode, before autograd, and is not changed. Parameters and buffers
+of the model are recognised by identity; which of them a fragment reads may differ from call to call (Dynamo shares the
+code of equal layers), so binding is a step of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
+from torch.utils import _pytree as pytree
+
+from nm_compiler.bodies import HOSTS, open_bodies
+from nm_compiler.capture import bind, flat_copy
+from nm_compiler.graph import getattr_path, tidy
+
+
+def lower(fragment: GraphModule) -> GraphModule:
+    """The fragment in aten, its parameters still inputs. Bodies of checkpoint and cond are lowered in turn.
+
+    Raises whatever its own ops raise under fake tensors.
+    """
+    inputs = [node.meta["example_value"] for node in fragment.graph.nodes if node.op == "placeholder"]
+    mode = next((m for value in inputs if (m := getattr(value, "fake_mode", None)) is not None), None)
+    mode = mode or torch._guards.detect_fake_mode(_values(fragment)) or torch._subclasses.FakeTensorMode()
+    with mode:
+        lowered = make_fx(_Lowering(fragment).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
+    for name, body in list(lowered.named_children()):
+        if isinstance(body, GraphModule) and _host_of(lowered, name) in HOSTS:
+            inner = lower(body)
+            inner.meta.update(body.meta)
+            setattr(lowered, name, inner)
+    return lowered
+
+
+def bind_inputs(lowered: GraphModule, names: Sequence[str | None], model: nn.Module) -> GraphModule:
+    """A graph over ``model`` that reads the named inputs by attribute; the others stay inputs, in their order."""
+    graph = flat_copy(lowered.graph)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, name in zip(placeholders, names, strict=True):
+        if name is None:
+            continue
+        with graph.inserting_before(node):
+            read = graph.create_node("get_attr", name, name=name.replace(".", "_"))
+        read.meta = {"val": _fake_like(node, getattr_path(model, name))}
+        node.replace_all_uses_with(read)
+        graph.erase_node(node)
+    for node in graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key in ("val", "stack_trace")}
+    extras = {
+        str(n.target): getattr_path(lowered, n.target) for n in graph.nodes if n.op == "get_attr" and n.target not in names
+    }
+    gm = bind(graph, model, extras)
+    open_bodies(gm, model)
+    tidy(gm)
+    return gm
+
+
+def state_names(model: nn.Module) -> dict[int, str]:
+    """Full names of all parameters and buffers by ``id``; tied ones by their first name."""
+    names = {id(value): name for name, value in model.named_buffers()}
+    return names | {id(value): name for name, value in model.named_parameters()}
+
+
+class _Lowering(Interpreter):
+    """Runs the fragment's ops; an op that takes a subgraph becomes one opaque node instead of being traced through.
+
+    Tracing through would run custom backwards forward only and drop checkpointing.
+    """
+
+    def run_node(self, n: Node) -> Any:
+        if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if any(isinstance(arg, GraphModule) for arg in args):
+                return _opaque(n, args, kwargs)
+        return super().run_node(n)
+
+
+def _opaque(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    mode = get_proxy_mode()
+    assert mode is not None
+    tracer: Any = mode.tracer
+
+    def proxy(value: Any) -> Any:
+        if isinstance(value, GraphModule):
+            name = tracer.get_fresh_qualname("body_")
+            tracer.root.register_module(name, value)
+            return tracer.create_proxy("get_attr", name, (), {})
+        return tracer.unwrap_proxy(value)
+
+    proxies = pytree.tree_map(proxy, (args, kwargs), is_leaf=lambda value: isinstance(value, GraphModule))
+    result = tracer.create_proxy("call_function", node.target, *proxies)
+    value = node.meta["example_value"]
+    return track_tensor_tree(value, result, constant=None, tracer=tracer)
+
+
+def _host_of(gm: GraphModule, name: str) -> Any:
+    readers = (user for node in gm.graph.nodes if node.op == "get_attr" and node.target == name for user in node.users)
+    return next((user.target for user in readers), None)
+
+
+def _values(fragment: GraphModule) -> list[Any]:
+    return [node.meta["example_value"] for node in fragment.graph.nodes if "example_value" in node.meta]
+
+
+def _fake_like(node: Node, value: Tensor) -> Any:
+    """The input's own fake value, which shapes of later nodes are computed from."""
+    return node.meta["val"] if isinstance(node.meta.get("val"), Tensor) else value.detach().to("meta")

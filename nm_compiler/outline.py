@@ -1,0 +1,102 @@
+"""All fragments of one run as one graph, for planning: which weights are read, by what, and which come first and last.
+
+    fragment 1:  %a = ... return %y         %y  = aten.linear(%x, %w1)
+    Python:      if y.sum() > 0        ->   %c  = code_between(%y)
+    fragment 2:  %z = linear(%c, %w2)       %z  = aten.linear(%c, %w2)
+
+An input that is the very tensor which an earlier fragment returned is connected to it; any other tensor that Python brings
+is taken to depend on everything before it. The graph is never run.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from nm_compiler.bodies import branch, checkpointed, is_body
+from nm_compiler.capture import bind
+from nm_compiler.graph import getattr_path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a fragment: its program, what went in besides the model's state, and what came out."""
+
+    program: GraphModule
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+
+
+def outline(model: nn.Module, runs: Sequence[Run], examples: Any) -> GraphModule:
+    """One graph over ``model`` of all ``runs`` in order. examples: the inputs of the model, which depend on nothing."""
+    graph, extras = Graph(), dict[str, Any]()
+    given = {id(leaf) for leaf in pytree.tree_leaves(examples) if isinstance(leaf, Tensor)}
+    made: dict[int, Node] = {}
+    earlier: list[Node] = []
+    for number, run in enumerate(runs):
+        inputs = []
+        placeholders = [node for node in run.program.graph.nodes if node.op == "placeholder"]
+        for node, value in zip(placeholders, run.inputs, strict=True):
+            known = made.get(id(value)) if isinstance(value, Tensor) else None
+            if known is None:
+                known = graph.call_function(code_between, () if id(value) in given else tuple(earlier))
+                known.meta = dict(node.meta)
+            inputs.append(known)
+        results = _inline(graph, run.program, inputs, f"run{number}_", extras)
+        for result, value in zip(results, run.outputs, strict=True):
+            if isinstance(result, Node):
+                earlier.append(result)
+                if isinstance(value, Tensor):
+                    made[id(value)] = result
+    graph.output(tuple(earlier))
+    return bind(graph, model, extras)
+
+
+def code_between(*values: Any) -> Any:
+    """Stands for the Python that runs between fragments, and for the choice between branches."""
+    raise AssertionError("an outline is not to be run")
+
+
+def _inline(graph: Graph, gm: GraphModule, inputs: Sequence[Any], prefix: str, extras: dict[str, Any]) -> Any:
+    """Append the nodes of ``gm`` to ``graph``, bodies opened up. Returns what ``gm`` returns, as nodes of ``graph``."""
+    given = iter(inputs)
+    copies: dict[Node, Any] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = next(given)
+        elif node.op == "get_attr" and node.target in gm.__dict__["extras"]:
+            value = getattr_path(gm, node.target)
+            if not is_body(value):
+                extras[prefix + node.target] = value
+                copies[node] = graph.create_node("get_attr", prefix + node.target)
+                copies[node].meta = dict(node.meta)
+        elif node.op == "output":
+            return map_arg(node.args[0], copies.__getitem__)
+        elif node.target is checkpointed:
+            body = getattr_path(gm, node.args[0].target)
+            copies[node] = _inline(graph, body, _copied(node.args[1:], copies), f"{prefix}{node.name}_", extras)
+        elif node.target is branch:
+            condition, yes, no, operands = node.args
+            taken = [
+                _inline(graph, getattr_path(gm, arm.target), _copied(operands, copies), f"{prefix}{arm.name}_", extras)
+                for arm in (yes, no)
+            ]
+            copies[node] = [
+                graph.call_function(code_between, (copies.get(condition), *pair)) for pair in zip(*taken, strict=True)
+            ]
+        elif node.target is operator.getitem and not isinstance(copies[node.args[0]], Node):
+            copies[node] = copies[node.args[0]][node.args[1]]
+        else:
+            copies[node] = graph.node_copy(node, lambda each: copies[each])
+    raise AssertionError("a graph without an output")
+
+
+def _copied(values: Any, copies: dict[Node, Any]) -> list[Any]:
+    return [copies[value] if isinstance(value, Node) else value for value in values]

@@ -1,0 +1,99 @@
+"""Choose how each mode of a model is carried: by one exported graph where that works, by fragments where not."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nm_compiler.capture import capture_mode, explain, in_mode, quiet, without_cache
+from nm_compiler.errors import NMError
+from nm_compiler.exported import Exported
+from nm_compiler.pattern import PatternMap, matches
+
+if TYPE_CHECKING:
+    from nm_compiler.dynamo import Fragments
+
+_log = logging.getLogger(__name__)
+
+
+def take(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
+) -> dict[bool, Exported | Fragments]:
+    """A carrier for evaluation (False) and training (True) mode, nothing rewritten yet.
+
+    A mode that export refuses is run once on the example inputs, in fragments; the model is left as it was.
+    Raises NMError that names the line of the user's code if neither works.
+    """
+    routes: dict[bool, Exported | Fragments] = {}
+    for training in (False, True):
+        try:
+            with untouched(model):
+                routes[training] = Exported(*capture_mode(model, args, kwargs, dynamic_shapes, training=training))
+        except NMError as error:
+            if error.__cause__ is None or (dynamic_shapes is not None and "dynamic_shapes" in str(error)):
+                raise  # the mistake is in what the user said, not in the model
+            mode = "training" if training else "evaluation"
+            _log.info("%s in %s mode goes through TorchDynamo fragments: %s", type(model).__name__, mode, error)
+        if training not in routes:
+            with in_mode(model, training):
+                routes[training] = _fragments(model, args, kwargs, training)
+    return routes
+
+
+def _fragments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Fragments:
+    from nm_compiler.dynamo import Fragments  # TorchDynamo is heavy, and most models do without
+
+    carrier = Fragments(model, without_cache(model, kwargs))
+    try:
+        with untouched(model), torch.set_grad_enabled(training), quiet():
+            carrier.record(args, kwargs)
+    except NMError:
+        raise
+    except Exception as error:
+        raise NMError(explain(model, error, args, kwargs, training)) from error
+    return carrier
+
+
+def check_outside(
+    model: nn.Module, routes: Mapping[bool, Exported | Fragments], patterns: PatternMap, exclude: Sequence[str]
+) -> None:
+    """Raise NMError for a weight that Python multiplied outside fragments, where no mask could reach it."""
+    parameters = dict(model.named_parameters())
+    for route in routes.values():
+        for name, line in () if isinstance(route, Exported) else route.outside.items():
+            weight, pattern = parameters[name], patterns.of(name)
+            could = weight.ndim >= 2 and weight.is_floating_point() and pattern is not None and not matches(name, exclude)
+            if could and any(size % pattern.m == 0 for size in weight.shape):  # type: ignore[union-attr]
+                from nm_compiler.dynamo import outside_text
+
+                raise NMError(outside_text(name, line))
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run the model and have nothing to show for it: buffers, plain attributes and random states are as before."""
+    attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    python, numeric = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numeric)
+        for module, before, buffers in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(before)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)

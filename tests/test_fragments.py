@@ -1,0 +1,444 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""The second way: models that export cannot take run as TorchDynamo fragments, rewritten by the same passes."""
+
+import copy
+import io
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import nm_compiler as nm
+from nm_compiler.dynamo import Fragments
+
+METHODS = [nm.LBC(), nm.BiMask(interval=2, moves=40), nm.Magnitude()]
+each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: str(m).split(", decay")[0])
+
+
+class Branching(nn.Module):
+    """Which of two weights runs is decided by the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.down, self.last = (nn.Linear(8, 8) for _ in range(4))
+        self.norm, self.dropout = nn.BatchNorm1d(8), nn.Dropout(0.25)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.stem(x))
+        y = self.up(y) if x.sum() > 0 else self.down(-y)
+        return self.head(self.dropout(torch.tanh(self.last(y))))
+
+
+def positive(batch: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(batch, 8, dtype=dtype) + 0.1
+
+
+def branching(method: Any = None, **options: Any) -> tuple[nm.SparseModule, Any]:
+    model = Branching()
+    return nm.compile(model, positive(), method=method or nm.SRSTE(), **options), model
+
+
+def masked_call(sparse: nm.SparseModule, *args: Any, **kwargs: Any) -> Any:
+    """The original model with its planned weights replaced by what they are multiplied with now."""
+    values = {site.name: sparse.masked(site.name)[0].detach() for site in sparse.plan.sites}
+    return functional_call(sparse.origin, values, args, kwargs)
+
+
+def train(sparse: nn.Module, count: int, scheduler: Any = None) -> None:
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(count):
+        sparse(positive()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler:
+            scheduler.step()
+
+
+def test_control_flow_on_data_is_carried_in_fragments_and_both_branches_are_sparse() -> None:
+    sparse, _ = branching(include=["down.weight"])
+    sparse.eval()
+    assert all(isinstance(route, Fragments) for route in sparse.routes.values())
+    assert {site.name for site in sparse.plan.sites} == {"up.weight", "last.weight"}
+    x = positive()
+    torch.testing.assert_close(sparse(x), masked_call(sparse, x))
+    assert not torch.allclose(sparse(x), sparse.origin(x))
+
+
+def test_stem_and_head_are_the_first_and_last_weights_over_all_fragments() -> None:
+    sparse, _ = branching()
+    rows = {row.name: row.reason for row in nm.report(sparse).rows}
+    assert rows["stem.weight"].startswith("stem: ")
+    assert rows["head.weight"].startswith("head: ")
+    assert rows["up.weight"] == rows["last.weight"] == "2:4 along the input axis"
+
+
+def test_a_mode_that_exports_keeps_its_graph_and_plans_the_weights_of_the_other_branch() -> None:
+    class Halves(Branching):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.stem(x))
+            if not self.training:
+                return self.head(self.last(self.up(y) + self.down(y)))
+            return self.head(self.last(self.up(y) if x.sum() > 0 else self.down(y)))
+
+    model = Halves()
+    sparse = nm.compile(model, positive(), method=nm.SRSTE())
+    assert isinstance(sparse.routes[True], Fragments)
+    assert "aten.linear" in nm.show(sparse)
+    assert {site.name for site in sparse.plan.sites} == {"up.weight", "down.weight", "last.weight"}
+    model.dropout.eval()
+    for x in (positive(), -positive()):  # the second branch is compiled now and is sparse at once
+        state = copy.deepcopy(model.norm.state_dict())
+        found = sparse(x)
+        model.norm.load_state_dict(state)
+        torch.testing.assert_close(found, masked_call(sparse, x))
+        assert not torch.allclose(found, model(x))
+
+
+def test_a_weight_first_seen_in_a_later_branch_is_told_in_the_log_and_in_the_report(caplog: Any) -> None:
+    sparse, _ = branching()
+    assert {row.name: row.reason for row in nm.report(sparse).rows}["down.weight"] == "not read by the captured graph"
+    with caplog.at_level(logging.WARNING, "nm_compiler"):
+        sparse(-positive())
+        sparse(-positive())
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("nm_compiler")] == [
+        "down.weight: first used after nm.compile, on a path that the example inputs did not take: it stays dense; "
+        "give example inputs that take it"
+    ]
+    assert "did not take" in {row.name: row.reason for row in nm.report(sparse).rows}["down.weight"]
+
+
+@pytest.mark.parametrize("method", [nm.SRSTE(decay=0.0), nm.LBC(), nm.LBC(scores="combination")], ids=str)
+def test_a_training_step_is_that_of_the_masked_eager_model_in_float64(method: Any) -> None:
+    model = Branching().double()
+    model.dropout.p = 0.0
+    sparse = nm.compile(model, positive(dtype=torch.float64), method=method)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=4)
+    for _ in range(2):  # LBC: some combinations retired, some live
+        scheduler.step()
+    x = positive(dtype=torch.float64)
+    masks = {site.name: sparse.masked(site.name)[0] != 0 for site in sparse.plan.sites}
+    twin = Branching().double()
+    twin.dropout.p = 0.0
+    twin.load_state_dict({name: value for name, value in model.state_dict().items() if name in twin.state_dict()})
+    sparse(x).square().mean().backward()
+    leaves = {name: (twin.get_parameter(name).detach() * mask).requires_grad_() for name, mask in masks.items()}
+    functional_call(twin, leaves, (x,)).square().mean().backward()
+    for name, parameter in twin.named_parameters():
+        expected = parameter.grad
+        if name in masks:
+            expected = leaves[name].grad * (masks[name] if isinstance(method, nm.LBC) else 1.0)
+        if expected is None:
+            assert model.get_parameter(name).grad is None
+        else:
+            torch.testing.assert_close(model.get_parameter(name).grad, expected, rtol=1e-12, atol=1e-12, msg=name)
+    torch.testing.assert_close(model.norm.running_mean, twin.norm.running_mean, rtol=1e-12, atol=1e-12)
+
+
+@each_method
+def test_training_freezing_and_the_frozen_model_fit_together(method: Any) -> None:
+    sparse, model = branching(method)
+    train(sparse, 5, nm.SparsityScheduler(sparse, total_steps=5))
+    x = positive()
+    expected = sparse.eval()(x)
+    planned = {site.name for site in sparse.plan.sites}
+    frozen = nm.freeze(sparse)
+    assert frozen is model
+    assert set(frozen.state_dict()) == set(Branching().state_dict())
+    torch.testing.assert_close(frozen(x), expected)
+    assert planned <= {name for name, axes in nm.verify(frozen).satisfied.items() if 1 in axes}
+
+
+@each_method
+def test_copies_and_saved_files_go_on_alone_with_the_same_function(method: Any) -> None:
+    sparse, _ = branching(method)
+    train(sparse, 3, nm.SparsityScheduler(sparse, total_steps=10))
+    x = positive()
+    expected = sparse.eval()(x)
+    buffer = io.BytesIO()
+    torch.save(sparse, buffer)
+    buffer.seek(0)
+    twins = [copy.deepcopy(sparse), torch.load(buffer, weights_only=False)]
+    train(sparse.train(), 2)
+    for twin in twins:
+        assert nm.show(twin, training=True) == nm.show(sparse, training=True)
+        assert set(twin.masked_parameters()) == set(sparse.masked_parameters())
+        torch.testing.assert_close(twin(x), expected)
+        train(twin.train(), 1, nm.SparsityScheduler(twin, total_steps=10))
+        assert not torch.equal(twin.eval()(x), expected)
+        nm.freeze(twin, finish=True)
+
+
+def test_state_dicts_casts_and_assigned_parameters_take_effect_at_the_next_forward() -> None:
+    sparse, _ = branching()
+    other, _ = branching()
+    x = positive()
+    sparse.load_state_dict(other.state_dict())
+    torch.testing.assert_close(sparse.eval()(x), other.eval()(x))
+    sparse.load_state_dict(
+        {k: v.clone() * 2 if v.is_floating_point() else v for k, v in other.state_dict().items()}, assign=True
+    )
+    torch.testing.assert_close(sparse(x), masked_call(sparse, x))
+    sparse.double()
+    torch.testing.assert_close(sparse(x.double()), masked_call(sparse, x.double()))
+
+
+def test_layers_that_share_their_code_read_each_its_own_weights() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.fc(x))
+            torch._dynamo.graph_break()
+            return x * 2
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+                if x.sum() > 1e6:
+                    x = x - 1
+            return x
+
+    sparse = nm.compile(Stack(), positive(), method=nm.SRSTE(), include="*")
+    x = positive()
+    torch.testing.assert_close(sparse.eval()(x), masked_call(sparse, x))
+    sparse.train()(x).sum().backward()
+    assert len({float(block.fc.weight.grad.norm()) for block in sparse.origin.blocks}) == 12
+
+
+class Printing(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(self.stem(x))
+        scale = float(y.detach().abs().max().item())
+        assert scale >= 0, f"{y}"
+        return self.head(self.last(y / (1 + scale)))
+
+
+def test_graph_breaks_and_item_are_carried() -> None:
+    model = Printing()
+    sparse = nm.compile(model, positive(), method=nm.LBC())
+    x = positive()
+    torch.testing.assert_close(sparse(x), model(x))
+    assert {site.name for site in sparse.plan.sites} == {"up.weight", "last.weight"}
+
+
+class Outside(Branching):
+    """A weight that runs in a function TorchDynamo is told to leave alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(self.stem(x))
+        y = self.left_alone(y) if self.training and x.sum() > 0 else self.last(y)
+        return self.head(y)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def left_alone(self, y: Tensor) -> Tensor:
+        return self.last(y)  # dense here
+
+
+def test_a_weight_in_a_function_that_dynamo_leaves_alone_is_an_error_with_its_line_or_excluded() -> None:
+    model = Outside()
+    with pytest.raises(nm.NMError) as error:
+        nm.compile(model, positive())
+    assert "last.weight is read by code that TorchDynamo does not compile" in str(error.value)
+    assert "return self.last(y)  # dense here" in str(error.value)
+    assert "exclude='last.weight'" in str(error.value)
+    assert "nm_recipe" not in model.state_dict()
+    sparse = nm.compile(model, positive(), exclude="last.weight")
+    assert {site.name for site in sparse.plan.sites} == {"up.weight"}
+
+
+def test_a_planned_weight_that_later_code_reads_outside_fragments_is_an_error_too() -> None:
+    model = Outside()
+    sparse = nm.compile(model, -positive())
+    assert "last.weight" in {site.name for site in sparse.plan.sites}
+    with pytest.raises(nm.NMError, match=r"last.weight is read by code[\s\S]*# dense here"):
+        sparse(positive())
+
+
+def test_with_dynamo_switched_off_nothing_runs_dense_in_silence() -> None:
+    sparse, _ = branching()
+    with torch.compiler.set_stance("force_eager"), pytest.raises(nm.NMError, match="weight is read by code that TorchDynamo"):
+        sparse(positive())
+
+
+def test_past_the_recompile_limit_there_is_an_error_and_not_dense_code(monkeypatch: Any) -> None:
+    class Named(Branching):
+        def forward(self, x: Tensor, name: str = "a") -> Tensor:
+            y = super().forward(x)
+            return y + len(name) if name != "b" else y
+
+    monkeypatch.setattr("nm_compiler.dynamo._LIMIT", 3)
+    config = torch._dynamo.config
+    before = (config.fail_on_recompile_limit_hit, config.suppress_errors, config.optimize_ddp)
+    sparse = nm.compile(Named(), positive(), method=nm.SRSTE())
+    with config.patch(recompile_limit=3), pytest.raises(nm.NMError, match="would run it without masks"):
+        _ = [sparse(positive(), name) for name in "abcdefgh"]
+    assert (config.fail_on_recompile_limit_hit, config.suppress_errors, config.optimize_ddp) == before
+
+
+def test_a_function_whose_first_call_computes_nothing_is_not_left_to_python() -> None:
+    class Skipping(Branching):
+        def forward(self, x: Tensor, keep: bool = True) -> Tensor:
+            y = self.maybe(self.stem(x), keep)
+            return self.head(y if y.sum() > 1e9 else y * 2)
+
+        def maybe(self, y: Tensor, keep: bool) -> Tensor:
+            torch._dynamo.graph_break()
+            return self.up(y) if keep else y
+
+    sparse = nm.compile(Skipping(), positive(), method=nm.SRSTE(), dynamic_shapes=None)
+    sparse.eval()
+    x = positive()
+    for keep in (True, False, True):
+        torch.testing.assert_close(sparse(x, keep), masked_call(sparse, x, keep))
+    twin = copy.deepcopy(sparse)  # nothing is compiled in it yet
+    for keep in (False, True):
+        torch.testing.assert_close(twin(x, keep), masked_call(sparse, x, keep))
+
+
+def test_many_models_of_one_class_do_not_share_a_recompile_limit(monkeypatch: Any) -> None:
+    monkeypatch.setattr("nm_compiler.dynamo._LIMIT", 4)
+    x = positive()
+    with torch._dynamo.config.patch(recompile_limit=4):
+        for _ in range(4):
+            sparse, _ = branching()
+            torch.testing.assert_close(sparse.eval()(x), masked_call(sparse, x))
+
+
+@pytest.mark.parametrize("method", [nm.LBC(), nm.BiMask(), nm.SRSTE()], ids=str)
+def test_weights_under_checkpointing_are_sparse_and_recomputed_with_the_same_dropout(method: Any) -> None:
+    class Checkpointed(Branching):
+        recompute = True
+
+        def block(self, y: Tensor) -> Tensor:
+            return self.last(self.dropout(torch.tanh(self.up(y))))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            y = y * 2 if x.sum() > 0 else y
+            y = checkpoint(self.block, y, use_reentrant=False) if self.recompute else self.block(y)
+            return self.head(y)
+
+    model = Checkpointed()
+    sparse = nm.compile(model, positive(), method=method)
+    assert {site.name for site in sparse.plan.sites} == {"up.weight", "last.weight"}
+    assert "bodies.checkpointed" in nm.show(sparse, training=True)
+    x, found = positive(), []
+    for recompute in (True, False):
+        model.recompute = recompute
+        torch.manual_seed(3)
+        sparse(x).square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        sparse.zero_grad(set_to_none=True)
+    assert found[0].keys() == found[1].keys() >= {"up.weight", "last.weight"}
+    torch.testing.assert_close(found[0], found[1])
+    sparse.eval()
+    torch.testing.assert_close(sparse(x), masked_call(sparse, x))
+
+
+def test_weights_in_the_branches_of_cond_are_sparse() -> None:
+    class Cond(Branching):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            y = y * 2 if float(x.sum()) > 1e9 else y
+            y = torch.cond(x.sum() > 0, lambda y: self.up(y), lambda y: self.down(y) * 2, (y,))
+            return self.head(self.last(y))
+
+    model = Cond()
+    sparse = nm.compile(model, positive(), method=nm.SRSTE())
+    assert {site.name for site in sparse.plan.sites} == {"up.weight", "down.weight", "last.weight"}
+    for x in (positive(), -positive()):
+        torch.testing.assert_close(sparse(x), masked_call(sparse, x))
+        sparse(x).sum().backward()
+    assert model.up.weight.grad is not None
+    assert model.down.weight.grad is not None
+
+
+def test_a_custom_backward_in_a_fragment_is_kept() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * 2
+
+    class Custom(Branching):
+        def forward(self, x: Tensor) -> Tensor:
+            y = Doubled.apply(self.up(self.stem(x)))
+            return self.head(self.last(y if y.sum() > 1e9 else y * 1.0))
+
+    model = Custom()
+    sparse = nm.compile(model, positive(), method=nm.LBC())
+    x = positive()
+    sparse(x).sum().backward()
+    found = model.stem.weight.grad.clone()
+    model.zero_grad()
+    model(x).sum().backward()
+    torch.testing.assert_close(found, model.stem.weight.grad)
+
+
+def test_the_example_run_leaves_no_trace_on_the_model() -> None:
+    class Counting(Branching):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    model = Counting()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, state = positive(), torch.get_rng_state()
+    sparse = nm.compile(model, x, method=nm.SRSTE())
+    assert model.calls == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items() if name in before)
+
+
+def test_a_compile_around_the_carrier_leaves_it_to_run_its_own_fragments() -> None:
+    sparse, _ = branching()
+    fast = torch.compile(sparse.eval(), backend="eager")
+    x = positive()
+    torch.testing.assert_close(fast(x), masked_call(sparse, x))
+
+
+def test_a_model_that_fails_on_its_example_is_an_error_with_the_users_line() -> None:
+    class Broken(Branching):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum() > 0:
+                raise ValueError("no positive sums, please")  # the user's line
+            return super().forward(x)
+
+    with pytest.raises(nm.NMError, match=r"ValueError: no positive sums[\s\S]*# the user's line"):
+        nm.compile(Broken(), positive())
+
+
+def test_there_is_no_one_graph_of_a_mode_in_fragments() -> None:
+    sparse, _ = branching()
+    with pytest.raises(nm.NMError, match=r"training mode runs in fragments.*programs\(\)"):
+        sparse.graph()
+    assert nm.show(sparse).startswith("# fragment 1 of 2\n%")
+
+
+def test_carriers_and_their_models_are_freed() -> None:
+    import gc
+    import weakref
+
+    sparse, model = branching()
+    sparse(positive())
+    gone = weakref.ref(model), weakref.ref(sparse)
+    del sparse, model
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
