@@ -28,6 +28,7 @@ def prepared(
     check_model(model, what)
     args = _arguments(example_inputs, kwargs, what)
     args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
+    _check_meta(model, (args, named), what)
     return take(model, args, named, dynamic_shapes)
 
 
@@ -47,7 +48,8 @@ def check_model(model: Any, what: str) -> None:
             f"or nm.freeze it before {what}"
         )
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
-        raise NMError(f"{what} takes the model itself, wrap it afterwards: this is a {type(model).__name__} around it")
+        do = what.removeprefix("nm.")
+        raise NMError(f"{do} the model itself, then wrap the result: this is a {type(model).__name__} around it")
     for name, parameter in model.named_parameters():
         _check_parameter(name, parameter, what)
     _check_devices(model, what)
@@ -78,6 +80,16 @@ def _check_devices(model: nn.Module, what: str) -> None:
     if len(homes) > 1:
         places = ", ".join(f"{name} on {device}" for device, name in homes.items())
         raise NMError(f"this {type(model).__name__} lies on several devices: {places}. Move it to one before {what}")
+
+
+def _check_meta(model: nn.Module, inputs: Any, what: str) -> None:
+    """A model without values can be looked at with inputs without values."""
+    first = next(((name, p) for name, p in model.named_parameters() if p.is_meta), None)
+    if first is not None and any(isinstance(leaf, Tensor) and not leaf.is_meta for leaf in pytree.tree_leaves(inputs)):
+        raise NMError(
+            f"{first[0]} of shape {list(first[1].shape)} is on the meta device and the inputs are not: for a plan without "
+            f"values make the inputs there too, else model.to_empty(device=...) and load weights before {what}"
+        )
 
 
 def _normal(example: Tensor) -> Tensor:

@@ -41,9 +41,15 @@ def take(
                 raise  # the mistake is in what the user said, not in the model
             mode = "training" if training else "evaluation"
             _log.info("%s in %s mode goes through TorchDynamo fragments: %s", type(model).__name__, mode, error)
+            refused = error
         if training not in routes:
-            with in_mode(model, training):
-                routes[training] = _fragments(model, args, kwargs, training)
+            try:
+                with in_mode(model, training):
+                    routes[training] = _fragments(model, args, kwargs, training)
+            except NMError as second:
+                if second.__cause__ is None:
+                    raise  # a weight that runs where no mask reaches it
+                raise NMError(f"{refused}\nIn fragments it fails too: {second}") from refused.__cause__
     return routes
 
 

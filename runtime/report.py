@@ -80,13 +80,14 @@ class Report:
     def to_html(self) -> str:
         """A self-contained table, dense rows greyed, shares drawn as bars."""
         columns = [column for column in _COLUMNS if column in _ALWAYS or any(_cell(row, column) for row in self.rows)]
+        below = " ".join([self.summary(), *self.notes])
         head = "".join(f"<th>{html.escape(_HEADINGS[column])}</th>" for column in columns)
         body = "".join(
             f'<tr class="{row.status}">' + "".join(_html_cell(row, column) for column in columns) + "</tr>\n"
             for row in self.rows
         )
         return (
-            f'{_STYLE}<div class="nm-report"><h2>{html.escape(self.title)}</h2><p>{html.escape(" ".join([self.summary(), *self.notes]))}</p>\n'
+            f'{_STYLE}<div class="nm-report"><h2>{html.escape(self.title)}</h2><p>{html.escape(below)}</p>\n'
             f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
         )
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import zoo
 from awkward import AWKWARD
-from coverage import axes_row
+from reach import axes_row
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo.shim import declare_missing_operators
