@@ -45,6 +45,7 @@ def compile(
 
     example_inputs: a tuple of positional inputs (or one tensor); kwargs: keyword inputs. The batch (axis 0) becomes
     dynamic; pass ``dynamic_shapes`` as to `torch.export.export` for other axes.
+    model: on one device; on the meta device it is planned and rewritten without values, see `SparseModule.to_empty`.
     pattern: ``"2:4"``, ``(2, 4)``, or globs over parameter names, first match wins: ``{"layer4.*": "1:4", "*": "2:4"}``.
     method: `LBC`, `BiMask` (the default), `SRSTE` or `Magnitude`.
     include, exclude: globs over parameter names; include also takes in the stem and the head, which stay dense otherwise.
@@ -74,7 +75,7 @@ def compile(
     except BaseException:
         detach_state(model, plan, names)
         if moved is not None:
-            moved.undo(routes)
+            moved.undo(model)
         raise
 
 
@@ -146,7 +147,7 @@ def _check_weights(model: nn.Module, plan: Plan, method: Method) -> None:
 
 def _check_finite(weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
-        if weight.is_meta:  # shapes only: values come with a later load_state_dict
+        if weight.is_meta:  # no values to look at
             continue
         extremes = torch.stack(torch.aminmax(weight.detach())) if weight.numel() else weight.new_zeros(2)
         if not bool(torch.isfinite(extremes).all()):  # NaN wins both; a mask of the whole weight would cost memory

@@ -69,6 +69,8 @@ class Fragments:
         try:
             with torch._dynamo.config.patch(_settings()), _Watch(self):
                 return self._compiled(*args, **named)
+        except torch._dynamo.exc.TorchRuntimeError:
+            raise  # an op of the model itself fails on these inputs
         except torch._dynamo.exc.BackendCompilerFailed as error:
             inner = error.inner_exception
             if isinstance(inner, NMError):
@@ -313,6 +315,7 @@ def _entry(carrier: Fragments) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
+    call.__code__ = call.__code__.replace()  # Dynamo caches by code object, and counts versions by it before 2.12
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     entry: Callable[..., Any] = torch.compile(call, backend=compile_fragment, **apart)  # type: ignore[call-overload]
     return entry

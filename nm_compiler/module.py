@@ -20,6 +20,8 @@ from nm_compiler.exported import Exported, moved
 from nm_compiler.graph import Pass
 from nm_compiler.loading import check_values, compare, start_afresh
 from nm_compiler.methods.base import Method
+from nm_compiler.methods.lbc import LBC
+from nm_compiler.passes.insert_scores import table_of
 from nm_compiler.recipe import pipeline
 from nm_compiler.sites import Plan
 from nm_compiler.state import RECIPE, Weight, mark, read_recipe, register, unmark, unregister, write_recipe
@@ -100,6 +102,31 @@ class SparseModule(nn.Module):
         for training in (False, True):
             for gm in self._tops(training):
                 moved(gm, fn)
+        return self
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> SparseModule:
+        """As `nn.Module.to_empty`, for a model compiled on the meta device: state and constants are made afresh.
+
+        Load a state_dict next, dense or not. Raises NMError if the graphs hold constants of the model that never had values.
+        """
+        tables = _tables(self.method, self.plan)
+        lost = [
+            name
+            for gm in self.programs()
+            for name, value in gm.__dict__["extras"].items()
+            if isinstance(value, Tensor) and value.is_meta and name not in tables
+        ]
+        if lost:
+            raise NMError(f"{lost[0]} is a constant made in forward() that never had values: compile after model.to_empty()")
+        super().to_empty(device=device, recurse=recurse)
+        for gm in self.programs():
+            for name in tables.keys() & gm.__dict__["extras"].keys():
+                gm.__dict__["extras"][name] = gm.__dict__[name] = tables[name].to(device)
+        with torch.no_grad():
+            self._buffers[RECIPE] = write_recipe(self.method.layout(), self.plan.sites).to(device)
+            for weight in self.weights:
+                for suffix, value in self.method.state(weight.site, weight.param.detach()).items():
+                    weight[suffix].copy_(value)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -227,6 +254,14 @@ class SparseModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.method}, {len(self.plan.sites)} weights N:M, {len(self.plan.refusals)} dense"
+
+
+def _tables(method: Method, plan: Plan) -> dict[str, Tensor]:
+    """The constants that the passes of ``method`` put into graphs, by name."""
+    if not isinstance(method, LBC):
+        return {}
+    makers = dict(table_of(site.pattern, method.by_position) for site in plan.sites)
+    return {name: make() for name, make in makers.items()}
 
 
 def _unpacked(packed: Any, model: nn.Module, passes: list[Pass]) -> Exported | Fragments:

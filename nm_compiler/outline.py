@@ -39,14 +39,14 @@ def outline(model: nn.Module, runs: Sequence[Run], examples: Any) -> GraphModule
     graph, extras = Graph(), dict[str, Any]()
     given = {id(leaf) for leaf in pytree.tree_leaves(examples) if isinstance(leaf, Tensor)}
     made: dict[int, Node] = {}
-    earlier: list[Node] = []
+    earlier: list[Node] = [graph.placeholder("inputs")]
     for number, run in enumerate(runs):
         inputs = []
         placeholders = [node for node in run.program.graph.nodes if node.op == "placeholder"]
         for node, value in zip(placeholders, run.inputs, strict=True):
             known = made.get(id(value)) if isinstance(value, Tensor) else None
             if known is None:
-                known = graph.call_function(code_between, () if id(value) in given else tuple(earlier))
+                known = graph.call_function(code_between, tuple(earlier[:1] if id(value) in given else earlier))
                 known.meta = dict(node.meta)
             inputs.append(known)
         results = _inline(graph, run.program, inputs, f"run{number}_", extras)
@@ -88,14 +88,19 @@ def _inline(graph: Graph, gm: GraphModule, inputs: Sequence[Any], prefix: str, e
                 _inline(graph, getattr_path(gm, arm.target), _copied(operands, copies), f"{prefix}{arm.name}_", extras)
                 for arm in (yes, no)
             ]
-            copies[node] = [
-                graph.call_function(code_between, (copies.get(condition), *pair)) for pair in zip(*taken, strict=True)
-            ]
+            copies[node] = [_either(graph, copies.get(condition), *pair) for pair in zip(*taken, strict=True)]
         elif node.target is operator.getitem and not isinstance(copies[node.args[0]], Node):
             copies[node] = copies[node.args[0]][node.args[1]]
         else:
             copies[node] = graph.node_copy(node, lambda each: copies[each])
     raise AssertionError("a graph without an output")
+
+
+def _either(graph: Graph, condition: Any, yes: Any, no: Any) -> Node:
+    """What a choice between two branches gives: of the shape of either, after both."""
+    node = graph.call_function(code_between, (condition, yes, no))
+    node.meta = dict(yes.meta) if isinstance(yes, Node) else {}
+    return node
 
 
 def _copied(values: Any, copies: dict[Node, Any]) -> list[Any]:

@@ -20,6 +20,7 @@ from nm_compiler.axes.search import search_orders
 from nm_compiler.errors import NMError
 from nm_compiler.exported import Exported
 from nm_compiler.passes.permute import permute as permute_pass
+from nm_compiler.passes.permute import permute_state
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.preparing import Routes, globs, prepared
 from nm_compiler.signature import Signature
@@ -46,9 +47,9 @@ class Permutation(Mapping[str, Tensor]):
         """The orders that put everything back: ``nm.permute(model, inputs, order=permutation.inverse())``."""
         return inverse(self.orders, needs_of(self.axes))
 
-    def undo(self, routes: Routes) -> None:
-        """Put everything back in the model that ``routes`` are bound to."""
-        permute_pass(_graphs(routes)[0][0], axes=self.axes, orders=self.inverse())
+    def undo(self, model: nn.Module) -> None:
+        """Put everything back in the model that was permuted."""
+        permute_state(model, axes=self.axes, orders=self.inverse())
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nm_compiler.errors import NMError
 from nm_compiler.exported import Exported
@@ -28,7 +28,8 @@ def prepared(
     check_model(model, what)
     args = _arguments(example_inputs, kwargs, what)
     args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
-    _check_meta(model, (args, named), what)
+    if any(parameter.is_meta for parameter in model.parameters()):  # a shape without values is captured with such inputs
+        args, named = pytree.tree_map_only(Tensor, _valueless, (args, named))
     return take(model, args, named, dynamic_shapes)
 
 
@@ -38,7 +39,7 @@ def globs(given: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_model(model: Any, what: str) -> None:
-    """Raise NMError for what is no model, or one whose weights cannot be masked or moved."""
+    """Raise NMError for what is no model, or one whose weights could not be masked or moved."""
     if not isinstance(model, nn.Module):
         raise NMError(f"{what} takes a torch.nn.Module, not {type(model).__name__}")
     marked = [name for name, module in model.named_modules() if MARK in module.__dict__]
@@ -51,56 +52,57 @@ def check_model(model: Any, what: str) -> None:
         do = what.removeprefix("nm.")
         raise NMError(f"{do} the model itself, then wrap the result: this is a {type(model).__name__} around it")
     for name, parameter in model.named_parameters():
-        _check_parameter(name, parameter, what)
-    _check_devices(model, what)
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise NMError(f"{name} has no shape yet (a lazy layer): run one batch through the model before {what}")
+        _check_plain(name, parameter, what)
+    _check_devices(dict(model.named_parameters()), what)
 
 
-def _check_parameter(name: str, parameter: Tensor, what: str) -> None:
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        raise NMError(f"{name} has no shape yet (a lazy layer): run one batch through the model before {what}")
-    kind = type(parameter.data).__name__
-    if kind == "DTensor":
-        raise NMError(
-            f"{name} of shape {list(parameter.shape)} is a DTensor, sharded over ranks: call {what} on the whole model, "
-            "and shard it afterwards"
+def _check_plain(name: str, parameter: Tensor, what: str) -> None:
+    """Sharded and quantised weights hold their values in other tensors, which no mask here could reach."""
+    inner = getattr(parameter, "data", parameter)
+    if parameter.is_quantized or is_traceable_wrapper_subclass(inner):
+        kind = type(inner).__name__ if not parameter.is_quantized else str(parameter.dtype)
+        sharded = kind == "DTensor"
+        way = (
+            f"{what} the whole model first, then shard it"
+            if sharded
+            else f"{what} the floating-point model, quantise it afterwards"
         )
-    if parameter.is_quantized or (kind not in ("Tensor", "Parameter", "FakeTensor") and hasattr(parameter, "dequantize")
-                                  and type(parameter.data).__torch_function__ is not Tensor.__torch_function__):  # fmt: skip
         raise NMError(
-            f"{name} of shape {list(parameter.shape)} is quantised ({kind}): call {what} on the floating-point model, "
-            "and quantise what it gives back"
+            f"{name} of shape {list(parameter.shape)} is a {kind}, {'sharded' if sharded else 'quantised'} already: {way}"
         )
 
 
-def _check_devices(model: nn.Module, what: str) -> None:
-    """All state on one device: a graph that copies between devices cannot be moved as one."""
-    homes: dict[torch.device, str] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        homes.setdefault(tensor.device, name)
-    if len(homes) > 1:
-        places = ", ".join(f"{name} on {device}" for device, name in homes.items())
-        raise NMError(f"this {type(model).__name__} lies on several devices: {places}. Move it to one before {what}")
-
-
-def _check_meta(model: nn.Module, inputs: Any, what: str) -> None:
-    """A model without values can be looked at with inputs without values."""
-    first = next(((name, p) for name, p in model.named_parameters() if p.is_meta), None)
-    if first is not None and any(isinstance(leaf, Tensor) and not leaf.is_meta for leaf in pytree.tree_leaves(inputs)):
-        raise NMError(
-            f"{first[0]} of shape {list(first[1].shape)} is on the meta device and the inputs are not: for a plan without "
-            f"values make the inputs there too, else model.to_empty(device=...) and load weights before {what}"
-        )
+def _check_devices(parameters: Mapping[str, Tensor], what: str) -> None:
+    """One device for all, which may be meta: planning needs no values."""
+    first = next(iter(parameters.items()), None)
+    for name, parameter in parameters.items():
+        if first is not None and parameter.device != first[1].device:
+            empty = (
+                " (it has no values: model.to_empty(device=...) and load weights)"
+                if parameter.is_meta or first[1].is_meta
+                else ""
+            )
+            raise NMError(
+                f"{first[0]} is on {first[1].device}, {name} of shape {list(parameter.shape)} on {parameter.device}{empty}: "
+                f"a captured graph runs on one device; move the model there with model.to(device) before {what}"
+            )
 
 
 def _normal(example: Tensor) -> Tensor:
     return example.clone() if example.is_inference() else example  # an inference tensor cannot be traced for training
 
 
+def _valueless(example: Tensor) -> Tensor:
+    return example.to("meta")
+
+
 def _arguments(example_inputs: Any, kwargs: Mapping[str, Any] | None, what: str) -> tuple[Any, ...]:
     if example_inputs is None and not kwargs:
         raise NMError(
             f"{what}(model, example_inputs): give inputs to capture the model with, such as (x,). "
-            "Working without them, through TorchDynamo, is not in this release"
+            "Doing without them, through TorchDynamo, is not in this release"
         )
     if example_inputs is None:
         return ()

@@ -36,6 +36,10 @@ def _refused(module: SparseModule, name: str, reason: str) -> Row:
 
 def _planned(module: SparseModule, weight: Weight) -> Row:
     site = weight.site
+    if weight.param.is_meta:
+        return Row(
+            site.name, site.op, site.shape, str(site.pattern), "sparse", f"{site.pattern} along the input axis; no values yet"
+        )
     forward, backward = module.masked(site.name)
     total, kept = _magnitude(weight.param.detach()), _magnitude(forward)
     return Row(

@@ -33,6 +33,7 @@ def take(
     """
     routes: dict[bool, Exported | Fragments] = {}
     for training in (False, True):
+        refused: NMError | None = None
         try:
             with untouched(model):
                 routes[training] = Exported(*capture_mode(model, args, kwargs, dynamic_shapes, training=training))
@@ -40,20 +41,17 @@ def take(
             if error.__cause__ is None or (dynamic_shapes is not None and "dynamic_shapes" in str(error)):
                 raise  # the mistake is in what the user said, not in the model
             mode = "training" if training else "evaluation"
-            _log.info("%s in %s mode goes through TorchDynamo fragments: %s", type(model).__name__, mode, error)
             refused = error
-        if training not in routes:
-            try:
-                with in_mode(model, training):
-                    routes[training] = _fragments(model, args, kwargs, training)
-            except NMError as second:
-                if second.__cause__ is None:
-                    raise  # a weight that runs where no mask reaches it
-                raise NMError(f"{refused}\nIn fragments it fails too: {second}") from refused.__cause__
+            _log.info("%s in %s mode goes through TorchDynamo fragments: %s", type(model).__name__, mode, error)
+        if refused is not None:
+            with in_mode(model, training):
+                routes[training] = _fragments(model, args, kwargs, training, refused)
     return routes
 
 
-def _fragments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Fragments:
+def _fragments(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool, refused: NMError
+) -> Fragments:
     from nm_compiler.dynamo import Fragments  # TorchDynamo is heavy, and most models do without
 
     carrier = Fragments(model, without_cache(model, kwargs))
@@ -62,6 +60,8 @@ def _fragments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
             carrier.record(args, kwargs)
     except NMError:
         raise
+    except torch._dynamo.exc.TorchRuntimeError:
+        raise refused from refused.__cause__  # the model does not run on these inputs, and export has said where
     except Exception as error:
         raise NMError(explain(model, error, args, kwargs, training)) from error
     return carrier

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import MLP, ConvNet, example
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import nm_compiler as nm
 
@@ -38,6 +39,20 @@ def clashing() -> nn.Module:
     return model
 
 
+def on_two_devices() -> nn.Module:
+    model = MLP()
+    model.fc2.to("meta")
+    return model
+
+
+def with_inner_tensors() -> nn.Module:
+    """A tensor subclass that holds its values in other tensors, as quantised weights do."""
+    model = MLP()
+    weight = model.fc2.weight.detach()
+    model.fc2.weight = nn.Parameter(TwoTensor(weight, weight))
+    return model
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "a swapped pattern": (MLP, {"pattern": "4:2"}, "did you mean '2:4'"),
     "a pattern that is no pattern": (MLP, {"pattern": "2:x"}, "'2:x' is not a pattern: write N:M"),
@@ -47,7 +62,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "NaN in a weight": (lambda: with_value(float("nan")), {}, r"fc2.weight of shape \[16, 16\] has 1 NaN or infinite"),
     "an infinite weight": (lambda: with_value(float("-inf")), {}, r"fc2.weight of shape \[16, 16\] has 1 NaN or infinite"),
     "an integer weight asked for": (Quantised, {"include": "weight"}, r"weight of shape \[8, 8\] is torch.int8 but include='weight'"),
-    "weights on the meta device": (lambda: MLP().to("meta"), {}, r"fc1.weight of shape \[16, 8\] is on the meta device.*to_empty"),
+    "some weights on the meta device": (lambda: on_two_devices(), {}, r"fc1.weight is on cpu, fc2.weight of shape \[16, 16\] on meta .*has no values.*to_empty"),
+    "a quantised weight": (lambda: with_inner_tensors(), {}, r"fc2.weight of shape \[16, 16\] is a TwoTensor, quantised already: .*quantise it after nm.freeze"),
     "an include that matches nothing": (MLP, {"include": "layer9.*"}, r"include='layer9.\*' matches no weight; .* such as fc1.weight"),
     "an exclude that matches nothing": (MLP, {"exclude": ["fc1*", "fx2*"]}, r"exclude='fx2\*' matches no weight"),
     "everything excluded": (MLP, {"exclude": "*"}, r"no weight[\s\S]*excluded by '\*'"),
@@ -151,3 +167,22 @@ def test_functions_that_need_a_compiled_model_say_so() -> None:
     for call in (nm.freeze, nm.show):
         with pytest.raises(nm.NMError, match=r"ConvNet is not a compiled model: call nm.compile"):
             call(ConvNet())
+
+
+def test_sharded_weights_are_to_be_compiled_first() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = MLP()
+        model.fc2.weight = nn.Parameter(
+            distribute_tensor(model.fc2.weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)])
+        )
+        with pytest.raises(
+            nm.NMError, match=r"fc2.weight of shape \[16, 16\] is a DTensor, sharded already: nm.compile the whole"
+        ):
+            nm.compile(model, torch.randn(2, 8))
+    finally:
+        torch.distributed.destroy_process_group()

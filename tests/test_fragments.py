@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from awkward import AWKWARD
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import nm_compiler as nm
@@ -442,3 +444,29 @@ def test_carriers_and_their_models_are_freed() -> None:
     del sparse, model
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
+
+
+QUICK = ("computed_weight", "cross_attention", "experts", "left_operand", "shared_weight")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in AWKWARD])
+def test_both_ways_find_the_same_weights_and_compute_the_same(name: str, monkeypatch: Any) -> None:
+    model, args, kwargs = AWKWARD[name]()
+    twin = copy.deepcopy(model)
+    first = nm.compile(model, args, kwargs, method=nm.SRSTE())
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise nm.NMError("not this way") from ValueError()
+
+    monkeypatch.setattr("nm_compiler.routes.capture_mode", refuse)
+    second = nm.compile(twin, args, kwargs, method=nm.SRSTE())
+    assert all(isinstance(route, Fragments) for route in second.routes.values())
+    more = {"frozen.weight"} if name == "frozen" else set()  # export hides what runs under no_grad in a subgraph
+    assert [site for site in second.plan.sites if site.name not in more] == list(first.plan.sites)
+    assert {refusal.where for refusal in second.plan.refusals} | more == {refusal.where for refusal in first.plan.refusals}
+    for mode in () if more else (True, False):
+        results = []
+        for sparse in (first, second):
+            torch.manual_seed(0)
+            results.append([leaf for leaf in tree_leaves(sparse.train(mode)(*args, **kwargs)) if isinstance(leaf, Tensor)])
+        torch.testing.assert_close(*results)

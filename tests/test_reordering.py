@@ -114,7 +114,7 @@ def test_a_mistake_about_the_order_is_named_and_changes_nothing(
 def test_a_model_on_two_devices_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, device="meta"))
     for call in (nm.compile, nm.permute, nm.show_axes):
-        with pytest.raises(nm.NMError, match=r"several devices: 0.weight on cpu, 1.weight on meta. Move it to one"):
+        with pytest.raises(nm.NMError, match=r"0.weight is on cpu, 1.weight of shape \[16, 16\] on meta"):
             call(model, (torch.randn(4, 16),))
 
 
@@ -123,19 +123,9 @@ def test_a_quantised_parameter_is_refused_by_name() -> None:
     coded = torch.quantize_per_tensor(torch.randn(16, 16), 0.1, 0, torch.qint8)
     model[1].weight = nn.Parameter(coded, requires_grad=False)
     with pytest.raises(
-        nm.NMError, match=r"1.weight of shape \[16, 16\] is quantised .* call nm.permute on the floating-point"
+        nm.NMError, match=r"1.weight of shape \[16, 16\] is a torch.qint8, quantised already: nm.permute"
     ):
         nm.permute(model, (torch.randn(4, 16),))
-
-
-def test_a_sharded_parameter_is_refused_by_name() -> None:
-    class DTensor(Tensor):
-        """As torch.distributed.tensor.DTensor shows itself."""
-
-    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
-    model[1].weight = nn.Parameter(torch.randn(16, 16).as_subclass(DTensor))
-    with pytest.raises(nm.NMError, match=r"1.weight of shape \[16, 16\] is a DTensor, sharded over ranks"):
-        nm.compile(model, (torch.randn(4, 16),))
 
 
 def test_axes_need_no_values_and_compile_takes_a_model_on_the_meta_device() -> None:

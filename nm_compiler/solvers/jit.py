@@ -19,6 +19,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
 
 
+_LOOSE = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; infinities keep their meaning
+
+
 def jit(kernel: F) -> F:
     """``kernel`` as machine code: no GIL while it runs, sums in any order, no division checks.
 
@@ -34,4 +37,4 @@ def jit(kernel: F) -> F:
 
 
 def _compiled(kernel: F, *, cache: bool) -> F:
-    return cast(F, numba.njit(cache=cache, nogil=True, fastmath=True, error_model="numpy")(kernel))
+    return cast(F, numba.njit(cache=cache, nogil=True, fastmath=_LOOSE, error_model="numpy")(kernel))

@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nm_compiler.errors import NMError
+from nm_compiler.pattern import Pattern
+from nm_compiler.solvers.combinations import unpack
+from nm_compiler.solvers.magnitude import magnitude_mask
+from nm_compiler.solvers.masks import masked, top_mask
+
+kinds = st.sampled_from([  # a kernel is compiled for each pattern and width: not all of them meet
+    *((text, torch.float32) for text in ("1:2", "2:4", "5:7", "1:16", "3:16")),
+    *(("2:4", dtype) for dtype in (torch.float16, torch.bfloat16, torch.float64)), ("3:16", torch.bfloat16),
+])  # fmt: skip
+
+
+def brute_force(weight: torch.Tensor, pattern: Pattern, axis: int) -> np.ndarray:
+    """Sort every group by (-|w|, position) and keep the first n, one group at a time."""
+    rows = np.moveaxis(weight.double().abs().numpy(), axis, -1)
+    mask = np.zeros(rows.shape, dtype=bool)
+    for index in np.ndindex(*rows.shape[:-1]):
+        for start in range(0, rows.shape[-1], pattern.m):
+            group = rows[index][start : start + pattern.m]
+            for position in sorted(range(pattern.m), key=lambda j: (-group[j], j))[: pattern.n]:
+                mask[index][start + position] = True
+    return np.moveaxis(mask, -1, axis)
+
+
+@settings(deadline=None, max_examples=80)
+@given(kinds, st.integers(-3, 2), st.integers(0, 10**6), st.booleans(), st.permutations(range(3)))
+def test_masks_agree_with_brute_force_in_any_dtype_along_any_axis_of_any_memory_layout(
+    kind: tuple[str, torch.dtype], axis: int, seed: int, tied: bool, memory: list[int]
+) -> None:
+    text, dtype = kind
+    pattern = Pattern.parse(text)
+    rng = np.random.default_rng(seed)
+    shape = [2, 3, 2]
+    shape[axis] = 2 * pattern.m
+    values = rng.integers(-2, 3, shape).astype(float) if tied else rng.standard_normal(shape)
+    inverse = [memory.index(a) for a in range(3)]
+    weight = torch.from_numpy(values).to(dtype).permute(memory).contiguous().permute(inverse)
+    expected = brute_force(weight, pattern, axis)
+    mask = top_mask(weight, pattern=text, axis=axis)
+    np.testing.assert_array_equal(mask.numpy(), expected)
+    assert mask.stride() == weight.stride()
+    kept = masked(weight, pattern=text, axis=axis)
+    assert kept.stride() == weight.stride()
+    assert torch.equal(kept, torch.where(torch.from_numpy(expected), weight, torch.zeros((), dtype=dtype)))
+    assert torch.equal(top_mask(weight, pattern=text, axis=axis, form="uint8"), mask.to(torch.uint8))
+    bits = top_mask(weight, pattern=text, axis=axis, form="bits")
+    assert torch.equal(unpack(bits, weight.shape[-1]), mask)
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:16", "4:16"])
+def test_a_large_weight_has_the_mask_that_the_torch_version_gives(text: str) -> None:
+    pattern = Pattern.parse(text)
+    weight = torch.randn(64, 96, 3, 5)
+    for view in (
+        weight,
+        weight.to(memory_format=torch.channels_last),
+        weight[:, ::2],
+        weight.flip(0),
+        weight.expand(2, -1, -1, -1, -1),
+    ):
+        axis = view.ndim - 3
+        assert torch.equal(top_mask(view, pattern=text, axis=axis), magnitude_mask(view, pattern.n, pattern.m, axis))
+
+
+def test_nan_and_infinity_are_kept_as_the_largest() -> None:
+    weight = torch.tensor([1.0, torch.nan, torch.inf, -5.0, 0.0, -torch.inf, 2.0, 3.0])
+    assert top_mask(weight, pattern="2:4").tolist() == [False, True, True, False, False, True, False, True]
+    assert top_mask(weight, pattern="1:4").tolist() == [False, True, False, False, False, True, False, False]
+
+
+def test_zeros_keep_the_first_of_every_group_whatever_their_sign() -> None:
+    weight = torch.tensor([0.0, -0.0, 0.0, -0.0] * 4)
+    for text in ("2:4", "1:16", "8:16"):
+        pattern = Pattern.parse(text)
+        first = torch.arange(16) % pattern.m < pattern.n
+        assert torch.equal(top_mask(weight, pattern=text), first)
+
+
+def test_empty_weights_have_empty_masks_and_no_gradient_flows() -> None:
+    assert top_mask(torch.zeros(0, 8), pattern="2:4").shape == (0, 8)
+    assert masked(torch.zeros(3, 0), pattern="2:4").shape == (3, 0)
+    weight = torch.randn(4, 8, requires_grad=True)
+    assert not masked(weight, pattern="2:4").requires_grad
+
+
+@pytest.mark.parametrize(("weight", "options", "message"), [
+    (torch.ones(3, 6), {}, r"shape \[3, 6\]: 6 does not divide into groups of 4"),
+    (torch.ones(6, 4), {"axis": 0}, "6 does not divide into groups of 4"),
+    (torch.ones(4, dtype=torch.int32), {}, "needs float16, bfloat16, float32 or float64"),
+    (torch.ones(4, 4), {"axis": 2}, "axis=2 of a weight of shape"),
+    (torch.ones(()), {}, "axis=-1 of a weight of shape"),
+    (torch.ones(4), {"form": "int"}, "choose 'bool', 'uint8' or 'bits'"),
+    (torch.ones(4), {"pattern": "4:4"}, "4:4 is dense"),
+])  # fmt: skip
+def test_bad_input_is_refused_with_its_shape(weight: torch.Tensor, options: dict[str, object], message: str) -> None:
+    with pytest.raises(NMError, match=message):
+        top_mask(weight, **{"pattern": "2:4", **options})  # type: ignore[arg-type]
