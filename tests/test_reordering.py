@@ -122,9 +122,7 @@ def test_a_quantised_parameter_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     coded = torch.quantize_per_tensor(torch.randn(16, 16), 0.1, 0, torch.qint8)
     model[1].weight = nn.Parameter(coded, requires_grad=False)
-    with pytest.raises(
-        nm.NMError, match=r"1.weight of shape \[16, 16\] is a torch.qint8, quantised already: nm.permute"
-    ):
+    with pytest.raises(nm.NMError, match=r"1.weight of shape \[16, 16\] is a torch.qint8, quantised already: nm.permute"):
         nm.permute(model, (torch.randn(4, 16),))
 
 
