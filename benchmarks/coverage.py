@@ -9,17 +9,13 @@ See README.md for what the columns mean.
 
 from __future__ import annotations
 
+if __name__ == "coverage":  # what numba looks for under this name is another package
+    raise ImportError("benchmarks/coverage.py is a script")
+
 import fnmatch
 import json
-import os
-import resource
-import subprocess
 import sys
-import time
-import traceback
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,22 +24,16 @@ from typing import Any
 
 import torch
 from harness import arguments, environment, table, write
+from reach import measure
 from torch import nn
-from torch.utils import _pytree as pytree
-from zoo import LIBRARIES, Entry, entries, seeded
+from workers import Row, each
+from zoo import LIBRARIES, Entry, entries
 
-import nm_compiler as nm
-from nm_compiler.capture import capture, in_mode
 from nm_compiler.law import permutation_law
-from nm_compiler.pattern import PatternMap
-from nm_compiler.permuting import captured_and_planned, coupled
-from nm_compiler.sites import find
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from awkward import AWKWARD
 
-Row = dict[str, Any]
-UNDOS = 8
 ALL = (*LIBRARIES, "awkward")
 
 
@@ -54,163 +44,60 @@ def listed(library: str | None) -> list[Entry]:
     return [entry for name in wanted for entry in (awkward if name == "awkward" else entries(name))]
 
 
-def axes_row(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: str | None) -> Row:
-    """Weights whose input axis is free, of those that become 2:4; the law of permutations, on a copy, with a few undos."""
-    start, row = time.perf_counter(), Row()
-    try:
-        found = captured_and_planned(model, args, kwargs, "2:4", (), (), None, what="coverage")
-        axes = coupled(model, found, outputs)
-        assert found.plan is not None
-        sites = {site.name for site in found.plan.sites}
-        free = {member.name for each in axes.free for member in each.of("in")}
-        row |= {"axes_free": len(sites & free), "axes_all": len(sites), "axes_seconds": time.perf_counter() - start}
-        row |= {"axes_unknown": dict(axes.unknown)}
-        law = permutation_law(model, args, kwargs, outputs=outputs, undo=UNDOS)
-    except nm.NMError as error:
-        return {"axes_error": str(error)}
-    return {
-        **row,
-        "law_error": law.error,
-        "law_holds": law.holds,
-        "law_dtype": str(law.dtype),
-        "undetected": list(law.undetected),
-    }
-
-
-def measure(entry: Entry, *, quick: bool, capture_only: bool) -> Iterator[Row]:
-    """What is found out about one model, in parts: what is known before a crash is not lost with it."""
-    start = time.perf_counter()
-    model, args, kwargs = seeded(entry.small if quick else entry.build)
-    yield {"parameters": sum(p.numel() for p in model.parameters()), "build_seconds": time.perf_counter() - start}
-    start = time.perf_counter()
-    try:
-        captured = capture(model, args, kwargs)
-    except nm.NMError as error:
-        yield {"capture_seconds": time.perf_counter() - start, **_by_mode(model, args, kwargs, error)}
-        return
-    yield {"capture_seconds": time.perf_counter() - start, "eval": "yes", "train": "yes"}
-    yield {"way": sorted({str(getattr(signature, "way", "export")) for _, signature in captured.values()})}
-    yield {"difference": difference(model, captured[False], args, kwargs)}
-    try:
-        plan = find(model, [gm for gm, _ in captured.values()], PatternMap.parse("2:4"))
-        yield {"planned": len(plan.sites), "reasons": _histogram([refusal.reason for refusal in plan.refusals])}
-    except nm.NMError as error:
-        yield {"planned": 0, "plan_error": str(error)}
-        return
-    del captured
-    if capture_only:
-        return
-    yield axes_row(model, args, kwargs, entry.outputs)
-    start = time.perf_counter()
-    try:
-        nm.compile(model, args, kwargs)
-        yield {"compile_seconds": time.perf_counter() - start}
-    except nm.NMError as error:
-        yield {"compile_error": str(error)}
-
-
-def difference(model: nn.Module, captured: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """The largest absolute difference between the outputs of the evaluation graph and of the model."""
-    gm, signature = captured
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused attention of eager evaluation rounds differently
-    with torch.no_grad(), in_mode(model, False):
-        expected = pytree.tree_leaves(model(*args, **kwargs, **signature.hidden))
-        found = gm(*pytree.tree_leaves((args, {**kwargs, **signature.hidden})))
-    pairs = [(f, e) for f, e in zip(pytree.tree_leaves(found), expected, strict=True) if isinstance(e, torch.Tensor)]
-    return max((float((f.double() - e.double()).abs().nan_to_num(0.0).max()) for f, e in pairs if e.numel()), default=0.0)
-
-
-def _by_mode(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: nm.NMError) -> Row:
-    """Each mode by itself: a model that is deaf to ``train(mode)`` is captured in the mode that it is kept in."""
-    found = {}
-    for column, mode in (("eval", False), ("train", True)):
-        model.__dict__["train"] = partial(_keep_mode, model, mode)
-        try:
-            capture(model, args, kwargs)
-            found[column] = "yes"
-        except Exception as again:
-            found[column] = "no"
-            found[f"{column}_error"] = str(again)
-    return {**found, "error": str(error)}
-
-
-def _keep_mode(model: nn.Module, mode: bool, asked: bool = True) -> nn.Module:
-    return type(model).train(model, mode)
-
-
-def _histogram(reasons: Sequence[str]) -> Row:
-    """Reasons by how often they occur, numbers left out so that equal reasons are equal."""
-    return dict(Counter("".join("#" if c.isdigit() else c for c in reason) for reason in reasons).most_common())
-
-
-def child(library: str, name: str, *, quick: bool, capture_only: bool) -> None:
-    """Measure one model in this process; every part goes out as a line of JSON as soon as it is known."""
-    try:
-        entry = next(entry for entry in listed(library) if entry.name == name)
-        for part in measure(entry, quick=quick, capture_only=capture_only):
-            _say(part)
-    except Exception as error:
-        _say({"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-2000:]})
-    _say({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
-
-
-def _say(part: Row) -> None:
-    print("ROW" + json.dumps(part), flush=True)
-
-
-def run(entry: Entry, flags: Sequence[str], timeout: float, threads: int) -> Row:
-    """One model in a fresh process. A crash or a timeout is a row."""
-    words = [sys.executable, __file__, "--child", entry.library, entry.name, "--threads", str(threads), *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    row: Row = {"library": entry.library, "model": entry.name}
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=env)
-        said = done.stdout
-        if done.returncode:
-            row["error"] = f"process ended with {done.returncode}: {done.stderr[-500:]}"
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        row["error"] = f"no result within {timeout:.0f} s"
-    for line in said.splitlines():
-        if line.startswith("ROW"):
-            row.update(json.loads(line.removeprefix("ROW")))
-    return row
-
-
-HEAD = ["model", "weights", "eval", "train", "way", "differs", "planned", "refused", "capture s", "compile s", "peak MiB",
-        "free", "law"]  # fmt: skip
+HEAD = [
+    "model", "weights", "eval", "train", "way", "differs", "planned", "refused", "free inputs", "law error", "unnoticed",
+    "capture s", "axes s", "compile s", "peak MiB",
+]  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
     """A row of the table; a blank where the model did not get that far."""
-
-    free = f"{row['axes_free']}/{row['axes_all']}" if "axes_all" in row else ""
 
     def shown(key: str, form: str) -> str:
         return format(row[key], form) if key in row else ""
 
     return [
         f"{row['library']}/{row['model']}", shown("parameters", ","), row.get("eval", "no"), row.get("train", "no"),
-        "+".join(row.get("way", [])), shown("difference", ".0e") if row.get("difference") else "", shown("planned", "d"),
-        str(sum(row["reasons"].values())) if "reasons" in row else "", shown("capture_seconds", ".1f"),
-        shown("compile_seconds", ".1f"), shown("peak_mib", ".0f"), free,
-        shown("law_error", ".0e") + ("" if row.get("law_holds", True) else " BROKEN"),
+        row.get("way", ""), shown("difference", ".0e") if row.get("difference") else "", shown("planned", "d"),
+        str(sum(row["reasons"].values())) if "reasons" in row else "",
+        f"{row['free_input_axes']}/{row['input_axes']}" if "input_axes" in row else "",
+        shown("law_error", ".0e") + (" f32" if row.get("law_dtype") == "float32" else ""),
+        f"{len(row['undetected'])}/{row['undone']}" if "undone" in row else "", shown("capture_seconds", ".1f"),
+        shown("axes_seconds", ".2f"), shown("compile_seconds", ".1f"), shown("peak_mib", ".0f"),
     ]  # fmt: skip
 
 
 def summary(rows: Sequence[Row]) -> str:
     """A line for each library."""
-    lines = []
-    for library in ALL:
-        mine = [row for row in rows if row["library"] == library]
-        if mine:
-            took = [row["capture_seconds"] for row in mine if "capture_seconds" in row]
-            lines.append([
-                library, str(len(mine)), *(str(sum(row.get(mode) == "yes" for row in mine)) for mode in ("eval", "train")),
-                str(sum(row.get("planned", 0) > 0 for row in mine)), str(sum(row.get("difference", 1) == 0 for row in mine)),
-                f"{median(took):.1f}" if took else "",
-            ])  # fmt: skip
-    return table(["library", "models", "eval", "train", "with N:M weights", "equal to the bit", "median capture s"], lines)
+    kinds = [(library, [row for row in rows if row["library"] == library]) for library in ALL]
+    lines = [[library, *_totals(mine)] for library, mine in kinds if mine]
+    head = [
+        "library", "models", "eval", "train", "second way", "with N:M weights", "equal to the bit", "free inputs",
+        "law checked", "law broken", "axes / capture, most", "capture s, median", "compile s, most",
+    ]  # fmt: skip
+    return table(head, lines)
+
+
+def _totals(rows: Sequence[Row]) -> list[str]:
+    def count(true: Callable[[Row], bool]) -> str:
+        return str(sum(map(true, rows)))
+
+    free, every = (sum(row.get(key, 0) for row in rows) for key in ("free_input_axes", "input_axes"))
+    share = max((row["axes_seconds"] / row["capture_seconds"] for row in rows if "axes_seconds" in row), default=0)
+    took = [row["capture_seconds"] for row in rows if "capture_seconds" in row]
+    return [
+        str(len(rows)), count(lambda row: row.get("eval") == "yes"), count(lambda row: row.get("train") == "yes"),
+        count(lambda row: row.get("way") == "fragments"), count(lambda row: row.get("planned", 0) > 0),
+        count(lambda row: row.get("difference", 1) == 0), f"{free}/{every}", count(lambda row: "law_error" in row),
+        count(lambda row: row.get("law_holds") is False), f"{share:.0%}", f"{median(took):.1f}" if took else "",
+        f"{max((row.get('compile_seconds', 0) for row in rows), default=0):.1f}",
+    ]  # fmt: skip
+
+
+def warm_up() -> None:
+    """Import once, before the first fork, what every capture needs."""
+    with torch.random.fork_rng(devices=[]):
+        permutation_law(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), (torch.randn(2, 8),), undo=1)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -222,25 +109,22 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one model")
     parser.add_argument("--capture-only", action="store_true", help="neither axes nor nm.compile")
-    parser.add_argument("--child", nargs=2, metavar=("LIBRARY", "NAME"), help="measure one model in this process")
+    parser.add_argument("--undo", type=int, default=12, help="axes of each model to undo one at a time")
     given = parser.parse_args(words)
-    if given.child:
-        torch.set_num_threads(given.threads)
-        child(*given.child, quick=given.quick, capture_only=given.capture_only)
-        return
+    torch.set_num_threads(given.threads)
     started = environment(given.threads) | {library: version(library) for library in LIBRARIES}
     chosen = [entry for entry in listed(given.library) if fnmatch.fnmatch(entry.name, given.only)]
     rows: dict[str, Row] = {}
     if given.resume and given.out.exists():
         rows = {f"{row['library']}/{row['model']}": row for row in json.loads(given.out.read_text())["models"]}
-    flags = [flag for flag in ("--quick", "--capture-only") if getattr(given, flag[2:].replace("-", "_"))]
-    with ThreadPoolExecutor(given.jobs) as pool:
-        waiting = [pool.submit(run, e, flags, given.timeout, given.threads) for e in chosen if str(e) not in rows]
-        for done in as_completed(waiting):
-            row = {**done.result(), "commit": started["commit"]}  # rows that --resume keeps may be of another
-            rows[f"{row['library']}/{row['model']}"] = row
-            print("  ".join(cells(row)), row.get("error", "").replace("\n", " ")[:200], flush=True)
-            _keep(given.out, started, rows)
+    chosen = [entry for entry in chosen if str(entry) not in rows]
+    work = partial(measure, quick=given.quick, capture_only=given.capture_only, undo=given.undo)
+    warm_up()
+    for entry, found in each(work, chosen, jobs=given.jobs, timeout=given.timeout):
+        row = {"library": entry.library, "model": entry.name, **found, "commit": started["commit"]}
+        rows[str(entry)] = row  # those that --resume keeps may be of another commit
+        print("  ".join(cells(row)), row.get("error", "").replace("\n", " ")[:200], flush=True)
+        _keep(given.out, started, rows)
     ordered = sorted(rows.values(), key=lambda row: (ALL.index(row["library"]), row["model"]))
     print(f"\n{table(HEAD, [cells(row) for row in ordered])}\n\n{summary(ordered)}")
     write(given.out, started, {"models": ordered})

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from nm_compiler.axes.outputs import Outputs
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
 from nm_compiler.graph import run
@@ -17,12 +16,13 @@ from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.module import SparseModule, attach_state, detach_state, unwrap
 from nm_compiler.pattern import PatternMap, PatternSpec
+from nm_compiler.permuting import Order, reorder
+from nm_compiler.preparing import globs, prepared
 from nm_compiler.recipe import freezing, pipeline
 from nm_compiler.rewrite import masked_nodes
-from nm_compiler.routes import check_outside, take
+from nm_compiler.routes import check_outside
 from nm_compiler.sites import Plan, find
 from nm_compiler.solvers.check import worst_group
-from nm_compiler.state import MARK
 
 
 @torch.inference_mode(False)  # state made of inference tensors could never be trained
@@ -35,6 +35,9 @@ def compile(
     method: Method | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    permute: Order | None = None,
+    budget_s: float | None = None,
+    outputs: Outputs = None,
     dynamic_shapes: Any = None,
     seed: int = 0,
 ) -> SparseModule:
@@ -46,7 +49,9 @@ def compile(
     pattern: ``"2:4"``, ``(2, 4)``, or globs over parameter names, first match wins: ``{"layer4.*": "1:4", "*": "2:4"}``.
     method: `LBC`, `BiMask` (the default), `SRSTE` or `Magnitude`.
     include, exclude: globs over parameter names; include also takes in the stem and the head, which stay dense otherwise.
-    seed: of everything the method draws at random.
+    permute: ``"search"`` puts channels in an order in which the masks keep more, before anything else; ``"random"`` or a
+    mapping are for experiments. budget_s (seconds) and outputs (which must not change) as in `nm_compiler.permute`.
+    seed: of the search, and of everything the method draws at random.
 
     Returns a `SparseModule`, which shares the model's parameters; the method's state is registered on the model in
     place, and `freeze` removes it. Build the optimizer afterwards, from ``sparse.parameters()``.
@@ -55,23 +60,22 @@ def compile(
     patterns = PatternMap.parse(pattern)
     method = BiMask() if method is None else method
     pipeline(method, ())  # an unknown method is refused before anything else happens
-    _check_model(model)
-    args = _arguments(example_inputs, kwargs)
-    args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
-    if any(parameter.is_meta for parameter in model.parameters()):  # a shape without values is captured with such inputs
-        args, named = pytree.tree_map_only(Tensor, _valueless, (args, named))
-    routes = take(model, args, named, dynamic_shapes)
-    check_outside(model, routes, patterns, _globs(exclude))
-    graphs = [route.whole for route in routes.values()]
-    plan = find(model, graphs, patterns, include=_globs(include), exclude=_globs(exclude))
+    if permute is None and (budget_s is not None or outputs is not None):
+        raise NMError('budget_s= and outputs= are about the permutation: say permute="search" too')
+    routes = prepared(model, example_inputs, kwargs, dynamic_shapes, what="nm.compile")
+    check_outside(model, routes, patterns, globs(exclude))
+    plan = find(model, [route.whole for route in routes.values()], patterns, include=globs(include), exclude=globs(exclude))
     _check_weights(model, plan, method)
+    moved = None if permute is None else reorder(model, routes, plan, permute, outputs, seed=seed, budget_s=budget_s)
     names = attach_state(model, plan, method)
     try:
         for route in routes.values():
             route.rewrite(pipeline(method, plan.sites), plan)
-        return SparseModule(model, routes, plan, method, seed)
+        return SparseModule(model, routes, plan, method, seed, notes=() if moved is None else moved.notes)
     except BaseException:
         detach_state(model, plan, names)
+        if moved is not None:
+            moved.undo(model)
         raise
 
 
@@ -120,33 +124,6 @@ def show(sparse: nn.Module, *, training: bool = False) -> str:
     return text
 
 
-def _normal(example: Tensor) -> Tensor:
-    return example.clone() if example.is_inference() else example  # an inference tensor cannot be traced for training
-
-
-def _valueless(example: Tensor) -> Tensor:
-    return example.to("meta")
-
-
-def _arguments(example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[Any, ...]:
-    if example_inputs is None and not kwargs:
-        raise NMError(
-            "nm.compile(model, example_inputs): give inputs to capture the model with, such as (x,). "
-            "Compiling without them, through TorchDynamo, is not in this release"
-        )
-    if example_inputs is None:
-        return ()
-    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-
-
-def _globs(globs: Sequence[str]) -> tuple[str, ...]:
-    return (globs,) if isinstance(globs, str) else tuple(globs)
-
-
-def _where(marked: list[str]) -> str:
-    return f" (its submodule {marked[0]!r} owns N:M weights)" if marked and marked[0] else ""
-
-
 def _check_masks(module: SparseModule) -> None:
     """Every mask is exactly N:M, checked before the first weight is written."""
     for weight in module.weights:
@@ -159,56 +136,6 @@ def _check_masks(module: SparseModule) -> None:
                         f"{site.name} of shape {list(site.shape)}: its mask keeps {fullest} of {site.pattern.m} in a "
                         f"group, not {site.pattern}; the state beside it was edited, load a healthy checkpoint"
                     )
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise NMError(f"nm.compile takes a torch.nn.Module, not {type(model).__name__}")
-    marked = [name for name, module in model.named_modules() if MARK in module.__dict__]
-    if isinstance(model, SparseModule) or marked:
-        raise NMError(
-            f"this {type(model).__name__} is compiled already{_where(marked)}: use the first nm.compile's result, "
-            "or nm.freeze it before compiling again"
-        )
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
-        raise NMError(f"compile the model itself, then wrap the result: this is a {type(model).__name__} around it")
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise NMError(f"{name} has no shape yet (a lazy layer): run one batch through the model before nm.compile")
-        _check_plain(name, parameter)
-    _check_devices(dict(model.named_parameters()))
-
-
-def _check_plain(name: str, parameter: Tensor) -> None:
-    """Sharded and quantised weights hold their values in other tensors, which no mask here could reach."""
-    inner = getattr(parameter, "data", parameter)
-    if parameter.is_quantized or is_traceable_wrapper_subclass(inner):
-        kind = type(inner).__name__ if not parameter.is_quantized else str(parameter.dtype)
-        sharded = kind == "DTensor"
-        way = (
-            "nm.compile the whole model first, then shard it"
-            if sharded
-            else "nm.compile the floating-point model, quantise it after nm.freeze"
-        )
-        raise NMError(
-            f"{name} of shape {list(parameter.shape)} is a {kind}, {'sharded' if sharded else 'quantised'} already: {way}"
-        )
-
-
-def _check_devices(parameters: Mapping[str, Tensor]) -> None:
-    """One device for all, which may be meta: planning needs no values."""
-    first = next(iter(parameters.items()), None)
-    for name, parameter in parameters.items():
-        if first is not None and parameter.device != first[1].device:
-            empty = (
-                " (it has no values: model.to_empty(device=...) and load weights)"
-                if parameter.is_meta or first[1].is_meta
-                else ""
-            )
-            raise NMError(
-                f"{first[0]} is on {first[1].device}, {name} of shape {list(parameter.shape)} on {parameter.device}{empty}: "
-                "a captured graph runs on one device; move the model there with model.to(device) before nm.compile"
-            )
 
 
 def _check_weights(model: nn.Module, plan: Plan, method: Method) -> None:

@@ -158,13 +158,21 @@ def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 def _places(axes: Axes, orders: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
     """Every axis of a parameter or buffer that was really put in another order by what is in it alone."""
-    moved = {name for name, order in orders.items() if not torch.equal(order, torch.arange(order.shape[-1]).expand_as(order))}
+    moved = set(_moved(axes, orders))
     needs = needs_of(axes)
     for name, layout in axes.state.items():
         for axis, expression in enumerate(layout):
             inside = {leaf.name for leaf in leaves(expression)}
             if any(leaf in moved and set(needs.get(leaf, ())) <= inside for leaf in inside):
                 yield name, axis
+
+
+def _moved(axes: Axes, orders: Mapping[str, Tensor]) -> Iterator[str]:
+    """The classes of which one axis can be put back by itself: those that moved, and have more than one."""
+    for each in axes.free:
+        order = orders[each.name]
+        if len(each.members) > 1 and not torch.equal(order, torch.arange(order.shape[-1]).expand_as(order)):
+            yield each.name
 
 
 @torch.no_grad()
@@ -175,15 +183,16 @@ def _noticed(
     """Put one axis back; did an output change? If not, the tensor must be one that no output depends on."""
     tensor, layout, needs = model.state_dict(keep_vars=True)[name], axes.state[name], needs_of(axes)
     kept, expected = tensor.detach().clone(), run()
-    inside = {leaf.name for leaf in leaves(layout[axis])}
+    inside = {leaf.name for leaf in leaves(layout[axis])} & set(_moved(axes, orders))
     back = inverse({n: o for n, o in orders.items() if n in inside and set(needs.get(n, ())) <= inside}, needs)
     only = tuple(expression if i == axis else Leaf("", expression.size) for i, expression in enumerate(layout))
-    tensor.copy_(reorder(kept, only, back, needs))
-    seen = not torch.equal(tensor, kept) and _difference(expected, run()) > threshold
-    if not seen and not torch.equal(tensor, kept):
+    undone = reorder(kept, only, back, needs)
+    if torch.equal(undone, kept):  # all entries along the axis are equal
+        return True
+    tensor.copy_(undone)
+    noticed = _difference(expected, run()) > threshold
+    if not noticed:  # a key bias under softmax: its values do not matter, so no order of them does
         tensor.copy_(kept + 0.5 * kept.abs().mean() * torch.randn(kept.shape, generator=generator, dtype=kept.dtype))
-        seen = _difference(expected, run()) <= threshold  # a key bias under softmax: no order of it matters
-    elif not seen:
-        seen = True  # all entries along the axis are equal
+        noticed = _difference(expected, run()) <= threshold
     tensor.copy_(kept)
-    return seen
+    return noticed

@@ -45,11 +45,17 @@ class SparseModule(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, routes: Mapping[bool, Exported | Fragments], plan: Plan, method: Method, seed: int
+        self,
+        model: nn.Module,
+        routes: Mapping[bool, Exported | Fragments],
+        plan: Plan,
+        method: Method,
+        seed: int,
+        notes: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self._attach(model, routes)
-        self.__dict__.update(plan=plan, method=method, seed=seed)
+        self.__dict__.update(plan=plan, method=method, seed=seed, notes=notes)
 
     def _attach(self, model: nn.Module, routes: Mapping[bool, Exported | Fragments]) -> None:
         for name in _SHARED:
@@ -229,11 +235,11 @@ class SparseModule(nn.Module):
         nn.Module.__init__(twin)
         model = copy.deepcopy(self.origin, memo)
         twin._attach(model, {mode: route.copied(model, memo) for mode, route in self.routes.items()})
-        twin.__dict__.update({key: self.__dict__[key] for key in ("plan", "method", "seed", "frozen")})
+        twin.__dict__.update({key: self.__dict__[key] for key in ("plan", "method", "seed", "notes", "frozen")})
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {key: self.__dict__[key] for key in ("origin", "plan", "method", "seed", "frozen", "training")}
+        kept = {key: self.__dict__[key] for key in ("origin", "plan", "method", "seed", "notes", "frozen", "training")}
         routes = {
             mode: (records.pack(route.gm), route.signature) if isinstance(route, Exported) else route.packed()
             for mode, route in self.routes.items()
@@ -244,7 +250,7 @@ class SparseModule(nn.Module):
         nn.Module.__init__(self)
         model, passes = state["origin"], pipeline(state["method"], state["plan"].sites)
         self._attach(model, {mode: _unpacked(packed, model, passes) for mode, packed in state["routes"].items()})
-        self.__dict__.update({key: state[key] for key in ("plan", "method", "seed", "frozen", "training")})
+        self.__dict__.update({key: state[key] for key in ("plan", "method", "seed", "notes", "frozen", "training")})
 
     def extra_repr(self) -> str:
         return f"{self.method}, {len(self.plan.sites)} weights N:M, {len(self.plan.refusals)} dense"

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from nm_compiler.axes.analyse import analyse
 from nm_compiler.axes.orders import checked, random_orders
@@ -19,9 +18,11 @@ from nm_compiler.axes.reorder import inverse, needs_of
 from nm_compiler.axes.result import Axes
 from nm_compiler.axes.search import search_orders
 from nm_compiler.errors import NMError
-from nm_compiler.layout import Layout
+from nm_compiler.exported import Exported
 from nm_compiler.passes.permute import permute as permute_pass
+from nm_compiler.passes.permute import permute_state
 from nm_compiler.pattern import PatternMap, PatternSpec
+from nm_compiler.preparing import Routes, globs, prepared
 from nm_compiler.signature import Signature
 from nm_compiler.sites import Plan, find
 from nm_compiler.solvers.magnitude import magnitude_mask
@@ -29,15 +30,6 @@ from nm_compiler.uses import layouts
 
 Order = str | Mapping[str, Any]
 """``"search"``, ``"random"``, or orders by axis."""
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A captured model. graphs: by training flag; plan: its N:M weights; layouts: the axes of every weight of a product."""
-
-    graphs: Mapping[bool, tuple[GraphModule, Signature]]
-    plan: Plan | None
-    layouts: Mapping[str, Layout]
 
 
 @dataclass(frozen=True)
@@ -54,6 +46,16 @@ class Permutation(Mapping[str, Tensor]):
     def inverse(self) -> dict[str, Tensor]:
         """The orders that put everything back: ``nm.permute(model, inputs, order=permutation.inverse())``."""
         return inverse(self.orders, needs_of(self.axes))
+
+    def undo(self, model: nn.Module) -> None:
+        """Put everything back in the model that was permuted."""
+        permute_state(model, axes=self.axes, orders=self.inverse())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the report."""
+        pinned = [f"no axis rule for {op}: it pinned {count} axes" for op, count in self.axes.unknown.items()]
+        return (f"{len(self.orders)} of {len(self.axes)} axis classes were permuted.", *pinned)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.orders[name]
@@ -100,9 +102,10 @@ def permute(
     Raises NMError, nothing changed, if the model cannot be captured or an order does not fit.
     Reference: Pool & Yu, NeurIPS 2021.
     """
-    found = captured_and_planned(model, example_inputs, kwargs, pattern, include, exclude, dynamic_shapes, what="nm.permute")
-    axes = coupled(model, found, outputs)
-    return apply(model, found, axes, order, optimizer=optimizer, seed=seed, budget_s=budget_s)
+    routes = prepared(model, example_inputs, kwargs, dynamic_shapes, what="nm.permute")
+    whole = [route.whole for route in routes.values()]
+    plan = find(model, whole, PatternMap.parse(pattern), include=globs(include), exclude=globs(exclude))
+    return reorder(model, routes, plan, order, outputs, optimizer=optimizer, seed=seed, budget_s=budget_s)
 
 
 def show_axes(
@@ -117,58 +120,44 @@ def show_axes(
 
     Returns a value to print, to iterate over and to ``draw("axes.svg")``. Nothing is changed; meta weights will do.
     """
-    found = captured_and_planned(model, example_inputs, kwargs, None, (), (), dynamic_shapes, what="nm.show_axes")
-    return coupled(model, found, outputs)
+    return coupled(model, prepared(model, example_inputs, kwargs, dynamic_shapes, what="nm.show_axes"), outputs)
 
 
-def coupled(model: nn.Module, found: Captured, outputs: Outputs) -> Axes:
-    """The coupled axes of a captured model."""
-    return analyse(model, list(found.graphs.values()), layouts=found.layouts, outputs=outputs)
+def coupled(model: nn.Module, routes: Routes, outputs: Outputs = None) -> Axes:
+    """The coupled axes of a captured model, over the modes that are one graph. Raises NMError where none is."""
+    graphs = _graphs(routes)
+    return analyse(model, graphs, layouts=layouts([gm for gm, _ in graphs], model), outputs=outputs)
 
 
-def apply(
-    model: nn.Module, found: Captured, axes: Axes, order: Order, *,
+def reorder(
+    model: nn.Module, routes: Routes, plan: Plan, order: Order, outputs: Outputs = None, *,
     optimizer: Optimizer | None = None, seed: int = 0, budget_s: float | None = None,
 ) -> Permutation:  # fmt: skip
     """Find or check the orders, then permute the model's state in place, all of it or nothing."""
+    if not isinstance(order, Mapping) and order not in ("search", "random"):
+        raise NMError(f'order={order!r}: use "search", "random", or a mapping from axes to orders')
     beside = _beside(model, optimizer)
+    axes = coupled(model, routes, outputs)
     if isinstance(order, Mapping):
         orders = checked(axes, order)
     elif order == "random":
         orders = random_orders(axes, seed)
-    elif order == "search":
-        assert found.plan is not None
-        orders = search_orders(model, axes, found.plan, seed=seed, budget_s=budget_s)
     else:
-        raise NMError(f'order={order!r}: use "search", "random", or a mapping from axes to orders')
-    before = _retained(model, found.plan)
-    gm = next(iter(found.graphs.values()))[0]
-    permute_pass(gm, axes=axes, orders=orders, beside=beside)
-    after = _retained(model, found.plan)
+        orders = search_orders(model, axes, plan, seed=seed, budget_s=budget_s)
+    before = _retained(model, plan)
+    permute_pass(_graphs(routes)[0][0], axes=axes, orders=orders, beside=beside)
+    after = _retained(model, plan)
     return Permutation(orders, axes, {name: (share, after[name]) for name, share in before.items()})
 
 
-def captured_and_planned(
-    model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | None, pattern: PatternSpec | None,
-    include: Sequence[str], exclude: Sequence[str], dynamic_shapes: Any, what: str,
-) -> Captured:  # fmt: skip
-    from nm_compiler.api import _arguments, _check_model, _globs, _normal
-    from nm_compiler.capture import capture
-
-    _check_model(model)
-    args = _arguments(example_inputs, kwargs)
-    args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
-    graphs = capture(model, args, named, dynamic_shapes)
-    plan = None
-    if pattern is not None:
-        plan = find(
-            model,
-            [gm for gm, _ in graphs.values()],
-            PatternMap.parse(pattern),
-            include=_globs(include),
-            exclude=_globs(exclude),
+def _graphs(routes: Routes) -> list[tuple[GraphModule, Signature]]:
+    whole = [(route.gm, route.signature) for route in routes.values() if isinstance(route, Exported)]
+    if not whole:
+        raise NMError(
+            "neither mode of this model can be captured as one graph, so nothing is known about which axes are coupled: "
+            "compile it without permute=, or rewrite the control flow on data that stops torch.export"
         )
-    return Captured(graphs, plan, layouts([gm for gm, _ in graphs.values()], model))
+    return whole
 
 
 def _beside(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[str, Tensor]]:
@@ -187,9 +176,9 @@ def _beside(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[str, Te
     ]
 
 
-def _retained(model: nn.Module, plan: Plan | None) -> dict[str, float]:
+def _retained(model: nn.Module, plan: Plan) -> dict[str, float]:
     found = {}
-    for site in plan.sites if plan else ():
+    for site in plan.sites:
         weight = model.get_parameter(site.name).detach()
         total = weight.abs().sum(dtype=torch.float64)
         kept = weight.mul(magnitude_mask(weight, site.pattern.n, site.pattern.m, site.in_axis)).abs().sum(dtype=torch.float64)

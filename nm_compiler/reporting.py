@@ -27,7 +27,7 @@ def report(model: nn.Module, pattern: PatternLike | None = None) -> Report:
     rows = {refusal.where: _refused(module, refusal.where, refusal.reason) for refusal in module.plan.refusals}
     rows |= {weight.site.name: _planned(module, weight) for weight in module.weights}
     title = f"{type(module.origin).__name__} with {module.method}"
-    return Report(title, tuple(rows[name] for name in module.plan.shapes))
+    return Report(title, tuple(rows[name] for name in module.plan.shapes), module.notes)
 
 
 def _refused(module: SparseModule, name: str, reason: str) -> Row:

@@ -16,22 +16,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from nm_compiler.axes.reorder import Orders, inverse, needs_of, reorder
-from nm_compiler.axes.result import Axes, Axis
+from nm_compiler.axes.result import Axes, Axis, leaves
 from nm_compiler.graph import getattr_path
 
 
 def permute(gm: GraphModule, *, axes: Axes, orders: Orders, beside: Sequence[tuple[str, Tensor]] = ()) -> GraphModule:
-    """Permute the parameters and buffers that ``gm`` is bound to.
+    """Permute the parameters and buffers that ``gm`` is bound to; arguments as `permute_state`."""
+    permute_state(gm, axes=axes, orders=orders, beside=beside)
+    return gm
 
-    axes: of the model; orders: int64 ``[*rows, size]`` by class name, valid ones (see `nm_compiler.permuting`);
+
+def permute_state(owner: nn.Module, *, axes: Axes, orders: Orders, beside: Sequence[tuple[str, Tensor]] = ()) -> None:
+    """Permute the parameters and buffers of ``owner``, a model or a graph that is bound to one.
+
+    axes: of the model; orders: int64 ``[*rows, size]`` by class name, valid ones (see `nm_compiler.axes.orders`);
     beside: tensors that go along with a parameter of their shape, such as an optimizer's momentum, by its name.
     """
     needs = needs_of(axes)
-    tensors: list[tuple[Tensor, Sequence[Axis]]] = [(getattr_path(gm, name), layout) for name, layout in axes.state.items()]
+    tensors: list[tuple[Tensor, Sequence[Axis]]] = [(getattr_path(owner, name), layout) for name, layout in axes.state.items()]
     tensors += [(tensor, axes.state[name]) for name, tensor in beside if name in axes.state]
     done: list[tuple[Tensor, Sequence[Axis]]] = []
     try:
@@ -43,7 +49,6 @@ def permute(gm: GraphModule, *, axes: Axes, orders: Orders, beside: Sequence[tup
         for tensor, layout in done[:-1]:
             _write(tensor, layout, back, needs)
         raise
-    return gm
 
 
 @torch.no_grad()
@@ -55,8 +60,6 @@ def _write(tensor: Tensor, layout: Sequence[Axis], orders: Orders, needs: dict[s
 
 
 def _on(tensor: Tensor, layout: Sequence[Axis], orders: Orders) -> Iterator[tuple[str, Tensor]]:
-    from nm_compiler.axes.result import leaves
-
     for axis in layout:
         for leaf in leaves(axis):
             if leaf.name in orders:

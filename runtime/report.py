@@ -34,10 +34,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All weights of a model. ``print`` it, or take `to_dict` or `to_html`."""
+    """All weights of a model. ``print`` it, or take `to_dict` or `to_html`. notes: lines about the model as a whole."""
 
     title: str
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -57,7 +58,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """``{"title": .., "weights": [{"name", "op", "shape", "pattern", "status", "reason", ..}], "totals": {..}}``."""
-        return {"title": self.title, "weights": [row.to_dict() for row in self.rows], "totals": self.totals}
+        rows = [row.to_dict() for row in self.rows]
+        return {"title": self.title, "weights": rows, "totals": self.totals, "notes": list(self.notes)}
 
     def __str__(self) -> str:
         columns = [column for column in _COLUMNS if column in _ALWAYS or any(_cell(row, column) for row in self.rows)]
@@ -66,7 +68,7 @@ class Report:
         widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
         text.insert(1, "-" * max(map(len, text)))
-        return "\n".join([self.title, "", *text, "", self.summary()])
+        return "\n".join([self.title, "", *text, "", self.summary(), *self.notes])
 
     def summary(self) -> str:
         """One sentence with the totals."""
@@ -78,13 +80,14 @@ class Report:
     def to_html(self) -> str:
         """A self-contained table, dense rows greyed, shares drawn as bars."""
         columns = [column for column in _COLUMNS if column in _ALWAYS or any(_cell(row, column) for row in self.rows)]
+        below = " ".join([self.summary(), *self.notes])
         head = "".join(f"<th>{html.escape(_HEADINGS[column])}</th>" for column in columns)
         body = "".join(
             f'<tr class="{row.status}">' + "".join(_html_cell(row, column) for column in columns) + "</tr>\n"
             for row in self.rows
         )
         return (
-            f'{_STYLE}<div class="nm-report"><h2>{html.escape(self.title)}</h2><p>{html.escape(self.summary())}</p>\n'
+            f'{_STYLE}<div class="nm-report"><h2>{html.escape(self.title)}</h2><p>{html.escape(below)}</p>\n'
             f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
         )
 

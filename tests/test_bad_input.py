@@ -63,7 +63,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "an infinite weight": (lambda: with_value(float("-inf")), {}, r"fc2.weight of shape \[16, 16\] has 1 NaN or infinite"),
     "an integer weight asked for": (Quantised, {"include": "weight"}, r"weight of shape \[8, 8\] is torch.int8 but include='weight'"),
     "some weights on the meta device": (lambda: on_two_devices(), {}, r"fc1.weight is on cpu, fc2.weight of shape \[16, 16\] on meta .*has no values.*to_empty"),
-    "a quantised weight": (lambda: with_inner_tensors(), {}, r"fc2.weight of shape \[16, 16\] is a TwoTensor, quantised already: .*quantise it after nm.freeze"),
+    "a quantised weight": (lambda: with_inner_tensors(), {}, r"fc2.weight of shape \[16, 16\] is a TwoTensor, quantised already: .*quantise it afterwards"),
     "an include that matches nothing": (MLP, {"include": "layer9.*"}, r"include='layer9.\*' matches no weight; .* such as fc1.weight"),
     "an exclude that matches nothing": (MLP, {"exclude": ["fc1*", "fx2*"]}, r"exclude='fx2\*' matches no weight"),
     "everything excluded": (MLP, {"exclude": "*"}, r"no weight[\s\S]*excluded by '\*'"),
