@@ -42,10 +42,9 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
-def frozen() -> Generator[None]:
-    """Every capture collects garbage: what earlier tests left behind need not be looked at again each time."""
-    gc.collect()
+@pytest.fixture(autouse=True)
+def _imports_are_not_garbage() -> Generator[None]:
+    """Every capture collects garbage; what is there before a test need not be looked at again each time."""
     gc.freeze()
     yield
     gc.unfreeze()

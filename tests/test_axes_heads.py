@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import nm_compiler as nm
 from nm_compiler.axes.result import Axes, AxisClass
 
-pytestmark = pytest.mark.usefixtures("frozen")
 Cut = Callable[[Tensor], tuple[Tensor, ...]]
 
 

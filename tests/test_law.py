@@ -13,8 +13,6 @@ from nm_compiler.axes.analysis import Analysis, Call, Value
 from nm_compiler.axes.rules import RULES
 from nm_compiler.law import permutation_law
 
-pytestmark = pytest.mark.usefixtures("frozen")
-
 
 def test_the_law_holds_on_small_nets() -> None:
     for model, x in (

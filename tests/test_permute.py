@@ -17,8 +17,6 @@ from torch.utils import _pytree as pytree
 import nm_compiler as nm
 from nm_compiler.passes import permute as permute_pass
 
-pytestmark = pytest.mark.usefixtures("frozen")
-
 
 def digest(model: nn.Module, *more: Tensor) -> str:
     tensors = [*model.state_dict().values(), *more]

@@ -18,9 +18,6 @@ from nm_compiler.axes.result import Axes
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-pytestmark = pytest.mark.usefixtures("frozen")
-
-
 class Block(nn.Module):
     """A transformer block with two heads, between an embedding and a head."""
 

@@ -5,9 +5,7 @@ Each model is a test of its own, so that workers share them. The whole zoo is me
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -43,14 +41,6 @@ PINNED = {
     "token_mixing": ["tokens[1]"],  # it reduces over the positions of the input
 }
 """Input axes of weights, stems left out, that cannot be permuted."""
-
-
-@pytest.fixture(autouse=True)
-def _imports_are_not_garbage() -> Iterator[None]:
-    """`capture` collects garbage; with the objects of three libraries to look at that would be most of what a test takes."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def entry(library: str, name: str) -> zoo.Entry:
