@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from zoo.shim import declare_missing_operators
 
 import nm_compiler as nm
 from nm_compiler.graph import show_graph
@@ -27,12 +28,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def family(name: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    try:
-        make = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
-        config = getattr(transformers, f"{name}Config")(**({"vocab_size": 32} if name == "GPT2" else SMALL), **FAMILIES[name])
-    except ImportError as error:  # its torchvision does not fit torch
-        pytest.skip(str(error).splitlines()[0])
+    declare_missing_operators()
+    transformers = pytest.importorskip("transformers", reason="the zoo is an extra: pip install -e '.[zoo]'")
+    make = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
+    config = getattr(transformers, f"{name}Config")(**({"vocab_size": 32} if name == "GPT2" else SMALL), **FAMILIES[name])
     return make(config)
 
 
@@ -96,6 +95,7 @@ def test_a_frozen_grouped_matmul_is_torchs_own_again() -> None:
     assert {"up": (2,), "down": (1,)}.items() <= {k: v[-1:] for k, v in nm.verify(frozen).satisfied.items()}.items()
 
 
+@pytest.mark.required
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_weight_of_a_language_model_is_planned_or_refused_for_a_good_reason(name: str) -> None:
     model = family(name)

@@ -38,7 +38,8 @@ PINNED = {
     "keywords": ["head.weight[1]"],  # the hidden state is an output too
     "nested_containers": ["head.weight[1]"],
     "lstm_cell": ["head.weight[1]"],  # a fused cell has no rule
-    "token_mixing": ["tokens[1]"],  # it reduces over the positions of the input
+    "token_mixing": ["tokens[1]"],  # it reduces over the positions of the input, and so does the next
+    "mlp_mixer": ["blocks.0.mlp_channels.gate.proj.weight[1]", "blocks.1.mlp_channels.gate.proj.weight[1]"],
 }
 """Input axes of weights, stems left out, that cannot be permuted."""
 
