@@ -8,7 +8,7 @@ from nm_compiler.pattern import Pattern
 from nm_compiler.solvers.anneal import noise_unit
 from nm_compiler.solvers.search_members import Array
 
-LOUD, QUIET = 0.04, 0.008  # noise on the scores at the start and the end, in units of `noise_unit`; found by trial
+LOUD, QUIET = 0.035, 0.007  # noise on the scores at the start and the end, in units of `noise_unit`; found by trial
 AT_ONCE = 256  # slots refilled in one round: the assignment's cost grows with the cube
 _SILENT = 0.97  # share of the budget after which there is no noise at all
 
