@@ -675,7 +675,7 @@ CASES: dict[str, Case] = {
     "msort2": hidden(lambda m, h: h * m.p.msort()[:, 0], p=(8, 3), free=2),
     "topk_heads": hidden(lambda m, h: h.view(5, 4, 2).topk(3, 1).values.flatten(1), out=6, free=2),
     "median": hidden(lambda m, h: h * h.median() + h.median(-1, keepdim=True).values, free=1),
-    "diff_pre": hidden(lambda m, h: h.diff(dim=0, prepend=m.p[None])[:5], p=(8,), free=0),
+    "diff_pre": hidden(lambda m, h: h.diff(dim=0, prepend=m.p[None])[:5], p=(8,), free=1),
     "diff_heads": hidden(lambda m, h: h.view(5, 4, 2).diff(dim=1).flatten(1), out=6, free=1),
     "bincount_w": hidden(
         lambda m, h: h * torch.bincount((m.i % 3), weights=m.p, minlength=3)[0].to(h.dtype),

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern, combination_table
-from nm_compiler.solvers.backward_order import kept_importance, pair_swap_search
+from nm_compiler.solvers.backward_order import assignment_search, kept_importance, search_backward_order
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.solvers.combinations import byte_table, count, pack, retire, undecided, union, unpack
 from nm_compiler.solvers.magnitude import magnitude_mask
@@ -112,17 +113,17 @@ def test_a_searched_order_is_a_permutation_never_worse_than_identity_or_start(
     generator = torch.Generator().manual_seed(seed)
     importance = torch.rand(groups * m, 9, generator=generator)
     start = torch.randperm(groups * m, generator=generator)
-    found = pair_swap_search(importance, start, n, m, moves=60, seed=seed)
+    found = assignment_search(importance, start, n, m, moves=60, seed=seed)
     assert torch.equal(found.sort().values, torch.arange(groups * m))
     for other in (start, torch.arange(groups * m)):
         assert float(kept_importance(importance, found, n, m)) >= float(kept_importance(importance, other, n, m))
-    assert torch.equal(found, pair_swap_search(importance, start, n, m, moves=60, seed=seed))
+    assert torch.equal(found, assignment_search(importance, start, n, m, moves=60, seed=seed))
 
 
 def test_the_search_finds_the_best_order_of_a_tiny_matrix() -> None:
     importance = torch.rand(6, 4, dtype=torch.float64)
     best = max(float(kept_importance(importance, torch.tensor(p), 1, 2)) for p in itertools.permutations(range(6)))
-    found = pair_swap_search(importance, torch.arange(6), 1, 2, moves=200, seed=0)
+    found = assignment_search(importance, torch.arange(6), 1, 2, moves=200, seed=0)
     assert float(kept_importance(importance, found, 1, 2)) == pytest.approx(best)
 
 
@@ -130,7 +131,7 @@ def test_the_search_beats_the_papers_hundred_random_orders() -> None:
     weight = torch.randn(128, 256)
     importance = weight.abs() * magnitude_mask(weight, 2, 4, 1)
     random = max(float(kept_importance(importance, torch.randperm(128), 2, 4)) for _ in range(100))
-    found = pair_swap_search(importance, torch.arange(128), 2, 4, moves=1000, seed=0)
+    found = assignment_search(importance, torch.arange(128), 2, 4, moves=1000, seed=0)
     assert float(kept_importance(importance, found, 2, 4)) > 1.005 * random
 
 
@@ -140,3 +141,34 @@ def test_the_worst_group_is_counted_along_the_axis_asked_for() -> None:
     assert worst_group(weight, 4, 1) == 3
     assert worst_group(weight, 4, 0) == 1
     assert worst_group(torch.full((1, 4), torch.nan), 4, 1) == 4
+
+
+@pytest.mark.parametrize("objective", ["magnitude", "count"])
+def test_a_thorough_search_of_the_backward_order_keeps_more_than_the_quick_one_starts_with(objective: str) -> None:
+    weight = torch.randn(48, 5, 16)
+    mask = magnitude_mask(weight, 2, 4, -1)
+    importance = (mask.float() if objective == "count" else weight.abs() * mask).flatten(1)
+    quick = assignment_search(importance, torch.arange(48), 2, 4, moves=500, seed=0)
+    found = search_backward_order(weight, pattern="2:4", objective=objective, order=quick, moves=300_000)
+    kept = [float(kept_importance(importance, torch.as_tensor(o), 2, 4)) for o in (torch.arange(48), quick, found)]
+    assert kept[0] < kept[1] < kept[2]
+
+
+@pytest.mark.parametrize(("weight", "options", "message"), [
+    (torch.ones(6, 8), {}, "must divide its first and its last axis"),
+    (torch.ones(8, 6), {}, "must divide its first and its last axis"),
+    (torch.ones(8, 8), {"objective": "sum"}, "choose 'magnitude' or 'count'"),
+    (torch.full((8, 8), torch.nan), {}, "NaN"),
+])  # fmt: skip
+def test_a_backward_order_that_cannot_be_searched_is_refused(
+    weight: torch.Tensor, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(NMError, match=message):
+        search_backward_order(weight, **{"pattern": "2:4", **options})
+
+
+def test_nan_in_training_leaves_the_order_as_it_is() -> None:
+    importance = torch.rand(8, 4)
+    importance[0, 0] = torch.nan
+    order = torch.randperm(8)
+    assert sorted(assignment_search(importance, order, 2, 4, moves=100, seed=0).tolist()) == list(range(8))

@@ -15,7 +15,7 @@ from nm_compiler.layout import as_rows
 from nm_compiler.methods.base import Clock, Method
 from nm_compiler.methods.srste import check_decay
 from nm_compiler.sites import Site
-from nm_compiler.solvers.backward_order import OrderSearch, pair_swap_search
+from nm_compiler.solvers.backward_order import OrderSearch, assignment_search
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.state import Weight
 
@@ -29,7 +29,7 @@ class BiMask(Method):
     order are always candidates. A weight whose output channels do not divide by M keeps B = F. Ref: Bi-Mask, eq. 8 to 10.
 
     interval: optimizer steps between searches (first search after step 1); decay: lambda, 2e-4;
-    moves: swaps weighed in a search, for each weight; objective: ``"magnitude"`` keeps the most of sum |W * F|,
+    moves: output channels placed anew in a search, for each weight; objective: ``"magnitude"`` keeps the most of sum |W * F|,
     ``"count"`` the most non-zeros (the paper's); search: any `OrderSearch`. Raises NMError for values out of range.
     """
 
@@ -37,7 +37,7 @@ class BiMask(Method):
     decay: float = 2e-4
     moves: int = 10_000
     objective: Literal["magnitude", "count"] = "magnitude"
-    search: OrderSearch = pair_swap_search
+    search: OrderSearch = assignment_search
 
     def __post_init__(self) -> None:
         check_decay(self.decay, self.name)

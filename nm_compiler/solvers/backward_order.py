@@ -1,16 +1,26 @@
 """Bi-Mask's backward order: which output rows share a backward group.
 
-A simple pair-swap hill climb. Any function of the same signature can take its place (`BiMask(search=...)`).
+`assignment_search` is what training calls every hundred steps, `search_backward_order` the thorough search for a weight.
+Any function with the signature of `OrderSearch` can take the first one's place (`BiMask(search=...)`).
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-_CHUNK = 1 << 22  # numbers in flight while swaps are weighed
+from nm_compiler.errors import NMError
+from nm_compiler.pattern import Pattern
+from nm_compiler.solvers.magnitude import magnitude_mask
+from nm_compiler.solvers.neighbourhood import Neighbourhood
+from nm_compiler.solvers.search import search_order
+from nm_compiler.solvers.search_budget import Listener
+
+_AT_ONCE = 64  # slots refilled in a round: more is better only with more time than training should give
 
 
 class OrderSearch(Protocol):
@@ -20,7 +30,7 @@ class OrderSearch(Protocol):
         """Return an order at least as good as ``order`` and as the identity.
 
         importance: ``[rows, columns]``, non-negative; order: int64 ``[rows]``, ``rows`` a multiple of ``m``.
-        moves: budget in weighed swaps, so that a run is reproducible. Returns int64 ``[rows]``.
+        moves: budget in slots that get a row anew, so that a run is reproducible. Returns int64 ``[rows]``.
         """
 
 
@@ -30,61 +40,61 @@ def kept_importance(importance: Tensor, order: Tensor, n: int, m: int) -> Tensor
     return groups.topk(n, dim=1).values.sum(dtype=torch.float64)
 
 
-def pair_swap_search(importance: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int) -> Tensor:
-    """Hill climb over swaps of two rows in two groups, from the better of ``order`` and the identity.
+def assignment_search(importance: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int) -> Tensor:
+    """Take a random slot out of up to 64 random groups and refill them all at once, optimally, again and again.
 
-    In every round the groups are paired at random, all m x m swaps of each pair are weighed at once, and the best one is
-    taken where it gains. Ends after ``moves`` weighed swaps, or earlier when as many rounds as there are groups bring
-    nothing. Never worse than either start; deterministic for a seed. Shapes as in `OrderSearch`.
+    Begins at the better of ``order`` and the identity and ends after ``moves`` slots, or earlier when as many rounds as
+    there are groups bring nothing. Never worse than either start; deterministic for a seed. Shapes as in `OrderSearch`;
+    it runs on the CPU, the result is on the importance's device.
     """
-    starts = (order, torch.arange(len(order), device=order.device))
-    best = max(starts, key=lambda start: float(kept_importance(importance, start, n, m)))
-    current, groups = best.clone(), len(order) // m
-    generator = torch.Generator().manual_seed(seed)
-    pairs, idle = groups // 2, 0
-    for _ in range(-(-moves // max(1, pairs * m * m)) if pairs else 0):
-        shuffled = torch.randperm(groups, generator=generator).to(order.device)
-        left, right = shuffled[:pairs], shuffled[pairs : 2 * pairs]
-        gain, first, second = _best_swaps(importance, current.view(groups, m), left, right, n)
-        taken = gain > 1e-9
-        ones, others = (left * m + first)[taken], (right * m + second)[taken]
-        current[ones], current[others] = current[others], current[ones]
-        idle = 0 if bool(taken.any()) else idle + 1
+    device, order = importance.device, order.cpu()
+    values = importance.detach().cpu()
+    values = values if values.dtype == torch.float64 else values.float()
+    starts = (order, torch.arange(len(order)))
+    best = max(starts, key=lambda start: float(kept_importance(values, start, n, m)))
+    groups, mean = len(order) // m, float(values.double().mean()) if values.numel() else 0.0
+    if groups < 2 or not 0.0 < mean < float("inf") or moves < 1:
+        return best.to(device)
+    columns = (values / mean).float().contiguous().numpy()
+    engine = Neighbourhood(columns, best.numpy(), Pattern(n, m), seed % 2**64, at_once=_AT_ONCE)
+    count, idle = min(_AT_ONCE, groups), 0
+    for _ in range(-(-moves // count)):
+        before = engine.gained
+        engine.step(1.0, 1)
+        idle = 0 if engine.gained > before else idle + 1
         if idle > groups:
             break
     # gains are sums in another order than the total: where rounding fooled them, the start is still at hand
-    return max((best, current), key=lambda end: float(kept_importance(importance, end, n, m)))
+    ends = (best, torch.from_numpy(engine.best))
+    return max(ends, key=lambda end: float(kept_importance(values, end, n, m))).to(device)
 
 
-def _best_swaps(importance: Tensor, rows: Tensor, left: Tensor, right: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each pair of groups the best swap: relative gain, slot in the left group, slot in the right group.
+def search_backward_order(
+    weight: Tensor,
+    *,
+    pattern: str | tuple[int, int] | Pattern,
+    objective: Literal["magnitude", "count"] = "magnitude",
+    order: ArrayLike | Tensor | None = None,
+    budget_s: float | None = None,
+    moves: int | None = None,
+    seed: int = 0,
+    progress: Listener | None = None,
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Search the order of output rows under which the backward mask keeps the most of the forward-masked weight.
 
-    rows: ``[groups, m]``, an order by groups; left, right: ``[pairs]``, disjoint groups. The identity behind it: a group
-    in which slot s is refilled by x keeps ``rest_s + sum of max(x, t_s)``, with t_s the n-th largest of the others.
+    weight: ``[out, .., in]``, forward groups along the last axis. objective: the sum of kept magnitudes, or how many are
+    kept (the paper's). order: to begin with, the identity if left out; the others as in `search_order`.
+
+    Returns int64 ``[out]``, no worse than the identity and than ``order``. Raises NMError, as `search_order` does, and if
+    M does not divide both axes. Ref: Bi-Mask, section 3.3.
     """
-    m = rows.shape[1]
-    found = []
-    step = max(1, _CHUNK // (m * m * importance.shape[1]))
-    for one, other in zip(left.split(step), right.split(step), strict=True):
-        first, second = importance[rows[one]], importance[rows[other]]  # [pairs, m, columns]
-        (rest1, least1, kept1), (rest2, least2, kept2) = _without_each(first, n), _without_each(second, n)
-        into_first = torch.maximum(least1.unsqueeze(2), second.unsqueeze(1)).sum(-1)  # [pairs, slot 1, slot 2]
-        into_second = torch.maximum(least2.unsqueeze(1), first.unsqueeze(2)).sum(-1)
-        after = rest1.unsqueeze(2) + rest2.unsqueeze(1) + into_first + into_second
-        before = (kept1 + kept2).view(-1, 1)
-        gain, place = ((after.flatten(1) - before) / before.clamp(min=1e-30)).max(1)
-        found.append((gain, place // m, place % m))
-    gains, slots1, slots2 = zip(*found, strict=True)
-    return torch.cat(gains), torch.cat(slots1), torch.cat(slots2)
-
-
-def _without_each(group: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What is left of a group without slot s: ``rest [pairs, m]``, ``t [pairs, m, columns]``; and ``kept [pairs]`` now.
-
-    group: ``[pairs, m, columns]``. If s is among the n largest, the (n+1)-th moves up to be the n-th of the others.
-    """
-    top = group.topk(n + 1, dim=1).values
-    total, nth, next_one = top[:, :n].sum(1, keepdim=True), top[:, n - 1 : n], top[:, n : n + 1]
-    inside = group >= nth
-    rest = total - torch.where(inside, group, nth)
-    return rest.sum(-1), torch.where(inside, next_one, nth), total.sum((1, 2))
+    nm = Pattern.parse(pattern)
+    if objective not in ("magnitude", "count"):
+        raise NMError(f"objective={objective!r}: choose 'magnitude' or 'count'")
+    if weight.ndim < 2 or weight.shape[-1] % nm.m or weight.shape[0] % nm.m:
+        raise NMError(f"a weight of shape {list(weight.shape)}: {nm.m} must divide its first and its last axis")
+    values = weight.detach().cpu()
+    mask = magnitude_mask(values, nm.n, nm.m, -1)
+    importance = mask.float() if objective == "count" else torch.where(mask, values.abs(), values.new_zeros(()))
+    matrix = importance.flatten(1).T
+    return search_order(matrix, pattern=nm, budget_s=budget_s, moves=moves, seed=seed, start=order, progress=progress)

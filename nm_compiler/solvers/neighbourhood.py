@@ -16,18 +16,18 @@ _SILENT = 0.97  # share of the budget after which there is no noise at all
 class Neighbourhood:
     """A search that is under way; ``best`` and ``gained`` are its result at any time.
 
-    Every round takes a random slot out of up to 256 random groups, weighs all their channels in all those slots, adds
+    Every round takes a random slot out of up to ``at_once`` random groups, weighs all their channels in all those slots, adds
     noise that fades, and refills them by linear assignment. columns: float32 ``[channels, rows]``.
     """
 
-    def __init__(self, columns: Array, start: Array, pattern: Pattern, seed: int) -> None:
+    def __init__(self, columns: Array, start: Array, pattern: Pattern, seed: int, at_once: int = AT_ONCE) -> None:
         self.best, self.gained = start.copy(), 0.0
         self._columns, self._pattern = columns, pattern
         self._order, self._value = start.copy(), 0.0
         self._unit = noise_unit(columns)
         self._state = np.array([seed], dtype=np.uint64)
         self._groups = np.arange(len(start) // pattern.m)
-        count = min(AT_ONCE, len(self._groups))
+        count = min(at_once, len(self._groups))
         self._scores = np.empty((count, count), dtype=np.float32)
 
     def step(self, share: float, moves: int) -> int:

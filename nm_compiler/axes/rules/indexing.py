@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nm_compiler.axes.analysis import Analysis, Call, Dims, Rule, Value, named
-from nm_compiler.axes.rules.parts import pieces, renewed
+from nm_compiler.axes.rules.parts import pieces, renewed, without
 from nm_compiler.axes.rules.reductions import values_only
 
 
@@ -174,11 +174,14 @@ def ranked(a: Analysis, call: Call) -> Value:
 
 
 def difference(a: Analysis, call: Call) -> Value:
-    """``diff``: neighbours are compared."""
-    x = a.dims(call["self"])
-    assert call["prepend"] is None
-    assert call["append"] is None
-    return renewed(a, x, [call["dim"]], a.shape(call.node), "diff compares neighbours")
+    """``diff``: neighbours are compared, those at the ends with what is put before or after."""
+    x, why = a.dims(call["self"]), "diff compares neighbours"
+    axis = call["dim"] % len(x)
+    for end in (a.dims(call[name]) for name in ("prepend", "append") if call[name] is not None):
+        a.pin((end[axis],), why)
+        a.broadcast([without(x, axis), without(end, axis)], "diff aligns its ends")
+        a.mixed(end, (axis,))
+    return renewed(a, x, [axis], a.shape(call.node), why)
 
 
 def counts(a: Analysis, call: Call) -> Value:
