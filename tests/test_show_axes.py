@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
+import networkx as nx
 import pytest
 import torch
 from models import Attention, ConvNet, example
 from torch import Tensor, nn
 
 import nm_compiler as nm
+from nm_compiler.axes.network import network
 from nm_compiler.axes.result import Axes
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -109,3 +111,10 @@ def test_an_op_without_a_rule_is_logged_once_and_named_in_the_text(caplog: pytes
     assert str(axes).endswith("  no rule for renorm: it pinned 2 axes")
     assert not axes.free
     assert axes["up.weight[0]"].pinned == "renorm has no rule"
+
+
+def test_the_axes_are_a_networkx_graph_in_the_direction_of_the_data() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    graph = network(nm.show_axes(model, (torch.randn(2, 8),)))
+    assert nx.shortest_path(graph, "0.weight", "2.weight") == ["0.weight", ("class", "0.weight[0]"), "2.weight"]
+    assert graph.nodes[("class", "0.weight[0]")] == {"kind": "class", "size": 16, "pinned": None}
