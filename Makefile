@@ -43,6 +43,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/step_time.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/mask_work.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/compile_cost.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/solvers.py $(BENCH_ARGS)
 
 coverage: $(STAMP)
 	$(BIN)/python benchmarks/coverage.py --resume $(BENCH_ARGS)

@@ -18,7 +18,7 @@ from nm_compiler.pattern import Pattern
 from nm_compiler.solvers.anneal import Annealing
 from nm_compiler.solvers.neighbourhood import Neighbourhood
 from nm_compiler.solvers.search_budget import Listener, Meter, Progress, check_budget
-from nm_compiler.solvers.search_matrix import TABLE_UP_TO, stack
+from nm_compiler.solvers.search_matrix import TABLE_UP_TO, packed_if_binary, stack
 from nm_compiler.solvers.search_members import Array, Member, as_members, check_order, retained
 
 _MARGIN = 1e-6  # relative: gains below it may be rounding
@@ -85,11 +85,11 @@ def search(
         return Found(_safe(members, nm, [np.arange(channels), given]), 0.0, 0, 0.0)
     from nm_compiler.solvers.search_kernels import kept_sum, warm_up
 
-    warm_up()
+    dealt, columns = snake(columns, nm.m), packed_if_binary(columns)
+    warm_up(columns.dtype)
     meter = Meter(limit_s, limit_moves)
     base = _better(members, nm, columns, given)
     before, kept = (float(kept_sum(columns, order, nm.n, nm.m)) for order in (np.arange(channels), base))
-    dealt = snake(columns, nm.m)
     first = dealt if float(kept_sum(columns, dealt, nm.n, nm.m)) > kept * (1 + _MARGIN) else base
     kept = float(kept_sum(columns, first, nm.n, nm.m))
     kind = Annealing if channels <= TABLE_UP_TO else Neighbourhood

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -42,6 +43,29 @@ def stack(members: Sequence[Member], pattern: Pattern) -> Array:
     if mean > 0:
         columns *= np.float32(1 / mean)
     return columns
+
+
+def packed_if_binary(columns: Array) -> Array:
+    """Zeros and one other value, as bits: uint64 ``[channels, words]``; any other matrix as it is."""
+    highest = columns.max(initial=0)
+    bits = np.zeros((len(columns), -(-columns.shape[1] // 64) * 8), dtype=np.uint8)
+    for start in range(0, len(columns), 64):  # piece by piece: a mask of the whole matrix would cost memory
+        part = columns[start : start + 64]
+        ones = part == highest
+        if not (ones | (part == 0)).all():
+            return columns
+        bits[start : start + 64, : -(-columns.shape[1] // 8)] = np.packbits(ones, axis=1, bitorder="little")
+    return bits.view(np.uint64)
+
+
+def noise_unit(columns: Array) -> float:
+    """The scale of temperatures: the norm of the matrix over the root of its columns. What a swap gains is in proportion.
+
+    columns: float32 ``[channels, rows]``, or packed ones.
+    """
+    if columns.dtype == np.uint64:
+        return math.sqrt(np.unpackbits(columns.view(np.uint8)).sum(dtype=np.int64) / len(columns))
+    return float(np.linalg.norm(columns.reshape(-1)) / np.sqrt(len(columns)))
 
 
 def memory_needed(channels: int, rows: int) -> int:
