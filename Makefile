@@ -44,6 +44,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/mask_work.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/compile_cost.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/solvers.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/permute_nets.py $(BENCH_ARGS)
 
 coverage: $(STAMP)
 	$(BIN)/python benchmarks/coverage.py --resume $(BENCH_ARGS)
