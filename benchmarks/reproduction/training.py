@@ -185,7 +185,8 @@ class Training:
         model = torch.compile(self.running) if self.recipe.compiled else self.running
         eager = Eager(model, self.device, self.recipe.precision, self.recipe.smoothing)  # type: ignore[arg-type]
         images, labels = next(self.images.epoch(self.recipe.batch, self.cell.seed, 0))
-        self._step, self.found.how = warmed(eager, images, labels, graphs=self.graphs)
+        self._step, how = warmed(eager, images, labels, graphs=self.graphs)
+        self.found.how = "torch.compile" if self.recipe.compiled else how
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """SGD; no decay of biases and norms. LBC's scores learn at the rate and with the decay of the weights."""
