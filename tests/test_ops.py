@@ -126,6 +126,16 @@ def test_float64_and_channels_last_give_the_same_numbers_as_float32_contiguous(m
 
 
 @each_method
+def test_a_masked_weight_lies_in_memory_as_the_weight_does(method: Any) -> None:
+    """torch.compile counts on it, and a convolution would copy a weight that lies otherwise."""
+    model = Grouped().to(memory_format=torch.channels_last)
+    sparse = nm.compile(model, example(model).to(memory_format=torch.channels_last), method=method)
+    for weight in sparse.weights:
+        for masked in sparse.masked(weight.site.name):
+            assert masked is None or masked.stride() == weight.param.stride()
+
+
+@each_method
 def test_autocast_to_bfloat16_casts_the_products_and_keeps_the_masters_in_float32(method: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16, bias=False), nn.Tanh(), nn.Linear(16, 8))
     sparse = nm.compile(model, torch.randn(2, 8), method=method)

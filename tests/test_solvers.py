@@ -12,7 +12,7 @@ from nm_compiler.pattern import Pattern, combination_table
 from nm_compiler.solvers.backward_order import assignment_search, kept_importance, search_backward_order
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.solvers.combinations import byte_table, count, pack, retire, undecided, union, unpack
-from nm_compiler.solvers.magnitude import magnitude_mask
+from nm_compiler.solvers.magnitude import _by_comparing_all, _by_comparison, magnitude_mask
 
 small = st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 8), (1, 16), (8, 16), (5, 7)])
 
@@ -41,6 +41,23 @@ def test_the_magnitude_mask_agrees_with_brute_force_ties_included(
     weight = rng.integers(-2, 3, shape).astype(np.float64) if tied else rng.standard_normal(shape)
     mask = magnitude_mask(torch.from_numpy(weight), n, m, axis)
     np.testing.assert_array_equal(mask.numpy(), brute_force_mask(weight, n, m, axis))
+
+
+@settings(deadline=None)
+@given(small, st.integers(0, 10**6), st.booleans(), st.booleans())
+def test_comparing_all_at_once_as_on_a_gpu_gives_the_same_mask(
+    nm: tuple[int, int], seed: int, tied: bool, spoilt: bool
+) -> None:
+    n, m = nm
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.randn(3, 2, m, generator=generator).abs()
+    groups = groups.mul(2).round() if tied else groups
+    if spoilt:
+        groups[torch.rand(groups.shape, generator=generator) < 0.2] = torch.nan
+    kept, wanted = torch.empty(2, *groups.shape, dtype=torch.bool)
+    _by_comparing_all(groups, kept, n)
+    _by_comparison(groups, wanted, n)
+    assert torch.equal(kept, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

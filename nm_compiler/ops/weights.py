@@ -24,7 +24,12 @@ def score_weight(
     With g the gradient of the result: dW = mask * g; dscore_c = live_c * sum of W_j g_j over j in c, straight-through,
     or dscore_j = W_j g_j by position. A decided group gets a zero score gradient.
     """
-    return torch.where(mask, weight, weight.new_zeros(()))
+    return _kept(weight, mask)
+
+
+def _kept(weight: Tensor, mask: Tensor) -> Tensor:
+    """W * mask in the weight's own strides: `torch.where` alone takes the mask's, which channels_last weights do not share."""
+    return torch.where(mask, weight, weight.new_zeros(()), out=torch.empty_like(weight))
 
 
 @score_weight.register_fake
@@ -112,7 +117,7 @@ srste_weight.register_autograd(_srste_backward, setup_context=_srste_setup)
 @torch.library.custom_op("nm::masked_weight", mutates_args=())
 def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
     """W * mask for a fixed bool mask of the weight's shape: dW = mask * g."""
-    return torch.where(mask, weight, weight.new_zeros(()))
+    return _kept(weight, mask)
 
 
 @masked_weight.register_fake

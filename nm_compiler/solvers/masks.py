@@ -132,7 +132,7 @@ def _on_gpu(weight: Tensor) -> bool:
 
 
 def _triton() -> Any:
-    from nm_compiler.solvers import masks_triton
+    import nm_compiler.solvers.masks_triton as masks_triton
 
     return masks_triton
 
