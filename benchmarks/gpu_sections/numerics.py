@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def measure(device: torch.device, dry: bool) -> dict[str, Any]:
         "no:cacheprovider",
         "tests/test_gpu.py",
     ]
+    words += ["-n", "6"] if find_spec("xdist") else []
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     tail = done.stdout[-5000:]
