@@ -5,6 +5,7 @@ scheduler = nm.SparsityScheduler(sparse, total_steps=steps)              # step(
 model     = nm.freeze(sparse)                                            # the plain model, zeros in its weights
 print(nm.report(sparse))                                                 # a line per weight: sparse or dense, and why
 nm.verify(model, "2:4"), nm.show(sparse)                                 # check any checkpoint, read the graph
+nm.parameter_groups(sparse, weight_decay=5e-4)                           # for any torch optimizer
 nm.permute(model, (x,)), nm.show_axes(model, (x,))                       # reorder channels so that masks keep more
 """
 
@@ -16,6 +17,7 @@ from nm_compiler.methods.lbc import LBC
 from nm_compiler.methods.magnitude import Magnitude
 from nm_compiler.methods.srste import SRSTE
 from nm_compiler.module import SparseModule
+from nm_compiler.optim import parameter_groups
 from nm_compiler.pattern import Pattern
 from nm_compiler.permuting import permute, show_axes
 from nm_compiler.reporting import report
@@ -37,6 +39,7 @@ __all__ = [
     "SparsityScheduler",
     "compile",
     "freeze",
+    "parameter_groups",
     "permute",
     "report",
     "show",

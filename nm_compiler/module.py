@@ -301,16 +301,31 @@ def detach_state(model: nn.Module, plan: Plan, names: list[str]) -> None:
 
 
 def unwrap(model: Any) -> SparseModule:
-    """The SparseModule inside DDP, an averaged model or ``torch.compile``. Raises NMError if there is none."""
-    inner = model
+    """The SparseModule inside DDP, an averaged model or ``torch.compile``. Raises NMError if there is none, or if its
+    integer state was averaged.
+    """
+    inner, averaged = model, False
     while not isinstance(inner, SparseModule):
+        averaged = averaged or bool(getattr(inner, "use_buffers", False))
         if isinstance(inner, _WRAPPERS):
             inner = inner.module
         elif isinstance(inner, nn.Module) and "_orig_mod" in inner._modules:
             inner = inner._orig_mod
         else:
             raise NMError(_no_carrier(model))
+    if averaged and not inner.frozen:
+        _check_not_averaged(inner)
     return inner
+
+
+def _check_not_averaged(module: SparseModule) -> None:
+    buffers = dict(module.named_buffers())
+    state = [name for name in module.state_names() if name in buffers and name != RECIPE]
+    if state:
+        raise NMError(
+            f"{state[0]} is of whole numbers, which AveragedModel(use_buffers=True) has averaged: set averaged.use_buffers = "
+            "False and call averaged.update_parameters(sparse) once more, which then copies it"
+        )
 
 
 def _no_carrier(model: Any) -> str:
