@@ -13,9 +13,12 @@ from nm_compiler.api import compile, freeze, show
 from nm_compiler.errors import NMError, Refusal
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
+from nm_compiler.methods.gradual import Gradual
 from nm_compiler.methods.lbc import LBC
+from nm_compiler.methods.lbc_bimask import LBCBiMask
 from nm_compiler.methods.magnitude import Magnitude
 from nm_compiler.methods.srste import SRSTE
+from nm_compiler.methods.sste import SSTE
 from nm_compiler.module import SparseModule
 from nm_compiler.optim import parameter_groups
 from nm_compiler.pattern import Pattern
@@ -29,7 +32,10 @@ __version__ = "0.1.0"
 __all__ = [
     "LBC",
     "SRSTE",
+    "SSTE",
     "BiMask",
+    "Gradual",
+    "LBCBiMask",
     "Magnitude",
     "Method",
     "NMError",

@@ -20,8 +20,6 @@ from nm_compiler.exported import Exported, moved
 from nm_compiler.graph import Pass
 from nm_compiler.loading import check_values, compare, start_afresh
 from nm_compiler.methods.base import Method
-from nm_compiler.methods.lbc import LBC
-from nm_compiler.passes.insert_scores import table_of
 from nm_compiler.recipe import pipeline
 from nm_compiler.sites import Plan
 from nm_compiler.state import RECIPE, Weight, mark, read_recipe, register, unmark, unregister, write_recipe
@@ -109,7 +107,7 @@ class SparseModule(nn.Module):
 
         Load a state_dict next, dense or not. Raises NMError if the graphs hold constants of the model that never had values.
         """
-        tables = _tables(self.method, self.plan)
+        tables = self.method.constants(self.plan.sites)
         lost = [
             name
             for gm in self.programs()
@@ -254,14 +252,6 @@ class SparseModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.method}, {len(self.plan.sites)} weights N:M, {len(self.plan.refusals)} dense"
-
-
-def _tables(method: Method, plan: Plan) -> dict[str, Tensor]:
-    """The constants that the passes of ``method`` put into graphs, by name."""
-    if not isinstance(method, LBC):
-        return {}
-    makers = dict(table_of(site.pattern, method.by_position) for site in plan.sites)
-    return {name: make() for name, make in makers.items()}
 
 
 def _unpacked(packed: Any, model: nn.Module, passes: list[Pass]) -> Exported | Fragments:

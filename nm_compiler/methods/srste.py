@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from nm_compiler.errors import NMError
+from nm_compiler.graph import Pass
 from nm_compiler.methods.base import Method
+from nm_compiler.passes.insert_srste import insert_srste
 from nm_compiler.sites import Site
 
 
@@ -23,6 +27,9 @@ class SRSTE(Method):
 
     def __post_init__(self) -> None:
         check_decay(self.decay, self.name)
+
+    def passes(self, sites: Sequence[Site]) -> list[Pass]:
+        return [partial(insert_srste, sites=sites, decay=self.decay)]
 
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
         return {}
