@@ -26,6 +26,7 @@ from nm_compiler.permuting import permute, show_axes
 from nm_compiler.reporting import report
 from nm_compiler.runtime.verify import verify
 from nm_compiler.scheduler import SparsityScheduler
+from nm_compiler.telemetry import Telemetry
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "Refusal",
     "SparseModule",
     "SparsityScheduler",
+    "Telemetry",
     "compile",
     "freeze",
     "parameter_groups",

@@ -73,6 +73,12 @@ def drop_frozen(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -
             optimizer.state.pop(value, None)
 
 
+def rate_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:
+    """The learning rate of a parameter as it stands; 0 for one that the optimizer does not hold."""
+    groups = (group for group in optimizer.param_groups if any(held is parameter for held in group["params"]))
+    return next((float(group["lr"]) for group in groups), 0.0)
+
+
 class FirstStep:
     """Finds out, without being told the optimizer, whether it moves the learned state as it moves the weights.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from nm_compiler.errors import NMError
 from nm_compiler.methods.base import Clock
 from nm_compiler.module import unwrap
-from nm_compiler.optim import FirstStep, check_holds, drop_frozen, learned_state
+from nm_compiler.optim import FirstStep, check_holds, drop_frozen, learned_state, rate_of
 
 
 class SparsityScheduler:
@@ -21,7 +22,8 @@ class SparsityScheduler:
 
     model: what `compile` returned, also inside DDP or ``torch.compile``; total_steps: calls of ``step()`` to come;
     or epochs, alone (one call an epoch) or with steps_per_epoch (one call an optimizer step).
-    optimizer: if given, what it remembers of scores is dropped when they stop learning (not under DDP, where they stay).
+    optimizer: needed by methods whose decay is decoupled; what it remembers of scores is dropped when they stop learning (not
+    under DDP, where they stay).
     Raises NMError if the length is missing, given twice or not positive, or if the optimizer lacks the scores. An optimizer
     that was not given and lacks them is found out in the first step.
     """
@@ -88,7 +90,8 @@ class SparsityScheduler:
             drop_frozen(self._optimizer, learned_state(self._model))
 
     def _clock(self) -> Clock:
-        return Clock(self.last_step, self.total_steps, self._model.seed)
+        rate = None if self._optimizer is None else partial(rate_of, self._optimizer)
+        return Clock(self.last_step, self.total_steps, self._model.seed, rate)
 
     def __repr__(self) -> str:
         return f"SparsityScheduler(step {self.last_step} of {self.total_steps}, {self._model.method})"

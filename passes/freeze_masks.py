@@ -43,9 +43,11 @@ def freeze_masks(gm: GraphModule, *, values: Mapping[int, Tensor] | None = None)
     values = masked_values(gm, {}) if values is None else values
     with torch.no_grad():
         for node in _masked(gm):
-            parameter = value_of(gm, node.args[0])
+            read = node.args[0]
+            assert isinstance(read, Node)
+            parameter = value_of(gm, read)
             parameter.copy_(values[id(parameter)])
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(read)
     for node in list(gm.graph.nodes):
         if node.target is torch.ops.nm.linear.default:
             _become(gm, node, aten.linear.default, (node.args[0], node.args[1], node.args[3]))

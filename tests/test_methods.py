@@ -231,3 +231,34 @@ def test_s_ste_scales_so_that_the_soft_weight_is_nearest_and_its_gradient_goes_s
 def test_the_op_of_a_method_passes_opcheck_in_any_memory_layout() -> None:
     for weight in (torch.randn(8, 8, 3, 3), torch.randn(8, 8, 3, 3).to(memory_format=torch.channels_last)):
         torch.library.opcheck(soft_weight, (weight.requires_grad_(), torch.tensor(1.5), 2, 4, 1))
+
+
+# -- decoupled decay ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [nm.SRSTE, nm.BiMask])
+def test_a_decoupled_decay_pulls_pruned_weights_by_the_learning_rate_and_momentum_does_not_see_it(kind: Any) -> None:
+    """Beside a twin without any decay: the same gradients and momenta, and after the step W -= lr * decay * (1 - F) * W."""
+    runs = []
+    for method in (kind(decay=0.0), kind(decay=0.5, decoupled=True)):
+        sparse, model = compiled(MLP, method)
+        optimizer = torch.optim.SGD(
+            [{"params": model.fc2.parameters(), "lr": 0.2}, {"params": model.fc1.parameters()}], lr=0.1, momentum=0.9
+        )
+        runs.append((sparse, model, optimizer, nm.SparsityScheduler(sparse, total_steps=3, optimizer=optimizer)))
+    x = example(runs[0][1], batch=4)
+    for sparse, _, optimizer, scheduler in runs:
+        sparse(x).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+    plain, pulled = (model.fc2.weight for _, model, _, _ in runs)
+    mask = magnitude_mask(plain.detach(), 2, 4, 1)
+    torch.testing.assert_close(pulled, torch.where(mask, plain, plain * (1 - 0.2 * 0.5)))
+    momenta = [run[2].state[run[1].fc2.weight]["momentum_buffer"] for run in runs]
+    assert torch.equal(momenta[0], momenta[1])
+
+
+@pytest.mark.parametrize("kind", [nm.SRSTE, nm.BiMask])
+def test_a_decoupled_decay_without_the_optimizer_is_refused(kind: Any) -> None:
+    with pytest.raises(nm.NMError, match=r"\(decoupled=True\) needs the learning rate: SparsityScheduler\(..., optimizer="):
+        nm.SparsityScheduler(compiled(MLP, kind(decoupled=True))[0], total_steps=3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,11 +16,15 @@ from nm_compiler.state import Weight
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Where training stands: ``step`` of ``total`` optimizer steps are done; ``seed`` of the compile call."""
+    """Where training stands: ``step`` of ``total`` optimizer steps are done; ``seed`` of the compile call.
+
+    rate: the learning rate of a parameter in the optimizer that the scheduler was given; None if it was given none.
+    """
 
     step: int
     total: int
     seed: int
+    rate: Callable[[Tensor], float] | None = None
 
 
 class Method(ABC):

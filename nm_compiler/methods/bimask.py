@@ -15,7 +15,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass
 from nm_compiler.layout import as_rows
 from nm_compiler.methods.base import Clock, Method
-from nm_compiler.methods.srste import check_decay
+from nm_compiler.methods.srste import check_decay, check_rate, pull
 from nm_compiler.passes.insert_bimask import insert_bimask
 from nm_compiler.passes.insert_srste import insert_srste
 from nm_compiler.sites import Site
@@ -34,7 +34,8 @@ class BiMask(Method):
 
     interval: optimizer steps between searches (first search after step 1); decay: lambda, 2e-4;
     moves: output channels placed anew in a search, for each weight; objective: ``"magnitude"`` keeps the most of sum |W * F|,
-    ``"count"`` the most non-zeros (the paper's); search: any `OrderSearch`. Raises NMError for values out of range.
+    ``"count"`` the most non-zeros (the paper's); search: any `OrderSearch`;
+    decoupled: as in `SRSTE`. Raises NMError for values out of range.
     """
 
     interval: int = 100
@@ -42,6 +43,7 @@ class BiMask(Method):
     moves: int = 10_000
     objective: Literal["magnitude", "count"] = "magnitude"
     search: OrderSearch = assignment_search
+    decoupled: bool = False
 
     def __post_init__(self) -> None:
         check_decay(self.decay, self.name)
@@ -53,7 +55,10 @@ class BiMask(Method):
             raise NMError(f"BiMask(objective={self.objective!r}): choose 'magnitude' or 'count'")
 
     def passes(self, sites: Sequence[Site]) -> list[Pass]:
-        return [partial(insert_srste, sites=sites, decay=self.decay), partial(insert_bimask, sites=sites)]
+        return [
+            partial(insert_srste, sites=sites, decay=0.0 if self.decoupled else self.decay),
+            partial(insert_bimask, sites=sites),
+        ]
 
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
         if not site.backward_groups:
@@ -80,7 +85,12 @@ class BiMask(Method):
             return f"the order is not a permutation of its output channels{where}"
         return None
 
+    def begin(self, weights: Sequence[Weight], clock: Clock) -> None:
+        check_rate(clock, self)
+
     def advance(self, weights: Sequence[Weight], clock: Clock) -> None:
+        if self.decoupled:
+            pull(weights, clock, self.decay)
         self.search_orders(weights, clock, _largest)
 
     def search_orders(self, weights: Sequence[Weight], clock: Clock, forward_mask: Callable[[Weight], Tensor]) -> None:

@@ -64,7 +64,8 @@ class Gradual(Magnitude):
         begin = min(int(self.t_i * total + 0.5), total - 1)
         end = max(int(self.t_f * total + 0.5), begin + 1)
         left = end - min(max(step, begin), end)
-        return site.pattern.n - (-(site.pattern.m - site.pattern.n) * left**self.power // (end - begin) ** self.power)
+        n, m = site.pattern.n, site.pattern.m
+        return n - (-(m - n) * int(left**self.power) // int((end - begin) ** self.power))
 
     def _kept(self, site: Site, bits: Tensor) -> Tensor:
         return as_groups(self._unpacked(site, bits), site.rows, site.pattern.m).sum(-1)

@@ -143,7 +143,7 @@ class LBC(Method):
         begin, end = self.window(total)
         last, entries = _last(site), _entries(site)
         left = end - min(max(step, begin), end)
-        return last - (-(entries - last) * left**self.power // (end - begin) ** self.power)
+        return last - (-(entries - last) * int(left**self.power) // int((end - begin) ** self.power))
 
     def forward_mask(self, weight: Weight) -> Tensor:
         """1 where some live combination covers the position: bool of the weight's shape."""

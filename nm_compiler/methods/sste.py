@@ -22,7 +22,8 @@ def soften(weight: Tensor, n: int, m: int, in_axis: int) -> Tensor:
     magnitudes = groups.abs()
     if n < m:
         magnitudes = (magnitudes - magnitudes.topk(n + 1, dim=-1).values[..., -1:]).clamp_min(0)
-    return (groups.sgn() * magnitudes).flatten(-2).movedim(-1, in_axis)
+    soft: Tensor = (groups.sgn() * magnitudes).flatten(-2).movedim(-1, in_axis)
+    return soft
 
 
 @weight_op("nm::soft_weight", gradient=lambda g, weight, soft, scale, n, m, in_axis: g * scale)
