@@ -14,7 +14,7 @@ STAMP := $(VENV)/.filled-$(EXTRAS)
 # One thread a worker: the models of the tests are tiny, and two workers with all threads each would fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=$(if $(filter 0,$(WORKERS)),,1)
 
-.PHONY: help demo test lint types bench coverage clean
+.PHONY: help demo test lint types bench coverage gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make types   mypy --strict"
 	@echo "make bench   run the benchmarks (BENCH_ARGS=--quick: to see that they run)"
 	@echo "make coverage which of 370 models can be compiled; hours, goes on where it stopped (BENCH_ARGS='--library timm')"
+	@echo "make gpu     numerics and all tables that need an NVIDIA GPU (GPU_PYTHON=python3: an environment that has torch)"
 	@echo "make clean   remove .venv and everything that was built"
 
 demo: $(STAMP)
@@ -43,6 +44,13 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/step_time.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/mask_work.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/compile_cost.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/solvers.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/permute_nets.py $(BENCH_ARGS)
+
+# Where torch is there already (a GPU machine without a network), say PYTHON: make gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
 
 coverage: $(STAMP)
 	$(BIN)/python benchmarks/coverage.py --resume $(BENCH_ARGS)

@@ -16,7 +16,7 @@ from nm_compiler.axes.orders import checked, random_orders
 from nm_compiler.axes.outputs import Outputs
 from nm_compiler.axes.reorder import inverse, needs_of
 from nm_compiler.axes.result import Axes
-from nm_compiler.axes.search import search_orders
+from nm_compiler.axes.search import Gain, Importance, search_orders
 from nm_compiler.errors import NMError
 from nm_compiler.exported import Exported
 from nm_compiler.passes.permute import permute as permute_pass
@@ -37,11 +37,13 @@ class Permutation(Mapping[str, Tensor]):
     """What `permute` did: an order, int64 ``[*rows, size]``, for every class of axes that it moved.
 
     retained: per N:M weight, the share of magnitude that its forward mask kept before, and keeps now.
+    gains: per class that was searched, what its order is good for; the largest first.
     """
 
     orders: Mapping[str, Tensor]
     axes: Axes
     retained: Mapping[str, tuple[float, float]]
+    gains: tuple[Gain, ...] = ()
 
     def inverse(self) -> dict[str, Tensor]:
         """The orders that put everything back: ``nm.permute(model, inputs, order=permutation.inverse())``."""
@@ -55,7 +57,7 @@ class Permutation(Mapping[str, Tensor]):
     def notes(self) -> tuple[str, ...]:
         """Lines for the report."""
         pinned = [f"no axis rule for {op}: it pinned {count} axes" for op, count in self.axes.unknown.items()]
-        return (f"{len(self.orders)} of {len(self.axes)} axis classes were permuted.", *pinned)
+        return (f"{len(self.orders)} of {len(self.axes)} axis classes were permuted.", *map(str, self.gains), *pinned)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.orders[name]
@@ -67,7 +69,8 @@ class Permutation(Mapping[str, Tensor]):
         return len(self.orders)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.orders)} of {len(self.axes)} axis classes permuted; retained magnitude of each N:M weight:"]
+        lines = [f"{len(self.orders)} of {len(self.axes)} axis classes permuted", *(f"  {gain}" for gain in self.gains)]
+        lines += ["retained magnitude of each N:M weight:"]
         width = max(map(len, self.retained), default=0)
         lines += [f"  {name:{width}}  {before:.4f} -> {after:.4f}" for name, (before, after) in self.retained.items()]
         return "\n".join(lines)
@@ -87,6 +90,8 @@ def permute(
     dynamic_shapes: Any = None,
     seed: int = 0,
     budget_s: float | None = None,
+    backward: float = 0.0,
+    importance: Importance | None = None,
 ) -> Permutation:
     """Put the channels of ``model`` in another order, in place; it computes the same function.
 
@@ -96,7 +101,11 @@ def permute(
     outputs: those that must not change, as index, name, several, or a function of the outputs. By default all, but for models
     that name them, such as Hugging Face's, the logits and losses: other outputs are then right up to the order of channels.
     optimizer: whose state of the permuted parameters (momenta of their shape) goes along.
-    seed, budget_s: of the search; seconds.
+    seed: of the search and of random orders; budget_s: seconds of the search, on all cores; without it, a fixed amount of
+    work that takes seconds and gives the same orders on every machine.
+    backward: how much what a backward mask keeps (N:M along the output axis, after the forward mask) counts beside the
+    forward mask, for `Transposable` or for Bi-Mask without gathers. `BiMask` finds an order of its own: 0 is right for it.
+    importance: by parameter name, not negative, of its shape: what to keep instead of magnitude.
 
     The state_dict keeps its names and shapes, and loads into any model of the architecture.
     Raises NMError, nothing changed, if the model cannot be captured or an order does not fit.
@@ -105,7 +114,8 @@ def permute(
     routes = prepared(model, example_inputs, kwargs, dynamic_shapes, what="nm.permute")
     whole = [route.whole for route in routes.values()]
     plan = find(model, whole, PatternMap.parse(pattern), include=globs(include), exclude=globs(exclude))
-    return reorder(model, routes, plan, order, outputs, optimizer=optimizer, seed=seed, budget_s=budget_s)
+    options: dict[str, Any] = {"seed": seed, "budget_s": budget_s, "backward": backward, "importance": importance}
+    return reorder(model, routes, plan, order, outputs, optimizer=optimizer, **options)
 
 
 def show_axes(
@@ -131,23 +141,26 @@ def coupled(model: nn.Module, routes: Routes, outputs: Outputs = None) -> Axes:
 
 def reorder(
     model: nn.Module, routes: Routes, plan: Plan, order: Order, outputs: Outputs = None, *,
-    optimizer: Optimizer | None = None, seed: int = 0, budget_s: float | None = None,
+    optimizer: Optimizer | None = None, seed: int = 0, **searching: Any,
 ) -> Permutation:  # fmt: skip
-    """Find or check the orders, then permute the model's state in place, all of it or nothing."""
+    """Find or check the orders, then permute the model's state in place, all of it or nothing.
+
+    searching: budget_s, backward and importance of `nm_compiler.axes.search.search_orders`.
+    """
     if not isinstance(order, Mapping) and order not in ("search", "random"):
         raise NMError(f'order={order!r}: use "search", "random", or a mapping from axes to orders')
     beside = _beside(model, optimizer)
-    axes = coupled(model, routes, outputs)
+    axes, gains = coupled(model, routes, outputs), tuple[Gain, ...]()
     if isinstance(order, Mapping):
         orders = checked(axes, order)
     elif order == "random":
         orders = random_orders(axes, seed)
     else:
-        orders = search_orders(model, axes, plan, seed=seed, budget_s=budget_s)
+        orders, gains = search_orders(model, axes, plan, seed=seed, **searching)
     before = _retained(model, plan)
     permute_pass(_graphs(routes)[0][0], axes=axes, orders=orders, beside=beside)
     after = _retained(model, plan)
-    return Permutation(orders, axes, {name: (share, after[name]) for name, share in before.items()})
+    return Permutation(orders, axes, {name: (share, after[name]) for name, share in before.items()}, gains)
 
 
 def _graphs(routes: Routes) -> list[tuple[GraphModule, Signature]]:

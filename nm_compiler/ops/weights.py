@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nm_compiler.layout import as_groups
 from nm_compiler.solvers.combinations import undecided
-from nm_compiler.solvers.magnitude import magnitude_mask
+from nm_compiler.solvers.masks import keep_largest
 
 
 @torch.library.custom_op("nm::score_weight", mutates_args=())
@@ -92,7 +92,7 @@ def srste_weight(weight: Tensor, n: int, m: int, in_axis: int, decay: float) -> 
 
     Straight-through with a pull of the pruned weights to zero: dW = g + decay * (1 - F) * W.
     """
-    return torch.where(magnitude_mask(weight, n, m, in_axis), weight, weight.new_zeros(()))
+    return keep_largest(weight, n, m, in_axis)
 
 
 @srste_weight.register_fake
@@ -149,8 +149,8 @@ def backward_weight(masked: Tensor, order: Tensor, n: int, m: int, rows: list[in
     result = torch.empty_like(masked)
     for index in itertools.product(*map(range, order.shape[:-1])):
         ordered = _at(masked, batch, index).index_select(out_axis, order[index])
-        ordered *= magnitude_mask(ordered, n, m, out_axis)  # in place: fresh memory costs more than arithmetic here
-        _at(result, batch, index).copy_(ordered.index_select(out_axis, order[index].argsort()))
+        kept = keep_largest(ordered, n, m, out_axis)
+        _at(result, batch, index).copy_(kept.index_select(out_axis, order[index].argsort()))
     return result
 
 

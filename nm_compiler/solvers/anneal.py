@@ -5,23 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from nm_compiler.pattern import Pattern
+from nm_compiler.solvers.search_matrix import noise_unit
 from nm_compiler.solvers.search_members import Array
 
 HOT, COLD = 0.09, 0.016  # temperatures at the start and the end, in units of `noise_unit`; found by trial
 
 
-def noise_unit(columns: Array) -> float:
-    """The scale of temperatures: the norm of the matrix over the root of its columns. What a swap gains is in proportion.
-
-    columns: float32 ``[channels, rows]``.
-    """
-    return float(np.linalg.norm(columns.reshape(-1)) / np.sqrt(len(columns)))
-
-
 class Annealing:
     """A search that is under way; ``best`` and ``gained`` are its result at any time.
 
-    Memory: two float32 tables ``[channels, channels]`` beside ``columns`` (float32 ``[channels, rows]``).
+    Memory: two float32 tables ``[channels, channels]`` beside ``columns`` (float32 ``[channels, rows]``, or packed).
     """
 
     def __init__(self, columns: Array, start: Array, pattern: Pattern, seed: int) -> None:

@@ -22,7 +22,7 @@ from nm_compiler.solvers.search_kernels import Array, below, max_sums, threshold
 def fill(columns: Array, order: Array, n: int, m: int, place: Array, pair: Array, own: Array) -> None:
     """Compute the whole table for an order."""
     channels, rows = columns.shape
-    slots = np.empty((m, rows), dtype=np.float32)
+    slots = np.empty((m, rows), dtype=columns.dtype)
     for start in range(0, channels, m):
         thresholds(columns, order[start : start + m], n, slots)
         max_sums(slots, np.arange(m), columns, np.arange(channels), place[start : start + m])
@@ -47,7 +47,7 @@ def _pairs_of(s: Any, order: Array, m: int, place: Array, pair: Array, own: Arra
 def _take(columns: Array, order: Array, n: int, m: int, place: Array, pair: Array, own: Array, s: int, t: int) -> None:
     """Swap the channels of slots s and t and bring the table up to date."""
     order[s], order[t] = order[t], order[s]
-    slots = np.empty((2 * m, columns.shape[1]), dtype=np.float32)
+    slots = np.empty((2 * m, columns.shape[1]), dtype=columns.dtype)
     changed = np.empty(2 * m, dtype=np.int64)
     for half in range(2):
         start = (t if half else s) // m * m

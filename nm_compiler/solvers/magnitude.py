@@ -8,17 +8,18 @@ from torch import Tensor
 _PAIRWISE_UP_TO = 8  # beyond, M(M-1)/2 comparisons cost more than looking for the largest a few times
 _AT_ONCE = 1 << 24  # weights, beyond which M bytes for each of them are too many
 _PICKED_UP_TO = 4  # beyond, N searches cost more than a sort
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def magnitude_mask(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
     """Top-``n`` magnitudes of every ``m`` consecutive weights along ``axis``; equal ones keep the lower index.
 
-    weight: any floating dtype, any strides, ``size(axis)`` a multiple of ``m``.
+    weight: any floating dtype, any strides, ``size(axis)`` a multiple of ``m``. NaN counts as the largest of all.
     Returns bool of the weight's shape and strides, exactly ``n`` ones in each group.
     """
     mask = torch.empty_like(weight, dtype=torch.bool)
     kept = mask.movedim(axis, -1).unflatten(-1, (-1, m))
-    groups = weight.detach().movedim(axis, -1).unflatten(-1, (-1, m)).abs()
+    groups = magnitude_bits(weight).movedim(axis, -1).unflatten(-1, (-1, m))
     if m <= _PAIRWISE_UP_TO and weight.device.type != "cpu" and weight.numel() <= _AT_ONCE:
         _by_comparing_all(groups, kept, n)
     elif m <= _PAIRWISE_UP_TO:
@@ -29,11 +30,18 @@ def magnitude_mask(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
         for _ in range(n):  # argmax gives the first among equals
             best = left.argmax(dim=-1, keepdim=True)
             kept.scatter_(-1, best, True)
-            left.scatter_(-1, best, -1.0)
+            left.scatter_(-1, best, -1)
     else:
         best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
         kept.zero_().scatter_(-1, best, True)
     return mask
+
+
+def magnitude_bits(weight: Tensor) -> Tensor:
+    """|w| as whole numbers in the same order: the bits without the sign. NaN comes above infinity, and zeros are equal."""
+    whole = _WHOLE[weight.element_size()]
+    bits: Tensor = weight.detach().view(whole) & torch.iinfo(whole).max
+    return bits
 
 
 def _by_comparing_all(groups: Tensor, kept: Tensor, n: int) -> None:

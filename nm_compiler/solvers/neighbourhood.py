@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from nm_compiler.pattern import Pattern
-from nm_compiler.solvers.anneal import noise_unit
+from nm_compiler.solvers.search_matrix import noise_unit
 from nm_compiler.solvers.search_members import Array
 
 LOUD, QUIET = 0.035, 0.007  # noise on the scores at the start and the end, in units of `noise_unit`; found by trial
@@ -17,7 +17,7 @@ class Neighbourhood:
     """A search that is under way; ``best`` and ``gained`` are its result at any time.
 
     Every round takes a random slot out of up to ``at_once`` random groups, weighs all their channels in all those slots, adds
-    noise that fades, and refills them by linear assignment. columns: float32 ``[channels, rows]``.
+    noise that fades, and refills them by linear assignment. columns: float32 ``[channels, rows]``, or packed.
     """
 
     def __init__(self, columns: Array, start: Array, pattern: Pattern, seed: int, at_once: int = AT_ONCE) -> None:

@@ -24,7 +24,7 @@ def rebuild(
     noise: scale of the Gumbel noise that is added to the scores before they are assigned.
     """
     rows = columns.shape[1]
-    slots, neighbours = np.empty((count, rows), dtype=np.float32), np.empty((m, rows), dtype=np.float32)
+    slots, neighbours = np.empty((count, rows), dtype=columns.dtype), np.empty((m, rows), dtype=columns.dtype)
     places, channels = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
     for k in range(count):
         other = k + below(state, groups.shape[0] - k)

@@ -18,7 +18,7 @@ from nm_compiler.pattern import Pattern
 from nm_compiler.solvers.anneal import Annealing
 from nm_compiler.solvers.neighbourhood import Neighbourhood
 from nm_compiler.solvers.search_budget import Listener, Meter, Progress, check_budget
-from nm_compiler.solvers.search_matrix import TABLE_UP_TO, stack
+from nm_compiler.solvers.search_matrix import TABLE_UP_TO, packed_if_binary, stack, sum_of
 from nm_compiler.solvers.search_members import Array, Member, as_members, check_order, retained
 
 _MARGIN = 1e-6  # relative: gains below it may be rounding
@@ -28,13 +28,23 @@ _STEPS = 200
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """A searched order, int64 ``[channels]``, and what it took: moves and seconds; ``gain`` over the identity, relative
-    to what the identity keeps (of the members that could be searched)."""
+    """A searched order, int64 ``[channels]``, and what it took: moves and seconds.
+
+    total: importance of the members that could be searched, weights multiplied in; share: of it, what the identity keeps;
+    gain: of the order over the identity, relative to what that keeps.
+    """
 
     order: Array
     gain: float
     moves: int
     seconds: float
+    share: float = 1.0
+    total: float = 0.0
+
+    @property
+    def gained(self) -> float:
+        """What the order keeps more than the identity, in units of the importance."""
+        return self.gain * self.share * self.total
 
 
 def search_order(
@@ -80,23 +90,24 @@ def search(
     limit_s, limit_moves = check_budget(budget_s, moves, channels)
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool):
         raise NMError(f"seed={seed!r}: a whole number")
-    columns = stack(members, nm)
+    columns, total = stack(members, nm)
     if channels <= nm.m or not columns.any():  # one group, or nothing that single swaps change
-        return Found(_safe(members, nm, [np.arange(channels), given]), 0.0, 0, 0.0)
+        return Found(_safe(members, nm, [np.arange(channels), given]), 0.0, 0, 0.0, total=total)
     from nm_compiler.solvers.search_kernels import kept_sum, warm_up
 
-    warm_up()
+    dealt, columns = snake(columns, nm.m), packed_if_binary(columns)
+    warm_up(columns.dtype)
     meter = Meter(limit_s, limit_moves)
     base = _better(members, nm, columns, given)
     before, kept = (float(kept_sum(columns, order, nm.n, nm.m)) for order in (np.arange(channels), base))
-    dealt = snake(columns, nm.m)
     first = dealt if float(kept_sum(columns, dealt, nm.n, nm.m)) > kept * (1 + _MARGIN) else base
     kept = float(kept_sum(columns, first, nm.n, nm.m))
     kind = Annealing if channels <= TABLE_UP_TO else Neighbourhood
     engine = kind(columns, first, nm, int(seed) % 2**64)
     _run(engine, meter, progress, most=_STEP // columns.shape[1], kept=kept)
     order = _safe(members, nm, [engine.best if engine.gained > _MARGIN * kept else first, base])
-    return Found(order, float(kept_sum(columns, order, nm.n, nm.m)) / before - 1, meter.spent, meter.seconds())
+    gain = float(kept_sum(columns, order, nm.n, nm.m)) / before - 1
+    return Found(order, gain, meter.spent, meter.seconds(), before / sum_of(columns), total)
 
 
 def _better(members: Sequence[Member], pattern: Pattern, columns: Array, given: Array) -> Array:

@@ -4,8 +4,8 @@ The identity behind every score, for any N:M: put channel x into a slot whose M 
 largest value t_r; then the group keeps ``const + sum_r max(x_r, t_r)``. One threshold row a slot makes every exchange a
 sum of maxima.
 
-Everywhere: ``columns`` float32 ``[channels, rows]`` (a channel's values lie side by side), ``order`` int64 ``[channels]``,
-``state`` uint64 ``[1]``, the random numbers of one search.
+Everywhere: ``columns`` float32 ``[channels, rows]`` (a channel's values lie side by side) or, for zeros and ones, packed
+into uint64 ``[channels, words]``; ``order`` int64 ``[channels]``; ``state`` uint64 ``[1]``, the random numbers of one search.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
+from nm_compiler.solvers import packed_kernels as packed
 from nm_compiler.solvers.jit import jit
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -44,11 +47,7 @@ def uniform(state: Array) -> float:
 
 
 @jit
-def thresholds(columns: Array, members: Array, n: int, out: Array) -> None:
-    """For each of the M channels ``members`` of a group, row by row the n-th largest of the other M - 1.
-
-    out: float32 ``[M, rows]``. An entry among the n largest leaves its place to the (n+1)-th.
-    """
+def _plain_thresholds(columns: Array, members: Array, n: int, out: Array) -> None:
     m, rows = members.shape[0], columns.shape[1]
     largest = np.empty((n + 1, _ROWS), dtype=np.float32)
     falling = np.empty(_ROWS, dtype=np.float32)
@@ -71,12 +70,8 @@ def thresholds(columns: Array, members: Array, n: int, out: Array) -> None:
 
 
 @jit
-def max_sums(slots: Array, chosen: Array, columns: Array, channels: Array, out: Array) -> None:
-    """``out[i, j] = sum_r max(slots[chosen[i], r], columns[channels[j], r])``: a matrix product over (max, +).
-
-    slots: float32 ``[.., rows]``; chosen, channels: int64; out: float32 ``[len(chosen), len(channels)]``.
-    Two by two, so that every number loaded is used twice; an odd one out is its own partner.
-    """
+def _plain_max_sums(slots: Array, chosen: Array, columns: Array, channels: Array, out: Array) -> None:
+    # two by two, so that every number loaded is used twice; an odd one out is its own partner
     rows, count, width = slots.shape[1], chosen.shape[0], channels.shape[0]
     out[:] = 0
     for start in range(0, rows, _ROWS):
@@ -104,8 +99,7 @@ def max_sums(slots: Array, chosen: Array, columns: Array, channels: Array, out: 
 
 
 @jit
-def kept_sum(columns: Array, order: Array, n: int, m: int) -> float:
-    """What N:M keeps of all groups under an order, in float64."""
+def _plain_kept_sum(columns: Array, order: Array, n: int, m: int) -> float:
     rows = columns.shape[1]
     largest = np.empty((n, _ROWS), dtype=np.float32)
     falling = np.empty(_ROWS, dtype=np.float32)
@@ -128,11 +122,72 @@ def kept_sum(columns: Array, order: Array, n: int, m: int) -> float:
     return total
 
 
-def warm_up() -> None:
-    """Compile, or load, every kernel on a tiny matrix, so that no budget pays for it."""
+def _is_packed(columns: Any) -> bool:
+    return bool(columns.dtype == types.uint64)
+
+
+def _either_thresholds(columns: Array, members: Array, n: int, out: Array) -> None:
+    raise NotImplementedError("resolved when compiled")
+
+
+def _either_max_sums(slots: Array, chosen: Array, columns: Array, channels: Array, out: Array) -> None:
+    raise NotImplementedError("resolved when compiled")
+
+
+def _either_kept_sum(columns: Array, order: Array, n: int, m: int) -> float:
+    raise NotImplementedError("resolved when compiled")
+
+
+@overload(_either_thresholds, strict=False)
+def _(columns: Any, members: Any, n: Any, out: Any) -> Any:
+    if _is_packed(columns):
+        return lambda columns, members, n, out: packed.thresholds(columns, members, n, out)
+    return lambda columns, members, n, out: _plain_thresholds(columns, members, n, out)
+
+
+@overload(_either_max_sums, strict=False)
+def _(slots: Any, chosen: Any, columns: Any, channels: Any, out: Any) -> Any:
+    if _is_packed(columns):
+        return lambda slots, chosen, columns, channels, out: packed.max_sums(slots, chosen, columns, channels, out)
+    return lambda slots, chosen, columns, channels, out: _plain_max_sums(slots, chosen, columns, channels, out)
+
+
+@overload(_either_kept_sum, strict=False)
+def _(columns: Any, order: Any, n: Any, m: Any) -> Any:
+    if _is_packed(columns):
+        return lambda columns, order, n, m: packed.kept_sum(columns, order, n, m)
+    return lambda columns, order, n, m: _plain_kept_sum(columns, order, n, m)
+
+
+@jit
+def thresholds(columns: Array, members: Array, n: int, out: Array) -> None:
+    """For each of the M channels ``members`` of a group, row by row the n-th largest of the other M - 1.
+
+    out: ``[M, rows]``, of the dtype of ``columns``. An entry among the n largest leaves its place to the (n+1)-th.
+    """
+    _either_thresholds(columns, members, n, out)
+
+
+@jit
+def max_sums(slots: Array, chosen: Array, columns: Array, channels: Array, out: Array) -> None:
+    """``out[i, j] = sum_r max(slots[chosen[i], r], columns[channels[j], r])``: a matrix product over (max, +).
+
+    slots: ``[.., rows]``, of the dtype of ``columns``; chosen, channels: int64; out: float32 ``[len(chosen), len(channels)]``.
+    """
+    _either_max_sums(slots, chosen, columns, channels, out)
+
+
+@jit
+def kept_sum(columns: Array, order: Array, n: int, m: int) -> float:
+    """What N:M keeps of all groups under an order, in float64."""
+    return _either_kept_sum(columns, order, n, m)
+
+
+def warm_up(dtype: np.dtype[Any]) -> None:
+    """Compile, or load, every kernel on a tiny matrix, so that no budget pays for it; dtype: float32, or uint64 for packed."""
     from nm_compiler.solvers import anneal_kernels, neighbourhood_kernels
 
-    columns = np.ones((4, 3), dtype=np.float32)
+    columns = np.ones((4, 3), dtype=dtype)
     order, state = np.arange(4), np.zeros(1, dtype=np.uint64)
     kept_sum(columns, order, 1, 2)
     table = np.empty((2, 4, 4), dtype=np.float32)

@@ -1,0 +1,1 @@
+"""What others do for masks and orders, restated so that it runs beside ours in one process."""
