@@ -16,7 +16,7 @@ from typing import Any
 
 TITLES = {
     "dense": "dense", "magnitude": "Magnitude (ASP)", "transposable": "Transposable", "srste": "SR-STE", "lbc": "LBC",
-    "bimask": "Bi-Mask",
+    "bimask": "Bi-Mask", "lbc_bimask": "LBC + Bi-Mask", "gradual": "Gradual", "sste": "S-STE",
 }  # fmt: skip
 Run = dict[str, Any]
 Runs = Mapping[tuple[str, str, str], Sequence[Run]]

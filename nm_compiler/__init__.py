@@ -5,6 +5,7 @@ scheduler = nm.SparsityScheduler(sparse, total_steps=steps)              # step(
 model     = nm.freeze(sparse)                                            # the plain model, zeros in its weights
 print(nm.report(sparse))                                                 # a line per weight: sparse or dense, and why
 nm.verify(model, "2:4"), nm.show(sparse)                                 # check any checkpoint, read the graph
+nm.parameter_groups(sparse, weight_decay=5e-4)                           # for any torch optimizer
 nm.permute(model, (x,)), nm.show_axes(model, (x,))                       # reorder channels so that masks keep more
 """
 
@@ -12,22 +13,30 @@ from nm_compiler.api import compile, freeze, show
 from nm_compiler.errors import NMError, Refusal
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
+from nm_compiler.methods.gradual import Gradual
 from nm_compiler.methods.lbc import LBC
+from nm_compiler.methods.lbc_bimask import LBCBiMask
 from nm_compiler.methods.magnitude import Magnitude
 from nm_compiler.methods.srste import SRSTE
+from nm_compiler.methods.sste import SSTE
 from nm_compiler.module import SparseModule
+from nm_compiler.optim import parameter_groups
 from nm_compiler.pattern import Pattern
 from nm_compiler.permuting import permute, show_axes
 from nm_compiler.reporting import report
 from nm_compiler.runtime.verify import verify
 from nm_compiler.scheduler import SparsityScheduler
+from nm_compiler.telemetry import Telemetry
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LBC",
     "SRSTE",
+    "SSTE",
     "BiMask",
+    "Gradual",
+    "LBCBiMask",
     "Magnitude",
     "Method",
     "NMError",
@@ -35,8 +44,10 @@ __all__ = [
     "Refusal",
     "SparseModule",
     "SparsityScheduler",
+    "Telemetry",
     "compile",
     "freeze",
+    "parameter_groups",
     "permute",
     "report",
     "show",

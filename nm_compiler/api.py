@@ -15,6 +15,7 @@ from nm_compiler.graph import run
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.module import SparseModule, attach_state, detach_state, unwrap
+from nm_compiler.passes.freeze_masks import masked_values
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.permuting import Order, reorder
 from nm_compiler.preparing import globs, prepared
@@ -107,8 +108,11 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
         for name, tensor in before.items():
             module.origin.get_buffer(name).copy_(tensor)
         raise
+    values: dict[int, Tensor] = {}
     for gm in module.programs():
-        run(gm, freezing(module.plan.sites))
+        masked_values(gm, values)
+    for gm in module.programs():
+        run(gm, freezing(module.plan.sites, values))
     detach_state(module.origin, module.plan, module.state_names())
     module.__dict__["frozen"] = True
     model: nn.Module = module.origin

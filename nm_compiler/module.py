@@ -20,8 +20,6 @@ from nm_compiler.exported import Exported, moved
 from nm_compiler.graph import Pass
 from nm_compiler.loading import check_values, compare, start_afresh
 from nm_compiler.methods.base import Method
-from nm_compiler.methods.lbc import LBC
-from nm_compiler.passes.insert_scores import table_of
 from nm_compiler.recipe import pipeline
 from nm_compiler.sites import Plan
 from nm_compiler.state import RECIPE, Weight, mark, read_recipe, register, unmark, unregister, write_recipe
@@ -109,7 +107,7 @@ class SparseModule(nn.Module):
 
         Load a state_dict next, dense or not. Raises NMError if the graphs hold constants of the model that never had values.
         """
-        tables = _tables(self.method, self.plan)
+        tables = self.method.constants(self.plan.sites)
         lost = [
             name
             for gm in self.programs()
@@ -256,14 +254,6 @@ class SparseModule(nn.Module):
         return f"{self.method}, {len(self.plan.sites)} weights N:M, {len(self.plan.refusals)} dense"
 
 
-def _tables(method: Method, plan: Plan) -> dict[str, Tensor]:
-    """The constants that the passes of ``method`` put into graphs, by name."""
-    if not isinstance(method, LBC):
-        return {}
-    makers = dict(table_of(site.pattern, method.by_position) for site in plan.sites)
-    return {name: make() for name, make in makers.items()}
-
-
 def _unpacked(packed: Any, model: nn.Module, passes: list[Pass]) -> Exported | Fragments:
     if isinstance(packed, tuple):
         return Exported(records.unpack(packed[0], model), packed[1])
@@ -301,16 +291,31 @@ def detach_state(model: nn.Module, plan: Plan, names: list[str]) -> None:
 
 
 def unwrap(model: Any) -> SparseModule:
-    """The SparseModule inside DDP, an averaged model or ``torch.compile``. Raises NMError if there is none."""
-    inner = model
+    """The SparseModule inside DDP, an averaged model or ``torch.compile``. Raises NMError if there is none, or if its
+    integer state was averaged.
+    """
+    inner, averaged = model, False
     while not isinstance(inner, SparseModule):
+        averaged = averaged or bool(getattr(inner, "use_buffers", False))
         if isinstance(inner, _WRAPPERS):
             inner = inner.module
         elif isinstance(inner, nn.Module) and "_orig_mod" in inner._modules:
             inner = inner._orig_mod
         else:
             raise NMError(_no_carrier(model))
+    if averaged and not inner.frozen:
+        _check_not_averaged(inner)
     return inner
+
+
+def _check_not_averaged(module: SparseModule) -> None:
+    buffers = dict(module.named_buffers())
+    state = [name for name in module.state_names() if name in buffers and name != RECIPE]
+    if state:
+        raise NMError(
+            f"{state[0]} is of whole numbers, which AveragedModel(use_buffers=True) has averaged: set averaged.use_buffers = "
+            "False and call averaged.update_parameters(sparse) once more, which then copies it"
+        )
 
 
 def _no_carrier(model: Any) -> str:

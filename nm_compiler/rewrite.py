@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.graph import reads
-from nm_compiler.ops.weights import MASKED
+from nm_compiler.ops.weights import stands_for_weight
 
 
 def behind(gm: GraphModule, name: str, build: Callable[[Node], Node]) -> None:
@@ -42,4 +42,4 @@ def call(gm: GraphModule, op: Any, args: tuple[Any, ...], name: str) -> Node:
 
 def masked_nodes(gm: GraphModule, name: str) -> list[Node]:
     """The nodes that stand for the weight ``name`` in a rewritten graph."""
-    return [user for read in reads(gm, name) for user in read.users if user.target in MASKED and user.args[0] is read]
+    return [user for read in reads(gm, name) for user in read.users if stands_for_weight(user.target) and user.args[0] is read]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from nm_compiler.errors import NMError
 from nm_compiler.methods.base import Clock
 from nm_compiler.module import unwrap
+from nm_compiler.optim import FirstStep, check_holds, drop_frozen, learned_state, rate_of
 
 
 class SparsityScheduler:
@@ -19,7 +22,10 @@ class SparsityScheduler:
 
     model: what `compile` returned, also inside DDP or ``torch.compile``; total_steps: calls of ``step()`` to come;
     or epochs, alone (one call an epoch) or with steps_per_epoch (one call an optimizer step).
-    Raises NMError if the length is missing, given twice or not positive.
+    optimizer: needed by methods whose decay is decoupled; what it remembers of scores is dropped when they stop learning (not
+    under DDP, where they stay).
+    Raises NMError if the length is missing, given twice or not positive, or if the optimizer lacks the scores. An optimizer
+    that was not given and lacks them is found out in the first step.
     """
 
     def __init__(
@@ -29,9 +35,14 @@ class SparsityScheduler:
         *,
         epochs: int | None = None,
         steps_per_epoch: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self._model = unwrap(model)
         self.total_steps = _length(total_steps, epochs, steps_per_epoch)
+        if optimizer is not None:
+            check_holds(optimizer, learned_state(self._model))
+        self._optimizer, self._first = optimizer, FirstStep(self._model)
+        self._looked = False
         self.last_step = 0
         self._begin()
 
@@ -44,8 +55,10 @@ class SparsityScheduler:
                 f"step {self.last_step + 1} of {self.total_steps}: the schedule has ended; "
                 "make SparsityScheduler(total_steps=...) as long as the training"
             )
+        self._looked = self._looked or self._first.check()
         self.last_step += 1
         self._model.method.advance(self._model.weights, self._clock())
+        self._forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on; the live sets and orders are in the model's own state_dict."""
@@ -70,9 +83,15 @@ class SparsityScheduler:
 
     def _begin(self) -> None:
         self._model.method.begin(self._model.weights, self._clock())
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._optimizer is not None:
+            drop_frozen(self._optimizer, learned_state(self._model))
 
     def _clock(self) -> Clock:
-        return Clock(self.last_step, self.total_steps, self._model.seed)
+        rate = None if self._optimizer is None else partial(rate_of, self._optimizer)
+        return Clock(self.last_step, self.total_steps, self._model.seed, rate)
 
     def __repr__(self) -> str:
         return f"SparsityScheduler(step {self.last_step} of {self.total_steps}, {self._model.method})"

@@ -12,24 +12,42 @@ into the parameter in place. `nm.linear` and its kin become the products they co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import value_of
-from nm_compiler.ops.weights import MASKED
+from nm_compiler.ops.weights import stands_for_weight
 
 aten = torch.ops.aten
 _CONV = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
 
-def freeze_masks(gm: GraphModule) -> GraphModule:
-    """Fold every masked weight into its parameter, in place on the model that the graph is bound to."""
-    masked = [node for node in gm.graph.nodes if node.target in MASKED]
-    values = [(node, value_of(gm, node.args[0]), value_of(gm, node)) for node in masked]
+def masked_values(gm: GraphModule, known: dict[int, Tensor]) -> dict[int, Tensor]:
+    """What every weight becomes, by the id of its parameter; added to ``known``, where that parameter is not there yet."""
+    for node in _masked(gm):
+        parameter = value_of(gm, node.args[0])
+        if id(parameter) not in known:
+            known[id(parameter)] = value_of(gm, node)
+    return known
+
+
+def freeze_masks(gm: GraphModule, *, values: Mapping[int, Tensor] | None = None) -> GraphModule:
+    """Fold every masked weight into its parameter, in place on the model that the graph is bound to.
+
+    values: from `masked_values`, of all graphs of a model before the first is frozen: a method need not give the same value
+    again for a weight that it has frozen. Computed here if left out.
+    """
+    values = masked_values(gm, {}) if values is None else values
     with torch.no_grad():
-        for node, parameter, value in values:
-            parameter.copy_(value)
-            node.replace_all_uses_with(node.args[0])
+        for node in _masked(gm):
+            read = node.args[0]
+            assert isinstance(read, Node)
+            parameter = value_of(gm, read)
+            parameter.copy_(values[id(parameter)])
+            node.replace_all_uses_with(read)
     for node in list(gm.graph.nodes):
         if node.target is torch.ops.nm.linear.default:
             _become(gm, node, aten.linear.default, (node.args[0], node.args[1], node.args[3]))
@@ -43,6 +61,10 @@ def freeze_masks(gm: GraphModule) -> GraphModule:
             op = aten._grouped_mm.default if native else torch.ops.transformers.grouped_mm_fallback.default
             _become(gm, node, op, (data, weight, offsets))
     return gm
+
+
+def _masked(gm: GraphModule) -> list[Node]:
+    return [node for node in gm.graph.nodes if stands_for_weight(node.target)]
 
 
 def _become(gm: GraphModule, node: Node, target: object, args: tuple[object, ...]) -> None:

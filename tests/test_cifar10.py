@@ -128,8 +128,8 @@ def test_a_run_of_every_method_ends_exactly_n_m_and_writes_its_json(method: str,
     assert len(written["losses"]) == 2
     assert written["exact"] == ([0, 0] if method == "dense" else [6, 6])
     assert (written["one_shot"] is not None) == (method in LATE)
-    assert (written["backward_kept"] is not None) == (method == "bimask")
-    assert (len(written["live"]) > 0) == (method == "lbc")
+    assert (written["backward_kept"] is not None) == method.endswith("bimask")
+    assert (len(written["live"]) > 0) == method.startswith("lbc")
     assert not run.checkpoint.exists()
 
 

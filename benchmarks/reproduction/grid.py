@@ -58,6 +58,9 @@ METHODS: dict[str, Callable[[Recipe], nm.Method] | None] = {
     "transposable": lambda recipe: Transposable(),
     "srste": lambda recipe: nm.SRSTE(decay=recipe.decay),
     "lbc": lambda recipe: nm.LBC(t_f=recipe.t_f),
+    "gradual": lambda recipe: nm.Gradual(t_f=recipe.t_f),
+    "sste": lambda recipe: nm.SSTE(),
+    "lbc_bimask": lambda recipe: nm.LBCBiMask(t_f=recipe.t_f, backward=nm.BiMask(interval=recipe.interval)),
     "bimask": lambda recipe: nm.BiMask(interval=recipe.interval, decay=recipe.decay),
 }
 LATE = ("magnitude", "transposable")

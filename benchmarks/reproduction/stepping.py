@@ -83,6 +83,8 @@ def warmed(eager: Eager, images: Tensor, labels: Tensor, *, graphs: bool) -> tup
     before = {name: value.clone() for name, value in eager.model.state_dict().items()}
     try:
         stream = torch.cuda.Stream() if graphs else None
+        if stream:
+            stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             for _ in range(3):
                 eager(images, labels)

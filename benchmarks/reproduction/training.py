@@ -90,7 +90,7 @@ class Training:
         return steps / (now + search * steps / self.recipe.interval)
 
     def _search_seconds(self) -> float:
-        if not self.sparse or self.cell.method != "bimask":
+        if not self.sparse or not self.cell.method.endswith("bimask"):
             return 0.0
         seconds = 0.0
         for _ in range(2):  # the first compiles the search
@@ -160,7 +160,7 @@ class Training:
     def _look(self) -> None:
         at = round(self.done / self.per_epoch, 2)
         self.found.curve.append((at, self.accuracy()))
-        if self.sparse and self.cell.method == "lbc":
+        if self.sparse and self.cell.method.startswith("lbc"):
             live = [self.sparse.method.live(weight) for weight in self.sparse.weights]
             self.found.live.append((at, round(statistics.fmean(value for value in live if value is not None), 3)))
 

@@ -1,25 +1,30 @@
-"""What a method is. A new one is a frozen dataclass with these few functions, and one line in `recipe.pipeline`."""
+"""What a method is. A new one is one file: a frozen dataclass with these few functions. See docs/new-method.md."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
+from nm_compiler.graph import Pass
 from nm_compiler.sites import Site
 from nm_compiler.state import Weight
 
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Where training stands: ``step`` of ``total`` optimizer steps are done; ``seed`` of the compile call."""
+    """Where training stands: ``step`` of ``total`` optimizer steps are done; ``seed`` of the compile call.
+
+    rate: the learning rate of a parameter in the optimizer that the scheduler was given; None if it was given none.
+    """
 
     step: int
     total: int
     seed: int
+    rate: Callable[[Tensor], float] | None = None
 
 
 class Method(ABC):
@@ -33,7 +38,7 @@ class Method(ABC):
     def __str__(self) -> str:
         """The method with its options, the same in every process: functions by name."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        shown = (f"{key}={getattr(v, '__qualname__', repr(v))}" for key, v in options.items())
+        shown = (f"{key}={v if isinstance(v, Method) else getattr(v, '__qualname__', repr(v))}" for key, v in options.items())
         return f"{self.name}({', '.join(shown)})"
 
     def layout(self) -> Mapping[str, Any]:
@@ -42,6 +47,14 @@ class Method(ABC):
 
     def check(self, site: Site) -> None:  # noqa: B027  optional
         """Raise NMError where the method cannot do this site's pattern."""
+
+    @abstractmethod
+    def passes(self, sites: Sequence[Site]) -> list[Pass]:
+        """The graph rewrites, in order, that put this method behind the weights of ``sites``."""
+
+    def constants(self, sites: Sequence[Site]) -> Mapping[str, Tensor]:
+        """The tables that `passes` put into graphs, by name: they are not saved, but made afresh."""
+        return {}
 
     @abstractmethod
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nm_compiler.errors import NMError
+from nm_compiler.graph import Pass
 from nm_compiler.layout import as_rows
 from nm_compiler.methods.base import Clock, Method
-from nm_compiler.methods.srste import check_decay
+from nm_compiler.methods.srste import check_decay, check_rate, pull
+from nm_compiler.passes.insert_bimask import insert_bimask
+from nm_compiler.passes.insert_srste import insert_srste
 from nm_compiler.sites import Site
 from nm_compiler.solvers.backward_order import OrderSearch, assignment_search
 from nm_compiler.solvers.magnitude import magnitude_mask
@@ -30,7 +34,8 @@ class BiMask(Method):
 
     interval: optimizer steps between searches (first search after step 1); decay: lambda, 2e-4;
     moves: output channels placed anew in a search, for each weight; objective: ``"magnitude"`` keeps the most of sum |W * F|,
-    ``"count"`` the most non-zeros (the paper's); search: any `OrderSearch`. Raises NMError for values out of range.
+    ``"count"`` the most non-zeros (the paper's); search: any `OrderSearch`;
+    decoupled: as in `SRSTE`. Raises NMError for values out of range.
     """
 
     interval: int = 100
@@ -38,6 +43,7 @@ class BiMask(Method):
     moves: int = 10_000
     objective: Literal["magnitude", "count"] = "magnitude"
     search: OrderSearch = assignment_search
+    decoupled: bool = False
 
     def __post_init__(self) -> None:
         check_decay(self.decay, self.name)
@@ -47,6 +53,12 @@ class BiMask(Method):
             raise NMError(f"BiMask({given}): needs whole numbers, interval >= 1 and moves >= 0")
         if self.objective not in ("magnitude", "count"):
             raise NMError(f"BiMask(objective={self.objective!r}): choose 'magnitude' or 'count'")
+
+    def passes(self, sites: Sequence[Site]) -> list[Pass]:
+        return [
+            partial(insert_srste, sites=sites, decay=0.0 if self.decoupled else self.decay),
+            partial(insert_bimask, sites=sites),
+        ]
 
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
         if not site.backward_groups:
@@ -73,28 +85,41 @@ class BiMask(Method):
             return f"the order is not a permutation of its output channels{where}"
         return None
 
+    def begin(self, weights: Sequence[Weight], clock: Clock) -> None:
+        check_rate(clock, self)
+
     def advance(self, weights: Sequence[Weight], clock: Clock) -> None:
+        if self.decoupled:
+            pull(weights, clock, self.decay)
+        self.search_orders(weights, clock, _largest)
+
+    def search_orders(self, weights: Sequence[Weight], clock: Clock, forward_mask: Callable[[Weight], Tensor]) -> None:
+        """Search anew if it is time to. forward_mask: F of a weight, bool of its shape."""
         if (clock.step - 1) % self.interval == 0:
             for index, weight in enumerate(weights):
                 if weight.site.backward_groups:
-                    self._refresh(weight, clock.seed + 7919 * clock.step + index)
+                    self._refresh(weight, clock.seed + 7919 * clock.step + index, forward_mask)
 
-    def _refresh(self, weight: Weight, seed: int) -> None:
+    def _refresh(self, weight: Weight, seed: int, forward_mask: Callable[[Weight], Tensor]) -> None:
         order = weight["order"]
         if _rank() == 0:
-            order.copy_(self._searched(weight.site, weight.param.detach(), order, seed))
+            order.copy_(self._searched(weight.site, weight.param.detach(), forward_mask(weight), order, seed))
         if torch.distributed.is_initialized():  # one search for all ranks, so that masks agree to the bit
             torch.distributed.broadcast(order, 0)
 
-    def _searched(self, site: Site, weight: Tensor, order: Tensor, seed: int) -> Tensor:
+    def _searched(self, site: Site, weight: Tensor, mask: Tensor, order: Tensor, seed: int) -> Tensor:
         n, m = site.pattern.n, site.pattern.m
-        mask = magnitude_mask(weight, n, m, site.in_axis)
         importance = mask.to(weight.dtype) if self.objective == "count" else weight.abs() * mask
         rows = as_rows(importance, site.rows).reshape(-1, site.block, math.prod(site.shape) // math.prod(site.leading))
         starts = torch.arange(0, site.out, site.block, device=order.device).repeat(len(rows) // site.blocks)
         local = order.reshape(-1, site.block) - starts.unsqueeze(-1)
         found = [self.search(part, one, n, m, moves=self.moves, seed=seed) for part, one in zip(rows, local, strict=True)]
         return (torch.stack(found) + starts.unsqueeze(-1)).view_as(order)
+
+
+def _largest(weight: Weight) -> Tensor:
+    site = weight.site
+    return magnitude_mask(weight.param.detach(), site.pattern.n, site.pattern.m, site.in_axis)
 
 
 def _rank() -> int:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
+from nm_compiler.graph import Pass
 from nm_compiler.layout import as_rows
 from nm_compiler.methods.base import Clock, Method
+from nm_compiler.passes.insert_scores import insert_scores, table_of
 from nm_compiler.pattern import MAX_TABLE, combination_table
 from nm_compiler.sites import Site
 from nm_compiler.solvers.combinations import count, pack, retire
@@ -24,25 +27,29 @@ class LBC(Method):
     """Learn which combination of every group to keep.
 
     A group starts with all C = C(M, N) combinations live and so with every weight in use. Between ``t_i`` and ``t_f``
-    (shares of the training steps) the lowest-scored ones retire, ``1 + ceil((C - 1) (1 - tau)^3)`` stay; at ``t_f`` one
+    (shares of the training steps) the lowest-scored ones retire, ``1 + ceil((C - 1) (1 - tau)^power)`` stay; at ``t_f`` one
     is left, the mask is exactly N:M, and the scores stop training. Ref: LBC, eq. 6 to 8.
 
     scores: ``"position"`` keeps one score a weight, so a group costs M numbers and ceil(C / 8) bytes (2:4: one byte);
     it is the paper's method exactly under SGD with any momentum and weight decay, and differs under Adam-like
     optimizers or when gradient-norm clipping includes the scores. ``"combination"`` keeps the paper's C scores a group
     (2:4: 6, 4:8: 70) and C bytes. Where C > 1820, "position" retires positions instead of combinations.
-    Raises NMError unless ``0 <= t_i < t_f <= 1``.
+    power: 3, the papers' cubic; their code for transformers has 4.
+    Raises NMError unless ``0 <= t_i < t_f <= 1`` and power is a whole number from 1 to 8.
     """
 
     scores: Literal["position", "combination"] = "position"
     t_i: float = 0.0
     t_f: float = 0.5
+    power: int = 3
 
     def __post_init__(self) -> None:
         if self.scores not in ("position", "combination"):
             raise NMError(f"LBC(scores={self.scores!r}): choose 'position' or 'combination'")
         if not all(isinstance(t, (int, float)) for t in (self.t_i, self.t_f)) or not 0 <= self.t_i < self.t_f <= 1:
             raise NMError(f"LBC(t_i={self.t_i!r}, t_f={self.t_f!r}): shares of training, 0 <= t_i < t_f <= 1")
+        if isinstance(self.power, bool) or not isinstance(self.power, int) or not 1 <= self.power <= 8:
+            raise NMError(f"LBC(power={self.power!r}): of the schedule, a whole number from 1 to 8 (3 in the paper)")
 
     @property
     def by_position(self) -> bool:
@@ -58,6 +65,13 @@ class LBC(Method):
                 f"{site.name} of shape {list(site.shape)}: {site.pattern} has {site.pattern.combinations} combinations "
                 f"a group, more than the {MAX_TABLE} that LBC(scores='combination') can hold; use scores='position'"
             )
+
+    def passes(self, sites: Sequence[Site]) -> list[Pass]:
+        return [partial(insert_scores, sites=sites, by_position=self.by_position)]
+
+    def constants(self, sites: Sequence[Site]) -> Mapping[str, Tensor]:
+        makers = dict(table_of(site.pattern, self.by_position) for site in sites)
+        return {name: make() for name, make in makers.items()}
 
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
         pattern = site.pattern
@@ -129,7 +143,14 @@ class LBC(Method):
         begin, end = self.window(total)
         last, entries = _last(site), _entries(site)
         left = end - min(max(step, begin), end)
-        return last - (-(entries - last) * left**3 // (end - begin) ** 3)
+        return last - (-(entries - last) * int(left**self.power) // int((end - begin) ** self.power))
+
+    def forward_mask(self, weight: Weight) -> Tensor:
+        """1 where some live combination covers the position: bool of the weight's shape."""
+        site, live = weight.site, weight["live"]
+        table = table_of(site.pattern, self.by_position)[1]().to(live.device)
+        mask: Tensor = torch.ops.nm.live_mask(live, table, list(site.shape), site.rows)
+        return mask
 
     def is_settled(self, weight: Weight) -> bool:
         return bool((self._count(weight) == _last(weight.site)).all())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
+from nm_compiler.graph import Pass
 from nm_compiler.layout import as_groups
 from nm_compiler.methods.base import Method
+from nm_compiler.passes.insert_fixed_masks import insert_fixed_masks
 from nm_compiler.sites import Site
 from nm_compiler.solvers.combinations import pack, unpack
 from nm_compiler.solvers.magnitude import magnitude_mask
@@ -21,6 +24,9 @@ class Magnitude(Method):
 
     The mask is kept as one bit a weight, so pruned weights may drift under weight decay without coming back.
     """
+
+    def passes(self, sites: Sequence[Site]) -> list[Pass]:
+        return [partial(insert_fixed_masks, sites=sites)]
 
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
         mask = magnitude_mask(weight, site.pattern.n, site.pattern.m, site.in_axis)

@@ -174,4 +174,9 @@ backward_weight.register_autograd(_no_gradient)
 
 
 MASKED = (torch.ops.nm.score_weight.default, torch.ops.nm.srste_weight.default, torch.ops.nm.masked_weight.default)
-"""The ops whose result stands for a weight in the rewritten graph; all take the weight first."""
+"""The ops here whose result stands for a weight in the rewritten graph; all take the weight first."""
+
+
+def stands_for_weight(target: Any) -> bool:
+    """Whether a node with this target is what is multiplied with in place of its first argument, a weight."""
+    return target in MASKED or getattr(target, "stands_for_weight", False) is True

@@ -1,0 +1,50 @@
+"""Define an op of one's own that stands for a weight: what a new method multiplies with in place of W."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Gradient = Callable[..., Tensor]
+"""(g, weight, masked, *other arguments of the op) -> dW, with g the gradient of what the op returned."""
+
+
+def weight_op(name: str, *, gradient: Gradient) -> Callable[[Callable[..., Tensor]], Any]:
+    """Turn ``f(weight, *state, **options) -> masked weight`` into the op ``name`` ("mine::my_weight"), with its gradient.
+
+    f: plain torch code with annotated parameters (Tensor, int, float, bool, list[int]; `torch.library.custom_op` reads them),
+    the weight first. It returns a new tensor of the weight's shape; it is put into the weight's strides here. Only the weight
+    gets a gradient. Returns the op, for `nm_compiler.passes.insert_op`.
+    """
+
+    def make(function: Callable[..., Tensor]) -> Any:
+        def forward(weight: Tensor, *rest: Any) -> Tensor:
+            return torch.empty_like(weight).copy_(function(weight, *rest))
+
+        schema = torch.library.infer_schema(function, mutates_args=())
+        op: Any = torch.library.custom_op(name, forward, mutates_args=(), schema=schema)
+        op.register_fake(lambda weight, *rest: torch.empty_like(weight))
+        op.register_autograd(_backward(gradient), setup_context=_save)
+        overload = op._opoverload
+        overload.stands_for_weight = True
+        return overload
+
+    return make
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output, *(value for value in inputs if isinstance(value, Tensor)))
+    ctx.plain = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+
+
+def _backward(gradient: Gradient) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        output, *tensors = ctx.saved_tensors
+        left = iter(tensors)
+        weight, *rest = (next(left) if value is None else value[0] for value in ctx.plain)
+        return gradient(grad, weight, output, *rest), *(None for _ in rest)
+
+    return backward

@@ -1,0 +1,122 @@
+"""Optimizers beside a sparse model: which parameters get what, whether scores are among them, and what frozen ones leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nm_compiler.errors import NMError
+from nm_compiler.module import SparseModule, unwrap
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float = 0.0,
+    score_lr: float | None = None,
+    score_weight_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    """Groups for any torch optimizer: ``torch.optim.SGD(nm.parameter_groups(sparse, weight_decay=5e-4), lr=0.1)``.
+
+    Up to three groups, each with a ``"name"``: ``weights``, of two or more axes, decay; ``others`` (biases, norms) do not;
+    ``scores`` (LBC's) have ``score_lr`` and ``score_weight_decay``, those of the weights if left out, as in the paper.
+    Parameters that do not require gradients are left out, but for scores, which a loaded checkpoint may let learn again.
+
+    model: what `compile` returned, also inside DDP or ``torch.compile``. Raises NMError for other models or negative numbers.
+    """
+    for name, value in (("weight_decay", weight_decay), ("score_lr", score_lr), ("score_weight_decay", score_weight_decay)):
+        if value is not None and not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
+            raise NMError(f"parameter_groups({name}={value!r}): needs a finite number >= 0")
+    module = unwrap(model)
+    scores = learned_state(module)
+    ids = {id(parameter) for parameter in scores.values()}
+    own = [parameter for parameter in module.parameters() if id(parameter) not in ids and parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"name": "weights", "params": [p for p in own if p.ndim > 1], "weight_decay": weight_decay},
+        {"name": "others", "params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "name": "scores",
+            "params": list(scores.values()),
+            "weight_decay": weight_decay if score_weight_decay is None else score_weight_decay,
+            **({} if score_lr is None else {"lr": score_lr}),
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learned_state(module: SparseModule) -> dict[str, nn.Parameter]:
+    """The state that learns, by name: LBC's scores."""
+    found = {}
+    for weight in module.weights:
+        for suffix in module.method.suffixes(weight.site):
+            value = weight[suffix]
+            if isinstance(value, nn.Parameter):
+                found[f"{weight.site.name}_{suffix}"] = value
+    return found
+
+
+def check_holds(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Raise NMError unless the optimizer holds all of the learned state."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, value in state.items() if id(value) not in held]
+    if missing:
+        raise NMError(f"{type(optimizer).__name__} does not hold {_named(missing, state)}. {_WAY_OUT}")
+
+
+def drop_frozen(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Forget momentum and the like of learned state that has stopped learning."""
+    for value in state.values():
+        if not value.requires_grad:
+            optimizer.state.pop(value, None)
+
+
+def rate_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:
+    """The learning rate of a parameter as it stands; 0 for one that the optimizer does not hold."""
+    groups = (group for group in optimizer.param_groups if any(held is parameter for held in group["params"]))
+    return next((float(group["lr"]) for group in groups), 0.0)
+
+
+class FirstStep:
+    """Finds out, without being told the optimizer, whether it moves the learned state as it moves the weights.
+
+    A tensor counts its changes in place; so an optimizer that was built before `compile`, or from some parameters only, shows
+    in the first step that moves a weight and not its scores.
+    """
+
+    def __init__(self, module: SparseModule) -> None:
+        self._module = module
+        self._before = self._now()
+
+    def _now(self) -> dict[str, tuple[Tensor, int, Tensor, int]]:
+        state = learned_state(self._module)
+        owners = {f"{w.site.name}_{s}": w.param for w in self._module.weights for s in self._module.method.suffixes(w.site)}
+        return {name: (owners[name], owners[name]._version, score, score._version) for name, score in state.items()}
+
+    def check(self) -> bool:
+        """Whether a weight has moved, so that there is nothing to look for any more. Raises NMError if its scores have not."""
+        now, stuck, moved = self._now(), {}, False
+        for name, (weight, version, score, score_version) in now.items():
+            old = self._before[name]
+            if weight is not old[0] or score is not old[2]:  # replaced, by load_state_dict(assign=True): nothing to compare
+                self._before[name] = now[name]
+            elif version != old[1]:
+                moved = True
+                if score_version == old[3] and score.requires_grad:
+                    stuck[name] = score
+        if stuck:
+            raise NMError(
+                f"optimizer.step() changed the weights, but not {_named(list(stuck), stuck)}: the optimizer does not hold "
+                f"them. {_WAY_OUT}"
+            )
+        return moved or not now
+
+
+_WAY_OUT = "Build it after nm.compile, from sparse.parameters() or nm.parameter_groups(sparse)"
+
+
+def _named(names: list[str], state: Mapping[str, Tensor]) -> str:
+    shown = f"{names[0]} of shape {list(state[names[0]].shape)}"
+    return shown if len(names) == 1 else f"{shown} and {len(names) - 1} more"

@@ -1,0 +1,112 @@
+"""What masks do while a model trains, as plain numbers: how many live, flip and stay, and how far backward is from forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nm_compiler.errors import NMError
+from nm_compiler.module import unwrap
+from nm_compiler.solvers.combinations import pack, unpack
+
+Row = dict[str, Any]
+
+
+class Telemetry:
+    """Measure every ``every`` optimizer steps: call ``step()`` after ``scheduler.step()``, keep what it returns.
+
+    A row is ``{"step": 100, "total": {...}, "weights": {"conv1.weight": {...}, ...}}``, plain numbers. For each weight and
+    for all together (sums over weights before any division):
+
+    retained      sum |w * F| / sum |w|
+    nonzero       share of weights that the forward product uses
+    flipped       share of mask entries that changed since the row before; None in the first
+    live          mean number of live combinations a group, under LBC, else None
+    backward_kept sum |w * B| / sum |w * F| where there is a backward mask, else None
+    gradient_gap  sum ((F - B) * w)^2 / sum (F * w)^2, likewise. Ref: Bi-Mask, section 3.3
+
+    model: what `compile` returned, also inside DDP or ``torch.compile``. A row costs about as much as masking every weight
+    twice, and a bit of memory for each weight between rows. Raises NMError if ``every`` is not positive.
+    """
+
+    def __init__(self, model: nn.Module, every: int = 100) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise NMError(f"Telemetry(every={every!r}): needs a whole number of at least 1")
+        self._model, self.every, self.last_step = unwrap(model), every, 0
+        self._before: dict[str, Tensor] = {}
+
+    def step(self) -> Row | None:
+        """Count an optimizer step. Returns a row every ``every`` steps, None in between."""
+        self.last_step += 1
+        return self.measure() if self.last_step % self.every == 0 else None
+
+    def measure(self) -> Row:
+        """A row now."""
+        rows = {weight.site.name: self._sums(weight.site.name) for weight in self._model.weights}
+        lives = {weight.site.name: self._model.method.live(weight) for weight in self._model.weights}
+        groups = {weight.site.name: weight.param.numel() // weight.site.pattern.m for weight in self._model.weights}
+        weights = {name: {**_shares(sums), "live": lives[name]} for name, sums in rows.items()}
+        counted = [(live, groups[name]) for name, live in lives.items() if live is not None]
+        mean = sum(live * size for live, size in counted) / sum(size for _, size in counted) if counted else None
+        total = {**_shares(_added(list(rows.values()))), "live": mean}
+        return {"step": self.last_step, "total": total, "weights": weights}
+
+    def _sums(self, name: str) -> dict[str, float]:
+        """All that is needed of a weight, in one transfer from its device. NaN stands for what there is not."""
+        forward, backward = self._model.masked(name)
+        weight = self._model.get_parameter(name).detach()
+        mask, missing = forward != 0, weight.new_tensor(torch.nan, dtype=torch.float64)
+        before = self._before.get(name)
+        self._before[name] = pack(mask.flatten())
+        flipped = missing if before is None else (unpack(before, mask.numel()) != mask.flatten()).sum()
+        behind = [] if backward is None else [_size(backward), _square(forward - backward)]
+        numbers = [_size(weight), _size(forward), _square(forward), mask.sum(), flipped, *(behind or [missing, missing])]
+        found = torch.stack([number.double() for number in numbers]).tolist()
+        return dict(zip(_SUMS, [*found, float(weight.numel())], strict=True))
+
+
+def flat(row: Row) -> dict[str, float]:
+    """A row of `Telemetry` as ``{"total/retained": .., "conv1.weight/flipped": ..}``, without what is None.
+
+    For TensorBoard: ``for key, value in flat(row).items(): writer.add_scalar(key, value, row["step"])``; for CSV a
+    `csv.DictWriter`; for other loggers ``log(flat(row), step=row["step"])``.
+    """
+    named = {"total": row["total"], **row["weights"]}
+    return {f"{name}/{key}": value for name, values in named.items() for key, value in values.items() if value is not None}
+
+
+_SUMS = ("magnitude", "kept", "kept_square", "used", "flipped", "backward", "gap", "size")
+
+
+def _size(values: Tensor) -> Tensor:
+    return values.abs().sum(dtype=torch.float64)
+
+
+def _square(values: Tensor) -> Tensor:
+    return values.double().square().sum()
+
+
+def _added(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Sums over weights; of the backward ones over those that have a backward mask, and their forward beside them."""
+    total = {key: sum(row[key] for row in rows) for key in _SUMS}
+    both = [row for row in rows if row["backward"] == row["backward"]]
+    if both:
+        total |= {key: sum(row[key] for row in both) for key in ("backward", "gap")}
+    total["forward_of_both"] = sum(row["kept"] for row in both)
+    total["square_of_both"] = sum(row["kept_square"] for row in both)
+    return total
+
+
+def _shares(sums: dict[str, float]) -> dict[str, float | None]:
+    def share(part: float, whole: float) -> float | None:
+        return None if part != part else part / whole if whole else 0.0
+
+    return {
+        "retained": share(sums["kept"], sums["magnitude"]),
+        "nonzero": share(sums["used"], sums["size"]),
+        "flipped": share(sums["flipped"], sums["size"]),
+        "backward_kept": share(sums["backward"], sums.get("forward_of_both", sums["kept"])),
+        "gradient_gap": share(sums["gap"], sums.get("square_of_both", sums["kept_square"])),
+    }

@@ -1,0 +1,36 @@
+"""Multiply with what an op makes of a weight and of the state beside it: the pass of methods that bring an op of their own.
+
+before                          after
+%w = self.fc.weight             %w = self.fc.weight                                # [out, in]
+%y = aten.linear(%x, %w, %b)    %s = self.fc.weight_scale                          # state=("scale",)
+                                %v = nm.soft_weight(%w, %s, 2, 4, 1)               # options(site) == (2, 4, 1)
+                                %y = aten.linear(%x, %v, %b)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from nm_compiler.rewrite import behind, call
+from nm_compiler.sites import Site
+
+
+def insert_op(
+    gm: GraphModule, *, sites: Sequence[Site], op: Any, options: Callable[[Site], tuple[Any, ...]], state: Sequence[str] = ()
+) -> GraphModule:
+    """Put ``op(weight, *state, *options(site))`` behind every site's weight.
+
+    op: from `nm_compiler.ops.define.weight_op`; state: suffixes of what the method registered beside the weight.
+    """
+    for site in sites:
+        behind(gm, site.name, partial(_called, gm, site=site, op=op, options=options(site), state=state))
+    return gm
+
+
+def _called(gm: GraphModule, weight: Node, *, site: Site, op: Any, options: tuple[Any, ...], state: Sequence[str]) -> Node:
+    beside = [gm.graph.get_attr(f"{site.name}_{suffix}") for suffix in state]
+    return call(gm, op, (weight, *beside, *options), f"{weight.name}_masked")

@@ -1,0 +1,89 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,index,no-untyped-call,operator,union-attr"
+"""Telemetry: every number against its definition."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from models import ConvNet, Grouped, example
+
+import nm_compiler as nm
+from nm_compiler.telemetry import flat
+
+
+def compiled(method: Any, kind: Any = ConvNet) -> tuple[nm.SparseModule, Any]:
+    torch.manual_seed(0)
+    model = kind()
+    return nm.compile(model, example(model), method=method), model
+
+
+def test_a_row_comes_every_so_many_steps_and_is_plain_numbers() -> None:
+    sparse, _ = compiled(nm.LBC())
+    scheduler, telemetry = nm.SparsityScheduler(sparse, total_steps=9), nm.Telemetry(sparse, every=3)
+    rows = []
+    for _ in range(9):
+        scheduler.step()
+        rows.append(telemetry.step())
+    assert [row and row["step"] for row in rows] == [None, None, 3, None, None, 6, None, None, 9]
+    first, last = rows[2], rows[8]
+    assert json.loads(json.dumps(last)) == last
+    assert set(last["weights"]) == {"conv1.weight", "conv2.weight"}
+    assert first["total"]["flipped"] is None
+    assert first["total"]["live"] == 1 + 1  # 1 + ceil(5 (2 / 5)^3), of six
+    assert last["total"]["live"] == 1
+    assert last["total"]["nonzero"] == 0.5
+    assert last["total"]["backward_kept"] is None
+    assert flat(last)["conv1.weight/live"] == 1
+    assert "total/backward_kept" not in flat(last)
+
+
+@pytest.mark.parametrize("kind", [ConvNet, Grouped])
+@pytest.mark.parametrize("method", [nm.BiMask(interval=1, moves=20), nm.SRSTE(), nm.LBCBiMask()], ids=str)
+def test_numbers_are_what_their_definitions_say(method: Any, kind: Any) -> None:
+    sparse, _ = compiled(method, kind)
+    telemetry = nm.Telemetry(torch.compile(sparse, backend="eager"), every=1)
+    before = {w.site.name: sparse.masked(w.site.name)[0] != 0 for w in sparse.weights}
+    telemetry.step()
+    with torch.no_grad():
+        for weight in sparse.weights:
+            weight.param.add_(torch.randn_like(weight.param), alpha=0.1)
+    row = telemetry.step()
+    kept = gone = whole = size = used = flips = behind = forward_of_both = square_of_both = 0.0
+    for weight in sparse.weights:
+        name, found = weight.site.name, row["weights"][weight.site.name]
+        forward, backward = sparse.masked(name)
+        w = weight.param.detach()
+        flipped = (before[name] != (forward != 0)).double()
+        assert found["retained"] == pytest.approx(float(forward.abs().sum() / w.abs().sum()), rel=1e-5)
+        assert found["nonzero"] == pytest.approx(float((forward != 0).double().mean()))
+        assert found["flipped"] == pytest.approx(float(flipped.mean()))
+        whole, kept, size = whole + float(w.abs().sum()), kept + float(forward.abs().sum()), size + w.numel()
+        used, flips = used + float((forward != 0).sum()), flips + float(flipped.sum())
+        if backward is None:
+            assert found["backward_kept"] is found["gradient_gap"] is None
+            continue
+        gap = float((forward - backward).square().sum())
+        assert found["backward_kept"] == pytest.approx(float(backward.abs().sum() / forward.abs().sum()), rel=1e-5)
+        assert found["gradient_gap"] == pytest.approx(gap / float(forward.square().sum()), rel=1e-5)
+        behind, gone = behind + float(backward.abs().sum()), gone + gap
+        forward_of_both, square_of_both = (
+            forward_of_both + float(forward.abs().sum()),
+            square_of_both + float(forward.square().sum()),
+        )
+    total = row["total"]
+    assert total["retained"] == pytest.approx(kept / whole, rel=1e-5)
+    assert total["nonzero"] == pytest.approx(used / size)
+    assert total["flipped"] == pytest.approx(flips / size)
+    assert (flips > 0) == (not isinstance(method, nm.LBC))
+    if isinstance(method, nm.SRSTE):
+        assert total["backward_kept"] is None
+    else:
+        assert total["backward_kept"] == pytest.approx(behind / forward_of_both, rel=1e-5)
+        assert total["gradient_gap"] == pytest.approx(gone / square_of_both, rel=1e-5)
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True])
+def test_an_interval_that_is_no_positive_number_is_refused(every: Any) -> None:
+    with pytest.raises(nm.NMError, match="Telemetry"):
+        nm.Telemetry(compiled(nm.SRSTE())[0], every=every)

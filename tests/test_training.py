@@ -1,0 +1,354 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""What training scripts do around a sparse model: groups, mixed precision, clipping, averaging, compiling, saving."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import MLP, ConvNet, example
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import nm_compiler as nm
+
+METHODS = [nm.LBC(), nm.LBC(scores="combination"), nm.BiMask(interval=2, moves=40), nm.SRSTE(), nm.Magnitude()]
+each_method = pytest.mark.parametrize("method", METHODS, ids=["LBC", "LBC-combination", "BiMask", "SRSTE", "Magnitude"])
+SPARSE = {"conv1.weight", "conv2.weight"}
+
+
+def compiled(method: Any, **options: Any) -> tuple[nm.SparseModule, nn.Module]:
+    torch.manual_seed(0)
+    model = ConvNet(**options)
+    return nm.compile(model, example(model), method=method), model
+
+
+def batch(model: nn.Module, step: int) -> Tensor:
+    return example(model, batch=4, seed=step)
+
+
+def loss_of(sparse: nn.Module, x: Tensor) -> Tensor:
+    return sparse(x).float().square().mean()
+
+
+# -- parameter groups ------------------------------------------------------------------------------------------------------
+
+
+def test_groups_decay_weights_but_not_biases_and_norms_and_give_scores_their_own_rate() -> None:
+    sparse, model = compiled(nm.LBC())
+    groups = {group["name"]: group for group in nm.parameter_groups(sparse, weight_decay=1e-3, score_lr=0.5)}
+    names = {id(parameter): name for name, parameter in sparse.named_parameters()}
+    found = {key: {names[id(p)] for p in group["params"]} for key, group in groups.items()}
+    assert found["scores"] == {"conv1.weight_scores", "conv2.weight_scores"}
+    assert found["weights"] == {name for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("_scores")}
+    assert found["others"] == set(names.values()) - found["weights"] - found["scores"]
+    assert {key: group["weight_decay"] for key, group in groups.items()} == {"weights": 1e-3, "others": 0.0, "scores": 1e-3}
+    assert groups["scores"]["lr"] == 0.5
+    assert "lr" not in groups["weights"]
+    optimizer = torch.optim.SGD(nm.parameter_groups(sparse, score_weight_decay=0.0, weight_decay=1.0), lr=0.1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1.0, 0.0, 0.0]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1, 0.1]
+
+
+def test_groups_of_a_method_without_scores_are_the_models_own_and_leave_out_what_is_frozen() -> None:
+    sparse, model = compiled(nm.SRSTE())
+    model.conv1.weight.requires_grad_(False)
+    groups = nm.parameter_groups(nn.parallel.DataParallel(sparse), weight_decay=0.1)
+    assert [group["name"] for group in groups] == ["weights", "others"]
+    assert not any(p is model.conv1.weight for p in groups[0]["params"])
+
+
+@pytest.mark.parametrize("wrong", [{"weight_decay": -1.0}, {"score_lr": float("inf")}, {"score_weight_decay": "x"}])
+def test_a_decay_or_rate_that_is_no_number_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(nm.NMError, match=r"parameter_groups\(\w+=.*\): needs a finite number >= 0"):
+        nm.parameter_groups(compiled(nm.LBC())[0], **wrong)
+
+
+def test_an_optimizer_without_the_scores_is_refused_when_it_is_given() -> None:
+    torch.manual_seed(0)
+    model = ConvNet()
+    early = torch.optim.AdamW(model.parameters())
+    sparse = nm.compile(model, example(model), method=nm.LBC())
+    message = r"AdamW does not hold conv1.weight_scores of shape \[8, 8, 3, 3\] and 1 more. Build it after nm.compile"
+    with pytest.raises(nm.NMError, match=message):
+        nm.SparsityScheduler(sparse, total_steps=4, optimizer=early)
+
+
+@pytest.mark.parametrize("method", [nm.LBC(), nm.LBC(scores="combination")])
+def test_an_optimizer_without_the_scores_is_found_out_in_its_first_step(method: Any) -> None:
+    torch.manual_seed(0)
+    model = ConvNet()
+    early = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparse = nm.compile(model, example(model), method=method)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=4)
+    loss_of(sparse, batch(model, 0)).backward()
+    early.step()
+    with pytest.raises(nm.NMError, match=r"changed the weights, but not conv1.weight_scores of shape .* and 1 more"):
+        scheduler.step()
+    assert scheduler.last_step == 0
+
+
+def test_steps_that_change_nothing_and_parameters_that_were_replaced_raise_no_alarm() -> None:
+    sparse, model = compiled(nm.LBC())
+    scheduler = nm.SparsityScheduler(sparse, total_steps=8)
+    scheduler.step()
+    sparse.load_state_dict({name: value.clone() for name, value in sparse.state_dict().items()}, assign=True)
+    scheduler.step()
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.0)
+    for step in range(3):
+        loss_of(sparse, batch(model, step)).backward()
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_what_an_optimizer_remembers_of_scores_is_dropped_at_t_f_and_the_weights_train_on(kind: Any) -> None:
+    sparse, model = compiled(nm.LBC(t_f=0.5))
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = kind(nm.parameter_groups(sparse, weight_decay=1e-4), lr=0.01, **options)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=6, optimizer=optimizer)
+    for step in range(6):
+        loss_of(sparse, batch(model, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        assert (model.conv1.weight_scores in optimizer.state) == (step < 2)
+        assert model.conv1.weight in optimizer.state
+    frozen = model.conv1.weight_scores.clone()
+    again = kind(nm.parameter_groups(sparse), lr=0.01, **options)
+    again.load_state_dict(optimizer.state_dict())
+    loss_of(sparse, batch(model, 9)).backward()
+    again.step()
+    assert torch.equal(model.conv1.weight_scores, frozen)
+
+
+# -- precision, accumulation, clipping --------------------------------------------------------------------------------------
+
+
+@each_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_mixed_precision_trains_close_to_float32_with_a_scaler_and_clipping(method: Any, dtype: torch.dtype) -> None:
+    finals = []
+    for mixed in (False, True):
+        sparse, model = compiled(method)
+        optimizer = torch.optim.SGD(nm.parameter_groups(sparse, weight_decay=1e-4), lr=0.05, momentum=0.9)
+        scheduler = nm.SparsityScheduler(sparse, total_steps=8, optimizer=optimizer)
+        scaler = torch.amp.GradScaler("cpu", enabled=mixed and dtype == torch.float16, init_scale=256.0)
+        for step in range(8):
+            with torch.autocast("cpu", dtype, enabled=mixed):
+                loss = loss_of(sparse, batch(model, step))
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(sparse.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            scheduler.step()
+        assert all(p.dtype == torch.float32 for p in sparse.parameters())
+        finals.append(float(loss.detach()))
+        assert set(nm.verify(nm.freeze(sparse)).satisfied) == SPARSE
+    assert finals[1] == pytest.approx(finals[0], rel=0.1)
+
+
+def test_a_step_that_the_scaler_skips_leaves_live_sets_and_scores_as_they_were() -> None:
+    sparse, model = compiled(nm.LBC())
+    optimizer = torch.optim.SGD(nm.parameter_groups(sparse), lr=0.05, momentum=0.9)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=100, optimizer=optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = {name: value.clone() for name, value in sparse.state_dict().items() if "running" not in name}
+    scaler.scale(loss_of(sparse, batch(model, 0)) * float("nan")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    scheduler.step()
+    assert scaler.get_scale() == 2.0
+    after = sparse.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if "num_batches" not in name)
+
+
+@each_method
+def test_gradients_of_four_quarters_are_those_of_the_whole_batch(method: Any) -> None:
+    torch.manual_seed(0)
+    model = MLP().double()
+    sparse = nm.compile(model, example(model).double(), method=method)
+    x = torch.randn(16, 8, dtype=torch.float64)
+    sparse(x).square().mean().backward()
+    whole = {name: p.grad.clone() for name, p in sparse.named_parameters()}
+    sparse.zero_grad()
+    for quarter in x.split(4):
+        (sparse(quarter).square().mean() / 4).backward()
+    decayed = {f"{w.site.name}" for w in sparse.weights} if isinstance(method, (nm.SRSTE, nm.BiMask)) else set()
+    for name, parameter in sparse.named_parameters():
+        if name not in decayed:
+            torch.testing.assert_close(parameter.grad, whole[name], msg=name)
+    for name in decayed:  # the pull on pruned weights comes with every backward pass
+        weight = sparse.get_parameter(name)
+        pull = 3 * method.decay * (weight - sparse.masked(name)[0])
+        torch.testing.assert_close(weight.grad, whole[name] + pull.detach())
+
+
+# -- torch.compile ----------------------------------------------------------------------------------------------------------
+
+
+@each_method
+def test_training_compiles_once_and_once_more_where_scores_stop_learning(method: Any) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    sparse, model = compiled(method)
+    fast = torch.compile(sparse, backend="aot_eager")
+    optimizer = torch.optim.SGD(nm.parameter_groups(sparse), lr=0.05, momentum=0.9)
+    scheduler = nm.SparsityScheduler(fast, total_steps=12, optimizer=optimizer)
+    for step in range(12):
+        loss_of(fast, batch(model, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == (2 if isinstance(method, nm.LBC) else 1)
+    assert set(nm.verify(nm.freeze(fast)).satisfied) == SPARSE
+
+
+@pytest.mark.slow
+@each_method
+def test_inductor_trains_channels_last_in_bf16_as_eager_does(method: Any) -> None:
+    sparse, model = compiled(method)
+    sparse.to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(sparse)
+    x = batch(model, 0).to(memory_format=torch.channels_last)
+    for module in (sparse, torch.compile(twin)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss_of(module, x).backward()
+    for (name, parameter), other in zip(sparse.named_parameters(), twin.parameters(), strict=True):
+        assert float((parameter.grad - other.grad).norm()) <= 0.05 * float(parameter.grad.norm()) + 1e-4, name
+
+
+# -- averaging, freezing a part ---------------------------------------------------------------------------------------------
+
+
+@each_method
+@pytest.mark.parametrize("buffers", [False, True])
+def test_an_averaged_model_is_exactly_n_m_when_frozen(method: Any, buffers: bool) -> None:
+    sparse, model = compiled(method)
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    averaged = torch.optim.swa_utils.AveragedModel(sparse, multi_avg_fn=average, use_buffers=buffers)
+    optimizer = torch.optim.SGD(nm.parameter_groups(sparse), lr=0.05)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=8)
+    for step in range(8):
+        loss_of(sparse, batch(model, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        averaged.update_parameters(sparse)
+    if buffers and any(method.suffixes(weight.site) for weight in sparse.weights):
+        with pytest.raises(nm.NMError, match=r"conv1.weight_\w+ is of whole numbers, which AveragedModel\(use_buffers=True\)"):
+            nm.freeze(averaged)
+        averaged.use_buffers = False
+        averaged.update_parameters(sparse)
+    mean = nm.freeze(averaged)
+    assert set(nm.verify(mean).satisfied) == SPARSE
+    assert not torch.equal(mean.conv1.weight, model.conv1.weight)
+    assert mean(batch(model, 0)).isfinite().all()
+    if isinstance(method, (nm.LBC, nm.Magnitude)):
+        assert torch.equal(mean.conv1.weight != 0, nm.freeze(sparse).conv1.weight != 0), "the masks are those of the model"
+
+
+@each_method
+def test_a_part_of_a_model_can_be_frozen_before_or_after_compile(method: Any) -> None:
+    for early in (False, True):
+        torch.manual_seed(0)
+        model = ConvNet()
+        if early:
+            model.conv1.requires_grad_(False)
+        sparse = nm.compile(model, example(model), method=method)
+        model.conv1.weight.requires_grad_(False)
+        before = model.conv1.weight.clone()
+        optimizer = torch.optim.AdamW(nm.parameter_groups(sparse, weight_decay=0.1), lr=0.01)
+        scheduler = nm.SparsityScheduler(sparse, total_steps=6, optimizer=optimizer)
+        for step in range(6):
+            loss_of(sparse, batch(model, step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        assert torch.equal(model.conv1.weight, before)
+        assert set(nm.verify(nm.freeze(sparse)).satisfied) == SPARSE
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------------
+
+
+@each_method
+def test_safetensors_and_distributed_checkpoints_bring_back_weights_and_state(method: Any, tmp_path: Path) -> None:
+    from torch.distributed import checkpoint as dcp
+
+    sparse, model = compiled(method)
+    train(sparse, model, steps=5, total=8)
+    save_file(sparse.state_dict(), tmp_path / "sparse.safetensors")
+    dcp.save({"model": sparse.state_dict()}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    x = batch(model, 99)
+    for source in ("safetensors", "dcp"):
+        other, _ = compiled(method)
+        if source == "safetensors":
+            other.load_state_dict(load_file(tmp_path / "sparse.safetensors"))
+        else:
+            state = {"model": other.state_dict()}
+            dcp.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+            other.load_state_dict(state["model"])
+        assert all(torch.equal(value, sparse.state_dict()[name]) for name, value in other.state_dict().items())
+        assert torch.equal(other.eval()(x), sparse.eval()(x))
+
+
+@each_method
+def test_the_state_dict_helpers_of_distributed_checkpoints_work(method: Any) -> None:
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    sparse, model = compiled(method)
+    optimizer = train(sparse, model, steps=5, total=8)
+    saved, momenta = get_state_dict(sparse, optimizer)
+    saved, momenta = copy.deepcopy((saved, momenta))
+    other, twin = compiled(method)
+    again = torch.optim.SGD(nm.parameter_groups(other), lr=0.05, momentum=0.9)
+    set_state_dict(other, again, model_state_dict=saved, optim_state_dict=momenta)
+    assert torch.equal(other(batch(model, 3)), sparse(batch(model, 3)))
+    assert torch.equal(
+        again.state[twin.conv2.weight]["momentum_buffer"], optimizer.state[model.conv2.weight]["momentum_buffer"]
+    )
+
+
+@each_method
+@pytest.mark.parametrize("stop", [2, 4, 6])
+def test_a_run_with_groups_and_dropped_states_resumes_to_the_bit_before_at_and_after_t_f(
+    method: Any, stop: int, tmp_path: Path
+) -> None:
+    def run(first: int, last: int, saved: Path | None) -> dict[str, Tensor]:
+        sparse, model = compiled(method)
+        optimizer = torch.optim.AdamW(nm.parameter_groups(sparse, weight_decay=0.01, score_lr=0.1), lr=0.01)
+        scheduler = nm.SparsityScheduler(sparse, total_steps=8, optimizer=optimizer)
+        parts = {"model": sparse, "optimizer": optimizer, "scheduler": scheduler}
+        if saved:
+            for name, part in parts.items():
+                part.load_state_dict(torch.load(saved)[name])
+        for step in range(first, last):
+            loss_of(sparse, batch(model, step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        torch.save({name: part.state_dict() for name, part in parts.items()}, tmp_path / f"{last}.pt")
+        return dict(sparse.state_dict())
+
+    whole = run(0, 8, None)
+    run(0, stop, None)
+    resumed = run(stop, 8, tmp_path / f"{stop}.pt")
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def train(sparse: nm.SparseModule, model: nn.Module, *, steps: int, total: int) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(nm.parameter_groups(sparse), lr=0.05, momentum=0.9)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=total)
+    for step in range(steps):
+        loss_of(sparse, batch(model, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    return optimizer
