@@ -79,8 +79,11 @@ def measure(entry: Entry, *, quick: bool, capture_only: bool, undo: int) -> Iter
     try:
         captured = capture(model, args, kwargs)
     except nm.NMError as error:
-        yield {"capture_seconds": time.perf_counter() - start, **_by_mode(model, args, kwargs, error)}
+        modes = _by_mode(model, args, kwargs, error)
+        yield {"capture_seconds": time.perf_counter() - start, **modes}
         yield from second_way(model, args, kwargs)
+        if modes["eval"] == "yes" and not capture_only:
+            yield law_row(entry, undo)
         return
     taken = time.perf_counter() - start
     yield {"capture_seconds": taken, "eval": "yes", "train": "yes", "way": "export"}
@@ -128,7 +131,7 @@ def difference(model: nn.Module, captured: Any, args: tuple[Any, ...], kwargs: d
 
 def _by_mode(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: nm.NMError) -> Row:
     """Each mode by itself: a model that is deaf to ``train(mode)`` is captured in the mode that it is kept in."""
-    found = {}
+    found: Row = {}
     for column, mode in (("eval", False), ("train", True)):
         model.__dict__["train"] = partial(_keep_mode, model, mode)
         try:
@@ -137,6 +140,8 @@ def _by_mode(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], er
         except Exception as again:
             found[column] = "no"
             found[f"{column}_error"] = str(again)
+        finally:
+            del model.__dict__["train"]
     return {**found, "error": str(error)}
 
 

@@ -20,7 +20,7 @@ from nm_compiler.axes.analyse import analyse
 from nm_compiler.axes.outputs import Outputs, chosen
 from nm_compiler.axes.reorder import inverse, needs_of, random_order, reorder
 from nm_compiler.axes.result import Axes, Leaf, leaves
-from nm_compiler.capture import capture
+from nm_compiler.capture import capture, capture_mode
 from nm_compiler.errors import NMError
 from nm_compiler.passes.permute import permute
 from nm_compiler.signature import Signature
@@ -75,7 +75,10 @@ def permutation_law(
     perturb(work, generator)
     args, named = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t,
                                        (example_inputs, dict(kwargs or {})))  # fmt: skip
-    captured = capture(work, args, named)
+    try:
+        captured = capture(work, args, named)
+    except NMError:  # training may go through fragments: what is permuted is then judged by evaluation alone, as in nm.permute
+        captured = {False: capture_mode(work, args, named, None, training=False)}
     gm, signature = captured[False]
     axes = analyse(work, list(captured.values()), layouts={}, outputs=outputs)
     if dtype == torch.float64:

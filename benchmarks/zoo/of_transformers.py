@@ -45,9 +45,8 @@ MASKED = """
     albert bert big_bird camembert convbert deberta deberta-v2 distilbert electra ernie esm eurobert fnet ibert
     longformer megatron-bert mobilebert modernbert mpnet nystromformer rembert roberta roformer squeezebert xlm-roberta yoso
 """
-SEQ2SEQ = """
-    bart bigbird_pegasus blenderbot led longt5 m2m_100 marian mbart mt5 pegasus prophetnet switch_transformers t5 umt5
-"""
+SEQ2SEQ = "bart bigbird_pegasus blenderbot led m2m_100 marian mbart mt5 pegasus prophetnet t5 umt5"
+SEQ2SEQ_MASKED = "longt5 switch_transformers"  # make no mask of their own while they are captured
 IMAGES = """
     beit bit convnext convnextv2 data2vec-vision dinov2 dinov2_with_registers efficientnet focalnet hiera ijepa
     mobilenet_v1 mobilenet_v2 mobilevit mobilevitv2 poolformer pvt pvt_v2 regnet resnet segformer swiftformer swin
@@ -114,6 +113,7 @@ def entries() -> list[Entry]:
         (CAUSAL, "AutoModelForCausalLM", _words),
         (MASKED, "AutoModelForMaskedLM", _words),
         (SEQ2SEQ, "AutoModelForSeq2SeqLM", lambda config: _words(config) | {"decoder_input_ids": _ids()}),
+        (SEQ2SEQ_MASKED, "AutoModelForSeq2SeqLM", lambda config: _words(config) | {"decoder_input_ids": _ids(), **_masks()}),
         (IMAGES, "AutoModelForImageClassification", _images),
         (WAVES, "AutoModelForCTC", lambda config: {"input_values": torch.randn(2, 1600)}),
     ]
@@ -162,6 +162,13 @@ def tiny(name: str) -> Any:
     renamed = getattr(kind, "attribute_map", {})
     sizes = {key: size for key, size in TINY.items() if key not in renamed and isinstance(own.get(key, ""), int | None)}
     return kind(**sizes | special)
+
+
+def _masks() -> dict[str, Tensor]:
+    return {
+        "attention_mask": torch.ones(2, 8, dtype=torch.int64),
+        "decoder_attention_mask": torch.ones(2, 8, dtype=torch.int64),
+    }
 
 
 def _ids() -> Tensor:
