@@ -795,7 +795,24 @@ CASES: dict[str, Case] = {
         w=(32, 8),
         free=1,
     ),
-    "lstm": hidden(lambda m, h: m.l(h[None])[0][0], held=lambda: dict(l=nn.LSTM(8, 8)), free=0),
+    "lstm": hidden(lambda m, h: m.l(h[None])[0][0], held=lambda: dict(l=nn.LSTM(8, 8)), free=1),
+    "lstm_both_ways_deep": hidden(
+        lambda m, h: m.l(h[None])[0][0], held=lambda: dict(l=nn.LSTM(8, 4, 2, bidirectional=True, batch_first=True)), free=1
+    ),
+    "gru": hidden(lambda m, h: m.l(h[:, None])[0][:, 0], held=lambda: dict(l=nn.GRU(8, 8)), free=1),
+    "rnn_without_bias": hidden(lambda m, h: m.l(h)[0], held=lambda: dict(l=nn.RNN(8, 8, bias=False)), free=1),
+    "rnn_state_from_data": hidden(
+        lambda m, h: m.l(h[None], h[:1][None])[0][0], held=lambda: dict(l=nn.GRU(8, 8, batch_first=True)), free=0
+    ),
+    "pointwise_conv_over_hidden": hidden(lambda m, h: F.conv1d(h[None], m.w)[0], w=(5, 5, 1), free=1),
+    "pointwise_conv_padded": hidden(lambda m, h: F.conv1d(h[None], m.w, padding=1)[0, :, 1:-1], w=(5, 5, 1), free=0),
+    "pointwise_conv_strided": hidden(lambda m, h: F.conv1d(h[None], m.w, stride=2)[0], c=16, w=(5, 5, 1), free=0),
+    "pointwise_conv_along_one_axis": hidden(
+        lambda m, h: F.conv2d(h[None, None], m.w, padding=(1, 0))[0, 0], w=(1, 1, 3, 1), free=1
+    ),
+    "pointwise_conv_grouped_same": hidden(
+        lambda m, h: F.conv1d(h[None, :4], m.w, padding="same", groups=2)[0], w=(4, 2, 1), free=1
+    ),
     "mamba": hidden(state_space, A=(8, 4), B=(4, 8), C=(4, 8), free=2),
     "mamba2": hidden(mamba2, w=(22, 8), D=(2,), nw=(8,), free=4),
     "mla": hidden(mla, q=(12, 8), kv=(8, 8), n=(6,), up=(14, 6), out=6, free=5),

@@ -18,7 +18,7 @@ from nm_compiler.law import BOUNDS, Law, permutation_law
 TOGETHER = 12  # a capture of many nets costs little more than a capture of one
 NAMES = list(CASES)
 GROUPS = [NAMES[i : i + TOGETHER] for i in range(0, len(NAMES), TOGETHER)]
-UNKNOWN = {"lstm", "_foreach_add"}  # have no rule: pinned, and said so
+UNKNOWN = {"_foreach_add"}  # have no rule: pinned, and said so
 
 
 class Several(nn.Module):

@@ -100,14 +100,18 @@ def grouped(a: Analysis, call: Call) -> Value:
 
 
 def convolution(a: Analysis, call: Call) -> Value:
-    """Input channels meet, output channels go through, positions are pinned. Groups are an axis of their own."""
+    """Input channels meet, output channels go through, positions are pinned. Groups are an axis of their own.
+
+    Where the kernel sees one position at a time and skips none, positions go through as well.
+    """
     x, weight = a.dims(call["input"]), a.dims(call["weight"])
     transposed = "transpose" in call.name or bool(call.get("transposed"))
     groups = int(call["groups"])
     space = len(weight) - 2
     batch, channels, positions = x[: -space - 1], x[-space - 1], x[-space:]
     why = f"{call.name} slides over it"
-    a.pin((*positions, *weight[2:]), why)
+    through = [_is_pointwise(call, k) and weight[2 + k].size == 1 for k in range(space)]
+    a.pin((*(term for term, free in zip(positions, through, strict=True) if not free), *weight[2:]), why)
     rows, columns = weight[0], weight[1]
     if groups > 1:
         g, rows = a.regroup((rows,), (groups, rows.size // groups), "conv groups cut across it")
@@ -117,12 +121,47 @@ def convolution(a: Analysis, call: Call) -> Value:
         g, inner = a.terms.one, channels
     reduced, out = (rows, columns) if transposed else (columns, rows)
     a.unify(inner, reduced, "a convolution reduces over it")
-    a.spaces += [(*batch, g, inner, out), (g, rows, columns)]
+    a.spaces += [
+        (*batch, *(term for term, free in zip(positions, through, strict=True) if free), g, inner, out),
+        (g, rows, columns),
+    ]
     result_channels = a.terms.product((g, out))
     if call.get("bias") is not None:
         a.unify(result_channels, a.dims(call["bias"])[0], "an addition aligns them")
-    sizes = a.shape(call.node)[-space:]
-    return (*batch, result_channels, *_pinned(a, sizes, why))
+    slid = _pinned(a, a.shape(call.node)[-space:], why)
+    return (*batch, result_channels, *(x if free else y for x, y, free in zip(positions, slid, through, strict=True)))
+
+
+def _is_pointwise(call: Call, axis: int) -> bool:
+    """No stride and no padding along a position axis: with a kernel of one, entry i of the result comes from entry i alone."""
+    stride, padding, more = (_along(call.get(name), axis) for name in ("stride", "padding", "output_padding"))
+    return stride in (None, 1) and padding in (None, 0, "valid", "same") and more in (None, 0)
+
+
+def _along(option: object, axis: int) -> object:
+    """An option of a convolution, given once or for each position axis; ``[]`` is the default."""
+    if not isinstance(option, (list, tuple)):
+        return option
+    return option[axis % len(option)] if option else None
+
+
+def recurrent(a: Analysis, call: Call) -> Value:
+    """``lstm``, ``gru``, ``rnn``: the first layer reduces over the features of x; gates and states keep their order."""
+    if call.get("input") is None:  # a packed sequence
+        return a.pin_all(call.node, f"{call.name} runs over packed steps")
+    x, params = a.dims(call["input"]), [a.dims(node) for node in call["params"]]
+    why = f"{call.name} runs along it"
+    directions = 2 if call["bidirectional"] else 1
+    each = len(params) // (int(call["num_layers"]) * directions)
+    first = [params[each * k] for k in range(directions)]
+    for weight in first:
+        a.unify(x[-1], weight[1], f"{call.name} reduces over it")
+        a.spaces.append((*x, weight[0]))
+    states = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
+    others = [dims for dims in params if not any(dims is weight for weight in first)]
+    a.pin((*x[:-1], *(weight[0] for weight in first)), why)
+    a.pin((term for dims in (*others, *map(a.dims, states)) for term in dims), why)
+    return a.fresh(call.node.meta["val"], why)
 
 
 def _pinned(a: Analysis, sizes: Iterable[int], why: str) -> Dims:
@@ -139,4 +178,5 @@ RULES: dict[str, Rule] = {
     "scaled_dot_product_attention": attention,
     **named("_grouped_mm transformers.grouped_mm_fallback", grouped),
     **named(_CONVOLUTIONS, convolution),
+    **named("lstm gru rnn_tanh rnn_relu", recurrent),
 }
