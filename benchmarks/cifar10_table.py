@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 TITLES = {
-    "dense": "dense", "magnitude": "Magnitude (ASP)", "transposable": "Transposable", "srste": "SR-STE", "lbc": "LBC",
-    "bimask": "Bi-Mask", "lbc_bimask": "LBC + Bi-Mask", "gradual": "Gradual", "sste": "S-STE",
+    "dense": "dense", "magnitude": "Magnitude (ASP)", "transposable": "Transposable", "gradual": "Gradual", "srste": "SR-STE",
+    "sste": "S-STE", "lbc": "LBC", "bimask": "Bi-Mask", "bimask_random": "Bi-Mask, best of 10 random orders",
+    "bimask_identity": "Bi-Mask, no order", "lbc_bimask": "LBC forward, Bi-Mask backward",
 }  # fmt: skip
 Run = dict[str, Any]
 Runs = Mapping[tuple[str, str, str], Sequence[Run]]

@@ -4,6 +4,7 @@
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ import cifar10_table
 import pytest
 import torch
 from reproduction import training as training_module
-from reproduction.grid import LATE, METHODS, PATTERNS, Cell, Recipe, grid
+from reproduction.grid import LATE, METHODS, PATTERNS, Cell, Recipe, grid, random_search
 from reproduction.images import Images, prepare
 from reproduction.models import MODELS, CifarResNet, build
-from reproduction.pool import Speed, epochs_in
+from reproduction.pool import Place, Speed, epochs_in, run_all
 from reproduction.stepping import Eager, difference, restore, warmed
 from reproduction.training import Training
 from torch import nn
 
 import nm_compiler as nm
+from nm_compiler.solvers.backward_order import kept_importance
 
 CPU = torch.device("cpu")
 SHORT = Recipe(batch=8, interval=3, lr=0.05)
@@ -77,6 +79,20 @@ def test_the_grid_has_the_dense_network_once_a_seed_and_is_complete_seed_by_seed
     assert [cell.name for cell in cells if cell.method == "dense"] == ["resnet20-dense-seed0", "resnet20-dense-seed1"]
 
 
+def test_every_method_of_the_grid_has_a_title() -> None:
+    assert set(cifar10_table.TITLES) == set(METHODS)
+
+
+def test_the_ablations_order_is_the_best_of_ten_random_ones() -> None:
+    importance, order = torch.rand(16, 30), torch.arange(16)
+    found = random_search(importance, order, 2, 4, moves=0, seed=3)
+    assert found.sort().values.tolist() == order.tolist()
+    assert torch.equal(found, random_search(importance, order.flip(0), 2, 4, moves=9, seed=3))
+    generator = torch.Generator().manual_seed(3)
+    kept = [float(kept_importance(importance, torch.randperm(16, generator=generator), 2, 4)) for _ in range(10)]
+    assert float(kept_importance(importance, found, 2, 4)) == max(kept)
+
+
 def test_an_epoch_shows_every_image_once_moved_by_up_to_four_pixels_and_half_of_them_mirrored() -> None:
     count = 64
     base = images(count)
@@ -128,7 +144,7 @@ def test_a_run_of_every_method_ends_exactly_n_m_and_writes_its_json(method: str,
     assert len(written["losses"]) == 2
     assert written["exact"] == ([0, 0] if method == "dense" else [6, 6])
     assert (written["one_shot"] is not None) == (method in LATE)
-    assert (written["backward_kept"] is not None) == method.endswith("bimask")
+    assert (written["backward_kept"] is not None) == ("bimask" in method)
     assert (len(written["live"]) > 0) == method.startswith("lbc")
     assert not run.checkpoint.exists()
 
@@ -220,6 +236,27 @@ def test_the_epochs_are_the_most_with_which_the_last_run_ends_in_time() -> None:
     assert epochs_in(100.0, known, cells, per_epoch=100, parallel=2, start_s=0.0) == 5.0  # two of them after each other
     assert epochs_in(100.0, known, cells, per_epoch=100, parallel=2, start_s=10.0) == 4.5
     assert epochs_in(1.0, known, cells, per_epoch=100, parallel=4, start_s=0.0) == 1.0
+
+
+@pytest.mark.slow
+def test_runs_in_processes_of_their_own_end_in_the_time_given_and_one_that_fails_is_named(tmp_path: Path) -> None:
+    parts = [torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.arange(64) % 10] * 2
+    torch.save(tuple(parts), tmp_path / "images.pt")
+    cells = [Cell("resnet20", method, pattern, 0) for method, pattern in (("bimask", "2:4"), ("lbc", "3:5"), ("lbc", "1:4"))]
+    said: list[str] = []
+    begin = time.monotonic()
+    failed = run_all(
+        cells, SHORT, Place("cpu", tmp_path, False, 1), lambda: tmp_path / "images.pt", said.append, parallel=2,
+        deadline=begin + 120,
+    )  # fmt: skip
+    assert time.monotonic() - begin < 120
+    assert [cell.pattern for cell in failed] == ["3:5"]
+    assert any("resnet20-lbc-3of5-seed0 FAILED" in line and "3:5" in line for line in said)
+    runs = cifar10_table.load(tmp_path)
+    assert set(runs) == {("resnet20", "2:4", "bimask"), ("resnet20", "1:4", "lbc")}
+    lengths = {run["recipe"]["epochs"] for group in runs.values() for run in group}
+    assert len(lengths) == 1
+    assert lengths.pop() >= 1
 
 
 def test_the_table_shows_means_spreads_and_what_is_missing_to_dense(tmp_path: Path) -> None:

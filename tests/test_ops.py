@@ -63,6 +63,10 @@ SAMPLES: dict[str, list[Any]] = {
         lambda: (requires(7, 4), requires(3, 4, 8), torch.randn(3, 4, 8), torch.tensor([2, 2, 6]), False),
         lambda: (requires(4, 4), requires(2, 8, 4).transpose(1, 2), torch.randn(2, 8, 4).transpose(1, 2), torch.tensor([1, 4]), True),
     ],
+    "soft_weight": [
+        lambda: (requires(8, 8, 3), torch.tensor(1.5), 2, 4, 1),
+        lambda: (requires(8, 16).half().detach().requires_grad_(), torch.tensor(1.5).half(), 1, 16, 1),
+    ],
     "grouped_mm_weight": [lambda: (torch.randn(7, 4), torch.randn(7, 8), torch.randn(3, 4, 8), torch.tensor([2, 2, 6]), False)],
     "conv": [
         lambda: (requires(2, 4, 6, 5), requires(8, 4, 3, 1), torch.randn(8, 4, 3, 1), requires(8), [2, 1], [1, 0], [1, 2], 1),
@@ -86,6 +90,7 @@ def test_every_registered_op_is_checked() -> None:
 
 METHODS = [nm.LBC(), nm.LBC(scores="combination"), nm.BiMask(), nm.SRSTE(), nm.Magnitude()]
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+every_method = pytest.mark.parametrize("method", [*METHODS, nm.SSTE(), nm.Gradual(), nm.LBCBiMask()], ids=str)
 
 
 @each_method
@@ -106,7 +111,7 @@ def test_grouped_dilated_strided_convolutions_of_non_square_images_work_at_batch
         assert bool(weight.param.grad.isfinite().all())
 
 
-@each_method
+@every_method
 def test_float64_and_channels_last_give_the_same_numbers_as_float32_contiguous(method: Any) -> None:
     model = Grouped()
     sparse = nm.compile(model, example(model), method=method)
@@ -125,7 +130,7 @@ def test_float64_and_channels_last_give_the_same_numbers_as_float32_contiguous(m
                 torch.testing.assert_close(parameter.grad.float(), grads[name], rtol=2e-4, atol=2e-6)
 
 
-@each_method
+@every_method
 def test_a_masked_weight_lies_in_memory_as_the_weight_does(method: Any) -> None:
     """torch.compile counts on it, and a convolution would copy a weight that lies otherwise."""
     model = Grouped().to(memory_format=torch.channels_last)
@@ -135,7 +140,7 @@ def test_a_masked_weight_lies_in_memory_as_the_weight_does(method: Any) -> None:
             assert masked is None or masked.stride() == weight.param.stride()
 
 
-@each_method
+@every_method
 def test_autocast_to_bfloat16_casts_the_products_and_keeps_the_masters_in_float32(method: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16, bias=False), nn.Tanh(), nn.Linear(16, 8))
     sparse = nm.compile(model, torch.randn(2, 8), method=method)

@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import nm_compiler as nm
 from nm_compiler.methods.transposable import Transposable
+from nm_compiler.solvers.backward_order import kept_importance
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +56,23 @@ class Cell:
         return asdict(self)
 
 
+def random_search(importance: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int) -> Tensor:
+    """The search of Bi-Mask's code: the best of 10 random orders, never of the one at hand. For the ablation."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    drawn = [torch.randperm(len(order), generator=generator).to(order.device) for _ in range(10)]
+    return max(drawn, key=lambda each: float(kept_importance(importance, each, n, m)))
+
+
 METHODS: dict[str, Callable[[Recipe], nm.Method] | None] = {
     "dense": None,
     "magnitude": lambda recipe: nm.Magnitude(),
     "transposable": lambda recipe: Transposable(),
     "srste": lambda recipe: nm.SRSTE(decay=recipe.decay),
     "lbc": lambda recipe: nm.LBC(t_f=recipe.t_f),
+    "bimask_random": lambda recipe: nm.BiMask(
+        interval=recipe.interval, decay=recipe.decay, objective="count", search=random_search
+    ),
+    "bimask_identity": lambda recipe: nm.BiMask(interval=recipe.interval, decay=recipe.decay, moves=0),
     "gradual": lambda recipe: nm.Gradual(t_f=recipe.t_f),
     "sste": lambda recipe: nm.SSTE(),
     "lbc_bimask": lambda recipe: nm.LBCBiMask(t_f=recipe.t_f, backward=nm.BiMask(interval=recipe.interval)),
