@@ -6,11 +6,14 @@ model     = nm.freeze(sparse)                                            # the p
 print(nm.report(sparse))                                                 # a line per weight: sparse or dense, and why
 nm.verify(model, "2:4"), nm.show(sparse)                                 # check any checkpoint, read the graph
 nm.parameter_groups(sparse, weight_decay=5e-4)                           # for any torch optimizer
+nm.Magnitude(importance=nm.Wanda(nm.calibrate(model, loader)))           # one-shot masks that know the data
 nm.permute(model, (x,)), nm.show_axes(model, (x,))                       # reorder channels so that masks keep more
 """
 
 from nm_compiler.api import compile, freeze, show
+from nm_compiler.calibrating import Calibration, calibrate
 from nm_compiler.errors import NMError, Refusal
+from nm_compiler.importance import RIA, Saliency, Wanda
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.methods.gradual import Gradual
@@ -19,6 +22,7 @@ from nm_compiler.methods.lbc_bimask import LBCBiMask
 from nm_compiler.methods.magnitude import Magnitude
 from nm_compiler.methods.srste import SRSTE
 from nm_compiler.methods.sste import SSTE
+from nm_compiler.methods.transposable import Transposable
 from nm_compiler.module import SparseModule
 from nm_compiler.optim import parameter_groups
 from nm_compiler.pattern import Pattern
@@ -32,9 +36,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LBC",
+    "RIA",
     "SRSTE",
     "SSTE",
     "BiMask",
+    "Calibration",
     "Gradual",
     "LBCBiMask",
     "Magnitude",
@@ -42,9 +48,13 @@ __all__ = [
     "NMError",
     "Pattern",
     "Refusal",
+    "Saliency",
     "SparseModule",
     "SparsityScheduler",
     "Telemetry",
+    "Transposable",
+    "Wanda",
+    "calibrate",
     "compile",
     "freeze",
     "parameter_groups",

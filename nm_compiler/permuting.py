@@ -16,9 +16,10 @@ from nm_compiler.axes.orders import checked, random_orders
 from nm_compiler.axes.outputs import Outputs
 from nm_compiler.axes.reorder import inverse, needs_of
 from nm_compiler.axes.result import Axes
-from nm_compiler.axes.search import Gain, Importance, search_orders
+from nm_compiler.axes.search import Gain, search_orders
 from nm_compiler.errors import NMError
 from nm_compiler.exported import Exported
+from nm_compiler.importance import Importance
 from nm_compiler.passes.permute import permute as permute_pass
 from nm_compiler.passes.permute import permute_state
 from nm_compiler.pattern import PatternMap, PatternSpec
@@ -105,7 +106,7 @@ def permute(
     work that takes seconds and gives the same orders on every machine.
     backward: how much what a backward mask keeps (N:M along the output axis, after the forward mask) counts beside the
     forward mask, for `Transposable` or for Bi-Mask without gathers. `BiMask` finds an order of its own: 0 is right for it.
-    importance: by parameter name, not negative, of its shape: what to keep instead of magnitude.
+    importance: what to keep instead of magnitude: a rule such as `nm.Wanda`, or tensors by parameter name.
 
     The state_dict keeps its names and shapes, and loads into any model of the architecture.
     Raises NMError, nothing changed, if the model cannot be captured or an order does not fit.

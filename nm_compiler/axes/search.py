@@ -23,6 +23,7 @@ from nm_compiler.axes.coordinates import runs
 from nm_compiler.axes.reorder import needs_of, reorder
 from nm_compiler.axes.result import Axes, AxisClass, leaves
 from nm_compiler.errors import NMError
+from nm_compiler.importance import Importance, importance_of
 from nm_compiler.layout import as_rows
 from nm_compiler.pattern import Pattern
 from nm_compiler.sites import Plan, Site
@@ -32,8 +33,6 @@ from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.solvers.search import Found
 from nm_compiler.solvers.search_budget import check_budget
 from nm_compiler.solvers.search_members import Member
-
-Importance = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +62,12 @@ def search_orders(
 
     plan: which weights are N:M, and with which pattern; budget_s: seconds in all, on all cores; None: seconds' worth of work.
     backward: how much a weight that the backward mask keeps counts beside one that the forward mask keeps.
-    importance: by the name of a weight, in its shape; magnitude for those it leaves out. Raises NMError.
+    importance: what to keep instead of magnitude, see `nm_compiler.importance`. Raises NMError.
     """
     check_budget(budget_s, None, 1)
     if not (isinstance(backward, (int, float)) and 0 <= backward < float("inf")):
         raise NMError(f"backward={backward!r}: how much the backward mask counts beside the forward mask, a number >= 0")
-    system = _Model(model, axes, plan, float(backward), _checked(importance or {}, plan))
+    system = _Model(model, axes, plan, float(backward), importance)
     found = search_coupled(system, budget_s=budget_s, seed=seed)
     moved = {
         name: order
@@ -76,14 +75,6 @@ def search_orders(
         if not torch.equal(order, torch.arange(order.shape[-1]).expand_as(order))
     }
     return moved, tuple(sorted(system.gains(found), key=lambda gain: gain.before - gain.after))
-
-
-def _checked(importance: Importance, plan: Plan) -> Importance:
-    shapes = {site.name: tuple(site.shape) for site in plan.sites}
-    for name, values in importance.items():
-        if name in shapes and tuple(values.shape) != shapes[name]:
-            raise NMError(f"importance of {name} has shape {list(values.shape)}, the weight has {list(shapes[name])}")
-    return importance
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +100,9 @@ class _Model:
     with rows always counts them as they were.
     """
 
-    def __init__(self, model: nn.Module, axes: Axes, plan: Plan, backward: float, importance: Importance) -> None:
+    def __init__(
+        self, model: nn.Module, axes: Axes, plan: Plan, backward: float, importance: Importance | None
+    ) -> None:  # fmt: skip
         self.orders: dict[str, Tensor] = {}
         self._model, self._axes, self._backward, self._importance = model, axes, backward, importance
         self._sites = {site.name: site for site in plan.sites}
@@ -206,8 +199,7 @@ class _Model:
         return Member(outputs, "output", weight=self._backward)
 
     def _values(self, name: str, orders: Mapping[str, Tensor]) -> Tensor:
-        given = self._importance.get(name)
-        values = self._model.get_parameter(name).detach().abs() if given is None else given.detach()
+        values = importance_of(self._importance, self._sites[name], self._model.get_parameter(name))
         return reorder(values.float().cpu(), self._axes.state[name], orders, self._needs)
 
     def _worth_now(self, name: str) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nm_compiler.importance import importance_of
 from nm_compiler.layout import as_rows
 from nm_compiler.methods.magnitude import Magnitude
 from nm_compiler.sites import Site
@@ -28,11 +29,12 @@ class Transposable(Magnitude):
     """
 
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
+        importance = importance_of(self.importance, site, weight)
         if site.backward_groups:
             mask = torch.empty(site.shape, dtype=torch.bool, device=weight.device)
-            _tiled(mask, site).copy_(transposable_mask(_tiled(weight.detach().abs(), site), pattern=site.pattern))
+            _tiled(mask, site).copy_(transposable_mask(_tiled(importance, site), pattern=site.pattern))
         else:
-            mask = magnitude_mask(weight, site.pattern.n, site.pattern.m, site.in_axis)
+            mask = magnitude_mask(importance, site.pattern.n, site.pattern.m, site.in_axis)
         return {"mask": pack(mask.flatten(1))}
 
     def remark(self, weight: Weight) -> str | None:

@@ -179,6 +179,7 @@ def shares(gains: np.ndarray, total: float, *, most: float) -> np.ndarray:
     array([5. , 2.5, 2.5, 0. ])
     """
     result = np.zeros(len(gains))
+    gains = gains / max(gains.max(initial=0.0), np.finfo(np.float64).tiny)
     open_ones = gains > 0
     while open_ones.any():
         left = total - result.sum()

@@ -1,0 +1,159 @@
+"""calibrate: what every N:M weight is multiplied with, over batches of data, measured in the captured graph.
+
+A product is linear in its weight, so the gradient of the sum of ``product(x ** 2, W)`` is, for every weight, the sum of
+squares of all that it is multiplied with: exactly, whatever the product is (linear, convolution with stride and padding,
+experts).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from nm_compiler.capture import in_mode
+from nm_compiler.errors import NMError
+from nm_compiler.exported import Exported
+from nm_compiler.graph import reads
+from nm_compiler.pattern import PatternMap, PatternSpec
+from nm_compiler.preparing import globs, prepared
+from nm_compiler.sites import Site, find
+from nm_compiler.uses import Use, constants, uses
+
+
+@dataclass(frozen=True)
+class Calibration(Mapping[str, Tensor]):
+    """By parameter name: the sums of squares of what each weight was multiplied with, float64, broadcastable to the weight."""
+
+    squares: Mapping[str, Tensor]
+    batches: int
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.squares[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.squares)
+
+    def __len__(self) -> int:
+        return len(self.squares)
+
+    def __repr__(self) -> str:
+        return f"Calibration({len(self)} weights, {self.batches} batches)"
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], *, most: int | None = None, pattern: PatternSpec = "2:4",
+    include: Any = ("*",), exclude: Any = (), dynamic_shapes: Any = None,
+) -> Calibration:  # fmt: skip
+    """Run ``model`` in evaluation mode over batches and measure the inputs of every weight that can be N:M.
+
+    batches: such as a DataLoader; a batch is a tensor, a mapping of keyword inputs, or a tuple of positional inputs, of which
+    as many are taken as ``forward`` has parameters (labels behind them are left). Inputs are moved to the model's device.
+    most: batches to take, all of them if None. pattern, include, exclude: which weights, as in `nm_compiler.compile`, stem and
+    head included. One product more for every weight and batch; memory for sums, not for the batches.
+
+    The model's parameters, buffers and mode stay as they are. Raises NMError if there is no batch, if the model cannot be
+    captured as one graph in evaluation mode, or if a batch does not fit the first.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    stream = (_inputs(model, batch, device) for batch in batches)
+    first = next(stream, None)
+    if first is None or most == 0:
+        raise NMError("nm.calibrate(model, batches): there is no batch to run the model on")
+    args, kwargs = first
+    route = prepared(model, args, kwargs, dynamic_shapes, what="nm.calibrate")[False]
+    if not isinstance(route, Exported):
+        raise NMError(
+            f"{type(model).__name__} is no single graph in evaluation mode, so inputs cannot be followed to its weights: "
+            "rewrite the control flow on data that stops torch.export"
+        )
+    plan = find(model, [route.whole], PatternMap.parse(pattern), include=globs(include), exclude=globs(exclude))
+    meter, count = _Meter(route.gm, plan.sites), 0
+    with in_mode(model, False), torch.no_grad():
+        for count, (args, kwargs) in enumerate(_all(first, stream), 1):
+            meter.run(*route.signature.flatten(args, kwargs))
+            if count == most:
+                break
+    return Calibration(meter.squares, count)
+
+
+def _all(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _inputs(model: nn.Module, batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def there(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return (), {str(name): there(value) for name, value in batch.items()}
+    if not isinstance(batch, (tuple, list)):
+        return (there(batch),), {}
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = sum(each.kind in kinds for each in inspect.signature(model.forward).parameters.values())
+    return tuple(there(value) for value in batch[:taken]), {}
+
+
+def _with_inputs(node: Node) -> tuple[Node, ...]:
+    return (node, *node.all_input_nodes)
+
+
+class _Meter(Interpreter):
+    """Runs the graph; at every product of a weight it adds to the sums of squares of that weight."""
+
+    def __init__(self, gm: GraphModule, sites: Iterable[Site]) -> None:
+        super().__init__(gm)
+        self.squares: dict[str, Tensor] = {}
+        self._products: dict[Node, list[tuple[Site, Use]]] = {}
+        fixed = constants(gm.graph)
+        for site in sites:
+            for read in reads(gm, site.name):
+                for use in uses(read, fixed):
+                    if isinstance(use, Use):
+                        self._products.setdefault(use.node, []).append((site, use))
+        again = {
+            arg for found in self._products.values() for _, use in found for node in use.path for arg in _with_inputs(node)
+        }
+        self.user_to_last_uses = {
+            node: [value for value in last if value not in again] for node, last in self.user_to_last_uses.items()
+        }
+
+    def run_node(self, n: Node) -> Any:
+        for site, use in self._products.get(n, ()):
+            found = self._measured(site, use).double()
+            self.squares[site.name] = self.squares[site.name] + found if site.name in self.squares else found
+        return super().run_node(n)
+
+    @torch.enable_grad()
+    def _measured(self, site: Site, use: Use) -> Tensor:
+        read, *between = use.path
+        whole = self.env[read].detach()
+        one_row = not between and use.conv_groups == 1 and not site.layout.batch and use.op.startswith(("linear", "conv"))
+        leaf = (whole.narrow(site.layout.out_axis, 0, 1) if one_row else whole).clone().requires_grad_()
+        env: dict[Node, Any] = {read: leaf}
+        for node in between:
+            env[node] = self._call(node, env)
+        product = self._call(use.node, env, squared=use.path[-1], bias=not one_row)
+        gradient: Tensor = torch.autograd.grad(product.sum(), leaf)[0]
+        return gradient
+
+    def _call(self, node: Node, env: Mapping[Node, Any], squared: Node | None = None, bias: bool = True) -> Any:
+        """A node again, on a path that starts at the weight; data operands squared where it is the product."""
+
+        def value(arg: Node) -> Any:
+            if arg in env:
+                return env[arg]
+            plain = self.env[arg]
+            square = squared is not None and isinstance(plain, Tensor) and plain.is_floating_point()
+            return plain.square() if square else plain
+
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
+        if not bias and len(args) > 2 and isinstance(args[2], Tensor):  # a row of the weight has no use for the whole bias
+            args = (*args[:2], None, *args[3:])
+        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,58 @@
+"""How much a weight matters, beyond its magnitude: tensors in, tensors out. Any of these goes into masks and order searches.
+
+weight: floating, any shape; squares: the sum of squares of what each weight was multiplied with, broadcastable to the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nm_compiler.errors import NMError
+
+
+def wanda(weight: Tensor, squares: Tensor) -> Tensor:
+    """``|W| * ||x||``: magnitude times the norm of the input it meets. Ref: Sun et al., *Wanda*, ICLR 2024, eq. 1.
+
+    Returns float32 (float64 for such weights) of the weight's shape. Raises NMError for shapes that do not fit.
+    """
+    return _wide(weight).abs() * _norms(weight, squares)
+
+
+def ria(weight: Tensor, squares: Tensor, *, out_axis: int, row_axes: Sequence[int], power: float = 0.5) -> Tensor:
+    """``(|W| / sum of its row + |W| / sum of its column) * ||x|| ** power``. Ref: Zhang et al., *RIA*, ICLR 2024, eq. 4.
+
+    row_axes: all that one output sums over, the taps of a convolution included; a column lies along ``out_axis``. power: of
+    the norm; 0 leaves the inputs out. Returns as `wanda`.
+    """
+    magnitude = _wide(weight).abs()
+    tiny = torch.finfo(magnitude.dtype).tiny
+    by_row = magnitude / magnitude.sum(tuple(row_axes), keepdim=True).clamp_min(tiny)
+    by_column = magnitude / magnitude.sum(out_axis, keepdim=True).clamp_min(tiny)
+    return (by_row + by_column) * _norms(weight, squares) ** power
+
+
+def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
+    """``|W * dL/dW|``: what the loss changes by, to first order, without the weight. Ref: Molchanov et al., CVPR 2019.
+
+    Returns as `wanda`. Raises NMError for shapes that do not fit.
+    """
+    if gradient.shape != weight.shape:
+        raise NMError(f"a gradient of shape {list(gradient.shape)} for a weight of shape {list(weight.shape)}")
+    return (_wide(weight) * gradient.detach().to(weight.device)).abs()
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+
+
+def _norms(weight: Tensor, squares: Tensor) -> Tensor:
+    try:
+        fits = torch.broadcast_shapes(weight.shape, squares.shape) == weight.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise NMError(f"inputs of shape {list(squares.shape)} were measured, the weight has {list(weight.shape)}")
+    return squares.to(weight.device).sqrt().to(_wide(weight).dtype)

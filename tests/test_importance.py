@@ -1,0 +1,188 @@
+"""Importances beside magnitude, and the calibration that they need: what every weight is multiplied with."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import Attention, ConvNet, Matmuls
+from torch import Tensor, nn
+from torch.nn import functional
+
+import nm_compiler as nm
+from nm_compiler.solvers.magnitude import magnitude_mask
+
+
+class Layers(nn.Module):
+    """Weights that meet data in different ways; ``seen`` keeps what they met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 16)
+        self.product = nn.Parameter(torch.randn(16, 12))
+        self.twice = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.linear(x)) @ self.product
+        return self.head(self.twice(torch.tanh(self.twice(h))))
+
+
+def linear_squares(x: Tensor) -> Tensor:
+    squares: Tensor = x.double().square().flatten(0, -2).sum(0)
+    return squares
+
+
+def test_linears_matmuls_and_weights_used_twice_are_measured_over_all_batches() -> None:
+    model, batches = Layers(), [torch.randn(5, 8), torch.randn(3, 8), torch.randn(7, 8)]
+    stats = nm.calibrate(model, batches)
+    assert stats.batches == 3
+    expected = {name: torch.zeros(size, dtype=torch.float64) for name, size in (("linear", 8), ("product", 16), ("twice", 12))}
+    for x in batches:
+        h = torch.relu(model.linear(x))
+        first = h @ model.product
+        expected["linear"] += linear_squares(x)
+        expected["product"] += linear_squares(h)
+        expected["twice"] += linear_squares(first) + linear_squares(torch.tanh(model.twice(first)))
+    torch.testing.assert_close(stats["linear.weight"].expand(16, 8)[3], expected["linear"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats["product"].expand(16, 12)[:, 5], expected["product"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats["twice.weight"].expand(12, 12)[0], expected["twice"], rtol=1e-5, atol=1e-6)
+    assert all(value.dtype == torch.float64 for value in stats.values())
+
+
+@pytest.mark.parametrize(("groups", "stride", "padding", "taps"), [(1, 1, 1, 3), (1, 2, 0, 3), (2, 1, 2, 5), (1, 1, 0, 1)])
+def test_convolutions_are_measured_tap_by_tap_with_stride_padding_and_groups(
+    groups: int, stride: int, padding: int, taps: int
+) -> None:
+    conv = nn.Conv2d(8, 12, taps, stride=stride, padding=padding, groups=groups)
+    x = torch.randn(3, 8, 9, 7)
+    stats = nm.calibrate(nn.Sequential(conv, nn.ReLU()), [x])
+    patches = functional.unfold(x.double(), taps, padding=padding, stride=stride)  # [batch, 8 * taps * taps, positions]
+    squares = patches.square().sum((0, 2)).reshape(groups, 8 // groups, taps, taps)
+    expected = squares.repeat_interleave(12 // groups, 0).reshape(12, 8 // groups, taps, taps)
+    torch.testing.assert_close(stats["0.weight"].expand_as(conv.weight), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [lambda: (ConvNet(), torch.randn(4, 3, 8, 8)), lambda: (Attention(), torch.randint(12, (4, 6))),
+                                  lambda: (Matmuls(), torch.randn(4, 8))], ids=["conv", "attention", "matmuls"])  # fmt: skip
+def test_calibration_leaves_the_model_as_it_was_and_measures_every_weight_that_can_be_sparse(make: Any) -> None:
+    model, x = make()
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    stats = nm.calibrate(model, [x, x, x], most=2)
+    assert stats.batches == 2
+    assert model.training
+    assert not any(p.grad is not None for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    sparse = nm.compile(copy.deepcopy(model), (x,), include="*")
+    for weight in sparse.weights:
+        squares = stats[weight.site.name]
+        assert torch.broadcast_shapes(squares.shape, weight.param.shape) == weight.param.shape
+        assert bool((squares >= 0).all())
+        assert bool((squares > 0).any())
+
+
+def test_batches_may_be_tuples_with_labels_or_mappings() -> None:
+    model, x = Layers(), torch.randn(4, 8)
+    plain = nm.calibrate(model, [x])
+    for batch in ((x, torch.zeros(4)), [x], {"x": x}):
+        found = nm.calibrate(model, [batch])
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_wanda_and_ria_are_the_papers_formulas() -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 12), nn.ReLU())
+    x = torch.randn(20, 8)
+    stats = nm.calibrate(model, [x])
+    w, norms = model[0].weight.detach().double().numpy(), np.sqrt((x.double().numpy() ** 2).sum(0))
+    magnitude = np.abs(w)
+    wanda = magnitude * norms
+    ria = (magnitude / magnitude.sum(1, keepdims=True) + magnitude / magnitude.sum(0, keepdims=True)) * norms**0.5
+    for rule, expected in ((nm.Wanda(stats), wanda), (nm.RIA(stats), ria)):
+        sparse = nm.compile(copy.deepcopy(model), (x,), method=nm.Magnitude(importance=rule), include="*")
+        found = rule(sparse.weights[0].site, model[0].weight)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
+        kept = nm.freeze(sparse).get_parameter("0.weight") != 0
+        groups = expected.reshape(12, 2, 4)
+        ranks = (groups[..., None] < groups[..., None, :]).sum(-1)
+        np.testing.assert_array_equal(kept.numpy(), (ranks < 2).reshape(12, 8))
+
+
+@pytest.mark.parametrize("rule", [nm.Wanda, nm.RIA], ids=["Wanda", "RIA"])
+def test_masks_that_know_the_inputs_change_the_outputs_less(rule: Any) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    x = torch.randn(200, 64) * torch.logspace(-2, 1, 64)[torch.randperm(64)]
+    expected = model(x)
+
+    def error(method: nm.Magnitude) -> float:
+        pruned = nm.freeze(nm.compile(copy.deepcopy(model), (x,), method=method, include="*"))
+        assert nm.verify(pruned, "2:4").satisfied
+        return float(((pruned(x) - expected).norm() / expected.norm()).detach())
+
+    assert error(nm.Magnitude(importance=rule(nm.calibrate(model, [x])))) < 0.6 * error(nm.Magnitude())
+
+
+def test_saliency_is_weight_times_gradient() -> None:
+    model, x = Layers(), torch.randn(6, 8)
+    model(x).square().mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    sparse = nm.compile(copy.deepcopy(model), (x,), method=nm.Magnitude(importance=nm.Saliency(gradients)))
+    pruned = nm.freeze(sparse)
+    weight = model.twice.weight
+    expected = magnitude_mask(weight.detach() * gradients["twice.weight"], 2, 4, 1)
+    assert torch.equal(pruned.get_parameter("twice.weight") != 0, expected & (weight != 0))
+
+
+def test_a_permutation_can_keep_what_wanda_finds_important() -> None:
+    model, x = Layers(), torch.randn(50, 8)
+    stats = nm.calibrate(model, [x])
+    before = model(x)
+    permutation = nm.permute(model, (x,), importance=nm.Wanda(stats), budget_s=0.2)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert permutation.gains
+    assert all(gain.after >= gain.before for gain in permutation.gains)
+
+
+def test_transposable_masks_take_an_importance_too() -> None:
+    model, x = Layers(), torch.randn(6, 8)
+    importance = {"twice.weight": torch.rand(12, 12)}
+    pruned = nm.freeze(nm.compile(copy.deepcopy(model), (x,), method=nm.Transposable(importance=importance)))
+    kept = pruned.get_parameter("twice.weight") != 0
+    plain = nm.freeze(nm.compile(copy.deepcopy(model), (x,), method=nm.Transposable())).get_parameter("twice.weight") != 0
+    assert (kept * importance["twice.weight"]).sum() > (plain * importance["twice.weight"]).sum()
+    assert int(kept.unflatten(0, (-1, 4)).sum(1).max()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("importance", "said"),
+    [({"twice.weight": torch.ones(3, 3)}, r"twice.weight has shape \[3, 3\]"),
+     ({"twice.weight": torch.full((12, 12), float("nan"))}, "twice.weight has NaN"),
+     ({"twice.weight": -torch.ones(12, 12)}, "twice.weight has NaN, infinite or negative"),
+     (nm.Wanda({}), "has no inputs here")],
+)  # fmt: skip
+def test_importances_that_do_not_fit_are_errors_that_name_the_weight_and_change_nothing(importance: Any, said: str) -> None:
+    model = Layers()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(nm.NMError, match=said):
+        nm.compile(model, (torch.randn(2, 8),), method=nm.Magnitude(importance=importance))
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_calibration_without_a_batch_or_with_one_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(nm.NMError, match="no batch"):
+        nm.calibrate(Layers(), [])
+    with pytest.raises(nm.NMError):
+        nm.calibrate(Layers(), [torch.randn(2, 8), torch.randn(2, 9)])
+
+
+def test_a_method_with_an_importance_prints_in_one_short_line() -> None:
+    stats = nm.calibrate(Layers(), [torch.randn(2, 8)])
+    assert str(nm.Magnitude(importance=nm.Wanda(stats))) == "Magnitude(importance=Wanda())"
+    assert str(nm.Magnitude(importance={"a": torch.ones(2)})) == "Magnitude(importance=given)"
+    assert str(nm.Magnitude()) == "Magnitude()"
