@@ -28,7 +28,8 @@ class Layers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.relu(self.linear(x)) @ self.product
-        return self.head(self.twice(torch.tanh(self.twice(h))))
+        y: Tensor = self.head(self.twice(torch.tanh(self.twice(h))))
+        return y
 
 
 def linear_squares(x: Tensor) -> Tensor:
