@@ -45,5 +45,5 @@ def transposable_mask(importance: Tensor, *, pattern: str | tuple[int, int] | Pa
         if (nm.n, nm.m) == (2, 4):
             kernels.two_of_four(given.numpy(), target, exactly)
         else:
-            kernels.any_of_any(given.double().numpy(), target, nm.n, nm.m, exactly)
+            kernels.any_of_any(given.double().numpy(), target, nm.n, nm.m, exactly, kernels.comparators(nm.n, nm.m))
     return out.to(importance.device)

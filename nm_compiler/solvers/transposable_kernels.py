@@ -151,19 +151,39 @@ def _better_of(tile: Array, t: int, mask: int) -> Any:
     return chosen
 
 
+def comparators(n: int, m: int) -> Array:
+    """Pairs to compare and exchange, int64 ``[count, 2]``, that bring the n + 1 largest of m to the front, the largest first.
+
+    Batcher's merge sort, or for small n bubbles: whichever compares less. Ref: Batcher, AFIPS 1968.
+    """
+    sort, width = [], 1
+    while width < m:
+        step = width
+        while step >= 1:
+            for low in range(step % width, m - step, 2 * step):
+                for a in range(low, min(low + step, m - step)):
+                    if a // (2 * width) == (a + step) // (2 * width):
+                        sort.append((a, a + step))
+            step //= 2
+        width *= 2
+    bubbles = [(j - 1, j) for k in range(min(n + 1, m - 1)) for j in range(m - 1, k, -1)]
+    return np.array(min(sort, bubbles, key=len), dtype=np.int64)
+
+
 @jit
-def any_of_any(values: Array, out: Array, n: int, m: int, exactly: bool) -> None:
+def any_of_any(values: Array, out: Array, n: int, m: int, exactly: bool, pairs: Array) -> None:
     """N:M on M x M tiles: the transportation problem with capacities N and 1, solved exactly in float64.
 
     Prices of rows and columns come from a few rounds of coordinate descent on the dual; every row then takes its n best,
     and shortest paths repair the columns that got too many or too few. The result is the best mask with n in every row
-    and column. Unless ``exactly``, entries are taken out again along shortest paths while that pays.
+    and column. Unless ``exactly``, entries are taken out again along shortest paths while that pays. pairs: `comparators`.
     """
     weights, turned = np.empty((m, m)), np.empty((m, m))
     chosen = np.empty((m, m), np.bool_)
     row_price, column_price = np.empty(m, np.float64), np.empty(m, np.float64)
-    levels, falling = np.empty((n + 1, m), np.float64), np.empty(m, np.float64)
+    work, precise = np.empty((m, m), np.float32), np.empty((m, m), np.float64)
     counts = np.empty(m, np.int64)
+    length, before, done = np.empty((2, m)), np.empty((2, m), np.int64), np.empty((2, m), np.bool_)
     for batch in range(values.shape[0]):
         for top in range(0, values.shape[1], m):
             for left in range(0, values.shape[2], m):
@@ -173,11 +193,10 @@ def any_of_any(values: Array, out: Array, n: int, m: int, exactly: bool) -> None
                         weights[i, j] = turned[j, i] = values[batch, top + i, left + j]
                         most = max(most, weights[i, j])
                 column_price[:] = 0
-                for k in range(7):
-                    if k % 2:
-                        _price(turned, row_price, n, levels, falling, column_price)
-                    else:
-                        _price(weights, column_price, n, levels, falling, row_price)
+                for _ in range(2 + m // 8):  # more rounds for large tiles, which have more to repair
+                    _price(turned, column_price, n, pairs, work, row_price)
+                    _price(weights, row_price, n, pairs, work, column_price)
+                _price(turned, column_price, n, pairs, precise, row_price)
                 counts[:] = 0
                 for i in range(m):
                     taken = 0
@@ -190,10 +209,10 @@ def any_of_any(values: Array, out: Array, n: int, m: int, exactly: bool) -> None
                             taken += 1
                     for j in range(m):
                         counts[j] += chosen[i, j]
-                while _move_one(weights, chosen, row_price, column_price, counts, n):
+                while _move_one(weights, chosen, row_price, column_price, counts, n, length, before, done):
                     pass
                 if not exactly:
-                    while _drop_one(weights, chosen, row_price, column_price, most):
+                    while _drop_one(weights, chosen, row_price, column_price, most, length, before, done):
                         pass
                 for i in range(m):
                     for j in range(m):
@@ -201,40 +220,52 @@ def any_of_any(values: Array, out: Array, n: int, m: int, exactly: bool) -> None
 
 
 @jit
-def _price(weights: Array, other: Array, n: int, levels: Array, falling: Array, out: Array) -> None:
-    """Halfway between the n-th and the next largest of ``weights[i] - other``, for every row i."""
+def _price(weights: Array, other: Array, n: int, pairs: Array, work: Array, out: Array) -> None:
+    """Halfway between the n-th and the next largest of ``weights[:, i] - other``, for every column i.
+
+    All columns side by side, in the dtype of ``work`` (scratch, ``[m, m]``): float32 will do but for the last round, whose
+    prices decide which n of a row are chosen.
+    """
     m = weights.shape[0]
-    levels[:] = -np.inf
     for j in range(m):
+        line, source, price = work[j], weights[j], other[j]
         for i in range(m):
-            falling[i] = weights[i, j] - other[j]
-        for k in range(n + 1):
-            level = levels[k]
-            for i in range(m):
-                high, low = max(level[i], falling[i]), min(level[i], falling[i])
-                level[i] = high
-                falling[i] = low
+            line[i] = source[i] - price
+    for k in range(pairs.shape[0]):
+        above, below = work[pairs[k, 0]], work[pairs[k, 1]]
+        for i in range(m):
+            high, low = max(above[i], below[i]), min(above[i], below[i])
+            above[i] = high
+            below[i] = low
     for i in range(m):
-        out[i] = levels[n, i] + 0.5 * (levels[n - 1, i] - levels[n, i])
+        out[i] = work[n, i] + 0.5 * (np.float64(work[n - 1, i]) - work[n, i])
 
 
 @jit
-def _move_one(weights: Array, chosen: Array, row_price: Array, column_price: Array, counts: Array, n: int) -> bool:
+def _move_one(
+    weights: Array, chosen: Array, row_price: Array, column_price: Array, counts: Array, n: int, length: Array, before: Array,
+    done: Array,
+) -> bool:  # fmt: skip
     """Move one entry from a column with too many to one with too few, by the shortest path. False if there is none.
 
     A step drops a chosen entry of a column and lets its row choose another; its length is what the prices say it loses.
+    length, before, done: scratch, ``[2, m]``: of rows, of columns.
     """
     m = weights.shape[0]
-    to_column, to_row = np.full(m, np.inf), np.full(m, np.inf)
-    from_row, from_column = np.full(m, -1), np.full(m, -1)
-    done_column, done_row = np.zeros(m, np.bool_), np.zeros(m, np.bool_)
-    any_left = False
+    if counts.max() <= n:
+        return False
+    to_row, to_column, from_column, from_row, done_row, done_column = (
+        length[0],
+        length[1],
+        before[0],
+        before[1],
+        done[0],
+        done[1],
+    )
+    length[:], before[:], done[:] = np.inf, -1, False
     for j in range(m):
         if counts[j] > n:
             to_column[j] = 0.0
-            any_left = True
-    if not any_left:
-        return False
     while True:
         column, row, nearest = -1, -1, np.inf
         for j in range(m):
@@ -247,18 +278,18 @@ def _move_one(weights: Array, chosen: Array, row_price: Array, column_price: Arr
             done_row[row] = True
             for j in range(m):
                 if not chosen[row, j] and not done_column[j]:
-                    length = nearest - (weights[row, j] - row_price[row] - column_price[j])
-                    if length < to_column[j]:
-                        to_column[j], from_row[j] = length, row
+                    reach = nearest - (weights[row, j] - row_price[row] - column_price[j])
+                    if reach < to_column[j]:
+                        to_column[j], from_row[j] = reach, row
         else:
             if counts[column] < n:
                 break
             done_column[column] = True
             for i in range(m):
                 if chosen[i, column] and not done_row[i]:
-                    length = nearest + (weights[i, column] - row_price[i] - column_price[column])
-                    if length < to_row[i]:
-                        to_row[i], from_column[i] = length, column
+                    reach = nearest + (weights[i, column] - row_price[i] - column_price[column])
+                    if reach < to_row[i]:
+                        to_row[i], from_column[i] = reach, column
     for k in range(m):
         row_price[k] += min(to_row[k], nearest)
         column_price[k] -= min(to_column[k], nearest)
@@ -273,18 +304,35 @@ def _move_one(weights: Array, chosen: Array, row_price: Array, column_price: Arr
 
 
 @jit
-def _drop_one(weights: Array, chosen: Array, row_price: Array, column_price: Array, most: float) -> bool:
+def _drop_one(
+    weights: Array,
+    chosen: Array,
+    row_price: Array,
+    column_price: Array,
+    most: float,
+    length: Array,
+    before: Array,
+    done: Array,
+) -> bool:
     """Leave one row and one column with an entry less, if the best way to do so gains. False if it does not.
 
     A path begins at any row, which drops an entry; its column may choose another row, which drops one of its own.
+    length, before, done: scratch as in `_move_one`.
     """
     m = weights.shape[0]
     cheapest_row, cheapest_column = row_price.min(), column_price.min()
     if cheapest_row + cheapest_column >= -1e-12 * most:
         return False
-    to_row, to_column = row_price - cheapest_row, np.full(m, np.inf)
-    from_row, from_column = np.full(m, -1), np.full(m, -1)
-    done_column, done_row = np.zeros(m, np.bool_), np.zeros(m, np.bool_)
+    to_row, to_column, from_column, from_row, done_row, done_column = (
+        length[0],
+        length[1],
+        before[0],
+        before[1],
+        done[0],
+        done[1],
+    )
+    length[:], before[:], done[:] = np.inf, -1, False
+    to_row[:] = row_price - cheapest_row
     for i in range(m):
         if not chosen[i].any():
             to_row[i] = np.inf
@@ -303,18 +351,18 @@ def _drop_one(weights: Array, chosen: Array, row_price: Array, column_price: Arr
             done_row[row] = True
             for j in range(m):
                 if chosen[row, j] and not done_column[j]:
-                    length = nearest + (weights[row, j] - row_price[row] - column_price[j])
-                    if length < to_column[j]:
-                        to_column[j], from_row[j] = length, row
+                    reach = nearest + (weights[row, j] - row_price[row] - column_price[j])
+                    if reach < to_column[j]:
+                        to_column[j], from_row[j] = reach, row
         else:
             done_column[column] = True
             if nearest + column_price[column] - cheapest_column < total:
                 total, end = nearest + column_price[column] - cheapest_column, column
             for i in range(m):
                 if not chosen[i, column] and not done_row[i]:
-                    length = nearest - (weights[i, column] - row_price[i] - column_price[column])
-                    if length < to_row[i]:
-                        to_row[i], from_column[i] = length, column
+                    reach = nearest - (weights[i, column] - row_price[i] - column_price[column])
+                    if reach < to_row[i]:
+                        to_row[i], from_column[i] = reach, column
     if total + cheapest_row + cheapest_column >= -1e-12 * most:
         return False
     for k in range(m):
