@@ -114,7 +114,9 @@ def permute(
     """
     routes = prepared(model, example_inputs, kwargs, dynamic_shapes, what="nm.permute")
     whole = [route.whole for route in routes.values()]
-    plan = find(model, whole, PatternMap.parse(pattern), include=globs(include), exclude=globs(exclude))
+    plan = find(
+        model, whole, PatternMap.parse(pattern), include=globs(include), exclude=globs(exclude), may_be_empty=order != "search"
+    )
     options: dict[str, Any] = {"seed": seed, "budget_s": budget_s, "backward": backward, "importance": importance}
     return reorder(model, routes, plan, order, outputs, optimizer=optimizer, **options)
 

@@ -94,10 +94,12 @@ def find(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    may_be_empty: bool = False,
 ) -> Plan:
     """Plan every parameter of two or more axes over the graphs of one model (evaluation first).
 
-    Raises NMError if a glob of ``include``/``exclude`` matches no parameter, or if no weight is left to make sparse.
+    Raises NMError if a glob of ``include``/``exclude`` matches no parameter, or, unless it ``may_be_empty``, if no weight is
+    left to make sparse.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
     for option, globs in (("include", include), ("exclude", exclude)):
@@ -131,7 +133,7 @@ def find(
     for name, shape, op, reason in _untrained(model, graphs, fixed):
         refusals.append(Refusal(name, reason))
         shapes[name], ops[name] = shape, op
-    if not sites:
+    if not sites and not may_be_empty:
         shown = "\n  ".join(f"{r.where} {list(shapes[r.where])}: {r.reason}" for r in refusals[:12])
         raise NMError(
             f"no weight of this {type(model).__name__} can be {_shown(patterns)}:\n  {shown or 'it has no weights'}\n"

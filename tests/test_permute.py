@@ -60,6 +60,19 @@ def test_random_orders_are_those_of_their_seed() -> None:
     assert not all(torch.equal(orders[0][name], orders[2][name]) for name in orders[0])
 
 
+def test_orders_of_ones_own_need_no_weight_that_can_be_sparse() -> None:
+    model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))  # a stem and a head
+    x = torch.randn(4, 6)
+    before = model(x)
+    permutation = nm.permute(model, (x,), order="random", seed=3)
+    assert list(permutation) == ["0.weight[0]"]
+    torch.testing.assert_close(model(x), before)
+    nm.permute(model, (x,), order={"0.weight[0]": permutation.inverse()["0.weight[0]"]})
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+    with pytest.raises(nm.NMError, match="no weight of this Sequential can be 2:4"):
+        nm.permute(model, (x,))
+
+
 def test_an_order_by_the_name_of_an_axis_moves_that_axis_and_what_goes_with_it() -> None:
     model = MLP()
     first, bias, second = (t.detach().clone() for t in (model.fc1.weight, model.fc1.bias, model.fc2.weight))
