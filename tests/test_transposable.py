@@ -13,6 +13,7 @@ import nm_compiler as nm
 from nm_compiler.errors import NMError
 from nm_compiler.methods.transposable import Transposable
 from nm_compiler.solvers.transposable import transposable_mask
+from nm_compiler.solvers.transposable_kernels import comparators
 
 patterns = st.sampled_from(["1:2", "2:4", "1:4", "3:4", "2:3", "2:5", "4:8", "2:8", "6:8"])
 
@@ -162,3 +163,15 @@ def test_a_checkpoint_with_a_mask_that_is_not_transposable_is_refused() -> None:
     state["conv.weight_mask"] = torch.full_like(state["conv.weight_mask"], 255)
     with pytest.raises(NMError, match="more than 2 of 4"):
         sparse.load_state_dict(state)
+
+
+@pytest.mark.parametrize("m", [2, 3, 4, 6, 8, 16, 24, 32])
+def test_the_comparators_bring_the_largest_to_the_front_in_falling_order(m: int) -> None:
+    rng = np.random.default_rng(m)
+    for n in {1, m // 2, m - 1}:
+        pairs = comparators(n, m)
+        for _ in range(30):
+            values = rng.permutation(m)
+            for a, b in pairs:
+                values[a], values[b] = max(values[a], values[b]), min(values[a], values[b])
+            np.testing.assert_array_equal(values[: n + 1], np.arange(m)[::-1][: n + 1])
