@@ -1,4 +1,4 @@
-"""Quality over time: what a search has reached after how long, drawn."""
+"""Quality over time: what a budget of so many seconds buys, drawn."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from baselines.matrices import KINDS, Array
 from baselines.orders import assignment, hill_climb, stripe_groups
 
-from nm_compiler.solvers.search import search, snake
-from nm_compiler.solvers.search_budget import Progress
-from nm_compiler.solvers.search_members import efficacy, retained
+from nm_compiler.solvers.search import search_order, snake
+from nm_compiler.solvers.search_members import efficacy
 from solver_sections.common import Run, timed
 
 CASES = (("gauss", 64), ("trained", 256), ("trained", 768))
 SECONDS = 5.0
+BUDGETS_S = (0.005, 0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 5.0)
 
 
 def draw(run: Run, path: Path) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def draw(run: Run, path: Path) -> list[dict[str, Any]]:
             }.items()
             if not (run.quick and name == "stripe groups")
         }
-        panel.plot(*zip(*curve, strict=True), color="tab:blue", label="search_order")
+        panel.plot(*zip(*curve, strict=True), "o-", color="tab:blue", label="search_order, by budget")
         marks: list[dict[str, Any]] = []
         for marker, (name, (order, spent)) in zip("vos^", others.items(), strict=False):
             value = 100 * efficacy(matrix, order, pattern="2:4")
@@ -58,12 +58,8 @@ def draw(run: Run, path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _curve(matrix: Array, budget_s: float) -> list[tuple[float, float]]:
-    """(seconds, efficacy in percent) from the first look to the end."""
-    heard: list[Progress] = []
-    result = search(matrix, pattern="2:4", budget_s=budget_s, progress=heard.append)
-    start = retained(matrix, pattern="2:4")
-    end = retained(matrix, result.order, pattern="2:4")
-    gap = 100 * efficacy(matrix, result.order, pattern="2:4") / (end - start)  # percent for a unit kept more
-    first = end / (1 + heard[-1].gained)  # what the search began with: the better of identity and snake
-    return [(now.seconds, gap * (first * (1 + now.gained) - start)) for now in heard]
+def _curve(matrix: Array, most_s: float) -> list[tuple[float, float]]:
+    """(seconds taken, efficacy in percent) of a search with each budget: annealing makes use of what it is given."""
+    budgets = [budget for budget in BUDGETS_S if budget <= most_s]
+    found = [timed(search_order, matrix, pattern="2:4", budget_s=budget) for budget in budgets]
+    return [(spent, 100 * efficacy(matrix, order, pattern="2:4")) for order, spent in found]
