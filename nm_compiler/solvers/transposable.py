@@ -40,10 +40,11 @@ def transposable_mask(importance: Tensor, *, pattern: str | tuple[int, int] | Pa
             kind = "negative" if low < 0 and high < math.inf else "NaN or infinite"
             raise NMError(f"importance of shape {list(importance.shape)} has {kind} entries: pass magnitudes, weight.abs()")
         from nm_compiler.solvers import transposable_kernels as kernels
+        from nm_compiler.solvers.two_of_four_kernels import two_of_four
 
         given, target = values.view(-1, rows, columns), out.view(torch.uint8).view(-1, rows, columns).numpy()
         if (nm.n, nm.m) == (2, 4):
-            kernels.two_of_four(given.numpy(), target, exactly)
+            two_of_four(given.numpy(), target, exactly)
         else:
             kernels.any_of_any(given.double().numpy(), target, nm.n, nm.m, exactly, kernels.comparators(nm.n, nm.m))
     return out.to(importance.device)
