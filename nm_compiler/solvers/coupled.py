@@ -37,7 +37,10 @@ class System(Protocol[Class]):  # type: ignore[misc]  # the graph can be read an
         """The searches of a class in the present state: one, or one for every row of its order."""
 
     def move(self, each: Class, orders: Mapping[Any, Array]) -> float:
-        """Take the orders into the state if all that is kept grows. Returns by how much; 0 where it was refused."""
+        """Take the orders into the state if all that is kept grows. Returns by how much; 0 where it was refused.
+
+        Without edges the search has judged all there is, and any positive number will do.
+        """
 
     def kept(self) -> float:
         """All that is kept in the present state."""
