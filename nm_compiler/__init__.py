@@ -6,12 +6,14 @@ model     = nm.freeze(sparse)                                            # the p
 print(nm.report(sparse))                                                 # a line per weight: sparse or dense, and why
 nm.verify(model, "2:4"), nm.show(sparse)                                 # check any checkpoint, read the graph
 nm.parameter_groups(sparse, weight_decay=5e-4)                           # for any torch optimizer
+nm.save_checkpoint("run.pt", model=sparse, scheduler=scheduler)          # whole or not at all
 nm.Magnitude(importance=nm.Wanda(nm.calibrate(model, loader)))           # one-shot masks that know the data
 nm.permute(model, (x,)), nm.show_axes(model, (x,))                       # reorder channels so that masks keep more
 """
 
 from nm_compiler.api import compile, freeze, show
 from nm_compiler.calibrating import Calibration, calibrate
+from nm_compiler.checkpoint import load_checkpoint, save_checkpoint
 from nm_compiler.errors import NMError, Refusal
 from nm_compiler.importance import RIA, Saliency, Wanda
 from nm_compiler.methods.base import Method
@@ -57,9 +59,11 @@ __all__ = [
     "calibrate",
     "compile",
     "freeze",
+    "load_checkpoint",
     "parameter_groups",
     "permute",
     "report",
+    "save_checkpoint",
     "show",
     "show_axes",
     "verify",

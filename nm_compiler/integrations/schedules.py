@@ -1,0 +1,101 @@
+"""A scheduler, and telemetry, for every compiled module inside a model: what the callbacks of all trainers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nm_compiler.errors import NMError
+from nm_compiler.module import SparseModule
+from nm_compiler.scheduler import SparsityScheduler
+from nm_compiler.telemetry import Row, Telemetry
+
+Write = Callable[[Row], object]
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """One compiled module: where it is (``""`` is the model itself), its scheduler, its telemetry."""
+
+    name: str
+    scheduler: SparsityScheduler
+    telemetry: Telemetry | None
+
+
+class Schedules:
+    """All compiled modules of a model, in step.
+
+    model: anything that holds what `nm.compile` returned, at any depth; total_steps: optimizer steps of the training;
+    optimizer: as for `SparsityScheduler`; every, write: a `Telemetry` row goes to ``write`` every so many steps, named
+    after its module where there are several.
+    Raises NMError if nothing in the model was compiled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        every: int | None = None,
+        write: Write | None = None,
+    ) -> None:
+        found = {name: module for name, module in model.named_modules() if isinstance(module, SparseModule)}
+        if not found:
+            raise NMError(
+                f"{type(model).__name__} holds nothing that nm.compile returned: compile the model, or a part of it "
+                "(self.net = nm.compile(net, inputs)), before the trainer gets it"
+            )
+        if (every is None) != (write is None):
+            raise NMError("telemetry needs both: every= (steps between rows) and write= (what takes a row)")
+        self._write = write
+        self.tracked = tuple(
+            Tracked(
+                name,
+                SparsityScheduler(module, total_steps, optimizer=optimizer),
+                None if every is None else Telemetry(module, every),
+            )
+            for name, module in found.items()
+        )
+
+    def step(self) -> None:
+        """After every optimizer step."""
+        for each in self.tracked:
+            each.scheduler.step()
+            row = each.telemetry.step() if each.telemetry else None
+            if row is not None and self._write is not None:
+                self._write(self._named(each.name, row))
+
+    def _named(self, name: str, row: Row) -> Row:
+        if len(self.tracked) == 1:
+            return row
+        weights = {f"{name}.{key}" if name else key: value for key, value in row["weights"].items()}
+        return {"step": row["step"], "module": name, "total": row["total"], "weights": weights}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of every scheduler, by the name of its module."""
+        return {each.name: each.scheduler.state_dict() for each in self.tracked}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where it was taken. Raises NMError if it belongs to other modules or another schedule."""
+        names = [each.name for each in self.tracked]
+        if sorted(state_dict) != sorted(names):
+            raise NMError(f"saved for the compiled modules {sorted(state_dict)}, this model has {sorted(names)}")
+        for each in self.tracked:
+            each.scheduler.load_state_dict(state_dict[each.name])
+            self._count(each)
+
+    def jump(self, step: int) -> None:
+        """Go on after ``step`` optimizer steps, for trainers that only remember that number."""
+        for each in self.tracked:
+            each.scheduler.load_state_dict({**each.scheduler.state_dict(), "last_step": step})
+            self._count(each)
+
+    @staticmethod
+    def _count(each: Tracked) -> None:
+        if each.telemetry is not None:
+            each.telemetry.last_step = each.scheduler.last_step
