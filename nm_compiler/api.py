@@ -51,7 +51,8 @@ def compile(
     method: `LBC`, `BiMask` (the default), `SRSTE` or `Magnitude`.
     include, exclude: globs over parameter names; include also takes in the stem and the head, which stay dense otherwise.
     permute: ``"search"`` puts channels in an order in which the masks keep more, before anything else; ``"random"`` or a
-    mapping are for experiments. budget_s (seconds) and outputs (which must not change) as in `nm_compiler.permute`.
+    mapping are for experiments. The search minds backward masks as well where the method needs that (`Transposable`,
+    ``BiMask(fold=True)``). budget_s (seconds) and outputs (which must not change) as in `nm_compiler.permute`.
     seed: of the search, and of everything the method draws at random.
 
     Returns a `SparseModule`, which shares the model's parameters; the method's state is registered on the model in
@@ -61,13 +62,19 @@ def compile(
     patterns = PatternMap.parse(pattern)
     method = BiMask() if method is None else method
     pipeline(method, ())  # an unknown method is refused before anything else happens
+    if permute is None and method.folds:
+        permute = "search"
     if permute is None and (budget_s is not None or outputs is not None):
         raise NMError('budget_s= and outputs= are about the permutation: say permute="search" too')
     routes = prepared(model, example_inputs, kwargs, dynamic_shapes, what="nm.compile")
     check_outside(model, routes, patterns, globs(exclude))
     plan = find(model, [route.whole for route in routes.values()], patterns, include=globs(include), exclude=globs(exclude))
     _check_weights(model, plan, method)
-    moved = None if permute is None else reorder(model, routes, plan, permute, outputs, seed=seed, budget_s=budget_s)
+    moved = (
+        None
+        if permute is None
+        else reorder(model, routes, plan, permute, outputs, seed=seed, budget_s=budget_s, backward=method.backward_share)
+    )
     names = attach_state(model, plan, method)
     try:
         for route in routes.values():

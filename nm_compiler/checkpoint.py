@@ -55,7 +55,9 @@ def load_checkpoint(path: str | Path, *, map_location: Any = "cpu", **parts: Any
     except FileNotFoundError as error:
         raise NMError(f"{file} is not there") from error
     except Exception as error:
-        raise NMError(f"{file} cannot be read as a checkpoint ({type(error).__name__}: {error}): it is damaged, or another") from error
+        raise NMError(
+            f"{file} cannot be read as a checkpoint ({type(error).__name__}: {error}): it is damaged, or another"
+        ) from error
     missing = sorted(set(parts) - set(saved)) if isinstance(saved, Mapping) else sorted(parts)
     if missing:
         raise NMError(f"{file} has no {', '.join(missing)}; it holds {', '.join(sorted(saved)) or 'nothing'}")

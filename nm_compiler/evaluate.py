@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from nm_compiler.graph import getattr_path
+from nm_compiler.ops.weights import BACKWARD
 from nm_compiler.rewrite import masked_nodes
 
 
@@ -27,7 +28,7 @@ def effective_weights(gm: GraphModule, name: str) -> tuple[Tensor | None, Tensor
     forward = next(iter(masked_nodes(gm, name)), None)
     if forward is None:
         return None, None
-    backward = next((u for u in forward.users if u.target is torch.ops.nm.backward_weight.default), None)
+    backward = next((u for u in forward.users if u.target in BACKWARD), None)
     return value_of(gm, forward), None if backward is None else value_of(gm, backward)
 
 

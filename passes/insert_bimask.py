@@ -14,6 +14,10 @@ weight and a product are repeated for W * B:
     %p = operator.getitem(%c, 1)    %p = operator.getitem(%c, 1)  %q = operator.getitem(%d, 1)
     %y = aten.linear(%x, %p)        %y = nm.linear(%x, %p, %q, None)
 
+With ``folded`` the output rows lie in their order already, and there is none to read:
+
+    %v = nm.srste_weight(%w, ...)   %u = nm.backward_groups(%v, 2, 4, 0)
+
 It runs behind any pass that masks the forward weight. A weight whose output channels do not divide keeps B = F.
 Safe because y does not read %u: only the gradient of x changes.
 """
@@ -43,24 +47,29 @@ aten = torch.ops.aten
 nm = torch.ops.nm
 
 
-def insert_bimask(gm: GraphModule, *, sites: Sequence[Site]) -> GraphModule:
-    """Turn every product of a site into one with two weights. The order must be registered on the model already."""
+def insert_bimask(gm: GraphModule, *, sites: Sequence[Site], folded: bool = False) -> GraphModule:
+    """Turn every product of a site into one with two weights. Unless ``folded``, the order must be registered already."""
     fixed = constants(gm.graph)
     for site in sites:
         if not site.backward_groups:
             continue
         for forward in masked_nodes(gm, site.name):
             products = [use for use in uses(forward, fixed) if isinstance(use, Use)]
-            with gm.graph.inserting_after(forward):
-                order = gm.graph.get_attr(f"{site.name}_order")
-            with gm.graph.inserting_after(order):
-                arguments = (forward, order, site.pattern.n, site.pattern.m, site.rows)
-                name = f"{forward.name.removesuffix('_masked')}_backward"
-                backward = call(gm, nm.backward_weight.default, arguments, name)
+            backward = _backward(gm, site, forward, folded)
             seen = {forward: backward}
             for use in products:
                 _replace(gm, use, seen)
     return gm
+
+
+def _backward(gm: GraphModule, site: Site, forward: Node, folded: bool) -> Node:
+    name, n, m = f"{forward.name.removesuffix('_masked')}_backward", site.pattern.n, site.pattern.m
+    with gm.graph.inserting_after(forward):
+        if folded:
+            return call(gm, nm.backward_groups.default, (forward, n, m, site.layout.out_axis), name)
+        order = gm.graph.get_attr(f"{site.name}_order")
+    with gm.graph.inserting_after(order):
+        return call(gm, nm.backward_weight.default, (forward, order, n, m, site.rows), name)
 
 
 def _replace(gm: GraphModule, use: Use, seen: dict[Node, Node]) -> None:

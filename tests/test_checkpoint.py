@@ -77,9 +77,7 @@ class Full:
         self.file.close()
 
 
-def test_a_disk_that_fills_up_leaves_the_old_checkpoint_and_no_debris(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_leaves_the_old_checkpoint_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, file = parts(nm.LBC()), tmp_path / "run.pt"
     nm.save_checkpoint(file, **made)
     old = file.read_bytes()
@@ -114,7 +112,9 @@ class Dying:
 pathlib.Path.open = lambda self, *args: Dying(opened(self, *args))
 nm.save_checkpoint({str(file)!r}, values=torch.zeros(100_000), more=torch.ones(100_000))
 """
-    ended = subprocess.run([sys.executable, "-c", program], check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    ended = subprocess.run(
+        [sys.executable, "-c", program], check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
     assert ended.returncode == 9
     assert file.read_bytes() == old
 

@@ -17,8 +17,8 @@ import nm_compiler as nm
 from nm_compiler.methods.sste import soft_weight, soften
 from nm_compiler.solvers.magnitude import magnitude_mask
 
-NEW = [nm.Gradual(), nm.SSTE(), nm.LBCBiMask(backward=nm.BiMask(interval=2, moves=40)), nm.LBC(power=4)]
-each_method = pytest.mark.parametrize("method", NEW, ids=["Gradual", "SSTE", "LBCBiMask", "LBC-quartic"])
+NEW = [nm.Gradual(), nm.SSTE(), nm.LBCBiMask(backward=nm.BiMask(interval=2, moves=40)), nm.LBC(power=4), nm.BiMask(fold=True)]
+each_method = pytest.mark.parametrize("method", NEW, ids=["Gradual", "SSTE", "LBCBiMask", "LBC-quartic", "BiMask-folded"])
 
 
 def compiled(kind: Callable[[], nn.Module], method: Any, **options: Any) -> tuple[nm.SparseModule, nn.Module]:
@@ -37,6 +37,39 @@ def trained(kind: Callable[[], nn.Module], method: Any, steps: int = 8, total: i
         optimizer.zero_grad()
         scheduler.step()
     return sparse, model
+
+
+@pytest.mark.parametrize("method", [nm.BiMask(fold=True), nm.LBCBiMask(backward=nm.BiMask(fold=True))], ids=["BiMask", "LBC"])
+def test_a_folded_order_is_in_the_weights_so_that_the_backward_mask_needs_none(method: Any) -> None:
+    torch.manual_seed(0)
+    model = MLP(width=64).double()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    before, plain = model(x), copy.deepcopy(model)
+    sparse = nm.compile(model, (x,), method=method)
+    torch.testing.assert_close(model(x), before)
+    assert not torch.equal(model.fc2.weight, plain.fc2.weight), "channels were put in order"
+    assert not [name for name in sparse.state_dict() if name.endswith("_order")]
+    forward, backward = sparse.masked("fc2.weight")
+    assert bool(((backward != 0) <= (forward != 0)).all())
+    assert int((backward != 0).unflatten(0, (-1, 4)).sum(1).max()) <= 2, "N:M along the output axis as it lies"
+    (row,) = [row for row in nm.report(sparse).rows if row.name == "fc2.weight"]
+    twin = nm.compile(copy.deepcopy(plain), (x,), method=nm.BiMask())
+    unordered = nm.compile(plain, (x,), method=nm.BiMask(moves=0))
+    (other,) = [row for row in nm.report(unordered).rows if row.name == "fc2.weight"]
+    if isinstance(method, nm.BiMask):
+        assert row.retained + row.backward_kept > other.retained + other.backward_kept
+    with pytest.raises(nm.NMError, match="was trained with"):
+        twin.load_state_dict(sparse.state_dict())
+
+
+def test_compile_searches_an_order_that_transposable_masks_keep_more_with() -> None:
+    torch.manual_seed(0)
+    plain = MLP(width=64)
+    kept = []
+    for permute in (None, "search"):
+        sparse = nm.compile(copy.deepcopy(plain), example(plain), method=nm.Transposable(), permute=permute)
+        kept.append(nm.report(sparse).totals["retained"])
+    assert kept[1] > kept[0]
 
 
 @each_method

@@ -49,6 +49,7 @@ SAMPLES: dict[str, list[Any]] = {
     "backward_weight": [lambda: (torch.randn(8, 4, 3), torch.randperm(8), 2, 4, [0, 2, 1]),
                         lambda: (torch.randn(4, 8), torch.randperm(8), 1, 4, [1, 0]),
                         lambda: (torch.randn(3, 4, 8), torch.stack([torch.randperm(8) for _ in range(3)]), 2, 4, [0, 2, 1])],
+    "backward_groups": [lambda: (torch.randn(8, 4, 3), 2, 4, 0), lambda: (torch.randn(3, 4, 8), 1, 4, 2)],
     "linear": [
         lambda: (requires(2, 3, 4), requires(8, 4), torch.randn(8, 4), requires(8)),
         lambda: (requires(1, 4), requires(8, 4), torch.randn(8, 4), None),

@@ -187,6 +187,92 @@ def test_gradients_of_four_quarters_are_those_of_the_whole_batch(method: Any) ->
         torch.testing.assert_close(weight.grad, whole[name] + pull.detach())
 
 
+# -- other losses, other starts ---------------------------------------------------------------------------------------------
+
+
+@each_method
+def test_a_dense_teacher_teaches_its_own_sparse_copy(method: Any) -> None:
+    """Distillation: the student starts from the teacher's weights, follows its logits and a hidden layer, and ends N:M."""
+    torch.manual_seed(0)
+    teacher = MLP(width=32).eval()
+    student = copy.deepcopy(teacher)
+    sparse = nm.compile(student, example(student), method=method)
+    optimizer = torch.optim.AdamW(nm.parameter_groups(sparse), lr=3e-3)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=60, optimizer=optimizer)
+    distances = []
+    for step in range(60):
+        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+        with torch.no_grad():
+            wanted = (teacher(x) / 2).softmax(-1)
+        loss = nn.functional.kl_div((sparse(x) / 2).log_softmax(-1), wanted, reduction="batchmean") * 4
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        distances.append(float(loss.detach()))
+    assert all(p.grad is None for p in teacher.parameters())
+    assert set(nm.verify(nm.freeze(sparse)).satisfied) >= {"fc2.weight"}
+    once = nm.freeze(nm.compile(copy.deepcopy(teacher), example(teacher), method=nm.Magnitude()))
+    x = torch.randn(256, 8)
+    far, near = (float((model(x) - teacher(x)).square().mean()) for model in (once, student))
+    assert near < far, "distilling brings the student nearer to its teacher than pruning alone"
+
+
+@each_method
+def test_a_weight_edited_between_steps_is_what_the_next_step_masks(method: Any) -> None:
+    sparse, model = compiled(method)
+    train(sparse, model, steps=4, total=8)
+    with torch.no_grad():
+        model.conv1.weight.mul_(torch.randn_like(model.conv1.weight)).add_(0.1)
+    forward, _ = sparse.masked("conv1.weight")
+    kept = forward != 0
+    assert torch.equal(forward[kept], model.conv1.weight[kept])
+    if isinstance(method, (nm.SRSTE, nm.BiMask)):  # their masks follow the weight
+        largest = model.conv1.weight.detach().abs().unflatten(1, (-1, 4)).topk(2, dim=2).values.amin(2, keepdim=True)
+        assert torch.equal(forward.abs().unflatten(1, (-1, 4)).topk(2, dim=2).values.amin(2, keepdim=True), largest)
+    train(sparse, model, steps=4, total=8)
+    assert set(nm.verify(nm.freeze(sparse, finish=True)).satisfied) == SPARSE
+
+
+@each_method
+def test_steps_whose_loss_is_nan_harm_neither_masks_nor_schedule_once_good_weights_are_loaded(method: Any) -> None:
+    sparse, model = compiled(method)
+    optimizer = torch.optim.SGD(nm.parameter_groups(sparse), lr=0.05, momentum=0.9)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=8, optimizer=optimizer)
+
+    def step(at: int, factor: float = 1.0) -> None:
+        (loss_of(sparse, batch(model, at)) * factor).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+    step(0)
+    good = copy.deepcopy((sparse.state_dict(), optimizer.state_dict(), scheduler.state_dict()))
+    step(1, float("nan"))
+    step(2)
+    assert scheduler.last_step == 3, "the schedule counts steps, whatever they did"
+    for weight in sparse.weights:
+        assert sparse.method.problem(weight.site, {s: weight[s] for s in sparse.method.suffixes(weight.site)}) is None
+    with pytest.raises(nm.NMError, match="NaN or infinite"):
+        nm.freeze(sparse, finish=True)
+    sparse.load_state_dict(good[0])
+    optimizer.load_state_dict(good[1])
+    scheduler.load_state_dict(good[2])
+    for at in range(1, 8):
+        step(at)
+    straight, its = compiled(method)
+    other = torch.optim.SGD(nm.parameter_groups(straight), lr=0.05, momentum=0.9)
+    clock = nm.SparsityScheduler(straight, total_steps=8, optimizer=other)
+    for at in range(8):
+        loss_of(straight, batch(its, at)).backward()
+        other.step()
+        other.zero_grad()
+        clock.step()
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, sparse.state_dict()[name]), name
+    assert set(nm.verify(nm.freeze(sparse)).satisfied) == SPARSE
+
+
 # -- torch.compile ----------------------------------------------------------------------------------------------------------
 
 

@@ -52,6 +52,19 @@ class Method(ABC):
     def passes(self, sites: Sequence[Site]) -> list[Pass]:
         """The graph rewrites, in order, that put this method behind the weights of ``sites``."""
 
+    @property
+    def backward_share(self) -> float:
+        """How much the search of ``compile(permute=)`` counts what a backward mask keeps beside the forward mask.
+
+        0 where the method has no backward mask, or finds an order for it by itself.
+        """
+        return 0.0
+
+    @property
+    def folds(self) -> bool:
+        """Whether the method needs the channels in a searched order: `compile` then permutes without being asked."""
+        return False
+
     def constants(self, sites: Sequence[Site]) -> Mapping[str, Tensor]:
         """The tables that `passes` put into graphs, by name: they are not saved, but made afresh."""
         return {}

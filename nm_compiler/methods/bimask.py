@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,9 @@ class BiMask(Method):
     interval: optimizer steps between searches (first search after step 1); decay: lambda, 2e-4;
     moves: output channels placed anew in a search, for each weight; objective: ``"magnitude"`` keeps the most of sum |W * F|,
     ``"count"`` the most non-zeros (the paper's); search: any `OrderSearch`;
-    decoupled: as in `SRSTE`. Raises NMError for values out of range.
+    decoupled: as in `SRSTE`; fold: put an order into the weights instead, once, at `compile`, which then searches the channels
+    of coupled layers for both masks together (``permute="search"``): backward groups lie side by side, there is no order to
+    store, to gather with or to search again, and channels that are not free keep the order they have. Raises NMError for values out of range.
     """
 
     interval: int = 100
@@ -44,6 +46,7 @@ class BiMask(Method):
     objective: Literal["magnitude", "count"] = "magnitude"
     search: OrderSearch = assignment_search
     decoupled: bool = False
+    fold: bool = False
 
     def __post_init__(self) -> None:
         check_decay(self.decay, self.name)
@@ -57,16 +60,27 @@ class BiMask(Method):
     def passes(self, sites: Sequence[Site]) -> list[Pass]:
         return [
             partial(insert_srste, sites=sites, decay=0.0 if self.decoupled else self.decay),
-            partial(insert_bimask, sites=sites),
+            partial(insert_bimask, sites=sites, folded=self.fold),
         ]
 
+    def layout(self) -> Mapping[str, Any]:
+        return {"method": self.name, **({"fold": True} if self.fold else {})}
+
+    @property
+    def backward_share(self) -> float:
+        return float(self.fold)
+
+    @property
+    def folds(self) -> bool:
+        return self.fold
+
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
-        if not site.backward_groups:
+        if not self.suffixes(site):
             return {}
         return {"order": torch.arange(site.out, device=weight.device).expand(site.leading).contiguous()}
 
     def suffixes(self, site: Site) -> tuple[str, ...]:
-        return ("order",) if site.backward_groups else ()
+        return ("order",) if site.backward_groups and not self.fold else ()
 
     def remark(self, weight: Weight) -> str | None:
         site = weight.site
@@ -97,7 +111,7 @@ class BiMask(Method):
         """Search anew if it is time to. forward_mask: F of a weight, bool of its shape."""
         if (clock.step - 1) % self.interval == 0:
             for index, weight in enumerate(weights):
-                if weight.site.backward_groups:
+                if self.suffixes(weight.site):
                     self._refresh(weight, clock.seed + 7919 * clock.step + index, forward_mask)
 
     def _refresh(self, weight: Weight, seed: int, forward_mask: Callable[[Weight], Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +30,18 @@ class LBCBiMask(LBC):
     backward: BiMask = field(default_factory=BiMask)
 
     def passes(self, sites: Sequence[Site]) -> list[Pass]:
-        return [*LBC.passes(self, sites), partial(insert_bimask, sites=sites)]
+        return [*LBC.passes(self, sites), partial(insert_bimask, sites=sites, folded=self.backward.fold)]
+
+    @property
+    def backward_share(self) -> float:
+        return self.backward.backward_share
+
+    @property
+    def folds(self) -> bool:
+        return self.backward.folds
+
+    def layout(self) -> Mapping[str, Any]:
+        return {**LBC.layout(self), **({"fold": True} if self.backward.fold else {})}
 
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
         return {**LBC.state(self, site, weight), **self.backward.state(site, weight)}

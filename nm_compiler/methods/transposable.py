@@ -28,6 +28,10 @@ class Transposable(Magnitude):
     `Magnitude` is otherwise, a bit a weight. A weight whose output channels do not divide by M is N:M forward only.
     """
 
+    @property
+    def backward_share(self) -> float:
+        return 1.0
+
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
         importance = importance_of(self.importance, site, weight)
         if site.backward_groups:

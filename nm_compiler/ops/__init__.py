@@ -11,6 +11,7 @@ would go on using the old backward.
     masked_weight            a fixed mask                           (weights)
     srste_weight             top-N by magnitude, decay on the rest  (weights)
     backward_weight          Bi-Mask: the weight seen by d/dx       (weights)
+    backward_groups          the same, rows in order already        (weights)
     linear, conv             products with two weights              (products)
     einsum                   any other product of two tensors       (einsum)
     grouped_mm               experts, rows sorted by expert         (grouped_mm)

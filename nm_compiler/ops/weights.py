@@ -154,6 +154,20 @@ def backward_weight(masked: Tensor, order: Tensor, n: int, m: int, rows: list[in
     return result
 
 
+@torch.library.custom_op("nm::backward_groups", mutates_args=())
+def backward_groups(masked: Tensor, n: int, m: int, out_axis: int) -> Tensor:
+    """`backward_weight` for output rows that lie in their order: W * B, B the top ``n`` of every ``m`` along ``out_axis``."""
+    return keep_largest(masked, n, m, out_axis)
+
+
+@backward_groups.register_fake
+def _(masked: Tensor, n: int, m: int, out_axis: int) -> Tensor:
+    return torch.empty_like(masked)
+
+
+backward_groups.register_autograd(lambda ctx, grad: (None, None, None, None))
+
+
 def _at(tensor: Tensor, axes: list[int], index: tuple[int, ...]) -> Tensor:
     """One expert of several: a view."""
     for axis, place in sorted(zip(axes, index, strict=True), reverse=True):
@@ -175,6 +189,8 @@ backward_weight.register_autograd(_no_gradient)
 
 MASKED = (torch.ops.nm.score_weight.default, torch.ops.nm.srste_weight.default, torch.ops.nm.masked_weight.default)
 """The ops here whose result stands for a weight in the rewritten graph; all take the weight first."""
+BACKWARD = (torch.ops.nm.backward_weight.default, torch.ops.nm.backward_groups.default)
+"""The ops that make W * B out of W * F."""
 
 
 def stands_for_weight(target: Any) -> bool:
