@@ -1,4 +1,4 @@
-# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,misc,no-any-return,no-untyped-call,operator,return-value,type-arg,union-attr"
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,dict-item,misc,name-defined,no-any-return,no-untyped-call,operator,return-value,type-arg,union-attr"
 """Lightning's and Hugging Face's trainers drive the masks; telemetry reaches TensorBoard and CSV files."""
 
 import csv

@@ -35,9 +35,11 @@ class BiMask(Method):
     interval: optimizer steps between searches (first search after step 1); decay: lambda, 2e-4;
     moves: output channels placed anew in a search, for each weight; objective: ``"magnitude"`` keeps the most of sum |W * F|,
     ``"count"`` the most non-zeros (the paper's); search: any `OrderSearch`;
-    decoupled: as in `SRSTE`; fold: put an order into the weights instead, once, at `compile`, which then searches the channels
-    of coupled layers for both masks together (``permute="search"``): backward groups lie side by side, there is no order to
-    store, to gather with or to search again, and channels that are not free keep the order they have. Raises NMError for values out of range.
+    decoupled: as in `SRSTE`.
+    fold: put an order into the weights instead, once, at `compile`, which then searches the channels of coupled layers for
+    both masks together (``permute="search"``): backward groups lie side by side, there is no order to store, to gather with
+    or to search again, and channels that are not free keep the order they have.
+    Raises NMError for values out of range.
     """
 
     interval: int = 100

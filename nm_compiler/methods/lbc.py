@@ -19,6 +19,7 @@ from nm_compiler.passes.insert_scores import insert_scores, table_of
 from nm_compiler.pattern import MAX_TABLE, combination_table
 from nm_compiler.sites import Site
 from nm_compiler.solvers.combinations import count, pack, retire
+from nm_compiler.solvers.live import retire as retire_packed
 from nm_compiler.state import Weight
 
 
@@ -163,6 +164,10 @@ class LBC(Method):
         pattern = site.pattern
         table = combination_table(pattern) if pattern.has_table else torch.eye(pattern.m, dtype=torch.uint8)
         rows = as_rows(scores, site.rows) if self.by_position else scores
+        kept = retire_packed(rows, live, pattern, keep) if self.is_packed(site) else None
+        if kept is not None:
+            live.copy_(kept)
+            return
         wide = rows if rows.dtype == torch.float64 else rows.float()
         live.copy_(retire(wide, live, table.to(live.device), keep=keep, by_position=self.by_position))
 

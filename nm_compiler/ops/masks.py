@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nm_compiler.layout import as_rows
 from nm_compiler.solvers.combinations import union, unpack
+from nm_compiler.solvers.live import cover
 
 
 @torch.library.custom_op("nm::live_mask", mutates_args=())
@@ -18,7 +19,8 @@ def live_mask(live: Tensor, table: Tensor, shape: list[int], rows: list[int]) ->
     """
     mask = torch.empty(shape, dtype=torch.bool, device=live.device)
     by_row = as_rows(mask, rows)
-    by_row.copy_(union(live, table).view(by_row.shape))
+    if not cover(live, table, by_row):
+        by_row.copy_(union(live, table).view(by_row.shape))
     return mask
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nm_compiler.layout import as_groups
+from nm_compiler.layout import as_groups, as_rows
 from nm_compiler.solvers.combinations import undecided
+from nm_compiler.solvers.live import gradients
 from nm_compiler.solvers.masks import keep_largest
+from nm_compiler.solvers.select import keep
 
 
 @torch.library.custom_op("nm::score_weight", mutates_args=())
@@ -24,12 +26,7 @@ def score_weight(
     With g the gradient of the result: dW = mask * g; dscore_c = live_c * sum of W_j g_j over j in c, straight-through,
     or dscore_j = W_j g_j by position. A decided group gets a zero score gradient.
     """
-    return _kept(weight, mask)
-
-
-def _kept(weight: Tensor, mask: Tensor) -> Tensor:
-    """W * mask in the weight's own strides: `torch.where` alone takes the mask's, which channels_last weights do not share."""
-    return torch.where(mask, weight, weight.new_zeros(()), out=torch.empty_like(weight))
+    return keep(weight, mask)
 
 
 @score_weight.register_fake
@@ -44,11 +41,15 @@ def score_weight_backward(
     grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `score_weight`: ``(dW, dscores)``, shapes of the weight and of the scores."""
-    zero = grad.new_zeros(())
-    grad_weight = torch.where(mask, grad, zero)
+    m = table.shape[-1]
+    if by_position and table.ndim == 3 and last == 1:
+        results = torch.empty_like(weight), torch.empty_like(weight)
+        as_row = [as_rows(tensor, rows) for tensor in (grad, weight, mask, *results)]
+        if gradients(as_row[0], as_row[1], live, as_row[2], (as_row[3], as_row[4]), m):
+            return results
+    grad_weight = torch.where(mask, grad, grad.new_zeros(()))
     if grad_weight.stride() != weight.stride():
         grad_weight = torch.empty_like(weight).copy_(grad_weight)
-    m = table.shape[-1]
     choice = undecided(live, packed=table.ndim == 3, last=last)
     if by_position:
         moved = torch.empty_like(weight)
@@ -78,7 +79,7 @@ def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _score_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, live, mask, table = ctx.saved_tensors
     if not ctx.needs_input_grad[1]:
-        return torch.where(mask, grad, grad.new_zeros(())), None, None, None, None, None, None, None
+        return keep(grad, mask), None, None, None, None, None, None, None
     grad_weight, grad_scores = torch.ops.nm.score_weight_backward(grad, weight, live, mask, table, *ctx.rest)
     return grad_weight, grad_scores, None, None, None, None, None, None
 
@@ -117,7 +118,7 @@ srste_weight.register_autograd(_srste_backward, setup_context=_srste_setup)
 @torch.library.custom_op("nm::masked_weight", mutates_args=())
 def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
     """W * mask for a fixed bool mask of the weight's shape: dW = mask * g."""
-    return _kept(weight, mask)
+    return keep(weight, mask)
 
 
 @masked_weight.register_fake
@@ -131,7 +132,7 @@ def _masked_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _masked_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (mask,) = ctx.saved_tensors
-    return torch.where(mask, grad, grad.new_zeros(())), None
+    return keep(grad, mask), None
 
 
 masked_weight.register_autograd(_masked_backward, setup_context=_masked_setup)

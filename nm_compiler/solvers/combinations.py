@@ -92,8 +92,9 @@ def retire(scores: Tensor, live: Tensor, table: Tensor, *, keep: int, by_positio
     for start in range(0, len(flat_live), step):
         part = slice(start, start + step)
         alive = unpack(flat_live[part], entries) if packed else flat_live[part].bool()
-        total = flat_scores[part] @ combos if by_position else flat_scores[part]
-        lowest = torch.finfo(total.dtype).min  # of a live one: NaN and -inf still beat what has retired
+        lowest = torch.finfo(scores.dtype).min  # of a live one: NaN and -inf still beat what has retired
+        finite = flat_scores[part].nan_to_num(nan=lowest)  # or a position would spoil combinations that lack it
+        total = finite @ combos if by_position else finite
         total = torch.where(alive, total.nan_to_num(nan=lowest), -torch.inf)
         best = total.argsort(dim=-1, descending=True, stable=True)[..., :keep]
         chosen = torch.zeros_like(alive).scatter_(-1, best, True) & alive

@@ -8,7 +8,6 @@ Ref for the comparison: benchmarks/solvers.py.
 from __future__ import annotations
 
 import importlib.util
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal
 
@@ -21,12 +20,12 @@ from nm_compiler.pattern import Pattern
 from nm_compiler.solvers.combinations import pack
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.solvers.search_members import Array
+from nm_compiler.solvers.threads import in_threads
 
 _BITS: dict[torch.dtype, type[np.unsignedinteger[Any]]] = {
     torch.float16: np.uint16, torch.bfloat16: np.uint16, torch.float32: np.uint32, torch.float64: np.uint64
 }  # fmt: skip
 _SMALL = 1 << 15  # weights below are masked by torch in less time than a compiled kernel takes to load
-_LARGE = 1 << 20  # weights above are worth more threads
 
 PatternLike = str | tuple[int, int] | Pattern
 
@@ -151,22 +150,12 @@ def _compiled(weight: Tensor, pattern: Pattern, axis: int, result: Tensor) -> Te
     keys = _as_numpy(ordered.view(-1, pattern.m, inner)).view(bits)
     out = _as_numpy(result.permute(in_memory).view(-1, pattern.m, inner)).view(bits if values else np.uint8)
     find = kernel(pattern.n, pattern.m, inner=inner, values=values)
-    _in_threads(partial(_part, find, keys, bits(2 ** (8 * bits().itemsize - 1) - 1), out), len(keys), weight.numel())
+    in_threads(partial(_part, find, keys, bits(2 ** (8 * bits().itemsize - 1) - 1), out), len(keys), weight.numel())
     return result
 
 
 def _part(find: Any, keys: Array, sign: Any, out: Array, part: slice) -> None:
     find(keys[part], sign, out[part])
-
-
-def _in_threads(work: Any, count: int, numel: int) -> None:
-    threads = min(torch.get_num_threads(), numel // _LARGE + 1, count)
-    if threads < 2:
-        work(slice(0, count))
-        return
-    edges = [count * k // threads for k in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, map(slice, edges[:-1], edges[1:])))
 
 
 def _as_numpy(tensor: Tensor) -> Array:

@@ -1,0 +1,45 @@
+"""A weight under a mask, in one pass over memory: `keep` for any tensor, compiled for what lies on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nm_compiler.solvers.search_members import Array
+from nm_compiler.solvers.threads import in_threads
+
+_SMALL = 1 << 15  # below, torch is done before a kernel is found
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def keep(values: Tensor, mask: Tensor) -> Tensor:
+    """``values`` where ``mask``, else 0, in the strides of ``values``. mask: bool of its shape, in any strides."""
+    flat = flattened(values, mask) if values.is_floating_point() else None
+    if flat is None:
+        kept = torch.where(mask, values, values.new_zeros(()))
+        return kept if kept.stride() == values.stride() else torch.empty_like(values).copy_(kept)
+    from nm_compiler.solvers.select_kernels import select
+
+    out, bits = torch.empty_like(values), _BITS[values.dtype.itemsize]
+    (target,) = flattened(out) or [out]
+    arrays = [flat[0].view(bits).numpy(), flat[1].view(torch.uint8).numpy(), target.view(bits).numpy()]
+    in_threads(lambda part: select(*(array[part] for array in arrays)), len(arrays[0]), values.numel())
+    return out
+
+
+def flattened(*tensors: Tensor) -> list[Tensor] | None:
+    """One-dimensional views in the order of memory, if all lie alike there, without gaps, on the CPU; else None."""
+    first = tensors[0]
+    alike = all(t.stride() == first.stride() and t.shape == first.shape for t in tensors)
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    if not alike or not plain or first.numel() < _SMALL or first.layout != torch.strided:
+        return None
+    order = sorted(range(first.ndim), key=first.stride, reverse=True)
+    if not first.permute(order).is_contiguous():
+        return None
+    return [t.detach().permute(order).view(-1) for t in tensors]
+
+
+def as_arrays(tensors: list[Tensor]) -> list[Array]:
+    """For kernels: bool becomes uint8."""
+    return [(t.view(torch.uint8) if t.dtype == torch.bool else t).numpy() for t in tensors]
