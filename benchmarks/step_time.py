@@ -77,8 +77,12 @@ def workloads() -> list[Workload]:
 Wrap = Callable[[nn.Module], nn.Module]
 
 
+def _eager(model: nn.Module) -> nn.Module:
+    return model
+
+
 def training(
-    work: Workload, model: nn.Module, after: Callable[[], object] = lambda: None, wrap: Wrap = lambda model: model
+    work: Workload, model: nn.Module, after: Callable[[], object] = lambda: None, wrap: Wrap = _eager
 ) -> Callable[[], None]:
     """A training step; ``after`` runs at its end, as a scheduler does. wrap: torch.compile, or nothing."""
     model.train()
@@ -101,7 +105,7 @@ def ours(
     *,
     settled: bool = False,
     bound: float | None = None,
-    wrap: Wrap = lambda model: model,
+    wrap: Wrap = _eager,
 ) -> Variant:
     """A compiled model. LBC is measured with half of its combinations live, or ``settled``: after t_f."""
     sparse = nm.compile(copy.deepcopy(work.model), (work.inputs,), method=method)
@@ -186,10 +190,8 @@ def measured(work: Workload, *, repeats: int, clock: Clock, compiled: bool) -> d
             "bound": each.bound, "own_share": share,
         }  # fmt: skip
     head = ["variant", "step ms", "x dense", "middle half", "due ms / every", "x with due", "bound", "own ops %"]
-    print(
-        f"\n{work.name}: a training step, 2:4, {'torch.compile' if compiled else 'eager'}, median of {repeats} interleaved rounds\n{table(head, rows)}",
-        flush=True,
-    )
+    how = "torch.compile" if compiled else "eager"
+    print(f"\n{work.name}: a training step, 2:4, {how}, median of {repeats} rounds\n{table(head, rows)}", flush=True)
     return found
 
 
@@ -244,12 +246,9 @@ def main(flags: Sequence[str] | None = None) -> None:
             show_profile(work, given.profile)
         return
     repeats = 3 if given.quick else given.repeats
-    write(
-        given.out,
-        started,
-        {"clock": given.clock}
-        | {work.name: measured(work, repeats=repeats, clock=CLOCKS[given.clock], compiled=given.compile) for work in chosen},
-    )
+    options: dict[str, Any] = {"repeats": repeats, "clock": CLOCKS[given.clock], "compiled": given.compile}
+    found = {work.name: measured(work, **options) for work in chosen}
+    write(given.out, started, {"clock": given.clock, "compiled": given.compile} | found)
 
 
 if __name__ == "__main__":
