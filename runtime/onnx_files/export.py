@@ -26,6 +26,7 @@ from torch import SymInt, Tensor
 from torch.export import ExportedProgram
 
 from nm_compiler.errors import NMError, Refusal
+from nm_compiler.runtime.onnx_files.dtypes import match_dtypes
 from nm_compiler.runtime.onnx_files.folding import fold_moves
 from nm_compiler.runtime.onnx_files.numerics import Numerics, compare, placeholders, precision
 from nm_compiler.runtime.onnx_files.packages import require
@@ -160,6 +161,7 @@ def _exported(program: ExportedProgram, dtype: torch.dtype) -> tuple[Any, dict[s
             CommonSubexpressionEliminationPass()(exported.model)  # a weight used twice is moved once
             origins = fold_moves(exported.model)
             exported.optimize()
+            match_dtypes(exported.model)
             origins = fold_moves(exported.model, origins)  # what the optimiser brought to light: the Split of a chunk
     except Exception as error:
         raise NMError(_why_not(error)) from error

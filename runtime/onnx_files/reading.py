@@ -39,13 +39,13 @@ class Operand:
 
 def load(path: Path) -> Any:
     """The ModelProto at ``path`` without its external data. Raises NMError if the file is missing or damaged."""
-    (onnx,) = require("onnx", why=f"reading {path}")
+    onnx, inliner = require("onnx", "onnx.inliner", why=f"reading {path}")
     if not path.is_file():
         raise NMError(f"{path}: no such file")
     try:
         model = onnx.load_model(str(path), load_external_data=False)
         if model.functions:
-            model = onnx.inliner.inline_local_functions(model)
+            model = inliner.inline_local_functions(model)
     except Exception as error:
         raise NMError(f"{path} ({path.stat().st_size} bytes) is no ONNX model, or a damaged one: export it again") from error
     if not model.HasField("graph") or not model.opset_import:
