@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import json
 import shlex
 import sys
@@ -65,7 +66,7 @@ def vit() -> tuple[nn.Module, Tensor]:
 
 def bert() -> tuple[nn.Module, Tensor]:
     config = transformers.BertConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=96
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, vocab_size=96
     )
     return Logits(transformers.BertForMaskedLM(config)), torch.randint(0, 96, (2, 8))
 
@@ -94,10 +95,17 @@ def exported(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
     return torch.export.export(model, (x,), dynamic_shapes=({0: BATCH},))
 
 
-def small(path: Path, **options: Any) -> tuple[nn.Module, Tensor, Written]:
+@functools.cache
+def convnet() -> tuple[nn.Module, Tensor, torch.export.ExportedProgram, dict[str, Any]]:
+    """A small network, exported once for all tests: they only read it."""
     x = torch.randn(2, 3, 8, 8)
     model, sites = pruned(ConvNet(16), x)
-    return model, x, write(exported(model, x), (x,), path, sites=sites, **options)
+    return model, x, exported(model, x), sites
+
+
+def small(path: Path, **options: Any) -> Written:
+    _, x, program, sites = convnet()
+    return write(program, (x,), path, sites=sites, **options)
 
 
 def run(path: Path, x: Tensor) -> Tensor:
@@ -199,10 +207,9 @@ def test_flattened_tokens_become_a_gemm_with_zeros_along_axis_1(tmp_path: Path) 
 
 
 def test_bfloat16_is_written_and_what_onnxruntime_cannot_run_is_said(tmp_path: Path) -> None:
-    x = torch.randn(2, 3, 8, 8)
-    model, sites = pruned(ConvNet(16), x)
+    model, x, _, sites = convnet()
     x = x.bfloat16()
-    written = write(exported(model.bfloat16(), x), (x,), tmp_path / "model.onnx", sites=sites)
+    written = write(exported(copy.deepcopy(model).bfloat16(), x), (x,), tmp_path / "model.onnx", sites=sites)
     assert written.opset >= 22
     assert len(written.weights) == len(sites) == 2
     assert written.numerics.error is None
@@ -211,7 +218,7 @@ def test_bfloat16_is_written_and_what_onnxruntime_cannot_run_is_said(tmp_path: P
 
 
 def test_the_sidecar_holds_what_was_found_and_the_report(tmp_path: Path) -> None:
-    _, _, written = small(tmp_path / "model.onnx", report={"title": "mine"})
+    written = small(tmp_path / "model.onnx", report={"title": "mine"})
     sidecar = json.loads((tmp_path / "model.onnx.json").read_text())
     assert sidecar["report"] == {"title": "mine"}
     assert sidecar["onnx"] == json.loads(json.dumps(written.to_dict()))
@@ -223,8 +230,8 @@ def test_the_sidecar_holds_what_was_found_and_the_report(tmp_path: Path) -> None
 
 def test_weights_above_the_limit_of_one_file_lie_beside_it_and_old_ones_go(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    _, _, first = small(path, one_file=0)
-    model, x, second = small(path, one_file=0)
+    first, second = small(path, one_file=0), small(path, one_file=0)
+    model, x, *_ = convnet()
     assert first.data != second.data
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([path.name, second.data.name, "model.onnx.json"])
     assert relative(run(path, x), model(x).detach()) <= 1e-5
@@ -240,8 +247,8 @@ def test_weights_above_the_limit_of_one_file_lie_beside_it_and_old_ones_go(tmp_p
 
 
 def test_a_model_that_is_not_frozen_is_refused_with_the_fullest_group(tmp_path: Path) -> None:
-    x = torch.randn(2, 3, 8, 8)
-    model, sites = pruned(ConvNet(16), x)
+    model, x, _, sites = convnet()
+    model = copy.deepcopy(model)
     with torch.no_grad():
         model.conv1.weight[0, :4, 1, 1] = 1.0
     message = r"conv1.weight of shape \[16, 16, 3, 3\] is not 2:4 along axis 1: a group has 4 .*nm.freeze"
@@ -302,14 +309,11 @@ def test_a_disk_that_fills_in_the_middle_leaves_the_old_file(tmp_path: Path, one
     path = tmp_path / "model.onnx"
     small(path, one_file=one_file)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    x = torch.randn(2, 3, 8, 8)
-    model, sites = pruned(ConvNet(32), x)
-    program = exported(model, x)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, hard))
     try:
         with pytest.raises(nm.NMError, match=r"model.onnx cannot be written: .*as it was.*make room"):
-            write(program, (x,), path, sites=sites, one_file=one_file)
+            small(path, one_file=one_file)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -318,9 +322,7 @@ def test_a_disk_that_fills_in_the_middle_leaves_the_old_file(tmp_path: Path, one
 def test_a_place_that_cannot_hold_the_file_is_refused_before_the_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = torch.randn(2, 3, 8, 8)
-    model, sites = pruned(ConvNet(16), x)
-    program = exported(model, x)
+    _, x, program, sites = convnet()
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("it was exported"))
     (tmp_path / "folder.onnx").mkdir()
     places = {
@@ -356,8 +358,7 @@ def test_an_op_that_onnx_does_not_have_is_named(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return strange(super().forward(x))
 
-    x = torch.randn(2, 3, 8, 8)
-    model, sites = pruned(ConvNet(16), x)
+    model, x, _, sites = convnet()
     odd = Strange(16).eval()
     odd.load_state_dict(model.state_dict())
     with pytest.raises(nm.NMError, match=r"no translation for nm_test_onnx.strange.*other ops"):
@@ -457,7 +458,7 @@ def test_the_command_fails_if_no_weight_or_a_named_one_is_not_sparse(
 def test_the_commands_name_the_file_ask_for_sparse_kernels_and_say_the_shapes(tmp_path: Path) -> None:
     folder = tmp_path / "a folder"
     folder.mkdir()
-    _, _, written = small(folder / "model.onnx")
+    written = small(folder / "model.onnx")
     words = shlex.split(commands.trtexec(written))
     assert words[0] == "trtexec"
     assert {f"--onnx={written.path}", "--sparsity=enable", "--minShapes=x:1x3x8x8", "--maxShapes=x:2x3x8x8"} <= set(words)
