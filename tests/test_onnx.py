@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 import nm_compiler as nm
 from nm_compiler import cli
+from nm_compiler.capture import capture_mode
+from nm_compiler.graph import run as run_passes
+from nm_compiler.passes.fold_batchnorm import fold_batchnorm
 from nm_compiler.runtime.onnx_files import commands, packages
 from nm_compiler.runtime.onnx_files.export import Written, write
 from nm_compiler.runtime.onnx_files.reading import operands
@@ -189,6 +192,21 @@ def test_weights_that_are_cut_shared_or_on_the_left_are_constants_of_their_produ
         "experts: the file reads it with Einsum, for which no runtime has N:M kernels"
     ]
     assert [tensor.name for tensor in onnx.load(written.path).graph.initializer].count("twice.weight") == 1
+
+
+def test_weights_that_passes_have_folded_go_by_the_names_of_the_model(tmp_path: Path) -> None:
+    model, x, _, sites = convnet()
+    gm, _ = capture_mode(model, (x,), {}, training=False)
+    gm = run_passes(gm, [fold_batchnorm])
+    program = torch.export.export(gm, (x,), dynamic_shapes=({0: BATCH},))
+    named = {"conv1_weight_folded": sites["conv1.weight"], "conv2.weight": sites["conv2.weight"]}
+    written = write(program, (x,), tmp_path / "model.onnx", sites=named)
+    assert [weight.name for weight in written.weights] == ["conv1.weight", "conv2.weight"]
+    assert set(nm.verify(written.path).satisfied) == {"conv1.weight", "conv2.weight"}
+    with torch.no_grad():
+        assert relative(run(written.path, x), model(x)) <= 1e-5
+    with pytest.raises(nm.NMError, match="conv9.weight: the program has no such weight"):
+        write(program, (x,), tmp_path / "model.onnx", sites={"conv9.weight": sites["conv1.weight"]})
 
 
 def test_flattened_tokens_become_a_gemm_with_zeros_along_axis_1(tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ def write(
     """Write ``program``, already frozen and cast, to ``path``, and ``<path>.json`` beside it.
 
     inputs: positional, as the program was exported with; axes that are dynamic there stay dynamic in the file.
-    sites: the planned weights by the name that the program has them under (its parameters, buffers or constants).
+    sites: the planned weights by the name that the program has them under: of a parameter, a buffer, or a constant such as
+    ``conv1_weight_folded``. In the file they are called what the sites are.
     report: plain values for the sidecar, which holds ``{"onnx": Written.to_dict(), "report": report}``.
     tolerance: of the comparison with onnxruntime on CPU; None is 1e-5 relative for float32, 5e-3 for float16.
     one_file: bytes of weights above which they go into a data file beside the model.
@@ -117,6 +118,7 @@ def write(
     _check_zeros(program, sites)
     with Staged(Path(path)) as staged:
         model, origins = _exported(program, precision(program, inputs))
+        _name_after_parameters(model, sites, origins)
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
         staged.save(model, size, one_file)
         _check_valid(staged.model)
@@ -166,6 +168,19 @@ def _exported(program: ExportedProgram, dtype: torch.dtype) -> tuple[Any, dict[s
     except Exception as error:
         raise NMError(_why_not(error)) from error
     return exported.model, origins
+
+
+def _name_after_parameters(model: Any, sites: Mapping[str, Site], origins: dict[str, str]) -> None:
+    """Call planned weights in the file what the user's model calls them, where folding gave the program another name."""
+    initializers = model.graph.initializers
+    for old in list(initializers):
+        known = origins.get(old, old)
+        new = f"{sites[known].name}{old.removeprefix(known)}" if known in sites else old
+        if new not in initializers:
+            value = initializers.pop(old)
+            value.name = new
+            model.graph.register_initializer(value)
+            origins[new] = known
 
 
 def _why_not(error: BaseException) -> str:
@@ -224,8 +239,8 @@ def _found(
     for name, size in sizes.items():
         covered[origins.get(name, name)] += size
     short = [name for name, site in sites.items() if name in hidden or covered[name] < math.prod(site.shape)]
-    reasons = [(name, hidden.get(name) or _reader(path, name)) for name in short]
-    return tuple(weights.values()), tuple(Refusal(name, reason) for name, reason in reasons)
+    reasons = [(name, hidden.get(name) or _reader(path, sites[name].name)) for name in short]
+    return tuple(weights.values()), tuple(Refusal(sites[name].name, reason) for name, reason in reasons)
 
 
 def _reader(path: Path, name: str) -> str:
