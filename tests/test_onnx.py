@@ -210,6 +210,17 @@ def test_weights_that_passes_have_folded_go_by_the_names_of_the_model(tmp_path: 
         write(program, (x,), tmp_path / "model.onnx", sites={"conv9.weight": sites["conv1.weight"]})
 
 
+def test_clones_that_the_file_holds_once_are_both_found(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 4))
+    model[4].load_state_dict(model[2].state_dict())
+    x = torch.randn(2, 5, 16)
+    model, sites = pruned(model, x)
+    written = write(exported(model, x), (x,), tmp_path / "model.onnx", sites=sites)
+    assert [weight.name for weight in written.weights] == ["2.weight", "4.weight"]
+    assert written.refusals == ()
+    assert [weight.name for weight in nm.verify(written.path).weights if weight.axes] == ["2.weight"]
+
+
 def test_flattened_tokens_become_a_gemm_with_zeros_along_axis_1(tmp_path: Path) -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:

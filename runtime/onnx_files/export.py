@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import re
 import warnings
@@ -28,9 +27,10 @@ from torch.export import ExportedProgram
 from nm_compiler.errors import NMError, Refusal
 from nm_compiler.runtime.onnx_files.dtypes import match_dtypes
 from nm_compiler.runtime.onnx_files.folding import fold_moves
+from nm_compiler.runtime.onnx_files.found import SparseConstant, planned_constants
 from nm_compiler.runtime.onnx_files.numerics import Numerics, compare, placeholders, precision
 from nm_compiler.runtime.onnx_files.packages import require
-from nm_compiler.runtime.onnx_files.reading import load, operands
+from nm_compiler.runtime.onnx_files.reading import load
 from nm_compiler.runtime.onnx_files.saving import Staged
 from nm_compiler.sites import Site
 from nm_compiler.solvers.check import worst_group
@@ -46,17 +46,6 @@ class Input:
     name: str
     shape: tuple[int | str, ...]
     example: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SparseConstant:
-    """A planned weight as the file holds it: the product that reads it, its shape there, and the axis it is N:M along."""
-
-    name: str
-    op: str
-    shape: tuple[int, ...]
-    axis: int
-    pattern: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +111,7 @@ def write(
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
         staged.save(model, size, one_file)
         _check_valid(staged.model)
-        weights, refusals = _found(staged.model, sites, origins)
+        weights, refusals = planned_constants(staged.model, program, sites, origins)
         written = Written(
             path=staged.path,
             dtype=str(precision(program, inputs)).removeprefix("torch."),
@@ -208,46 +197,6 @@ def _check_valid(path: Path) -> None:
             f"what was exported is no valid ONNX model: {first[:300]}. An op that does not take the dtype is exported in "
             "float32 or float16; otherwise write that part of the model with other ops"
         ) from error
-
-
-def _found(
-    path: Path, sites: Mapping[str, Site], origins: Mapping[str, str]
-) -> tuple[tuple[SparseConstant, ...], tuple[Refusal, ...]]:
-    """The planned weights as the products of the file read them, from its bytes."""
-    weights: dict[tuple[str, str], SparseConstant] = {}
-    hidden: dict[str, str] = {}
-    for operand in operands(path):
-        origin = origins.get(operand.name, operand.name)
-        site = sites.get(origin)
-        if site is None:
-            continue
-        shape = tuple(operand.value.shape)
-        if operand.moved:
-            hidden[origin] = f"the file moves it before its {operand.op}, which hides its zeros"
-            continue
-        fullest = 0
-        if shape[operand.axis] % site.pattern.m == 0:
-            fullest = worst_group(torch.from_numpy(operand.value != 0), site.pattern.m, operand.axis)
-        if fullest > site.pattern.n or shape[operand.axis] % site.pattern.m:
-            raise NMError(
-                f"{site.name} became {operand.name} of shape {list(shape)}, which is not {site.pattern} along axis "
-                f"{operand.axis}, where {operand.op} reduces: the exporter changed it. Update torch and onnxscript"
-            )
-        weights[operand.name, operand.op] = SparseConstant(operand.name, operand.op, shape, operand.axis, str(site.pattern))
-    sizes = {weight.name: math.prod(weight.shape) for weight in weights.values()}
-    covered = dict.fromkeys(sites, 0)
-    for name, size in sizes.items():
-        covered[origins.get(name, name)] += size
-    short = [name for name, site in sites.items() if name in hidden or covered[name] < math.prod(site.shape)]
-    reasons = [(name, hidden.get(name) or _reader(path, sites[name].name)) for name in short]
-    return tuple(weights.values()), tuple(Refusal(sites[name].name, reason) for name, reason in reasons)
-
-
-def _reader(path: Path, name: str) -> str:
-    readers = {node.op_type for node in load(path).graph.node if name in node.input}
-    if readers:
-        return f"the file reads it with {', '.join(sorted(readers))}, for which no runtime has N:M kernels"
-    return "the file computes another constant from it: no Conv, MatMul or Gemm reads it as it is"
 
 
 def _inputs(path: Path, program: ExportedProgram, inputs: tuple[Tensor, ...]) -> tuple[Input, ...]:
