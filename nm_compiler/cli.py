@@ -12,7 +12,7 @@ _EXTRAS = ("sklearn", "matplotlib", "rich", "PIL")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 1 (verify: no weight satisfies the pattern), 2 (a mistake, explained)."""
+    """Run a command. Returns the exit status: 0, 1 (verify: the pattern is not satisfied), 2 (a mistake, explained)."""
     options = _parser().parse_args(arguments)
     if not hasattr(options, "command"):
         _parser().print_help()
@@ -56,11 +56,19 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from nm_compiler.errors import NMError
+    from nm_compiler.pattern import matches
     from nm_compiler.runtime.verify import verify
 
     found = verify(options.file, options.pattern)
     print(found)
-    return 0 if found.satisfied else 1
+    for glob in options.weights:
+        if not any(matches(weight.name, (glob,)) for weight in found.weights):
+            raise NMError(f"--weights {glob} matches no weight of {options.file}: globs run over the names above")
+    failed = [w.name for w in found.weights if matches(w.name, options.weights) and not w.axes]
+    if failed:
+        print(f"nm-compiler: not {found.pattern}: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed or not found.satisfied else 0
 
 
 def _check_extras() -> None:
@@ -78,15 +86,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="")
     _add_demo(commands.add_parser("demo", help="train one network five ways and write a page about it", description=_DEMO))
     check = commands.add_parser("verify", help="which weights of a checkpoint are N:M", description=_VERIFY)
-    check.add_argument("file", metavar="FILE", help="a .safetensors, .pt, .pth, .bin or .ckpt file")
+    check.add_argument("file", metavar="FILE", help="a .safetensors, .onnx, .pt, .pth, .bin or .ckpt file")
     check.add_argument("--pattern", default="2:4", metavar="N:M", help="at most N non-zeros of every M (default 2:4)")
+    named = "weights that must all satisfy it, by name: 'layer4.*' (default: it is enough that one weight does)"
+    check.add_argument("--weights", nargs="+", default=[], metavar="GLOB", help=named)
     check.set_defaults(command=_verify)
     return parser
 
 
 _DEMO = """Dense, one-shot magnitude, SR-STE, LBC and Bi-Mask on real scanned digits (packaged with scikit-learn), with one
 budget; a few minutes on two cores. Prints a table and writes a page of pictures. With --data, the same on CIFAR-10."""
-_VERIFY = """Exit status: 0 if at least one weight satisfies the pattern, 1 if none does, 2 if the file cannot be read."""
+_VERIFY = """Exit status: 0 if at least one weight satisfies the pattern, and all that --weights names do; 1 if not; 2 if the
+file cannot be read or has no such weight."""
 
 
 def _add_demo(demo: argparse.ArgumentParser) -> None:

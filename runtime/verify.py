@@ -36,7 +36,8 @@ class Verification:
     def satisfied(self) -> dict[str, tuple[int, ...]]:
         """Weights that satisfy the pattern, with the axes: 1 is the input axis of linears and convolutions.
 
-        Of experts it is 1 or 2, for ``[expert, in, out]`` or ``[expert, out, in]``.
+        Of experts it is 1 or 2, for ``[expert, in, out]`` or ``[expert, out, in]``. In an ONNX file it is the axis along
+        which the product that reads the weight reduces, and no other: 1 of a Conv, 0 of a MatMul's ``[K, N]``.
         """
         return {weight.name: weight.axes for weight in self.weights if weight.axes}
 
@@ -60,10 +61,13 @@ def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternL
 
     target: a module (a compiled one with its masks applied), a state_dict,
     or the path of a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file (loaded with
-    ``weights_only``). A weight that is zero altogether satisfies any pattern; its share of non-zeros tells.
+    ``weights_only``), or of an ``.onnx`` file, of which only what Conv, MatMul and Gemm multiply with is checked, along the
+    axis that they reduce. A weight that is zero altogether satisfies any pattern; its share of non-zeros tells.
     Raises NMError for a file that is missing, truncated or of another kind.
     """
     wanted = Pattern.parse(pattern)
+    if isinstance(target, (str, Path)) and Path(target).suffix == ".onnx":
+        return Verification(wanted, _of_onnx(Path(target), wanted))
     found = []
     for name, tensor in _tensors(target).items():
         if tensor.ndim < 2 or not tensor.dtype.is_floating_point or tensor.is_meta:
@@ -73,6 +77,24 @@ def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternL
         nonzero = float((tensor != 0).sum()) / max(1, tensor.numel())
         found.append(Checked(name, tuple(tensor.shape), kept, nonzero))
     return Verification(wanted, tuple(found))
+
+
+def _of_onnx(path: Path, wanted: Pattern) -> tuple[Checked, ...]:
+    """A line for each initialiser; the axes of one that several products read count if it is N:M for all of them."""
+    from nm_compiler.runtime.onnx_files.reading import operands
+
+    found: dict[str, list[Checked]] = {}
+    for operand in operands(path):
+        nonzero, axis = torch.from_numpy(operand.value != 0), operand.axis
+        holds = nonzero.shape[axis] % wanted.m == 0 and worst_group(nonzero, wanted.m, axis) <= wanted.n
+        share = float(nonzero.sum()) / max(1, nonzero.numel())
+        one = Checked(operand.name, tuple(nonzero.shape), (axis,) if holds and nonzero.shape[axis] else (), share)
+        found.setdefault(operand.name, []).append(one)
+    rows = []
+    for name, uses in found.items():
+        axes = sorted({axis for use in uses for axis in use.axes}) if all(use.axes for use in uses) else ()
+        rows.append(Checked(name, uses[0].shape, tuple(axes), sum(use.nonzero for use in uses) / len(uses)))
+    return tuple(rows)
 
 
 def _tensors(target: nn.Module | Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
@@ -113,4 +135,4 @@ def _load(path: Path) -> Any:
             "save it again, as model.state_dict()"
         ) from error
     kind = path.suffix or "a file without a suffix"
-    raise NMError(f"{path}: verify reads .safetensors, .pt, .pth, .bin and .ckpt, not {kind}")
+    raise NMError(f"{path}: verify reads .safetensors, .onnx, .pt, .pth, .bin and .ckpt, not {kind}")

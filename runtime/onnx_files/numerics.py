@@ -1,0 +1,146 @@
+"""Run an ONNX file with onnxruntime on the CPU and compare it with the program it was written from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from nm_compiler.errors import NMError
+
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """What was compared. error: the largest difference, relative to the largest value of its output, or None.
+
+    batches: the sizes of axis 0 that were run; reason: why nothing was compared, where nothing was.
+    """
+
+    error: float | None
+    tolerance: float
+    batches: tuple[int, ...] = ()
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f"not compared: {self.reason}"
+        sizes = " and ".join(map(str, self.batches))
+        return f"onnxruntime on CPU differs by {self.error:.1e} relative (at most {self.tolerance:.0e}), batch {sizes}"
+
+
+def compare(program: ExportedProgram, inputs: tuple[Tensor, ...], path: Path, tolerance: float | None = None) -> Numerics:
+    """Compare the file at ``path`` with ``program`` on ``inputs``, and on twice the batch where the program leaves it free.
+
+    tolerance: None is 1e-5 for float32, 5e-3 where any weight or input is float16.
+    Raises NMError if an output differs by more, or is NaN where the program's is not. What onnxruntime has no CPU kernel
+    for (bfloat16, as of 1.32) is not compared, and the result says so.
+    """
+    import onnxruntime
+
+    dtype = precision(program, inputs)
+    allowed = TOLERANCES[dtype] if tolerance is None else tolerance
+    options = onnxruntime.SessionOptions()
+    # The graph as the file has it; and onnxruntime 1.32 dies of its NCHWc layout on some float16 models.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # what matters comes back as an exception
+    unable = onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except unable as error:
+        return Numerics(None, allowed, reason=f"onnxruntime {onnxruntime.__version__} on CPU: {_brief(error)}")
+    except Exception as error:
+        raise NMError(f"onnxruntime {onnxruntime.__version__} does not load what was exported: {_brief(error)}") from error
+    if any(tensor.dtype == torch.bfloat16 for tensor in inputs):
+        return Numerics(None, allowed, reason="numpy, through which onnxruntime is fed, has no bfloat16")
+    runs = [inputs, *_doubled(program, inputs)]
+    worst = max((_run(program, values, session, allowed, dtype) for values in runs), default=0.0)
+    return Numerics(worst, allowed, tuple(next((len(t) for t in values if t.ndim), 1) for values in runs))
+
+
+def precision(program: ExportedProgram, inputs: Sequence[Tensor]) -> torch.dtype:
+    """The coarsest floating dtype among weights and inputs."""
+    values = [*program.state_dict.values(), *program.constants.values(), *inputs]
+    found = {value.dtype for value in values if isinstance(value, Tensor) and value.dtype in TOLERANCES}
+    return max(found, key=lambda dtype: TOLERANCES[dtype], default=torch.float32)
+
+
+def placeholders(program: ExportedProgram) -> list[Tensor]:
+    """The fake tensors of the user's inputs, whose shapes say what is dynamic."""
+    wanted = set(program.graph_signature.user_inputs)
+    return [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted]
+
+
+def _doubled(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """The inputs with twice the batch, in a list; empty where the batch is fixed, bounded or also another axis."""
+    fakes = placeholders(program)
+    first: list[Any] = [fake.shape[0] for fake in fakes if fake.ndim and isinstance(fake.shape[0], SymInt)]
+    rest: list[Any] = [size for fake in fakes for size in fake.shape[1:] if isinstance(size, SymInt)]
+    symbols = {symbol for size in first for symbol in size.node.expr.free_symbols}
+    if not first or symbols & {symbol for size in rest for symbol in size.node.expr.free_symbols}:
+        return []
+    pairs = zip(fakes, inputs, strict=True)
+    more = tuple(torch.cat([t, t]) if fake.ndim and isinstance(fake.shape[0], SymInt) else t for fake, t in pairs)
+    largest = max(t.shape[0] for t in more if t.ndim)
+    if any(program.range_constraints[symbol].upper < largest for symbol in symbols if symbol in program.range_constraints):
+        return []
+    return [more]
+
+
+def _run(program: ExportedProgram, inputs: tuple[Tensor, ...], session: Any, allowed: float, dtype: torch.dtype) -> float:
+    with torch.no_grad():
+        outputs = pytree.tree_leaves(program.module(check_guards=False)(*inputs))
+    expected = [value.detach().cpu() for value in outputs if isinstance(value, Tensor)]
+    names = [value.name for value in session.get_inputs()]
+    if len(names) != len(inputs):
+        raise NMError(f"the file takes {len(names)} inputs ({', '.join(names)}), the program {len(inputs)}: export again")
+    fed = {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, inputs, strict=True)}
+    try:
+        found = session.run(None, fed)
+    except Exception as error:
+        raise NMError(f"onnxruntime cannot run what was exported on inputs of {_shapes(inputs)}: {_brief(error)}") from error
+    if len(found) != len(expected):
+        raise NMError(f"the file gives {len(found)} outputs, the program {len(expected)} tensors: export again")
+    errors = [_difference(torch.as_tensor(a), b) for a, b in zip(found, expected, strict=True)]
+    worst = max(range(len(errors)), key=lambda i: errors[i], default=None)
+    if worst is not None and not errors[worst] <= allowed:
+        raise NMError(
+            f"output {worst} of shape {list(expected[worst].shape)} differs by {errors[worst]:.1e} relative from the "
+            f"program's, more than {allowed:.0e} ({dtype}), on inputs of {_shapes(inputs)}. Compare in float32, or allow "
+            "more with tolerance="
+        )
+    return 0.0 if worst is None else errors[worst]
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference of finite values over the largest of them; infinite if other entries are finite, or shapes differ."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    a, b = found.double(), expected.double()
+    finite = torch.isfinite(b)
+    if not torch.equal(torch.isfinite(a), finite) or not torch.equal(a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)):
+        return float("inf")
+    if not finite.any():
+        return float("inf")  # nothing was compared
+    scale = float(b[finite].abs().max())
+    return float((a[finite] - b[finite]).abs().max()) / (scale or 1.0)
+
+
+def _shapes(inputs: Sequence[Tensor]) -> str:
+    return ", ".join(str(list(tensor.shape)) for tensor in inputs)
+
+
+def _brief(error: Exception) -> str:
+    """The message without onnxruntime's code in front of it."""
+    text: str = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return text.rpartition(" : ")[2][:300]

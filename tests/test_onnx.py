@@ -1,0 +1,502 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""ONNX files of five architectures: zeros along the reduction axis, the numbers of eager, whole or not there at all."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import ConvNet
+from torch import Tensor, nn
+
+import nm_compiler as nm
+from nm_compiler import cli
+from nm_compiler.capture import capture_mode
+from nm_compiler.graph import run as run_passes
+from nm_compiler.passes.fold_batchnorm import fold_batchnorm
+from nm_compiler.runtime.onnx_files import commands, packages
+from nm_compiler.runtime.onnx_files.export import Written, write
+from nm_compiler.runtime.onnx_files.reading import operands
+
+onnx = pytest.importorskip("onnx", reason="ONNX is an extra: pip install -e '.[onnx]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX is an extra: pip install -e '.[onnx]'")
+pytest.importorskip("onnxscript", reason="ONNX is an extra: pip install -e '.[onnx]'")
+pytest.importorskip("zoo.shim", reason="the zoo is an extra: pip install -e '.[zoo]'").declare_missing_operators()
+torchvision = pytest.importorskip("torchvision", reason="the zoo is an extra: pip install -e '.[zoo]'", exc_type=ImportError)
+transformers = pytest.importorskip("transformers", reason="the zoo is an extra: pip install -e '.[zoo]'", exc_type=ImportError)
+pytestmark = pytest.mark.required
+
+BATCH = torch.export.Dim.DYNAMIC
+
+
+class Logits(nn.Module):
+    """A Hugging Face model with a tensor in and a tensor out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens, return_dict=True)[0]
+
+
+def resnet18() -> tuple[nn.Module, Tensor]:
+    return torchvision.models.resnet18(), torch.randn(2, 3, 64, 64)
+
+
+def mobilenet_v2() -> tuple[nn.Module, Tensor]:
+    blocks = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]  # expansion, channels, how many, stride
+    return torchvision.models.mobilenet_v2(inverted_residual_setting=blocks), torch.randn(2, 3, 64, 64)
+
+
+def vit() -> tuple[nn.Module, Tensor]:
+    model = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10
+    )
+    nn.init.normal_(model.heads.head.weight)  # torchvision starts it at zero
+    return model, torch.randn(2, 3, 32, 32)
+
+
+def bert() -> tuple[nn.Module, Tensor]:
+    config = transformers.BertConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, vocab_size=96
+    )
+    return Logits(transformers.BertForMaskedLM(config)), torch.randint(0, 96, (2, 8))
+
+
+def llama() -> tuple[nn.Module, Tensor]:
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, use_cache=False,
+    )  # fmt: skip
+    return Logits(transformers.LlamaForCausalLM(config)), torch.randint(0, 96, (2, 8))
+
+
+def pruned(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The model frozen at 2:4, batch norms with statistics worth folding, and its planned weights."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.2, 0.2)
+    sparse = nm.compile(model, (x,), method=nm.Magnitude(), **options)
+    sites = {site.name: site for site in sparse.plan.sites}
+    return nm.freeze(sparse).eval(), sites
+
+
+def exported(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
+    return torch.export.export(model, (x,), dynamic_shapes=({0: BATCH},))
+
+
+@functools.cache
+def convnet() -> tuple[nn.Module, Tensor, torch.export.ExportedProgram, dict[str, Any]]:
+    """A small network, exported once for all tests: they only read it."""
+    x = torch.randn(2, 3, 8, 8)
+    model, sites = pruned(ConvNet(16), x)
+    return model, x, exported(model, x), sites
+
+
+def small(path: Path, **options: Any) -> Written:
+    _, x, program, sites = convnet()
+    return write(program, (x,), path, sites=sites, **options)
+
+
+def run(path: Path, x: Tensor) -> Tensor:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # ALL dies on the float16 ViT
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+@pytest.mark.parametrize("make", [resnet18, mobilenet_v2, vit, bert, llama], ids=lambda make: make.__name__)
+def test_an_architecture_is_written_with_zeros_along_the_reduction_axis_and_the_numbers_of_eager(
+    make: Callable[[], tuple[nn.Module, Tensor]], tmp_path: Path
+) -> None:
+    model, x = make()
+    model, sites = pruned(model, x)
+    assert sites
+    path = tmp_path / "model.onnx"
+    for dtype, allowed in ((torch.float32, 1e-5), (torch.float16, 5e-3)):
+        cast = copy.deepcopy(model).to(dtype)
+        given = x.to(dtype) if x.is_floating_point() else x
+        written = write(exported(cast, given), (given,), path, sites=sites)
+        assert {weight.name for weight in written.weights} == set(sites)
+        assert written.refusals == ()
+        assert written.numerics.error <= allowed
+        assert written.numerics.batches == (2, 4)
+        more = torch.cat([given, given[:1].flip(1)])
+        for batch in (more, more[:1]):
+            with torch.no_grad():
+                assert relative(run(path, batch), cast(batch)) <= allowed
+        for weight in written.weights:
+            assert weight.axis == (0 if weight.op == "MatMul" else 1), weight
+            before, after = sites[weight.name].shape, weight.shape
+            assert after == (before[::-1] if weight.op == "MatMul" else before)
+        read = {operand.name: operand for operand in operands(path)}
+        for name in sites:
+            kept = torch.from_numpy(read[name].value != 0).movedim(read[name].axis, -1).unflatten(-1, (-1, 4)).sum(-1)
+            assert int(kept.max()) == 2
+        found = nm.verify(path)
+        assert {weight.name for weight in found.weights if weight.axes} == set(sites)
+    assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_param
+
+
+class Odd(nn.Module):
+    """Every way in which a weight meets its product: joined, on the left, in a matmul, grouped, over experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined = nn.Parameter(torch.randn(96, 32) / 6)
+        self.left = nn.Parameter(torch.randn(16, 32) / 6)
+        self.right = nn.Parameter(torch.randn(32, 32) / 6)
+        self.experts = nn.Parameter(torch.randn(3, 16, 16) / 4)
+        self.grouped = nn.Conv1d(16, 16, 3, groups=2)
+        self.twice = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(torch.relu(self.twice(x @ self.right)))
+        q, k, v = (nn.functional.linear(x, part) for part in self.joined.chunk(3))
+        x = self.grouped(self.left @ (q + k * v).transpose(1, 2))
+        return torch.einsum("bct,ecd->betd", x, self.experts)
+
+
+def test_weights_that_are_cut_shared_or_on_the_left_are_constants_of_their_products_and_others_have_a_reason(
+    tmp_path: Path,
+) -> None:
+    x = torch.randn(2, 5, 32)
+    model, sites = pruned(Odd(), x, include=["*"])
+    written = write(exported(model, x), (x,), tmp_path / "odd.onnx", sites=sites)
+    assert {(w.name, w.op, w.axis) for w in written.weights} == {
+        ("right", "MatMul", 0),
+        ("twice.weight", "MatMul", 0),
+        ("joined/0", "MatMul", 0),
+        ("joined/1", "MatMul", 0),
+        ("joined/2", "MatMul", 0),
+        ("left", "MatMul", 1),
+        ("grouped.weight", "Conv", 1),
+    }
+    assert [str(refusal) for refusal in written.refusals] == [
+        "experts: the file reads it with Einsum, for which no runtime has N:M kernels"
+    ]
+    assert [tensor.name for tensor in onnx.load(written.path).graph.initializer].count("twice.weight") == 1
+
+
+def test_weights_that_passes_have_folded_go_by_the_names_of_the_model(tmp_path: Path) -> None:
+    model, x, _, sites = convnet()
+    gm, _ = capture_mode(model, (x,), {}, training=False)
+    gm = run_passes(gm, [fold_batchnorm])
+    program = torch.export.export(gm, (x,), dynamic_shapes=({0: BATCH},))
+    named = {"conv1_weight_folded": sites["conv1.weight"], "conv2.weight": sites["conv2.weight"]}
+    written = write(program, (x,), tmp_path / "model.onnx", sites=named)
+    assert [weight.name for weight in written.weights] == ["conv1.weight", "conv2.weight"]
+    assert set(nm.verify(written.path).satisfied) == {"conv1.weight", "conv2.weight"}
+    with torch.no_grad():
+        assert relative(run(written.path, x), model(x)) <= 1e-5
+    with pytest.raises(nm.NMError, match="conv9.weight: the program has no such weight"):
+        write(program, (x,), tmp_path / "model.onnx", sites={"conv9.weight": sites["conv1.weight"]})
+
+
+def test_clones_that_the_file_holds_once_are_both_found(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 4))
+    model[4].load_state_dict(model[2].state_dict())
+    x = torch.randn(2, 5, 16)
+    model, sites = pruned(model, x)
+    written = write(exported(model, x), (x,), tmp_path / "model.onnx", sites=sites)
+    assert [weight.name for weight in written.weights] == ["2.weight", "4.weight"]
+    assert written.refusals == ()
+    assert [weight.name for weight in nm.verify(written.path).weights if weight.axes] == ["2.weight"]
+
+
+def test_flattened_tokens_become_a_gemm_with_zeros_along_axis_1(tmp_path: Path) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(torch.relu(self.second(torch.relu(self.first(x.reshape(-1, 16)))))).view(-1, 5, 4)
+
+    x = torch.randn(2, 5, 16)
+    model, sites = pruned(Flat(), x)
+    written = write(exported(model, x), (x,), tmp_path / "flat.onnx", sites=sites)
+    assert [(w.name, w.op, w.axis, w.shape) for w in written.weights] == [("second.weight", "Gemm", 1, (16, 32))]
+
+
+def test_bfloat16_is_written_and_what_onnxruntime_cannot_run_is_said(tmp_path: Path) -> None:
+    model, x, _, sites = convnet()
+    x = x.bfloat16()
+    written = write(exported(copy.deepcopy(model).bfloat16(), x), (x,), tmp_path / "model.onnx", sites=sites)
+    assert written.opset >= 22
+    assert len(written.weights) == len(sites) == 2
+    assert written.numerics.error is None
+    assert "not compared: onnxruntime" in str(written)
+    assert set(nm.verify(written.path).satisfied) == set(sites)
+
+
+def test_the_sidecar_holds_what_was_found_and_the_report(tmp_path: Path) -> None:
+    written = small(tmp_path / "model.onnx", report={"title": "mine"})
+    sidecar = json.loads((tmp_path / "model.onnx.json").read_text())
+    assert sidecar["report"] == {"title": "mine"}
+    assert sidecar["onnx"] == json.loads(json.dumps(written.to_dict()))
+    assert sidecar["onnx"]["weights"][0] == {
+        "name": "conv1.weight", "op": "Conv", "shape": [16, 16, 3, 3], "axis": 1, "pattern": "2:4",
+    }  # fmt: skip
+    assert sidecar["onnx"]["numerics"]["error"] <= 1e-5
+
+
+def test_weights_above_the_limit_of_one_file_lie_beside_it_and_old_ones_go(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    first, second = small(path, one_file=0), small(path, one_file=0)
+    model, x, *_ = convnet()
+    assert first.data != second.data
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([path.name, second.data.name, "model.onnx.json"])
+    assert relative(run(path, x), model(x).detach()) <= 1e-5
+    assert set(nm.verify(path).satisfied) == {"conv1.weight", "conv2.weight"}
+    moved = tmp_path / "elsewhere" / "model.onnx"
+    moved.parent.mkdir()
+    moved.write_bytes(path.read_bytes())
+    with pytest.raises(nm.NMError, match=rf"cannot be read from '{second.data.name}'.*copy both files"):
+        nm.verify(moved)
+    second.data.write_bytes(second.data.read_bytes()[:1000])
+    with pytest.raises(nm.NMError, match="cannot be read from"):
+        nm.verify(path)
+
+
+def test_a_model_that_is_not_frozen_is_refused_with_the_fullest_group(tmp_path: Path) -> None:
+    model, x, _, sites = convnet()
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.conv1.weight[0, :4, 1, 1] = 1.0
+    message = r"conv1.weight of shape \[16, 16, 3, 3\] is not 2:4 along axis 1: a group has 4 .*nm.freeze"
+    with pytest.raises(nm.NMError, match=message):
+        write(exported(model, x), (x,), tmp_path / "model.onnx", sites=sites)
+    assert list(tmp_path.iterdir()) == []
+
+
+def tampering(monkeypatch: pytest.MonkeyPatch, change: Callable[[np.ndarray], None]) -> None:
+    """An exporter that damages conv1.weight."""
+    import onnx_ir
+
+    real = torch.onnx.ONNXProgram.optimize
+
+    def optimize(self: Any) -> None:
+        real(self)
+        value = self.model.graph.initializers["conv1.weight"]
+        array = value.const_value.numpy().copy()
+        change(array)
+        value.const_value = onnx_ir.Tensor(array, name=value.name)
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "optimize", optimize)
+
+
+def fill_a_group(array: np.ndarray) -> None:
+    array[0, :4, 1, 1] = 1e-30  # no output shows it
+
+
+def double(array: np.ndarray) -> None:
+    array *= 2  # as sparse as before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (fill_a_group, "conv1.weight became conv1.weight of shape .*not 2:4 along axis 1, where Conv reduces"),
+        (double, "output 0 of shape .* differs by .* relative from the program's"),
+    ],
+)
+def test_an_exporter_that_changes_weights_is_noticed_and_the_old_file_stays(
+    change: Callable[[np.ndarray], None], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.onnx"
+    small(path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    tampering(monkeypatch, change)
+    with pytest.raises(nm.NMError, match=said):
+        small(path)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("one_file", [0, 2**30], ids=["two files", "one file"])
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are a Unix thing")
+def test_a_disk_that_fills_in_the_middle_leaves_the_old_file(tmp_path: Path, one_file: int) -> None:
+    """The limit on the size of a file fails the write after its first bytes, as a full disk does."""
+    import resource
+
+    path = tmp_path / "model.onnx"
+    small(path, one_file=one_file)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, hard))
+    try:
+        with pytest.raises(nm.NMError, match=r"model.onnx cannot be written: .*as it was.*make room"):
+            small(path, one_file=one_file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_place_that_cannot_hold_the_file_is_refused_before_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, x, program, sites = convnet()
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("it was exported"))
+    (tmp_path / "folder.onnx").mkdir()
+    places = {
+        tmp_path / "model.pb": "called something.onnx",
+        tmp_path / "no" / "model.onnx": "does not exist: make it first",
+        tmp_path / "folder.onnx": "is a folder",
+    }
+    if sys.platform == "linux":
+        places[Path("/proc/model.onnx")] = "cannot be written: .*another folder"
+    for path, said in places.items():
+        with pytest.raises(nm.NMError, match=said):
+            write(program, (x,), path, sites=sites)
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(nm.NMError, match=r"an ONNX file also needs onnxruntime: pip install 'nm_compiler\[onnx\]'"):
+        small(tmp_path / "model.onnx")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(nm.NMError, match=r"reading .*model.onnx also needs onnx: pip install"):
+        nm.verify(tmp_path / "model.onnx")
+    assert packages.require("json", why="a test") == [json]
+
+
+def test_an_op_that_onnx_does_not_have_is_named(tmp_path: Path) -> None:
+    @torch.library.custom_op("nm_test_onnx::strange", mutates_args=())
+    def strange(x: Tensor) -> Tensor:
+        return x.clone()
+
+    strange.register_fake(torch.empty_like)
+
+    class Strange(ConvNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return strange(super().forward(x))
+
+    model, x, _, sites = convnet()
+    odd = Strange(16).eval()
+    odd.load_state_dict(model.state_dict())
+    with pytest.raises(nm.NMError, match=r"no translation for nm_test_onnx.strange.*other ops"):
+        write(exported(odd, x), (x,), tmp_path / "model.onnx", sites=sites)
+    assert list(tmp_path.iterdir()) == []
+
+
+def initialiser(name: str, value: np.ndarray) -> Any:
+    return onnx.numpy_helper.from_array(value.astype(np.float32), name)
+
+
+def file_of(path: Path, nodes: list[Any], initialisers: list[Any], functions: Any = ()) -> Path:
+    """A model of another tool: nodes from x to y."""
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("mine", 1)]
+    graph = onnx.helper.make_graph(nodes, "g", [anything("x")], [anything("y")], initialisers)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, functions=functions), path)
+    return path
+
+
+def anything(name: str) -> Any:
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+
+
+ALONG_1 = np.tile([1.0, 2.0, 0.0, 0.0], (8, 2))  # [8, 8], 2:4 along axis 1 and not along axis 0
+node = onnx.helper.make_node
+
+
+@pytest.mark.parametrize(
+    ("nodes", "value", "axis"),
+    [
+        ([node("MatMul", ["x", "w"], ["y"])], ALONG_1.T, 0),
+        ([node("MatMul", ["x", "w"], ["y"])], ALONG_1, None),
+        ([node("MatMul", ["w", "x"], ["y"])], ALONG_1, 1),
+        ([node("MatMul", ["x", "w"], ["y"])], np.stack([ALONG_1.T] * 3), 1),
+        ([node("Gemm", ["x", "w"], ["y"])], ALONG_1.T, 0),
+        ([node("Gemm", ["x", "w"], ["y"], transB=1)], ALONG_1, 1),
+        ([node("Gemm", ["x", "w"], ["y"], transB=1)], ALONG_1.T, None),
+        ([node("Gemm", ["w", "x"], ["y"], transA=1)], ALONG_1.T, 0),
+        ([node("Conv", ["x", "w"], ["y"])], ALONG_1[:, :, None, None], 1),
+        ([node("Conv", ["x", "w"], ["y"])], ALONG_1.T[:, :, None, None], None),
+        ([node("Transpose", ["w"], ["v"], perm=[1, 0]), node("MatMul", ["x", "v"], ["y"])], ALONG_1, 0),
+        ([node("Split", ["w"], ["a", "b"], axis=0, num_outputs=2), node("MatMul", ["a", "x"], ["y"])], ALONG_1, 1),
+        ([node("MatMul", ["x", "w"], ["z"]), node("MatMul", ["w", "z"], ["y"])], ALONG_1.T, None),
+        ([node("Add", ["x", "w"], ["y"])], ALONG_1, "absent"),
+        ([node("Relu", ["w"], ["v"]), node("MatMul", ["x", "v"], ["y"])], ALONG_1.T, "absent"),
+    ],
+)
+def test_verify_checks_the_axis_along_which_the_product_of_a_file_reduces(
+    nodes: list[Any], value: np.ndarray, axis: Any, tmp_path: Path
+) -> None:
+    found = nm.verify(file_of(tmp_path / "model.onnx", nodes, [initialiser("w", value)]))
+    assert [weight.name for weight in found.weights] == ([] if axis == "absent" else ["w"])
+    assert found.satisfied == ({"w": (axis,)} if isinstance(axis, int) else {})
+
+
+def test_verify_reads_constants_in_bodies_and_in_local_functions(tmp_path: Path) -> None:
+    sparse = onnx.helper.make_graph([node("MatMul", ["x", "w"], ["inside"])], "then", [], [anything("inside")])
+    other = onnx.helper.make_graph([node("Identity", ["x"], ["outside"])], "else", [], [anything("outside")])
+    condition = onnx.numpy_helper.from_array(np.array(True), "c")
+    nodes = [
+        node("Constant", [], ["w"], value=initialiser("anything", ALONG_1.T)),
+        node("If", ["c"], ["y"], then_branch=sparse, else_branch=other),
+    ]
+    assert nm.verify(file_of(tmp_path / "model.onnx", nodes, [condition])).satisfied == {"w": (0,)}
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    function = onnx.helper.make_function("mine", "F", ["a", "b"], ["o"], [node("MatMul", ["a", "b"], ["o"])], opsets)
+    called = [node("F", ["x", "w"], ["y"], domain="mine")]
+    path = file_of(tmp_path / "model.onnx", called, [initialiser("w", ALONG_1.T)], [function])
+    assert nm.verify(path).satisfied == {"w": (0,)}
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, this is text", "truncated"], ids=["empty", "text", "truncated"])
+def test_a_file_that_is_no_model_is_an_error_with_its_size(content: Any, tmp_path: Path) -> None:
+    path = file_of(tmp_path / "model.onnx", [node("MatMul", ["x", "w"], ["y"])], [initialiser("w", ALONG_1)])
+    path.write_bytes(path.read_bytes()[:-40] if content == "truncated" else content)
+    with pytest.raises(nm.NMError, match=rf"model.onnx \({path.stat().st_size} bytes\) is no ONNX model.*export it again"):
+        nm.verify(path)
+    with pytest.raises(nm.NMError, match="no such file"):
+        nm.verify(tmp_path / "none.onnx")
+
+
+def test_the_command_fails_if_no_weight_or_a_named_one_is_not_sparse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = [node("MatMul", ["x", "good"], ["z"]), node("MatMul", ["z", "bad"], ["y"])]
+    path = str(file_of(tmp_path / "model.onnx", nodes, [initialiser("good", ALONG_1.T), initialiser("bad", np.ones((8, 8)))]))
+    assert cli.main(["verify", path, "--pattern", "2:4"]) == 0
+    assert cli.main(["verify", path, "--pattern", "1:4"]) == 1
+    assert cli.main(["verify", path, "--weights", "good"]) == 0
+    capsys.readouterr()
+    assert cli.main(["verify", path, "--weights", "good", "b*"]) == 1
+    assert capsys.readouterr().err == "nm-compiler: not 2:4: bad\n"
+    assert cli.main(["verify", path, "--weights", "goood"]) == 2
+    assert "--weights goood matches no weight" in capsys.readouterr().err
+
+
+def test_the_commands_name_the_file_ask_for_sparse_kernels_and_say_the_shapes(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    written = small(folder / "model.onnx")
+    words = shlex.split(commands.trtexec(written))
+    assert words[0] == "trtexec"
+    assert {f"--onnx={written.path}", "--sparsity=enable", "--minShapes=x:1x3x8x8", "--maxShapes=x:2x3x8x8"} <= set(words)
+    assert not {"--stronglyTyped", "--fp16"} & set(words)
+    assert "--optShapes=x:32x3x8x8" in commands.trtexec(written, batch=32)
+    assert "--stronglyTyped" in commands.trtexec(written, tensorrt=10)
+    lines = commands.onnxruntime(written, batch=32)
+    options = ast.literal_eval(ast.parse(lines).body[1].value)
+    assert options["trt_sparsity_enable"] is True
+    assert options["trt_profile_max_shapes"] == "x:32x3x8x8"
+    assert "trt_fp16_enable" not in options
