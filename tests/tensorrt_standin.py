@@ -73,7 +73,7 @@ def tensorrt() -> types.ModuleType:
 
 def install() -> None:
     """Put the stand-in into `sys.modules`, and a GPU of compute capability 9.0 into `torch.cuda`. Before torch_tensorrt."""
-    assert "torch_tensorrt" not in sys.modules
+    assert "torch_tensorrt" not in sys.modules  # nor does nm_compiler import it before it is needed
     module = tensorrt()
     sys.modules["tensorrt"], sys.modules["tensorrt.tensorrt"] = module, module.tensorrt
     torch.cuda.get_device_capability = lambda *_: (9, 0)

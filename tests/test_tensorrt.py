@@ -13,6 +13,7 @@ import sys
 import types
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def dry_run(folder: Path, *models: str) -> dict[str, Any]:
     """What tensorrt_dryrun.py says of ``models``."""
     if not (SCRATCH / "torch_tensorrt").is_dir():
         pytest.skip("torch_tensorrt's Python package is not there: make test installs it, or set NM_TENSORRT_PYTHON")
-    for package in ("torchvision", "transformers"):
-        pytest.importorskip(package, reason="the zoo is an extra: pip install -e '.[zoo]'", exc_type=ImportError)
+    if not (find_spec("torchvision") and find_spec("transformers")):
+        pytest.skip("the zoo is an extra: pip install -e '.[zoo]'")
     package = Path(nm_compiler.__file__).parents[1]
     path = os.pathsep.join(map(str, [package, TESTS, TESTS.parent / "benchmarks", SCRATCH]))
     env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -390,12 +391,6 @@ def test_a_torch_tensorrt_that_does_not_import_says_why(
         versions.import_torch_tensorrt()
     assert capsys.readouterr().out == ""
     assert "torch_tensorrt" not in sys.modules
-
-
-def test_importing_the_backend_does_not_import_torch_tensorrt() -> None:
-    code = "import nm_compiler.runtime.tensorrt.files, sys; sys.exit('torch_tensorrt' in sys.modules or 'tensorrt' in sys.modules)"
-    package = Path(nm_compiler.__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=package, check=False).returncode == 0
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
