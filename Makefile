@@ -11,6 +11,9 @@ BENCH_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.filled-$(EXTRAS)
+# The Python half of torch_tensorrt, for tests/test_tensorrt.py: its libraries would need TensorRT's, which need a GPU.
+TENSORRT := $(VENV)/tensorrt-python
+TENSORRT_STAMP := $(TENSORRT)/.filled
 # One thread a worker: the models of the tests are tiny, and two workers with all threads each would fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=$(if $(filter 0,$(WORKERS)),,1)
 
@@ -30,7 +33,7 @@ help:
 demo: $(STAMP)
 	$(BIN)/nm-compiler demo $(DEMO_ARGS)
 
-test: $(STAMP)
+test: $(STAMP) $(TENSORRT_STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(STAMP)
@@ -63,6 +66,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
+
+# It lies apart from the environment, which has no working torch_tensorrt. Where there is no wheel, its tests are skipped.
+$(TENSORRT_STAMP): $(STAMP) constraints.txt
+	@rm -rf $(TENSORRT)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: -c constraints.txt \
+		--target $(TENSORRT) torch-tensorrt dllist psutil && find $(TENSORRT)/torch_tensorrt -name '*.so*' -delete && touch $@ \
+		|| echo "torch_tensorrt cannot be installed here: the tests that need it are skipped"
 
 clean:
 	rm -rf $(VENV) build dist nm_compiler_demo.html *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -93,7 +93,8 @@ def main(argv: Sequence[str]) -> None:
             replace(makers["Bi-Mask as published"], weights, lambda layer, n=n, m=m: PublishedBiMask(layer, n, m, 1))  # type: ignore[misc]
             found = {name: measured(each, x, labels, model, weights) for name, each in makers.items()}
             rows = [
-                [name, f"{f['scores']:.2f}", f"{f['momenta']:.2f}", f"{f['other']:.3f}", against(f["other"], bound_of(name, pattern)),
+                [name, f"{f['scores']:.2f}", f"{f['momenta']:.2f}", f"{f['other']:.3f}",
+                 against(f["other"], bound_of(name, pattern)),
                  f"{f['saved_mib']:.0f}", f"{f['saved_mib'] - found['dense']['saved_mib']:+.0f}"]
                 for name, f in found.items()
             ]  # fmt: skip

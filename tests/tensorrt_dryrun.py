@@ -1,0 +1,212 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""Run Torch-TensorRT's lowering and partitioner over frozen models, without TensorRT, and write down what would be built.
+
+    python tests/tensorrt_dryrun.py OUT.json resnet50 bert ...
+
+test_tensorrt.py runs it in a process of its own, because the stand-in (tensorrt_standin.py) changes the process for good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import io
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tensorrt_standin
+import torch
+from models import ConvNet
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from zoo.shim import declare_missing_operators
+
+import nm_compiler as nm
+from nm_compiler.capture import capture
+from nm_compiler.graph import getattr_path, run
+from nm_compiler.passes.linear_as_conv import linear_as_conv
+from nm_compiler.runtime.tensorrt.build import build
+from nm_compiler.solvers.check import worst_group
+
+aten = torch.ops.aten
+# Of every product: which argument is the weight, and the axis it is reduced along.
+PRODUCTS = {
+    aten.convolution.default: (1, 1), aten.linear.default: (1, 1), aten.addmm.default: (2, 0), aten.mm.default: (1, 0),
+}  # fmt: skip
+Found = dict[str, Any]
+
+
+def frozen(
+    model: nn.Module, *inputs: Any, dtype: torch.dtype = torch.half, include: tuple[str, ...] = (), **kwargs: Any
+) -> tuple[nn.Module, list[str]]:
+    """The model with 2:4 weights by magnitude, in ``dtype``, and the names of the weights that are sparse."""
+    sparse = nm.compile(model.eval(), inputs, kwargs or None, method=nm.Magnitude(), include=include)
+    names = [site.name for site in sparse.plan.sites]
+    return nm.freeze(sparse).to(dtype), names
+
+
+def found(compiled: nn.Module, model: nn.Module, names: list[str]) -> Found:
+    """What would be built.
+
+    engines; ops left to PyTorch; and for every weight of ``names`` that reaches a product of an engine as a constant: the
+    product, and the most non-zeros in a group of 4 along its reduction axis.
+    """
+    engines = [(name, child) for name, child in compiled.named_children() if name.startswith("_run_on_acc")]
+    left = [str(node.target) for node in compiled.graph.nodes if node.op == "call_function"]
+    arrived = {key: value for _, engine in engines for key, value in constants(engine)}
+    parameters = {name: fingerprint(model.get_parameter(name)) for name in names}
+    return {
+        "engines": [name for name, _ in engines],
+        "others": [name for name, child in compiled.named_children() if not name.startswith("_run_on_acc")],
+        "left": [target for target in left if "getitem" not in target],
+        "planned": names,
+        "weights": {name: arrived[key] for name, key in parameters.items() if key in arrived},
+    }
+
+
+def constants(engine: GraphModule) -> Iterator[tuple[str, list[Any]]]:
+    """Fingerprint, op and fullest group of the weight of every product that is a constant of the engine."""
+    for node in engine.graph.nodes:
+        if node.target not in PRODUCTS:
+            continue
+        place, axis = PRODUCTS[node.target]
+        weight = node.args[place]
+        if isinstance(weight, Node) and weight.op == "get_attr":
+            value = getattr_path(engine, weight.target).detach()
+            groups = worst_group(value, 4, axis) if value.shape[axis] % 4 == 0 else 4
+            yield fingerprint(value if axis == 1 else value.T), [str(node.target), groups]
+
+
+def fingerprint(weight: Tensor) -> str:
+    """Equal for equal ``[out, in * taps]`` matrices, whichever rank they are written in."""
+    matrix = weight.detach().flatten(1).contiguous()
+    return hashlib.sha1(matrix.view(torch.uint8).numpy().tobytes() + str(tuple(matrix.shape)).encode()).hexdigest()
+
+
+def torchvision_model(name: str) -> Found:
+    import torchvision
+
+    return image_model(getattr(torchvision.models, name)())
+
+
+def image_model(model: nn.Module) -> Found:
+    x = torch.randn(2, 3, 64, 64)
+    model, names = frozen(model, x)
+    program = torch.export.export(model, (x.half(),))
+    return found(build(program, (x.half(),), options={"dryrun": True}).module, model, names)
+
+
+def small_vit(layers: int) -> nn.Module:
+    """ViT-B/16 with fewer of its twelve layers, for small images."""
+    import torchvision
+
+    return torchvision.models.VisionTransformer(
+        image_size=64, patch_size=16, num_layers=layers, num_heads=12, hidden_dim=768, mlp_dim=3072
+    )
+
+
+def bert() -> Found:
+    """BERT-base with two of its twelve layers, padded inputs by keyword, and a batch of 1 to 8, tuned for 3."""
+    import transformers
+
+    config = transformers.BertConfig(num_hidden_layers=2, vocab_size=1000)
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, 9:] = 0
+    kwargs = {"input_ids": torch.randint(0, 1000, (2, 16)), "attention_mask": mask}
+    model, names = frozen(transformers.BertModel(config), **kwargs)
+    shapes = {name: {0: torch.export.Dim("batch")} for name in kwargs}
+    program = torch.export.export(model, (), kwargs, dynamic_shapes=shapes)
+    given = dict(reversed(kwargs.items()))
+    built = build(program, (), kwargs=given, batch=(1, 3, 8), options={"dryrun": True})
+    return {**found(built.module, model, names), "profiles": profiles(built.module)}
+
+
+def llama() -> Found:
+    """A narrow Llama of two layers in bfloat16."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        num_hidden_layers=2, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, intermediate_size=512,
+        vocab_size=1000, use_cache=False,
+    )  # fmt: skip
+    tokens = torch.randint(0, 1000, (2, 16))
+    model, names = frozen(transformers.LlamaForCausalLM(config), tokens, dtype=torch.bfloat16)
+    program = torch.export.export(model, (tokens,))
+    return found(build(program, (tokens,), options={"dryrun": True}).module, model, names)
+
+
+def convolved() -> Found:
+    """One layer of ViT-B/16 with its sparse linears as 1x1 convolutions."""
+    x = torch.randn(2, 3, 64, 64)
+    model, names = frozen(small_vit(1), x)
+    gm = run(capture(model, (x.half(),), {})[False][0], [partial(linear_as_conv, include=names)])
+    program = torch.export.export(gm, (x.half(),))
+    return found(build(program, (x.half(),), options={"dryrun": True}).module, model, names)
+
+
+def compiled(freezing: bool) -> Found:
+    """``torch.compile(model, backend="tensorrt")``, with and without Dynamo keeping parameters as constants."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    backend, kept = lookup_backend("tensorrt"), []
+
+    def keeping(gm: GraphModule, inputs: list[Tensor], **kwargs: Any) -> Callable[..., Any]:
+        kept.append(backend(gm, inputs, **kwargs))
+        return kept[-1]
+
+    x = torch.randn(2, 3, 8, 8)
+    model, names = frozen(ConvNet(channels=16), x, include=("head.weight",))
+    options = {"dryrun": True, "sparse_weights": True, "min_block_size": 1, "pass_through_build_failures": True}
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(prepare_freezing=freezing), torch.no_grad():
+        result = torch.compile(model, backend=keeping, options=options)(x.half())
+        torch.testing.assert_close(result, model(x.half()), atol=1e-2, rtol=1e-2)
+    return found(kept[0], model, names)
+
+
+def profiles(module: nn.Module) -> list[list[list[int]]]:
+    """Smallest, usual and largest shape of every input of the first engine, as Torch-TensorRT would hand them to TensorRT."""
+    from torch_tensorrt.dynamo.partitioning import construct_submodule_inputs
+
+    inputs = construct_submodule_inputs(module._run_on_acc_0)
+    return [[list(x.shape[key]) for key in ("min_shape", "opt_shape", "max_shape")] for x in inputs]
+
+
+MODELS: dict[str, Callable[[], Found]] = {
+    "resnet50": partial(torchvision_model, "resnet50"),
+    "mobilenet_v2": partial(torchvision_model, "mobilenet_v2"),
+    "vit": lambda: image_model(small_vit(3)),
+    "vit_1x1": convolved,
+    "bert": bert,
+    "llama": llama,
+    "compile": partial(compiled, False),
+    "compile_freezing": partial(compiled, True),
+}
+
+
+def main(out: str, names: list[str]) -> None:
+    torch.manual_seed(0)
+    tensorrt_standin.install()
+    declare_missing_operators()  # before torchvision, which transformers imports as well
+    with contextlib.redirect_stdout(io.StringIO()):
+        import torch_tensorrt
+
+        logging.getLogger("torch_tensorrt").setLevel(logging.ERROR)
+        results = {name: MODELS[name]() for name in names}
+    results["torch_tensorrt"] = {
+        "version": torch_tensorrt.__version__,
+        "keywords": list(inspect.signature(torch_tensorrt.dynamo.compile).parameters),
+        "logger": torch_tensorrt.logging._LOGGER.name,
+    }
+    Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], sys.argv[2:])
