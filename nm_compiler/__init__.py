@@ -3,6 +3,7 @@
 sparse    = nm.compile(model, (x,), pattern="2:4", method=nm.BiMask())   # or nm.LBC(), nm.SRSTE(), nm.Magnitude()
 scheduler = nm.SparsityScheduler(sparse, total_steps=steps)              # step() after every optimizer.step()
 model     = nm.freeze(sparse)                                            # the plain model, zeros in its weights
+fast      = nm.lower(model, (x,), backend="auto")                        # to a runtime with sparse kernels
 print(nm.report(sparse))                                                 # a line per weight: sparse or dense, and why
 nm.verify(model, "2:4"), nm.show(sparse)                                 # check any checkpoint, read the graph
 nm.parameter_groups(sparse, weight_decay=5e-4)                           # for any torch optimizer
@@ -16,6 +17,7 @@ from nm_compiler.calibrating import Calibration, calibrate
 from nm_compiler.checkpoint import load_checkpoint, save_checkpoint
 from nm_compiler.errors import NMError, Refusal
 from nm_compiler.importance import RIA, Saliency, Wanda
+from nm_compiler.lowering import lower
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.methods.gradual import Gradual
@@ -60,6 +62,7 @@ __all__ = [
     "compile",
     "freeze",
     "load_checkpoint",
+    "lower",
     "parameter_groups",
     "permute",
     "report",

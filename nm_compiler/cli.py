@@ -1,4 +1,4 @@
-"""The command line: ``nm-compiler demo`` and ``nm-compiler verify``. The only module that prints."""
+"""The command line: ``nm-compiler demo``, ``verify`` and ``report``. The only module that prints."""
 
 from __future__ import annotations
 
@@ -71,6 +71,24 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if failed or not found.satisfied else 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    import torch
+
+    from nm_compiler.factories import example_inputs, model_of
+    from nm_compiler.lowering import lower
+    from nm_compiler.reporting import report
+
+    model = model_of(options.model)
+    inputs = example_inputs(options.inputs, model)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    found = report(lower(model, inputs, backend=options.backend, pattern=options.pattern, dtype=dtype))
+    print(found)
+    if options.html:
+        options.html.write_text(found.to_html())
+        print(f"The same as a page: {options.html}")
+    return 0
+
+
 def _check_extras() -> None:
     from importlib.util import find_spec
 
@@ -91,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     named = "weights that must all satisfy it, by name: 'layer4.*' (default: it is enough that one weight does)"
     check.add_argument("--weights", nargs="+", default=[], metavar="GLOB", help=named)
     check.set_defaults(command=_verify)
+    _add_report(commands.add_parser("report", help="lower a frozen model and say what is sparse", description=_REPORT))
     return parser
 
 
@@ -98,6 +117,25 @@ _DEMO = """Dense, one-shot magnitude, SR-STE, LBC and Bi-Mask on real scanned di
 budget; a few minutes on two cores. Prints a table and writes a page of pictures. With --data, the same on CIFAR-10."""
 _VERIFY = """Exit status: 0 if at least one weight satisfies the pattern, and all that --weights names do; 1 if not; 2 if the
 file cannot be read or has no such weight."""
+
+
+_REPORT = """MODULE:FACTORY names a function without arguments that returns the model with its weights loaded, or the model; it
+is imported from the working directory or the environment. Inputs are shapes of float tensors (1x3x224x224) or, with a dtype,
+others (1x128:int64), one for each positional input."""
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    from nm_compiler.runtime.backends.choosing import NAMES
+
+    report.add_argument("model", metavar="MODULE:FACTORY", help="where the model comes from")
+    report.add_argument("--inputs", nargs="+", metavar="SHAPE", required=True, help="1x3x224x224, 1x128:int64, ...")
+    report.add_argument(
+        "--backend", default="auto", choices=[name for name in NAMES if name != "onnx"], help="default %(default)s"
+    )
+    report.add_argument("--pattern", default="2:4", metavar="N:M", help="default 2:4")
+    report.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="cast a copy first")
+    report.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page too")
+    report.set_defaults(command=_report)
 
 
 def _add_demo(demo: argparse.ArgumentParser) -> None:

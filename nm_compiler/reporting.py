@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
 from nm_compiler.module import SparseModule, unwrap
 from nm_compiler.pattern import PatternLike
+from nm_compiler.runtime.lowered import Lowered
 from nm_compiler.runtime.report import Report, Row
 from nm_compiler.runtime.verify import verify
 from nm_compiler.state import Weight
@@ -15,9 +18,12 @@ from nm_compiler.state import Weight
 def report(model: nn.Module, pattern: PatternLike | None = None) -> Report:
     """A line for every weight of two or more axes: sparse or dense, why, and what its mask keeps now.
 
-    model: what `compile` returned (also inside DDP or ``torch.compile``), or a plain or frozen module; then ``pattern``
+    model: what `lower` returned: then each row says what runs it, how fast, or why it stays dense; what `compile` returned
+    (also inside DDP or ``torch.compile``); or a plain or frozen module, then ``pattern``
     says what to look for ("2:4" if left out).
     """
+    if isinstance(model, Lowered):
+        return _lowered(model)
     try:
         module = unwrap(model)
     except NMError:
@@ -28,6 +34,34 @@ def report(model: nn.Module, pattern: PatternLike | None = None) -> Report:
     rows |= {weight.site.name: _planned(module, weight) for weight in module.weights}
     title = f"{type(module.origin).__name__} with {module.method}"
     return Report(title, tuple(rows[name] for name in module.plan.shapes), module.notes)
+
+
+def _lowered(model: Lowered) -> Report:
+    """A row a product, and one for every weight that no product of the lowered graph reads."""
+    result, rows = model.result, dict[str, list[Row]]()
+    for product in result.products:
+        site, found = product.site, result.decisions[product.node]
+        size = math.prod(site.shape) * product.dtype.itemsize
+        before = rows.setdefault(site.name, [])
+        name = site.name if not before else f"{site.name} [{len(before)}]"
+        before.append(
+            Row(
+                name, site.op, site.shape, str(site.pattern), "sparse" if found.kernel else "dense",
+                found.kernel or "; ".join(found.reasons), eligible=found.eligible, kernel=found.kernel or None,
+                dense_ms=None if found.dense_s is None else 1e3 * found.dense_s,
+                sparse_ms=None if found.sparse_s is None else 1e3 * found.sparse_s,
+                bytes=size if found.bytes is None else found.bytes, hint=found.hint or None,
+            )
+        )  # fmt: skip
+    for name, reader in model.unread.items():
+        site = model.sites[name]
+        why = f"read by {reader}, for which no runtime here has sparse kernels"
+        rows[name] = [Row(name, site.op, site.shape, str(site.pattern), "dense", why, eligible=False)]
+    for name, reason in model.dense.items():
+        rows[name] = [Row(name, model.plan.ops[name], model.plan.shapes[name], None, "dense", reason, eligible=False)]
+    checked = () if model.error is None else (f"Checked against the model: outputs differ by {model.error:.1e} (relative).",)
+    ordered = tuple(row for name in model.plan.shapes for row in rows[name])
+    return Report(f"{model.title} on {model.backend}", ordered, (*model.notes, *result.notes, *checked))
 
 
 def _refused(module: SparseModule, name: str, reason: str) -> Row:

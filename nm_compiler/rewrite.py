@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -33,6 +34,27 @@ def constant(gm: GraphModule, name: str, value: Tensor) -> Node:
     """Read the constant ``name`` at the insertion point; a constant of that name is there once a graph."""
     gm.__dict__[name] = gm.__dict__["extras"].setdefault(name, value)
     return gm.graph.create_node("get_attr", name)
+
+
+def weight_of(node: Node) -> str | None:
+    """The name of the parameter that a constant was made of: its own, or what the pass that made it says."""
+    if node.op == "get_attr":
+        named: str | None = node.meta.get("weight")
+        return named
+    return next((found for each in node.all_input_nodes if (found := weight_of(each))), None)
+
+
+def leading_sizes(gm: GraphModule, data: Node) -> list[Any]:
+    """All sizes of ``data`` but the last, for a reshape: the first dynamic one is left to it, others are read."""
+    sizes: list[Any] = []
+    for axis, size in enumerate(data.meta["val"].shape[:-1]):
+        if isinstance(size, int):
+            sizes.append(size)
+        elif -1 not in sizes:
+            sizes.append(-1)
+        else:
+            sizes.append(gm.graph.call_function(torch.ops.aten.sym_size.int, (data, axis)))
+    return sizes
 
 
 def call(gm: GraphModule, op: Any, args: tuple[Any, ...], name: str) -> Node:

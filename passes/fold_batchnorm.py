@@ -11,6 +11,7 @@ weights are constants of the graph. Only a convolution that nobody else reads, w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,18 +19,22 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import is_constant, value_of
-from nm_compiler.rewrite import constant
+from nm_compiler.rewrite import constant, weight_of
 from nm_compiler.uses import CONVS
 
 aten = torch.ops.aten
 
 
-def fold_batchnorm(gm: GraphModule) -> GraphModule:
-    """Fold where the batch norm has constant statistics and is the convolution's only reader."""
+def fold_batchnorm(gm: GraphModule, *, exact: Mapping[str, Tensor] | None = None) -> GraphModule:
+    """Fold where the batch norm has constant statistics and is the convolution's only reader.
+
+    exact: parameters and buffers by name in a wider dtype than the graph's, to fold with before rounding.
+    """
+    exact = exact or {}
     for norm in [node for node in gm.graph.nodes if node.target is aten.batch_norm.default]:
         product = norm.args[0]
         if isinstance(product, Node) and _foldable(norm, product):
-            _fold(gm, norm, product)
+            _fold(gm, norm, product, exact)
     return gm
 
 
@@ -43,9 +48,10 @@ def _foldable(norm: Node, product: Node) -> bool:
     return all(is_constant(node) for node in constants)
 
 
-def _fold(gm: GraphModule, norm: Node, product: Node) -> None:
-    weight, bias = _value(gm, product.args[1]), _value(gm, product.args[2] if len(product.args) > 2 else None)
-    gain, shift, mean, variance = (_value(gm, arg) for arg in norm.args[1:5])
+def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor]) -> None:
+    weight = _value(gm, product.args[1], exact)
+    bias = _value(gm, product.args[2] if len(product.args) > 2 else None, exact)
+    gain, shift, mean, variance = (_value(gm, arg, exact) for arg in norm.args[1:5])
     assert weight is not None
     assert mean is not None
     assert variance is not None
@@ -54,18 +60,27 @@ def _fold(gm: GraphModule, norm: Node, product: Node) -> None:
     offset = (0 if bias is None else bias.double()) - mean.double()
     offset = offset * scale + (0 if shift is None else shift.double())
     folded = weight.double() * scale.view(-1, *[1] * (weight.ndim - 1))
-    name = f"{product.args[1]}_folded"
+    name, dtype, source = f"{product.args[1]}_folded", _dtype(product.args[1]), weight_of(product.args[1])  # type: ignore[arg-type]
     with gm.graph.inserting_before(product):
-        new_weight = constant(gm, name, folded.to(weight.dtype))
-        new_bias = constant(gm, f"{name}_bias", offset.to(weight.dtype))
+        new_weight = constant(gm, name, folded.to(dtype))
+        new_bias = constant(gm, f"{name}_bias", offset.to(dtype))
         rest = product.args[3:]
         new = gm.graph.call_function(product.target, (product.args[0], new_weight, new_bias, *rest), product.kwargs)  # type: ignore[arg-type]
+    if source is not None:
+        new_weight.meta["weight"] = source
     new.meta = dict(norm.meta)
     norm.replace_all_uses_with(new)
     gm.graph.erase_node(norm)
     gm.graph.erase_node(product)
 
 
-def _value(gm: GraphModule, arg: Any) -> Tensor | None:
-    value: Tensor | None = None if arg is None else value_of(gm, arg).detach()
-    return value
+def _dtype(node: Any) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def _value(gm: GraphModule, arg: Any, exact: Mapping[str, Tensor]) -> Tensor | None:
+    if arg is None:
+        return None
+    value: Tensor = exact[arg.target] if arg.op == "get_attr" and arg.target in exact else value_of(gm, arg)
+    return value.detach()

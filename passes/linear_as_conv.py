@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import value_of
-from nm_compiler.rewrite import constant
+from nm_compiler.rewrite import constant, leading_sizes, weight_of
 
 aten = torch.ops.aten
 
@@ -39,24 +38,14 @@ def linear_as_conv(gm: GraphModule, *, include: Sequence[str] = ("*",)) -> Graph
 def _rewrite(gm: GraphModule, node: Node, data: Node, read: Node) -> None:
     weight = value_of(gm, read).detach()
     out, width = weight.shape
+    source = weight_of(read)
     with gm.graph.inserting_before(node):
         kernel = constant(gm, f"{read.target}_1x1".replace(".", "_"), weight.view(out, width, 1, 1))
         tokens = gm.graph.call_function(aten.reshape.default, (data, [-1, width, 1, 1]))
         product = gm.graph.call_function(aten.conv2d.default, (tokens, kernel, *node.args[2:3]))
-        result = gm.graph.call_function(aten.reshape.default, (product, [*_leading(gm, data), out]))
+        result = gm.graph.call_function(aten.reshape.default, (product, [*leading_sizes(gm, data), out]))
+    if source is not None:
+        kernel.meta["weight"] = source
     result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
-
-
-def _leading(gm: GraphModule, data: Node) -> list[Any]:
-    """All sizes of ``data`` but the last, for a reshape: the first dynamic one is left to it, others are read."""
-    sizes: list[Any] = []
-    for axis, size in enumerate(data.meta["val"].shape[:-1]):
-        if isinstance(size, int):
-            sizes.append(size)
-        elif -1 not in sizes:
-            sizes.append(-1)
-        else:
-            sizes.append(gm.graph.call_function(aten.sym_size.int, (data, axis)))
-    return sizes

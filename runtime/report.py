@@ -14,6 +14,8 @@ class Row:
 
     retained: sum |w * mask| / sum |w|; backward_kept: sum |w * B| / sum |w * F| under Bi-Mask; live: mean number of
     live combinations a group, under LBC; nonzero: share of weights that the forward product uses.
+    Of a lowered model: eligible: whether the runtime has a sparse kernel for it; kernel: what runs it; dense_ms, sparse_ms:
+    milliseconds a call, measured on the user's device; bytes: that the weight takes now; hint: what would change the status.
     """
 
     name: str
@@ -26,10 +28,21 @@ class Row:
     backward_kept: float | None = None
     live: float | None = None
     nonzero: float | None = None
+    eligible: bool | None = None
+    kernel: str | None = None
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+    bytes: int | None = None
+    hint: str | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster sparse was than dense, where both were measured."""
+        return self.dense_ms / self.sparse_ms if self.dense_ms and self.sparse_ms else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-ready."""
-        return {**asdict(self), "shape": list(self.shape)}
+        return {**asdict(self), "shape": list(self.shape), "speedup": self.speedup}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +59,13 @@ class Report:
         sparse = [row for row in self.rows if row.status == "sparse"]
         size, total = sum(map(_size, sparse)), sum(map(_size, self.rows))
         kept = [row.retained * _size(row) for row in sparse if row.retained is not None]
+        timed = [row for row in self.rows if row.dense_ms is not None]
+        spent = sum((row.sparse_ms if row.status == "sparse" else row.dense_ms) or 0.0 for row in timed)
+        lowered = {
+            "bytes": sum(row.bytes or 0 for row in self.rows),
+            "dense_ms": sum(row.dense_ms or 0.0 for row in timed),
+            "ms": spent,
+        }
         return {
             "weights": len(self.rows),
             "sparse": len(sparse),
@@ -54,6 +74,7 @@ class Report:
             "sparse_parameters": size,
             "sparse_share": size / total if total else 0.0,
             "retained": sum(kept) / size if kept else None,
+            **(lowered if timed else {}),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,6 +96,8 @@ class Report:
         totals = self.totals
         share = f"{totals['sparse_share']:.0%} of {totals['parameters']:,} weights"
         retained = f", {totals['retained']:.1%} of their magnitude retained" if totals["retained"] is not None else ""
+        if totals.get("ms"):
+            retained += f"; {totals['dense_ms']:.3g} ms dense, {totals['ms']:.3g} ms as chosen, layer by layer"
         return f"{totals['sparse']} of {totals['weights']} tensors are sparse ({share}{retained})."
 
     def to_html(self) -> str:
@@ -86,17 +109,22 @@ class Report:
             f'<tr class="{row.status}">' + "".join(_html_cell(row, column) for column in columns) + "</tr>\n"
             for row in self.rows
         )
+        picture = _picture(self.rows)
         return (
-            f'{_STYLE}<div class="nm-report"><h2>{html.escape(self.title)}</h2><p>{html.escape(below)}</p>\n'
+            f'{_STYLE}<div class="nm-report"><h2>{html.escape(self.title)}</h2><p>{html.escape(below)}</p>\n{picture}'
             f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
         )
 
 
-_COLUMNS = ("name", "op", "shape", "pattern", "status", "retained", "backward_kept", "live", "nonzero", "reason")
+_COLUMNS = (
+    "name", "op", "shape", "pattern", "status", "retained", "backward_kept", "live", "nonzero", "dense_ms", "sparse_ms",
+    "speedup", "reason", "hint",
+)  # fmt: skip
 _ALWAYS = ("name", "op", "shape", "pattern", "status", "reason")
 _HEADINGS: Mapping[str, str] = {
     "name": "weight", "op": "op", "shape": "shape", "pattern": "pattern", "status": "status", "retained": "retained",
     "backward_kept": "backward kept", "live": "live", "nonzero": "non-zero", "reason": "why",
+    "dense_ms": "dense ms", "sparse_ms": "sparse ms", "speedup": "speed-up", "hint": "what would help",
 }  # fmt: skip
 _SHARES = ("retained", "backward_kept", "nonzero")
 _STYLE = """<style>
@@ -105,6 +133,9 @@ _STYLE = """<style>
 .nm-report th,.nm-report td{padding:.28em .8em;text-align:left;border-bottom:1px solid #e6e9ee;white-space:nowrap}
 .nm-report th{color:#5b6675;font-weight:600}
 .nm-report tr.dense td{color:#8a94a3}
+.nm-report .times{display:grid;grid-template-columns:max-content 1fr;gap:.15em .8em;margin:1em 0;max-width:60em}
+.nm-report .times i{display:block;height:.5em;border-radius:2px;background:#c3cad4}
+.nm-report .times i.fast{background:#2f9e62}
 .nm-report .bar{display:inline-block;height:.62em;background:#3b7dd8;border-radius:2px;margin-right:.5em}
 </style>"""
 
@@ -120,6 +151,10 @@ def _cell(row: Row, column: str) -> str:
     value = getattr(row, column)
     if value is None:
         return ""
+    if column in ("dense_ms", "sparse_ms"):
+        return f"{value:.3g}"
+    if column == "speedup":
+        return f"{value:.2f}x"
     if column == "shape":
         return "x".join(map(str, value))
     if column in _SHARES:
@@ -133,3 +168,19 @@ def _html_cell(row: Row, column: str) -> str:
     value = getattr(row, column)
     bar = f'<span class="bar" style="width:{4 * value:.2f}em"></span>' if column in _SHARES and value is not None else ""
     return f"<td>{bar}{html.escape(_cell(row, column))}</td>"
+
+
+def _picture(rows: tuple[Row, ...]) -> str:
+    """Two bars a layer, dense above sparse, where both were measured."""
+    timed = [row for row in rows if row.dense_ms is not None and row.sparse_ms is not None]
+    most = max((max(row.dense_ms or 0.0, row.sparse_ms or 0.0) for row in timed), default=0.0)
+    if not most:
+        return ""
+    lines = []
+    for row in timed:
+        wide = [100 * (value or 0.0) / most for value in (row.dense_ms, row.sparse_ms)]
+        fast = " class=fast" if row.status == "sparse" else ""
+        bars = f'<i style="width:{wide[0]:.1f}%"></i><i{fast} style="width:{wide[1]:.1f}%"></i>'
+        title = html.escape(f"dense {row.dense_ms:.3g} ms, sparse {row.sparse_ms:.3g} ms")
+        lines.append(f'<span>{html.escape(row.name)}</span><span title="{title}">{bars}</span>')
+    return f'<div class="times">{"".join(lines)}</div>\n'

@@ -73,3 +73,57 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
 def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert "verify" in capsys.readouterr().out
+
+
+FACTORY = """
+import torch, nm_compiler as nm
+from torch import nn
+
+def load():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    return nm.freeze(nm.compile(model, (torch.randn(2, 16),), method=nm.Magnitude()))
+
+def broken():
+    raise ValueError("no weights there")
+
+number = 3
+"""
+
+
+@pytest.fixture
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"factory_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def test_report_lowers_a_model_and_prints_a_line_a_weight(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", f"{factory}:load", "--inputs", "4x16", "--dtype", "bfloat16", "--html", "page.html"]) == 0
+    said = capsys.readouterr().out
+    assert "2.weight  linear  64x64  2:4      dense   no sparse kernels for cpu in this release" in said
+    assert "<table>" in Path("page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "said"),
+    [
+        ("load", "4x16", "is not MODULE:FACTORY"),
+        ("{}:lod", "4x16", "cannot be found"),
+        ("no_such_module_here:load", "4x16", "cannot be found"),
+        ("{}:broken", "4x16", "failed: ValueError: no weights there"),
+        ("{}:number", "4x16", "gives a int, not a torch.nn.Module"),
+        ("{}:load", "4x16b", "is not a shape"),
+        ("{}:load", "4x16:floot", "'floot' is no dtype"),
+        ("{}:load", "4x15", "could not be captured"),
+    ],
+)
+def test_report_explains_a_mistake(
+    factory: str, capsys: pytest.CaptureFixture[str], model: str, inputs: str, said: str
+) -> None:
+    assert cli.main(["report", model.format(factory), "--inputs", inputs]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error

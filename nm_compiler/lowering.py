@@ -1,0 +1,218 @@
+"""nm.lower: from a frozen model to a runtime.
+
+    model --copy, cast--> capture --fold_batchnorm, fold_weights, products_to_linear, flatten_tokens--> one plain graph
+          --backend--> what runs it --check against the model--> Lowered
+
+The orders that `permute` found need no pass here: they are in the weights since then. After every pass the constants are
+checked to be N:M along their reduction axis. The model itself is not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from nm_compiler.capture import capture_mode
+from nm_compiler.errors import NMError
+from nm_compiler.graph import Pass, run
+from nm_compiler.module import SparseModule
+from nm_compiler.passes.flatten_tokens import flatten_tokens
+from nm_compiler.passes.fold_batchnorm import fold_batchnorm
+from nm_compiler.passes.fold_weights import fold_weights
+from nm_compiler.passes.products_to_linear import products_to_linear
+from nm_compiler.pattern import PatternMap, PatternSpec
+from nm_compiler.preparing import check_model, globs
+from nm_compiler.routes import untouched
+from nm_compiler.runtime.backends import Job, choose_backend
+from nm_compiler.runtime.lowered import Lowered, relative_error
+from nm_compiler.runtime.products import check_zeros, unread
+from nm_compiler.sites import Plan, Site, find
+from nm_compiler.solvers.check import worst_group
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Of the check after lowering: relative, in the norm of every output."""
+
+
+def lower(
+    model: nn.Module,
+    example_inputs: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    backend: str = "auto",
+    pattern: PatternSpec = "2:4",
+    dtype: torch.dtype | None = None,
+    exclude: Sequence[str] = (),
+    force: Sequence[str] = (),
+    check: bool = True,
+    dynamic_shapes: Any = None,
+    options: Mapping[str, Any] | None = None,
+) -> Lowered:
+    """Hand a frozen model to a runtime that multiplies with N:M weights, and say for each weight whether it does.
+
+    model: what `freeze` returned, or any model whose weights are N:M; on the device it shall run on. It stays as it is.
+    example_inputs, kwargs: as for `compile`; batch and dtype are those that speed is measured with.
+    backend: ``"tensorrt"``, ``"cusparselt"``, ``"onnx"``, ``"dense"`` (the same graph without sparse kernels), or ``"auto"``:
+    the first of TensorRT and cuSPARSELt that works here, else dense, with the reasons in the report.
+    pattern: which weights to look for, as for `compile`; those that are not N:M stay dense, and the report says so.
+    dtype: cast the copy to it; TensorRT and cuSPARSELt have sparse kernels for float16 and bfloat16 only.
+    exclude, force: globs over parameter names: leave dense; run sparse without measuring that it is faster.
+    check: compare with the model on the example inputs once, in the norm of each output.
+    options: of the backend: ``{"path": "model.onnx"}``, those of `nm_compiler.runtime.tensorrt.build`, ...
+
+    What is neither cast nor packed shares its memory with the model: train a copy, if you go on training.
+    Returns a `Lowered` module, called as the model is, in evaluation mode. Raises NMError, nothing changed, if the model was
+    not frozen, cannot be one graph in evaluation mode, has no N:M weight, or computes something else afterwards.
+    """
+    _check_frozen(model)
+    args, named = _inputs(example_inputs, kwargs)
+    chosen = choose_backend(backend, dtype or _dtype(model), _device(model))
+    twin = cast(model, dtype)
+    given = pytree.tree_map_only(Tensor, partial(_as, dtype=dtype), (args, named))
+    with untouched(twin):
+        gm, signature = capture_mode(twin, given[0], given[1], dynamic_shapes, training=False)
+    patterns = PatternMap.parse(pattern)
+    everything = [name for name, p in twin.named_parameters() if p.ndim > 1 and p.is_floating_point()]
+    plan = find(twin, [gm], patterns, include=everything, exclude=globs(exclude), may_be_empty=True)
+    sites, dense = _sparse_sites(twin, plan)
+    if not sites:
+        raise NMError(
+            f"no weight of this {type(model).__name__} is {patterns}: nothing to lower. Train it with nm.compile and "
+            f"nm.freeze it, or say pattern=. {_first(dense)}"
+        )
+    exact = {} if twin is model else {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name in sites:
+        for node in gm.graph.find_nodes(op="get_attr", target=name):
+            node.meta["weight"] = name
+    for each in passes(exact):
+        gm = _checked(run(gm, [each]), sites, each)
+    gm = standalone(gm)
+    job = Job(gm, signature, sites, tuple(signature.flatten(*given)), globs(force), dict(options or {}), dynamic_shapes)
+    lost = unread(gm, sites)
+    lowered = Lowered(
+        chosen.lower(job), title=type(model).__name__, backend=chosen.name, signature=signature, plan=plan, sites=sites,
+        dense=dense, unread=lost, dtype=dtype, notes=chosen.notes,
+    )  # fmt: skip
+    if check:
+        _check(lowered, model, (args, named), given, dtype or _dtype(model))
+    return lowered
+
+
+def passes(exact: Mapping[str, Tensor]) -> list[Pass]:
+    """What every backend gets, in order. exact: values to fold batch norms with before rounding."""
+    return [partial(fold_batchnorm, exact=exact), fold_weights, products_to_linear, flatten_tokens]
+
+
+def cast(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of ``model`` with floating-point parameters and buffers of ``dtype``; the model itself for None.
+
+    Values are cast one by one while copying, so that there is never a second copy in the old dtype.
+    """
+    if dtype is None:
+        return model
+    if not dtype.is_floating_point:
+        raise NMError(
+            f"dtype={dtype}: choose float16, bfloat16, float32 or float64; 8-bit needs scales, which a quantiser finds"
+        )
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        kept = parameter.detach().to(dtype) if parameter.is_floating_point() else parameter.detach()
+        memo[id(parameter)] = nn.Parameter(kept, requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() else buffer
+    return copy.deepcopy(model, memo)
+
+
+def standalone(gm: GraphModule) -> GraphModule:
+    """The graph with what it reads and nothing else: parameters that were folded away are free to go."""
+    read = {str(node.target): node for node in gm.graph.nodes if node.op == "get_attr"}
+    values: dict[str, Any] = {}
+    for name in read:
+        value: Any = gm
+        for atom in name.split("."):
+            value = getattr(value, atom)
+        values[name] = value.detach() if isinstance(value, Tensor) else value
+    made = GraphModule(values, gm.graph, class_name=type(gm).__name__)
+    made.eval()
+    return made
+
+
+def _check_frozen(model: Any) -> None:
+    if isinstance(model, SparseModule):
+        if model.frozen:
+            raise NMError("lower what nm.freeze returned, the plain model, not the compiled one it was made of")
+        raise NMError("this model still trains: model = nm.freeze(sparse) first, then nm.lower(model, ...)")
+    check_model(model, "nm.lower")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise NMError("this model is on the meta device: load its weights first, there are no zeros to look at")
+
+
+def _inputs(example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example_inputs is None and not kwargs:
+        raise NMError("nm.lower(model, example_inputs): give inputs of the size that it shall run with, such as (x,)")
+    args = () if example_inputs is None else example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    return args, dict(kwargs or {})
+
+
+def _sparse_sites(model: nn.Module, plan: Plan) -> tuple[dict[str, Site], dict[str, str]]:
+    """Planned weights that really are N:M, by name, and the reasons of all others."""
+    sites, dense = {}, {refusal.where: refusal.reason for refusal in plan.refusals}
+    for site in plan.sites:
+        weight = model.get_parameter(site.name).detach()
+        fullest = worst_group(weight, site.pattern.m, site.in_axis)
+        if fullest <= site.pattern.n:
+            sites[site.name] = site
+        else:
+            dense[site.name] = (
+                f"not {site.pattern}: a group of {site.pattern.m} along axis {site.in_axis} has {fullest} non-zeros"
+            )
+    return sites, dense
+
+
+def _checked(gm: GraphModule, sites: Mapping[str, Site], done: Pass) -> GraphModule:
+    wrong = check_zeros(gm, sites)
+    if wrong is not None:
+        name = getattr(done, "__name__", None) or getattr(getattr(done, "func", None), "__name__", "a pass")
+        raise NMError(f"after {name}: {wrong}. This is a fault of nm_compiler: please report it with this message")
+    return gm
+
+
+def _check(lowered: Lowered, model: nn.Module, plain: Any, given: Any, dtype: torch.dtype) -> None:
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            wanted, found = model(*plain[0], **{**lowered.signature.hidden, **plain[1]}), lowered(*given[0], **given[1])
+    finally:
+        model.train(was)
+    error = relative_error(found, wanted)
+    bound = TOLERANCE.get(dtype, 6e-2)
+    if not error <= bound:
+        raise NMError(
+            f"lowered to {lowered.backend}, the outputs differ from the model's by {error:.2g} (relative; up to {bound:.2g} "
+            f"is normal for {str(dtype).removeprefix('torch.')}). Try dtype=torch.bfloat16 or float32 if values overflow, "
+            "exclude=[...] to find the layer, or check=False if you know better"
+        )
+    lowered.__dict__["error"] = error
+
+
+def _as(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _first(dense: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:3])

@@ -1,0 +1,120 @@
+"""What a backend is, what it gets and what it gives back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from nm_compiler.errors import NMError
+from nm_compiler.runtime.products import Decision, Product, products
+from nm_compiler.signature import Signature, TensorInput
+from nm_compiler.sites import Site
+
+
+@dataclass(frozen=True)
+class Job:
+    """One graph to lower.
+
+    gm: plain aten, flat inputs and outputs, N:M constants; sites: planned weights by name; flat: example inputs;
+    force: globs of weights that run sparse unmeasured; options: the user's, for the backend.
+    """
+
+    gm: GraphModule
+    signature: Signature
+    sites: Mapping[str, Site]
+    flat: tuple[Any, ...]
+    force: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    dynamic_shapes: Any = None
+
+    @property
+    def products(self) -> list[Product]:
+        """The products that read a planned weight."""
+        return list(products(self.gm, self.sites))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The example inputs that are tensors."""
+        return tuple(value for value in self.flat if isinstance(value, Tensor))
+
+    def in_program(self, read: str) -> str:
+        """What `program` calls a constant of the graph."""
+        return read if len(self.tensors) == len(self.flat) else f"gm.{read}"
+
+    def program(self) -> ExportedProgram:
+        """The graph exported anew, with the dynamic axes that it was captured with; its inputs are the tensors alone."""
+        whole = len(self.tensors) == len(self.flat)  # then inputs keep their names
+        holder: nn.Module = self.gm if whole else _OnlyTensors(self.gm, self.flat)
+        examples, shapes = list[Tensor](), list[Any]()
+        for value, expected in zip(self.flat, self.signature.inputs, strict=True):
+            if isinstance(value, Tensor) and isinstance(expected, TensorInput):
+                dynamic = {axis for axis, size in enumerate(expected.sizes) if size is None}
+                examples.append(_repeated(value, dynamic))
+                shapes.append(dict.fromkeys(dynamic, torch.export.Dim.AUTO) or None)
+        with torch.no_grad():
+            return torch.export.export(holder, tuple(examples), dynamic_shapes=tuple(shapes) if whole else (tuple(shapes),))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What runs the graph, and what became of every product, by its node. notes: lines for the report; artifact: files."""
+
+    run: nn.Module
+    decisions: Mapping[str, Decision]
+    products: Sequence[Product]
+    notes: tuple[str, ...] = ()
+    artifact: Any = None
+    takes_tensors_only: bool = False
+
+
+class Backend(ABC):
+    """A runtime. notes: what `choose_backend` has to say about why it is this one."""
+
+    name: str = ""
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def missing(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why it cannot run here with this dtype and device, with the way out; None if it can."""
+
+    @abstractmethod
+    def lower(self, job: Job) -> Result:
+        """Lower. Raises NMError."""
+
+    def take(self, job: Job, *known: str) -> dict[str, Any]:
+        """The user's options. Raises NMError for one that this backend does not have."""
+        unknown = sorted(set(job.options) - set(known))
+        if unknown:
+            raise NMError(f"backend={self.name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        return dict(job.options)
+
+
+class _OnlyTensors(nn.Module):
+    """A graph whose other inputs are fixed: exported programs take tensors."""
+
+    def __init__(self, gm: GraphModule, flat: Sequence[Any]) -> None:
+        super().__init__()
+        self.gm = gm
+        self._flat = [None if isinstance(value, Tensor) else value for value in flat]
+        self._places = [index for index, value in enumerate(flat) if isinstance(value, Tensor)]
+
+    def forward(self, *tensors: Tensor) -> Any:
+        flat = list(self._flat)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            flat[place] = tensor
+        return self.gm(*flat)
+
+
+def _repeated(value: Tensor, dynamic: set[int]) -> Tensor:
+    """Sizes of 0 and 1 would become constants: a dynamic axis gets an example of at least 2."""
+    for axis in dynamic:
+        if value.shape[axis] == 1:
+            value = value.repeat_interleave(2, axis)
+    return value

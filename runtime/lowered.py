@@ -1,0 +1,77 @@
+"""What `nm.lower` returns: called as the model is, with the record of what became of every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from nm_compiler.runtime.backends.base import Result
+from nm_compiler.signature import Signature
+from nm_compiler.sites import Plan, Site
+
+
+class Lowered(nn.Module):
+    """A model in evaluation mode on a runtime.
+
+    backend: its name; result: products, decisions, notes and artifact of the backend; error: of the check after lowering,
+    relative, None if it was left out; sites: planned weights; unread: those that no product reads, and what does; dense: all
+    other weights, and why. Inputs are cast to the dtype it was lowered to; outputs are in that dtype.
+    `nm.report` shows what is sparse, and why the rest is not.
+    """
+
+    title: str
+    backend: str
+    result: Result
+    signature: Signature
+    plan: Plan
+    sites: Mapping[str, Site]
+    dense: Mapping[str, str]
+    unread: Mapping[str, str]
+    dtype: torch.dtype | None
+    notes: tuple[str, ...]
+    error: float | None
+
+    def __init__(self, result: Result, **facts: Any) -> None:
+        super().__init__()
+        self.run = result.run
+        self.__dict__.update(result=result, error=None, **facts)
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it. Raises NMError for a call that does not fit what was captured."""
+        if self.dtype is not None:
+            args, kwargs = pytree.tree_map_only(Tensor, self._cast, (args, kwargs))
+        flat = self.signature.flatten(args, kwargs)
+        if self.result.takes_tensors_only:
+            flat = [value for value in flat if isinstance(value, Tensor)]
+        outputs: Any = self.run(*flat)
+        leaves = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        return pytree.tree_unflatten(leaves, self.signature.out_spec)
+
+    def train(self, mode: bool = True) -> Lowered:
+        """Stays in evaluation mode: there is nothing left to train."""
+        return self
+
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+    def extra_repr(self) -> str:
+        chosen = sum(1 for decision in self.result.decisions.values() if decision.kernel)
+        return f"{self.title} on {self.backend}, {chosen} of {len(self.result.products)} products sparse"
+
+
+def relative_error(found: Any, wanted: Any) -> float:
+    """The largest over all float outputs of |found - wanted| / |wanted|, in the Euclidean norm; NaN counts as infinite."""
+    ours, theirs = pytree.tree_leaves(found), pytree.tree_leaves(wanted)
+    worst = 0.0
+    for mine, other in zip(ours, theirs, strict=True):
+        if not isinstance(other, Tensor) or not other.is_floating_point() or not other.numel():
+            continue
+        size = float(other.double().norm())
+        error = float((mine.double() - other.double()).norm()) / (size or 1.0)
+        worst = max(worst, error if error == error else float("inf"))
+    return worst

@@ -1,0 +1,311 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""nm.lower: passes that keep zeros and values, backends that say what they do, and refusals that come before anything else."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import MLP, Attention, ConvNet, Grouped, Matmuls, example
+from torch import Tensor, nn
+
+import nm_compiler as nm
+from nm_compiler.capture import capture_mode
+from nm_compiler.graph import getattr_path, run, show_graph
+from nm_compiler.lowering import cast, passes
+from nm_compiler.passes.flatten_tokens import flatten_tokens
+from nm_compiler.passes.fold_weights import fold_weights
+from nm_compiler.passes.products_to_linear import products_to_linear
+from nm_compiler.runtime.products import products
+
+Golden = Callable[[str, str], None]
+
+
+def frozen(kind: Callable[[], nn.Module], pattern: str = "2:4") -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = kind()
+    x = example(model)
+    return nm.freeze(nm.compile(model, x, pattern=pattern, method=nm.Magnitude())).eval(), x
+
+
+class Views(nn.Module):
+    """Products behind chunks, transposes and scales of weights, and one on tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 16)
+        self.joint = nn.Parameter(torch.randn(32, 16) / 4)
+        self.turned = nn.Parameter(torch.randn(16, 16) / 4)
+        self.bias = nn.Parameter(torch.randn(16))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.stem(x))
+        one, two = self.joint.chunk(2)
+        y = nn.functional.linear(y, one) * torch.sigmoid(nn.functional.linear(y, two))
+        y = torch.addmm(self.bias, y.flatten(0, 1), self.turned).view(y.shape)
+        return self.head(y @ self.turned)
+
+
+def views() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = Views(), torch.randn(2, 3, 8)
+    return nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval(), x
+
+
+# -- passes -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("each", [fold_weights, products_to_linear, flatten_tokens], ids=lambda each: each.__name__)
+def test_a_pass_computes_the_same_and_looks_as_read(each: Any, golden: Golden) -> None:
+    model, x = views()
+    gm, _ = capture_mode(model, (x,), {}, training=False)
+    for name, _parameter in model.named_parameters():
+        for node in gm.graph.find_nodes(op="get_attr", target=name):
+            node.meta["weight"] = name
+    expected = gm(x)[0]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gm = run(gm, [fold_weights, each] if each is products_to_linear else [each])
+    torch.testing.assert_close(gm(x)[0], expected)
+    golden(f"{each.__name__}_views", show_graph(gm))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the model is not touched"
+
+
+@pytest.mark.parametrize("kind", [ConvNet, Attention, Matmuls, Grouped, MLP, Views], ids=lambda kind: kind.__name__)
+def test_after_every_pass_constants_are_n_m_along_axis_1_and_the_function_is_the_same(kind: Any) -> None:
+    model, x = views() if kind is Views else frozen(kind)
+    x = x if isinstance(x, tuple) else (x,)
+    lowered = nm.lower(model, x, backend="dense")
+    assert lowered.error < 1e-5
+    found = lowered.result.products
+    assert {product.site.name for product in found} | set(lowered.unread) == set(nm.verify(model).satisfied) - set(
+        lowered.dense
+    )
+    for product in found:
+        weight = getattr_path(lowered.run, product.read)
+        groups = (weight != 0).movedim(1, -1).unflatten(-1, (-1, 4)).sum(-1)
+        assert int(groups.max()) <= 2, product
+
+
+def test_batch_norms_are_folded_before_rounding_so_that_half_precision_loses_no_more_than_it_must() -> None:
+    torch.manual_seed(0)
+    model = ConvNet(channels=16)
+    with torch.no_grad():
+        model.norm1.running_var.fill_(1e-3)
+        model.norm1.running_mean.normal_()
+    x = example(model)
+    model = nm.freeze(nm.compile(model, x, method=nm.Magnitude())).eval()
+    twin = cast(model, torch.float16)
+    scale = (model.norm1.weight / (model.norm1.running_var + model.norm1.eps).sqrt()).detach().double()
+    wanted = model.conv1.weight.detach().double() * scale.view(-1, 1, 1, 1)
+    errors = []
+    for exact in ({}, {**dict(model.named_parameters()), **dict(model.named_buffers())}):
+        gm, _ = capture_mode(twin, (x.half(),), {}, training=False)
+        gm = run(gm, passes(exact))
+        assert not any("batch_norm" in str(node.target) for node in gm.graph.nodes)
+        folded = gm.__dict__["extras"]["conv1_weight_folded"]
+        assert folded.dtype == torch.float16
+        errors.append(float(((folded.double() - wanted).abs() / wanted.abs().clamp_min(1e-3)).max()))
+    assert errors[1] <= 2**-11, "rounded once"
+    assert errors[0] > errors[1]
+
+
+def test_a_cast_copy_shares_nothing_with_the_model_and_keeps_ties() -> None:
+    model = Attention()
+    twin = cast(model, torch.bfloat16)
+    assert twin.head.weight is twin.embed.weight
+    assert all(p.dtype == torch.bfloat16 for p in twin.parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    with pytest.raises(nm.NMError, match="8-bit needs scales"):
+        cast(model, torch.int8)
+
+
+# -- the module that comes back ---------------------------------------------------------------------------------------------
+
+
+def test_a_lowered_model_takes_other_batches_keeps_its_state_dict_and_leaves_the_model_alone(tmp_path: Path) -> None:
+    model, _ = frozen(ConvNet)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lowered = nm.lower(model, example(model), backend="dense")
+    wanted = [model(example(model, batch=size, seed=size)) for size in (1, 5)]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for size, expected in zip((1, 5), wanted, strict=True):
+        torch.testing.assert_close(lowered(example(model, batch=size, seed=size)), expected)
+    torch.save(lowered.state_dict(), tmp_path / "state.pt")
+    again = nm.lower(frozen(ConvNet)[0], example(model), backend="dense")
+    with torch.no_grad():
+        for value in again.state_dict().values():
+            value.zero_()
+    again.load_state_dict(torch.load(tmp_path / "state.pt"))
+    torch.testing.assert_close(again(example(model, batch=5, seed=5)), wanted[1])
+    assert not again.train().training
+    with pytest.raises(nm.NMError, match="axes"):
+        lowered(torch.randn(3, 8))
+
+
+def test_a_lowered_model_takes_keywords_and_gives_back_the_structure_of_the_models_outputs() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = MLP()
+
+        def forward(self, x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None) -> dict[str, Any]:
+            y = self.net(x) * scale
+            return {"logits": y if mask is None else y * mask, "pair": (y.sum(), y.amax())}
+
+    torch.manual_seed(0)
+    model, x = Named(), torch.randn(3, 8)
+    kwargs = {"scale": 2.0, "mask": torch.ones(3, 4)}
+    model = nm.freeze(nm.compile(model, (x,), kwargs, method=nm.Magnitude())).eval()
+    lowered = nm.lower(model, (x,), kwargs, backend="dense", dtype=torch.bfloat16)
+    found, wanted = lowered(x, **kwargs), model(x, **kwargs)
+    assert found["logits"].dtype == torch.bfloat16
+    assert found.keys() == wanted.keys()
+    torch.testing.assert_close(found["pair"][1].float(), wanted["pair"][1], rtol=0.05, atol=0.05)
+
+
+def test_a_model_whose_weights_are_n_m_without_having_been_compiled_can_be_lowered() -> None:
+    model, x = MLP().eval(), torch.randn(3, 8)
+    with torch.no_grad():
+        model.fc2.weight.view(-1, 4)[:, 2:] = 0
+    lowered = nm.lower(model, x, backend="dense")
+    assert list(lowered.sites) == ["fc2.weight"]
+    assert lowered.dense["fc1.weight"].startswith("not 2:4: a group of 4 along axis 1 has")
+
+
+# -- the report -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_has_a_row_for_every_weight_with_a_reason_and_what_would_help() -> None:
+    model, x = views()
+    lowered = nm.lower(model, (x,), backend="auto")
+    report = nm.report(lowered)
+    assert [row.name for row in report.rows] == [
+        "joint", "joint [1]", "turned", "turned [1]", "stem.weight", "head.weight",
+    ]  # fmt: skip
+    by_name = {row.name: row for row in report.rows}
+    assert by_name["turned"].status == "dense"
+    assert by_name["turned"].reason == "no sparse kernels for cpu in this release"
+    assert by_name["turned"].hint == "an NVIDIA GPU, and dtype=torch.float16 or bfloat16"
+    assert by_name["turned"].bytes == 16 * 16 * 4
+    assert by_name["head.weight"].reason.startswith("not 2:4")
+    text = str(report)
+    assert "Not used, tensorrt: " in text
+    assert "Not used, cusparselt: the model is on cpu" in text
+    assert "Checked against the model" in text
+    json.dumps(report.to_dict())
+    assert "<table>" in report.to_html()
+
+
+def test_the_report_draws_times_where_both_ways_were_measured() -> None:
+    from nm_compiler.runtime.report import Report, Row
+
+    fast = Row("a", "linear", (64, 64), "2:4", "sparse", "cuSPARSELt", dense_ms=2.0, sparse_ms=1.25, bytes=100)
+    slow = Row("b", "linear", (64, 64), "2:4", "dense", "slower", dense_ms=1.0, sparse_ms=4.0, bytes=200, hint="more tokens")
+    report = Report("m", (fast, slow))
+    assert fast.speedup == 1.6
+    assert report.totals["dense_ms"] == 3.0
+    assert report.totals["ms"] == 2.25, "what was chosen: sparse for a, dense for b"
+    assert report.totals["bytes"] == 300
+    assert "3 ms dense, 2.25 ms as chosen" in str(report)
+    assert "1.60x" in str(report)
+    page = report.to_html()
+    assert page.count("<i ") == 4
+    assert "width:100.0%" in page
+    assert json.loads(json.dumps(report.to_dict()))["weights"][0]["speedup"] == 1.6
+
+
+# -- onnx -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.required
+def test_onnx_writes_a_file_whose_zeros_and_numbers_were_checked_and_a_report_beside_it(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="pip install 'nm_compiler[onnx]'")
+    model, x = views()
+    path = tmp_path / "model.onnx"
+    lowered = nm.lower(model, (x,), backend="onnx", options={"path": path})
+    assert dict(nm.verify(path).satisfied) == {"joint": (1,), "joint[1]": (1,), "turned": (1,)}, (
+        "a shared constant is there once"
+    )
+    assert "trtexec" in str(nm.report(lowered))
+    side = json.loads((tmp_path / "model.onnx.json").read_text())
+    assert side["onnx"]["numerics"]
+    assert [row["weight"] for row in side["report"]["products"]] == ["joint", "joint", "turned", "turned"]
+    torch.testing.assert_close(lowered(x), model(x))
+    with pytest.raises(nm.NMError, match="writes a file"):
+        nm.lower(model, (x,), backend="onnx")
+    with pytest.raises(nm.NMError, match="has no option 'paths'"):
+        nm.lower(model, (x,), backend="onnx", options={"paths": path})
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------------
+
+
+def refusals() -> dict[str, tuple[Callable[[], Any], str]]:
+    model, x = frozen(ConvNet)
+    sparse = nm.compile(ConvNet(), x, method=nm.SRSTE())
+    done = nm.compile(ConvNet(), x, method=nm.SRSTE())
+    nm.freeze(done)
+    meta = copy.deepcopy(model).to("meta")
+    return {
+        "still trains": (lambda: nm.lower(sparse, x), r"still trains: model = nm\.freeze\(sparse\) first"),
+        "the frozen SparseModule": (lambda: nm.lower(done, x), "lower what nm.freeze returned"),
+        "dense": (lambda: nm.lower(ConvNet(), x), r"no weight of this ConvNet is \* 2:4: nothing to lower"),
+        "another pattern": (lambda: nm.lower(model, x, pattern="1:4"), "1:4: nothing to lower.*conv1.weight: not 1:4"),
+        "no inputs": (lambda: nm.lower(model), "give inputs of the size"),
+        "no module": (lambda: nm.lower({}, x), "takes a torch.nn.Module, not dict"),
+        "meta": (lambda: nm.lower(meta, x), "on the meta device"),
+        "unknown backend": (lambda: nm.lower(model, x, backend="trt"), "backend='trt': choose one of auto, tensorrt"),
+        "cpu": (lambda: nm.lower(model, x, backend="cpu"), "packed kernels for CPUs are not in this release"),
+        "cusparselt on a CPU": (lambda: nm.lower(model, x, backend="cusparselt"), "the model is on cpu"),
+        "tensorrt": (lambda: nm.lower(model, x, backend="tensorrt"), r"backend='tensorrt' cannot be used here: .*pip install"),
+        "dtype": (lambda: nm.lower(model, x, dtype=torch.int8), "8-bit needs scales"),
+        "glob": (lambda: nm.lower(model, x, exclude=["none*"]), "exclude='none\\*' matches no weight"),
+        "option": (lambda: nm.lower(model, x, backend="dense", options={"a": 1}), "has no option 'a'"),
+    }
+
+
+@pytest.mark.parametrize("case", [
+    "still trains", "the frozen SparseModule", "dense", "another pattern", "no inputs", "no module", "meta", "unknown backend",
+    "cpu", "cusparselt on a CPU", "tensorrt", "dtype", "glob", "option",
+])  # fmt: skip
+def test_lower_explains(case: str) -> None:
+    work, message = refusals()[case]
+    with pytest.raises(nm.NMError, match=message):
+        work()
+
+
+def test_outputs_that_differ_after_lowering_are_an_error_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nm_compiler.lowering as lowering
+
+    def wrong(gm: Any) -> Any:
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
+            node.target = torch.ops.aten.sigmoid.default
+        return gm
+
+    model, x = frozen(ConvNet)
+    monkeypatch.setattr(lowering, "passes", lambda exact: [wrong])
+    with pytest.raises(nm.NMError, match=r"lowered to dense, the outputs differ from the model's by .*exclude=\[\.\.\.\]"):
+        nm.lower(model, x, backend="dense")
+    assert nm.lower(model, x, backend="dense", check=False).error is None
+
+
+def test_a_pass_that_spoils_the_zeros_is_caught_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nm_compiler.lowering as lowering
+
+    def spoiling(gm: Any) -> Any:
+        for product in products(gm, sites):
+            weight = torch.ones(product.site.shape)
+            gm.get_submodule(product.read.rpartition(".")[0]).weight = nn.Parameter(weight)
+        return gm
+
+    model, x = frozen(ConvNet)
+    sites = nm.lower(model, x, backend="dense").sites
+    monkeypatch.setattr(lowering, "passes", lambda exact: [spoiling])
+    with pytest.raises(
+        nm.NMError, match=r"after spoiling: conv1\.weight of shape \[8, 8, 3, 3\] has 4 non-zeros in a group of 4"
+    ):
+        nm.lower(model, x, backend="dense")
