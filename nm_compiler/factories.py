@@ -41,7 +41,7 @@ def model_of(name: str) -> nn.Module:
 
 
 def example_inputs(shapes: Sequence[str], model: nn.Module) -> tuple[Tensor, ...]:
-    """Random tensors of ``shapes``, ``1x3x224x224`` or ``1x128:int64``, on the model's device and of its dtype. Raises NMError."""
+    """Random tensors of ``shapes``, ``1x3x224x224`` or ``1x128:int64``, on the model's device in its dtype. Raises NMError."""
     parameter = next(model.parameters(), torch.zeros(()))
     made = []
     for text in shapes:

@@ -59,7 +59,7 @@ def _is_bias(bias: Any, weight: Node) -> bool:
 
 
 def _plain(node: Node) -> bool:
-    return node.kwargs.get("alpha", 1) == 1 and node.kwargs.get("beta", 1) == 1
+    return bool(node.kwargs.get("alpha", 1) == 1 and node.kwargs.get("beta", 1) == 1)
 
 
 def _transposed(gm: GraphModule, weight: Node) -> Node:

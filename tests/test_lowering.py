@@ -2,6 +2,7 @@
 """nm.lower: passes that keep zeros and values, backends that say what they do, and refusals that come before anything else."""
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -244,6 +245,7 @@ def test_onnx_writes_a_file_whose_zeros_and_numbers_were_checked_and_a_report_be
 # -- bad input --------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def refusals() -> dict[str, tuple[Callable[[], Any], str]]:
     model, x = frozen(ConvNet)
     sparse = nm.compile(ConvNet(), x, method=nm.SRSTE())
