@@ -7,12 +7,12 @@
                                                        %c = aten.contiguous(%z)               # z lies in columns
                                                        %y = aten.reshape(%c, [..., out])
 
-    %y = aten.conv2d(%x, %w, %b)   # [.., out, H, W]   %q = aten.permute(%x, [.., H, W, in])   # then as above, and back, in the
-                                                       ...                                    # memory format it had
+    %y = aten.conv2d(%x, %w, %b)   # [.., out, H, W]   %q = aten.permute(%x, [.., H, W, in])
+                                                       ...   # as above, then back, in the memory format it had
 
 The copy into rows is left out where the result goes through elementwise ops to other packed products only
-(`nm_compiler.runtime.cusparselt.consumers`), and where a searched algorithm writes rows itself. Whoever reads a result
-therefore finds it laid out as the graph was traced with it. The model is not touched; packed weights are constants of the graph.
+(`nm_compiler.runtime.cusparselt.consumers`), and where a searched algorithm writes rows itself. Everyone else finds
+results laid out as they were when the graph was traced. The model is not touched; packed weights are constants of the graph.
 Ref: Mishra et al. 2021, Accelerating Sparse Deep Neural Networks.
 """
 
@@ -49,23 +49,26 @@ def lower_cusparselt(
 ) -> GraphModule:
     """Lower every product without a reason against it, unless ``choose(node)`` says no.
 
-    gm: frozen and cast to float16 or bfloat16, on the GPU; sites_by_read: what a ``get_attr`` node reads -> the site of that weight.
-    search: let the library look for a faster algorithm, for as many tokens as the example had; runs products on the GPU.
+    gm: frozen and cast to float16 or bfloat16, on the GPU; sites_by_read: what a ``get_attr`` node reads -> its site.
+    search: let the library look for a faster algorithm, for as many tokens as the example had; it runs on the GPU.
     machine, min_tokens: as for `nm_compiler.runtime.cusparselt.candidates.candidates`, which lists the reasons.
     """
     found = candidates(gm, sites_by_read, machine=machine, min_tokens=min_tokens)
     chosen = {each.node: each for each in found if not each.reasons and (choose is None or choose(each.node))}
     weights: dict[Any, tuple[Node, Tensor, Tensor]] = {}
+    moved: set[Node] = set()
     columns = {node: between(node, chosen) if node.target is LINEAR else None for node in chosen}
     for node, candidate in chosen.items():
         read, value, packed = _packed(gm, candidate.weight, weights)
         algorithm = _searched(gm, candidate, value, packed) if search else 0
         stays = columns[node] if not algorithm else None
-        _rewrite(gm, node, read, value.shape[0], algorithm, copied=not algorithm and stays is None)
-        for each in stays or ():
-            each.meta.pop("val")  # its strides are others now
-            if each.target in RESHAPES:
-                each.target = aten.reshape.default
+        result = _rewrite(gm, node, read, value, algorithm, copied=not algorithm and stays is None)
+        if stays is not None:
+            moved.update((result, *stays))
+    for each in moved:
+        each.meta.pop("val", None)  # its strides are others now
+        if each.target in RESHAPES:
+            each.target = aten.reshape.default
     return gm
 
 
@@ -89,16 +92,18 @@ def _searched(gm: GraphModule, candidate: Candidate, value: Tensor, packed: Tens
         return search_algorithm(value, packed, x, None if bias is None else value_of(gm, bias), rows=True)
 
 
-def _rewrite(gm: GraphModule, node: Node, read: Node, out: int, algorithm: int, *, copied: bool) -> None:
+def _rewrite(gm: GraphModule, node: Node, read: Node, value: Tensor, algorithm: int, *, copied: bool) -> Node:
     data: Any = node.args[0]
+    out, width = value.shape
     bias = node.args[2] if len(node.args) > 2 else None
     convolved = node.target is not LINEAR
     rank = data.meta["val"].ndim
     lead = list(range(rank - 3))
     with gm.graph.inserting_before(node):
         sizes = [_size(gm, data, axis) for axis in ((*lead, rank - 2, rank - 1) if convolved else range(rank - 1))]
-        last = gm.graph.call_function(aten.permute.default, (data, [*lead, rank - 2, rank - 1, rank - 3])) if convolved else data
-        width = data.meta["val"].shape[rank - 3 if convolved else -1]
+        last = (
+            gm.graph.call_function(aten.permute.default, (data, [*lead, rank - 2, rank - 1, rank - 3])) if convolved else data
+        )
         flat = last if len(sizes) == 1 else gm.graph.call_function(aten.reshape.default, (last, [-1, width]))
         result = call(gm, cslt_linear._opoverload, (flat, read, bias, out, algorithm, algorithm > 0), f"{node.name}_packed")
         if copied and not convolved:
@@ -109,10 +114,10 @@ def _rewrite(gm: GraphModule, node: Node, read: Node, out: int, algorithm: int, 
             back = [*lead, rank - 1, rank - 3, rank - 2]
             result = gm.graph.call_function(aten.permute.default, (result, back))
             result = gm.graph.call_function(aten.contiguous.default, (result,), {"memory_format": _format(node)})
-    if copied or algorithm or convolved:
-        result.meta = dict(node.meta)
+    result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
+    return result
 
 
 def _size(gm: GraphModule, data: Node, axis: int) -> Any:

@@ -23,7 +23,7 @@ def compress(matrix: Tensor) -> Tensor:
     assert matrix.dtype in DTYPES, "Unsupported dtype for cuSPARSELt compressed matrix"
     assert not any(size % 16 for size in matrix.shape), "CUSPARSE_STATUS_INVALID_VALUE"
     groups = matrix.unflatten(1, (-1, 4))
-    kept = (groups != 0).to(torch.uint8).argsort(-1, descending=True, stable=True)[..., :2].sort(-1).values
+    kept = (groups != 0).to(torch.uint8).argsort(stable=True, dim=-1, descending=True)[..., :2].sort(-1).values
     values = groups.gather(-1, kept).flatten(1)
     places = kept.flatten(1).unflatten(1, (-1, 4)).to(torch.uint8)
     bytes_ = sum(places[..., i] << 2 * i for i in range(4))

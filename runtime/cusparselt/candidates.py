@@ -43,7 +43,7 @@ def candidates(
 ) -> list[Candidate]:
     """Every product of a planned weight, in the order of the graph. Changes nothing.
 
-    gm: frozen and cast, weights as parameters, buffers or constants; sites_by_read: what a ``get_attr`` node reads -> its site.
+    gm: frozen and cast; sites_by_read: what a ``get_attr`` node reads -> its site.
     machine: in place of what torch says of each weight's device; min_tokens: fewer are a reason.
     """
     found = [
@@ -71,9 +71,7 @@ def _products(read: Node) -> Iterator[tuple[Node, Node]]:
                 yield user, node
 
 
-def _judged(
-    gm: GraphModule, site: Site, node: Node, weight: Node, machine: Machine | None, min_tokens: int
-) -> Candidate:
+def _judged(gm: GraphModule, site: Site, node: Node, weight: Node, machine: Machine | None, min_tokens: int) -> Candidate:
     value: Tensor = value_of(gm, weight)
     product = describe(node, weight, value, site)
     why = reasons(product, machine or machine_of(value.device), min_tokens=min_tokens)
@@ -86,12 +84,15 @@ def describe(node: Node, weight: Node, value: Tensor, site: Site) -> Product:
     """The facts of one product, read off its node. value: what ``weight`` is."""
     shape, name = tuple(value.shape), target_name(node.target).rpartition("aten.")[2].partition(".")[0]
     if len(node.args) < 2 or node.args[1] is not weight or node.target not in (LINEAR, *CONV2D):
-        return Product(name if node.target not in (LINEAR, *CONV2D) else f"{name} of a weight", shape, value.dtype, site.pattern)
+        return Product(
+            name if node.target not in (LINEAR, *CONV2D) else f"{name} of a weight", shape, value.dtype, site.pattern
+        )
     data: Any = node.args[0]
     sizes = data.meta["val"].shape
     if node.target is LINEAR:
         return Product("linear", shape, value.dtype, site.pattern, _hint(sizes[:-1]))
-    stride, padding, _dilation, groups = (node.args[at] if len(node.args) > at else None for at in (3, 4, 5, 6))
+    given: tuple[Any, ...] = node.args
+    stride, padding, _dilation, groups = (given[at] if len(given) > at else None for at in (3, 4, 5, 6))
     padded = any(padding) if isinstance(padding, (list, tuple)) else False  # "same" and "valid" pad no 1x1 convolution
     return Product(
         "conv2d", shape, value.dtype, site.pattern, _hint((*sizes[:-3], *sizes[-2:])),

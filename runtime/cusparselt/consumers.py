@@ -1,8 +1,8 @@
 """Which products may leave their result in columns, the layout that the library writes fastest.
 
-A result in columns (strides ``(1, tokens)``) is right everywhere, but not welcome everywhere: a ``view`` may be impossible, and fused
-attention falls back to a slow kernel if the last axis is strided. Elementwise ops keep the layout and the next packed product reads it
-as it is, so between two packed products, as in an MLP, nothing has to be copied. Everyone else gets rows.
+A result in columns (strides ``(1, tokens)``) is right everywhere, but not welcome everywhere: a ``view`` may be impossible,
+and fused attention falls back to a slow kernel if the last axis is strided. Elementwise ops keep the layout, and the next
+packed product reads it as it is: between two packed products, as in an MLP, nothing has to be copied. Others get rows.
 """
 
 from __future__ import annotations

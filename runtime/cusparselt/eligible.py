@@ -12,7 +12,7 @@ import torch
 from nm_compiler.pattern import Pattern
 
 MIN_TOKENS = 1024
-"""The fewest tokens at which every measured shape was faster packed (H200, bf16, CUDA graphs); at 256, half of them were not."""
+"""The fewest tokens at which every measured shape was faster packed (H200, bf16, CUDA graphs); at 256 half were not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,10 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What is known of the device: its type, compute capability, and the version of cuSPARSELt in this torch (None: without it)."""
+    """What is known of the device: its type, compute capability, and the version of cuSPARSELt in this torch.
+
+    None where there is none.
+    """
 
     kind: str
     capability: tuple[int, int] | None = None

@@ -2,11 +2,11 @@
 
     y = x W^T + b        the library computes D = A B with A sparse, so A = W, B = x^T and D = y^T
 
-The library can write D row by row, which is y^T and so y *in columns* (strides ``(1, tokens)``), or column by column, which
-is y *in rows*. It is one argument, ``rows``, because neither is best everywhere. With the default algorithm on an H200, bf16, rows
-were slower than the dense product at nearly all sizes (0.7 to 1.04 times its speed) and columns faster from 1,024 tokens on (1.1 to
-1.5 times); with the algorithm that the library's own search found, rows did as well as columns or better. The
-measurements are in ``benchmarks/results/gpu.json``. Hence columns by default, and rows together with a searched algorithm.
+The library can write D row by row, which is y^T and so y *in columns* (strides ``(1, tokens)``), or column by column,
+which is y *in rows*. That is an argument, ``rows``, because neither is best everywhere. With the default algorithm on an
+H200, bf16, from 1,024 tokens on, rows ran at 0.69 to 1.02 times the speed of the dense product, columns at 1.13 to 1.54 times,
+and rows with the algorithm that the library's own search found at 1.31 to 1.63 times (``benchmarks/results/gpu.json``).
+Hence columns by default, and rows together with a searched algorithm.
 
 Every call makes the library's plan anew on the host, about 0.45 ms there: only a CUDA graph or large products hide it.
 Nothing here waits for the device, so a graph can be captured; call the op once before, in the thread that captures, for the
@@ -53,7 +53,7 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, algorit
 def operand(x: Tensor) -> Tensor:
     """``x^T`` as the library takes it: ``[in, tokens]``, tokens padded with zeros to a multiple of 8.
 
-    torch asks only whether it is contiguous, and takes it for a transposed contiguous one if not: anything else would be misread.
+    torch asks only whether it is contiguous and takes it for a transposed one if not: other strides would be misread.
     """
     short = -x.shape[0] % TOKENS
     if short:
@@ -85,7 +85,9 @@ def _check(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) ->
     if x.shape[1] != inputs:
         raise NMError(f"nm::cslt_linear: {given}, which was packed from [{out_features}, {inputs}]; x needs {inputs} columns")
     if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype or bias.device != x.device):
-        raise NMError(f"nm::cslt_linear: a bias of {_shown(bias)} for {given}; it has to be [{out_features}] of {x.dtype} there too")
+        raise NMError(
+            f"nm::cslt_linear: a bias of {_shown(bias)} for {given}; it has to be [{out_features}] of {x.dtype} there too"
+        )
 
 
 def _shown(tensor: Tensor) -> str:

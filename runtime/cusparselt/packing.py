@@ -1,7 +1,7 @@
 """Pack a 2:4 weight for cuSPARSELt, once, when a graph is lowered.
 
-The packed tensor holds the kept half of the values and two bits a value that say where each was: 9/16 of the dense bytes. Its layout
-is the library's own and may change with its version, so it is made on the machine that runs it and never written to disk.
+The packed tensor holds the kept half of the values and two bits a value that say where each was: 9/16 of the dense bytes.
+Its layout is the library's own and may change with its version: it is made on the machine that runs it, never written to disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PACKED_SHARE = 9 / 16
 
 
 def pack(weight: Tensor) -> Tensor:
-    """The packed form of a weight ``[out, in]`` or ``[out, in, 1, 1]``, float16 or bfloat16, at most 2 of 4 along `in` non-zero.
+    """Pack a weight ``[out, in]`` or ``[out, in, 1, 1]``, float16 or bfloat16, at most 2 of 4 along `in` non-zero.
 
     Returns a tensor of the library's layout, same dtype and device. Raises NMError for a weight that the library would
     refuse or, worse, cut: it drops what is more than 2 of 4 without a word.

@@ -20,7 +20,7 @@ ROUNDINGS = 4  # how many roundings of the dtype two right results may differ by
 
 
 def search(weight: Tensor, packed: Tensor, x: Tensor, bias: Tensor | None, *, rows: bool, checks: int = 5) -> int:
-    """The algorithm that the library finds fastest for ``x W^T + b``, or 0, its first choice, if that one is not to be trusted.
+    """The algorithm that the library finds fastest for ``x W^T + b``; 0, its first choice, if that one is not to be trusted.
 
     weight: dense ``[out, in]`` with its zeros; packed: of `pack`; x: ``[tokens, in]``, of the size that counts.
     rows: as in ``nm::cslt_linear``. The winner has to agree with the dense product ``checks`` times. Waits for the device.
