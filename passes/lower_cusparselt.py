@@ -28,7 +28,7 @@ from torch.fx import GraphModule, Node
 from nm_compiler.evaluate import value_of
 from nm_compiler.rewrite import call, constant
 from nm_compiler.runtime.cusparselt.candidates import LINEAR, Candidate, candidates
-from nm_compiler.runtime.cusparselt.consumers import RESHAPES, between
+from nm_compiler.runtime.cusparselt.consumers import VIEWS, between
 from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, Machine
 from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import pack
@@ -67,13 +67,13 @@ def lower_cusparselt(
             moved.update((result, *stays))
     for each in moved:
         each.meta.pop("val", None)  # its strides are others now
-        if each.target in RESHAPES:
+        if each.target in VIEWS:
             each.target = aten.reshape.default
     return gm
 
 
 def _packed(gm: GraphModule, weight: Node, known: dict[Any, tuple[Node, Tensor, Tensor]]) -> tuple[Node, Tensor, Tensor]:
-    """A read of the packed weight, the dense value and the packed one; a weight that several products read is packed once."""
+    """A read of the packed weight, the dense value, the packed one. What several products read is packed once."""
     key = weight.target if weight.op == "get_attr" else weight
     if key not in known:
         value = value_of(gm, weight).detach().flatten(1)

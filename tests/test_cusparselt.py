@@ -4,6 +4,7 @@
 What only a GPU can show is in test_gpu.py.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -80,6 +81,14 @@ def test_inputs_of_any_strides_are_read_right_and_the_layouts_of_the_library_wit
         if name in ("rows", "columns"):
             assert calls[-1]["address"] == x.data_ptr(), name
             assert calls[-1]["contiguous"] is (name == "columns")
+
+
+@LAYOUTS
+def test_a_bias_of_any_stride_and_place_is_read_right(calls: Any, rows: bool) -> None:
+    weight, x, base = sparse(16, 32), torch.randn(9, 32).half(), torch.randn(40).half()
+    for bias in (base[1:17], base[:32:2], base[:1].expand(16)):
+        found = cslt_linear(x, pack(weight), bias, 16, 0, rows)
+        torch.testing.assert_close(found, functional.linear(x, weight, bias), **CLOSE)
 
 
 @LAYOUTS
@@ -390,6 +399,52 @@ def test_hidden_values_stay_in_columns_between_packed_products_and_nothing_else_
     assert [call["contiguous"] for call in calls] == [False, False, True]  # down reads columns as they are
     assert count(gm, aten.contiguous.default) == 1  # and its own result is added to rows
     assert all(call["transpose_result"] is False for call in calls)
+
+
+def test_ops_in_place_on_hidden_values_in_columns_do_what_they_did(calls: Any) -> None:
+    model = nn.Sequential(
+        nn.Linear(16, 32), nn.ReLU(inplace=True), nn.Dropout(), nn.Flatten(0, 1), nn.Linear(32, 16), nn.Flatten()
+    )
+    gm, sites = frozen(model, torch.randn(2, 5, 16).half())
+    gm = lowered(gm, sites)
+    x = torch.randn(3, 5, 16).half()
+    torch.testing.assert_close(gm(x)[0], model(x), **CLOSE)
+
+
+def test_a_view_between_packed_products_becomes_a_reshape(calls: Any) -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(torch.tanh(self.one(x).view(-1, 5, 32)).view(-1, 32)).view(-1, 80)
+
+    model = Viewed()
+    gm, sites = frozen(model, torch.randn(10, 16).half())
+    gm = lowered(gm, sites)
+    x = torch.randn(15, 16).half()
+    torch.testing.assert_close(gm(x)[0], model(x), **CLOSE)
+    assert [call["contiguous"] for call in calls] == [
+        False,
+        False,
+    ]  # 15 tokens were padded, so the second product is given rows
+    assert count(gm, aten.view.default) == 1
+
+
+def test_a_graph_deeper_than_the_recursion_limit_is_looked_through(calls: Any) -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(sys.getrecursionlimit()):
+                x = x + 1
+            return self.fc(x)
+
+    gm, sites = frozen(Deep(), torch.randn(8, 16).half())
+    assert [c.reasons for c in candidates(gm, sites, machine=GPU, min_tokens=0)] == [()]
 
 
 def test_one_dense_reader_is_enough_for_rows(calls: Any) -> None:

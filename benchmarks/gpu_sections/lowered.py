@@ -1,7 +1,7 @@
 """What lowering to cuSPARSELt gains: linears beside dense ones, an MLP of Llama 3 8B's shape, ViT-L/16; memory of the weights.
 
-Everything as a CUDA graph and as Python launches it; two networks under torch.compile as well. The zeros are by magnitude: they
-cost no time, and accuracy is not asked for here.
+Everything as a CUDA graph and as Python launches it; two networks under torch.compile as well. The zeros are by
+magnitude: they cost no time, and accuracy is not asked for here.
 """
 
 from __future__ import annotations

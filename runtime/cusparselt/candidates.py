@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from nm_compiler.evaluate import is_constant, value_of
+from nm_compiler.evaluate import value_of
 from nm_compiler.graph import target_name
 from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, Machine, Product, machine_of, reasons
 from nm_compiler.sites import Site
 from nm_compiler.solvers.check import worst_group
+from nm_compiler.uses import constants
 
 aten = torch.ops.aten
 
@@ -46,17 +47,18 @@ def candidates(
     gm: frozen and cast; sites_by_read: what a ``get_attr`` node reads -> its site.
     machine: in place of what torch says of each weight's device; min_tokens: fewer are a reason.
     """
+    fixed = constants(gm.graph)
     found = [
         _judged(gm, site, node, weight, machine, min_tokens)
         for read in gm.graph.nodes
         if read.op == "get_attr" and (site := sites_by_read.get(str(read.target))) is not None
-        for node, weight in _products(read)
+        for node, weight in _products(read, fixed)
     ]
     place = {node: number for number, node in enumerate(gm.graph.nodes)}
     return sorted(found, key=lambda candidate: place[candidate.node])
 
 
-def _products(read: Node) -> Iterator[tuple[Node, Node]]:
+def _products(read: Node, fixed: Collection[Node]) -> Iterator[tuple[Node, Node]]:
     """What multiplies data with the weight, through slices, views and other constant expressions."""
     stack, seen = [read], {read}
     while stack:
@@ -64,7 +66,7 @@ def _products(read: Node) -> Iterator[tuple[Node, Node]]:
         for user in node.users:
             if user in seen or user.op == "output":
                 continue
-            if is_constant(user):
+            if user in fixed:
                 seen.add(user)
                 stack.append(user)
             else:

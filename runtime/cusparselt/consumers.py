@@ -18,11 +18,13 @@ ELEMENTWISE = frozenset((
     aten.relu.default, aten.relu_.default, aten.gelu.default, aten.silu.default, aten.silu_.default, aten.tanh.default,
     aten.sigmoid.default, aten.hardswish.default, aten.leaky_relu.default, aten.mul.Tensor, aten.dropout.default,
 ))  # fmt: skip
-RESHAPES = frozenset((aten.reshape.default, aten.view.default, aten._unsafe_view.default))
+VIEWS = frozenset((aten.view.default, aten._unsafe_view.default))
+"""What fails where it cannot be a view; `aten.reshape` takes the same arguments."""
+RESHAPES = VIEWS | {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
 
 
 def between(product: Node, packed: Collection[Node]) -> list[Node] | None:
-    """The nodes between ``product`` and the products of ``packed`` that read its result, if nobody else does; else None.
+    """The nodes between ``product`` and the products of ``packed`` that read its result; None if anyone else reads it.
 
     They are elementwise ops and reshapes that keep the last axis.
     """

@@ -1,4 +1,4 @@
-"""Why a product of an N:M weight stays dense under cuSPARSELt: all reasons, a sentence each, with what would change it."""
+"""Why a product of an N:M weight stays dense under cuSPARSELt: all reasons, a sentence each, with the way out."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Machine:
 
 def machine_of(device: torch.device) -> Machine:
     """Ask torch about a device; a CUDA device that is not there comes back without a capability."""
-    if device.type != "cuda":
-        return Machine(device.type)
+    if device.type != "cuda" or torch.version.hip:  # AMD devices call themselves cuda as well
+        return Machine("rocm" if device.type == "cuda" else device.type)
     library = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None
     return Machine("cuda", torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None, library)
 

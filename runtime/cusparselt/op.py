@@ -5,10 +5,11 @@
 The library can write D row by row, which is y^T and so y *in columns* (strides ``(1, tokens)``), or column by column,
 which is y *in rows*. That is an argument, ``rows``, because neither is best everywhere. With the default algorithm on an
 H200, bf16, from 1,024 tokens on, rows ran at 0.69 to 1.02 times the speed of the dense product, columns at 1.13 to 1.54 times,
-and rows with the algorithm that the library's own search found at 1.31 to 1.63 times (``benchmarks/results/gpu.json``).
+and rows with the algorithm that the library's own search found at 1.31 to 1.63 times (``benchmarks/results/gpu.json``;
+the numbers of the result in columns were not compared in that run).
 Hence columns by default, and rows together with a searched algorithm.
 
-Every call makes the library's plan anew on the host, about 0.45 ms there: only a CUDA graph or large products hide it.
+Every call makes the library's plan anew on the host, mostly 0.45 ms in that run: only a CUDA graph or large products hide it.
 Nothing here waits for the device, so a graph can be captured; call the op once before, in the thread that captures, for the
 library's handle. Inference only: there is no gradient.
 """

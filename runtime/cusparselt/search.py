@@ -20,10 +20,10 @@ ROUNDINGS = 4  # how many roundings of the dtype two right results may differ by
 
 
 def search(weight: Tensor, packed: Tensor, x: Tensor, bias: Tensor | None, *, rows: bool, checks: int = 5) -> int:
-    """The algorithm that the library finds fastest for ``x W^T + b``; 0, its first choice, if that one is not to be trusted.
+    """The algorithm that the library finds fastest for ``x W^T + b``; 0, its first choice, if that one cannot be trusted.
 
     weight: dense ``[out, in]`` with its zeros; packed: of `pack`; x: ``[tokens, in]``, of the size that counts.
-    rows: as in ``nm::cslt_linear``. The winner has to agree with the dense product ``checks`` times. Waits for the device.
+    rows: as in ``nm::cslt_linear``. The winner has to agree with the dense product ``checks`` times. The device is waited for.
     """
     winner = _asked(packed, operand(x), bias, rows)
     if winner <= 0:
