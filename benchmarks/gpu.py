@@ -14,12 +14,12 @@ import traceback
 from typing import Any
 
 import torch
-from gpu_sections import masks, numerics, sparse_products, training
+from gpu_sections import lowered, masks, numerics, sparse_products, training
 from harness import arguments, environment, write
 
 SECTIONS = {
     "numerics": numerics.measure, "masks": masks.measure, "sparse_products": sparse_products.measure,
-    "training": training.measure,
+    "lowered": lowered.measure, "training": training.measure,
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/lowering_cost.py [--quick] [--threads 2]
 
-ResNet-50 and ViT-B/16 at batch 2, pruned to 2:4: to the plain graph, to it in float16, and to an ONNX file. peak: the high-water
+ResNet-50 and ViT-B/16 at batch 2, pruned to 2:4: to the plain graph, to it in float16, to an ONNX file. peak: the high-water
 mark of resident memory during `nm.lower` over what was resident before it, the model included, in models of float32.
 """
 

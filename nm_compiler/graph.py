@@ -97,6 +97,21 @@ def propagate_shapes(gm: GraphModule) -> None:
             node.meta["val"] = node.target(*args, **kwargs)
 
 
+def standalone(gm: GraphModule) -> GraphModule:
+    """The graph over copies of nothing but what it reads: what was folded or packed away is free to go.
+
+    Parameters and constants become buffers, so that ``state_dict`` and ``.to()`` know all of them; they share their memory.
+    """
+    values: dict[str, Any] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and node.target not in values:
+            value = getattr_path(gm, node.target)
+            values[node.target] = value.detach() if isinstance(value, torch.Tensor) else value
+    made = GraphModule(values, gm.graph, class_name=type(gm).__name__)
+    made.__dict__["extras"] = {}
+    return made.eval()
+
+
 def show_graph(gm: GraphModule) -> str:
     """The graph as a program, one node a line with dtype and shape. Symbolic sizes are named s0, s1, ... in order."""
     symbols: dict[str, str] = {}

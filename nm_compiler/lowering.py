@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from nm_compiler.capture import capture_mode
 from nm_compiler.errors import NMError
-from nm_compiler.graph import Pass, run
+from nm_compiler.graph import Pass, run, standalone
 from nm_compiler.module import SparseModule
 from nm_compiler.passes.flatten_tokens import flatten_tokens
 from nm_compiler.passes.fold_batchnorm import fold_batchnorm
@@ -127,20 +127,6 @@ def cast(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() else buffer
     return copy.deepcopy(model, memo)
-
-
-def standalone(gm: GraphModule) -> GraphModule:
-    """The graph with what it reads and nothing else: parameters that were folded away are free to go."""
-    read = {str(node.target): node for node in gm.graph.nodes if node.op == "get_attr"}
-    values: dict[str, Any] = {}
-    for name in read:
-        value: Any = gm
-        for atom in name.split("."):
-            value = getattr(value, atom)
-        values[name] = value.detach() if isinstance(value, Tensor) else value
-    made = GraphModule(values, gm.graph, class_name=type(gm).__name__)
-    made.eval()
-    return made
 
 
 def _check_frozen(model: Any) -> None:

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import nm_compiler as nm
-from nm_compiler.pattern import Pattern
+from nm_compiler.capture import capture_mode
+from nm_compiler.graph import tidy
+from nm_compiler.passes.lower_cusparselt import lower_cusparselt
+from nm_compiler.pattern import Pattern, PatternMap
+from nm_compiler.runtime.cusparselt.candidates import candidates
+from nm_compiler.runtime.cusparselt.op import cslt_linear
+from nm_compiler.runtime.cusparselt.packing import pack
+from nm_compiler.runtime.cusparselt.search import search
+from nm_compiler.sites import find
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.solvers.masks import masked, top_mask
 from nm_compiler.solvers.transposable import transposable_mask
@@ -146,3 +154,104 @@ def test_a_checkpoint_of_the_gpu_goes_on_on_the_cpu() -> None:
     here = nm.compile(copy.deepcopy(model), (x,), method=nm.LBC())
     here.load_state_dict({name: value.cpu() for name, value in there.state_dict().items()})
     torch.testing.assert_close(here(x), there(x.cuda()).cpu(), rtol=1e-10, atol=1e-10)
+
+
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+LAYOUTS = pytest.mark.parametrize("rows", [True, False], ids=["rows", "columns"])
+SPARSE = pytest.mark.skipif(not torch.backends.cusparselt.is_available(), reason="this torch was built without cuSPARSELt")
+
+
+def sparse(out: int, inputs: int, dtype: torch.dtype, pattern: str = "2:4") -> Tensor:
+    return masked(torch.randn(out, inputs, device="cuda") / inputs**0.5, pattern=pattern).to(dtype)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    """Relative to the size of the values: sums are taken in another order."""
+    assert found.shape == wanted.shape
+    difference = (found.double() - wanted.double()).abs().max()
+    assert difference <= 4 * torch.finfo(found.dtype).eps * wanted.double().abs().max(), float(difference)
+
+
+@SPARSE
+@HALVES
+@LAYOUTS
+@pytest.mark.parametrize("tokens", [1, 7, 8, 100, 1024, 1031])
+@pytest.mark.parametrize(("out", "inputs"), [(256, 128), (128, 512), (48, 80)])
+def test_packed_products_are_those_of_the_masked_weight(
+    dtype: torch.dtype, rows: bool, tokens: int, out: int, inputs: int
+) -> None:
+    weight, x = sparse(out, inputs, dtype), torch.randn(tokens, inputs, device="cuda", dtype=dtype)
+    packed, bias = pack(weight), torch.randn(out, device="cuda", dtype=dtype)
+    for b in (None, bias):
+        wanted = functional.linear(x.double(), weight.double(), None if b is None else b.double())
+        y = cslt_linear(x, packed, b, out, 0, rows)
+        close(y, wanted)
+        assert y.stride() == ((out, 1) if rows else (1, -(-tokens // 8) * 8))
+        close(cslt_linear(x.t().contiguous().t(), packed, b, out, 0, rows), wanted)
+        close(cslt_linear(torch.cat([x, x], 1)[:, :inputs], packed, b, out, 0, rows), wanted)
+        close(cslt_linear(functional.pad(x.flatten(), (1, 0))[1:].view_as(x), packed, b, out, 0, rows), wanted)
+
+
+@SPARSE
+@HALVES
+@pytest.mark.parametrize("pattern", ["1:4", "2:8", "1:16"])
+def test_groups_with_fewer_than_two_non_zeros_are_packed_right(dtype: torch.dtype, pattern: str) -> None:
+    weight, x = sparse(128, 256, dtype, pattern), torch.randn(64, 256, device="cuda", dtype=dtype)
+    packed = pack(weight)
+    assert packed.numel() * 16 == weight.numel() * 9
+    close(cslt_linear(x, packed, None, 128, 0, False), functional.linear(x.double(), weight.double()))
+
+
+@SPARSE
+@LAYOUTS
+def test_a_packed_product_is_captured_in_a_cuda_graph_and_reads_new_inputs(rows: bool) -> None:
+    weight, bias = sparse(256, 128, torch.bfloat16), torch.randn(256, device="cuda", dtype=torch.bfloat16)
+    packed, x = pack(weight), torch.randn(101, 128, device="cuda", dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        cslt_linear(x, packed, bias, 256, 0, rows)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = cslt_linear(x, packed, bias, 256, 0, rows)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        close(y, functional.linear(x.double(), weight.double(), bias.double()))
+
+
+@SPARSE
+@LAYOUTS
+def test_the_searched_algorithm_computes_the_same(rows: bool) -> None:
+    weight, x = sparse(512, 512, torch.bfloat16), torch.randn(2048, 512, device="cuda", dtype=torch.bfloat16)
+    packed, bias = pack(weight), torch.randn(512, device="cuda", dtype=torch.bfloat16)
+    algorithm = search(weight, packed, x, bias, rows=rows)
+    wanted = functional.linear(x.double(), weight.double(), bias.double())
+    close(cslt_linear(x, packed, bias, 512, algorithm, rows), wanted)
+
+
+@SPARSE
+@HALVES
+@pytest.mark.parametrize("searched", [False, True], ids=["default", "searched"])
+def test_lowered_graphs_compute_what_the_frozen_models_do_eager_and_compiled_whole(dtype: torch.dtype, searched: bool) -> None:
+    models = (nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64)), (9, 5, 64)), (
+        nn.Sequential(nn.Conv2d(32, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1, bias=False), nn.Flatten()), (3, 32, 6, 7)
+    )  # fmt: skip
+    for made, shape in models:
+        model, x = made.cuda().to(dtype).eval(), torch.randn(shape, device="cuda", dtype=dtype)
+        gm, _ = capture_mode(model, (x,), {}, training=False)
+        sites = {site.name: site for site in find(model, [gm], PatternMap.parse("2:4"), include=["*"]).sites}
+        with torch.no_grad():
+            for name in sites:
+                model.get_parameter(name).copy_(masked(model.get_parameter(name), pattern="2:4", axis=1))
+            assert all(not each.reasons for each in candidates(gm, sites, min_tokens=0))
+            gm = lower_cusparselt(gm, sites_by_read=sites, min_tokens=0, search=searched)
+            tidy(gm)
+            assert sum(node.target is torch.ops.nm.cslt_linear.default for node in gm.graph.nodes) == 2
+            compiled = torch.compile(gm, fullgraph=True)
+            for batch in (shape[0], 4):
+                x = torch.randn(batch, *shape[1:], device="cuda", dtype=dtype)
+                wanted = copy.deepcopy(model).double()(x.double())
+                torch.testing.assert_close(gm(x)[0].double(), wanted, rtol=5e-2, atol=5e-2)
+                torch.testing.assert_close(compiled(x)[0].double(), wanted, rtol=5e-2, atol=5e-2)

@@ -2,20 +2,105 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.nn import functional
+
+from nm_compiler.graph import getattr_path, run, standalone
+from nm_compiler.passes.lower_cusparselt import lower_cusparselt
+from nm_compiler.pattern import matches
 from nm_compiler.runtime.backends.base import Backend, Job, Result
+from nm_compiler.runtime.choose import Choices, Timing, key_of, side_by_side
+from nm_compiler.runtime.cusparselt.candidates import Candidate, candidates
+from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, machine_of, of_machine
+from nm_compiler.runtime.cusparselt.op import cslt_linear
+from nm_compiler.runtime.cusparselt.packing import PACKED_SHARE, pack
+from nm_compiler.runtime.products import Decision, Product
+
+KERNEL = "cuSPARSELt"
 
 
 class CuSPARSELt(Backend):
-    """Work in progress."""
+    """Options: search, let the library look for a faster algorithm; min_tokens, fewer stay dense where nothing is measured;
+    choose, False to lower without measuring; cache, another file for what was measured.
+
+    By default every distinct product is timed sparse and dense on the device, as Python launches them, and the faster stays.
+    """
 
     name = "cusparselt"
 
     def missing(self, dtype: torch.dtype, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return f"the model is on {device}: cuSPARSELt runs on NVIDIA GPUs, model.cuda() and inputs on the GPU"
-        return "not there yet"
+        why = next(iter(of_machine(machine_of(device))), None)
+        if why is None and dtype not in (torch.float16, torch.bfloat16):
+            name = str(dtype).removeprefix("torch.")
+            why = f"no sparse product is built for {name}: say dtype=torch.bfloat16 (or float16)"
+        return why
 
     def lower(self, job: Job) -> Result:
-        raise NotImplementedError
+        options = self.take(job, "search", "min_tokens", "choose", "cache")
+        found = job.products
+        sites = {each.read: each.site for each in found}
+        measuring = bool(options.get("choose", True))
+        least = int(options.get("min_tokens", 0 if measuring else MIN_TOKENS))
+        by_node = {each.node.name: each for each in candidates(job.gm, sites, min_tokens=least)}
+        choices = Choices(options.get("cache")) if measuring else None
+        decisions = {each.node: self._decide(job, each, by_node[each.node], choices) for each in found}
+        chosen = {name for name, decision in decisions.items() if decision.kernel}
+        lower = partial(
+            lower_cusparselt,
+            sites_by_read=sites,
+            choose=lambda node: node.name in chosen,
+            search=bool(options.get("search", False)),
+            min_tokens=0,
+        )
+        return Result(standalone(run(job.gm, [lower])), decisions, found)
+
+    def _decide(self, job: Job, product: Product, candidate: Candidate, choices: Choices | None) -> Decision:
+        if candidate.reasons:
+            first = candidate.reasons[0]
+            return Decision(reasons=candidate.reasons, hint=first.partition(": ")[2])
+        packed = Decision(KERNEL, eligible=True, bytes=round(PACKED_SHARE * _bytes(job, product)))
+        if choices is None or matches(product.site.name, job.force) is not None:
+            return packed
+        timing = _timed(job, product, candidate, choices)
+        timed = replace(packed, dense_s=timing.dense_s, sparse_s=timing.sparse_s)
+        if timing.sparse_wins:
+            return timed
+        tokens = candidate.product.tokens
+        why = f"measured {timing.speedup:.2f}x of dense at {tokens} tokens"
+        return replace(timed, kernel="", reasons=(why,), bytes=None, hint="more tokens a call, or force=[...]")
+
+
+def _timed(job: Job, product: Product, candidate: Candidate, choices: Choices) -> Timing:
+    weight = getattr_path(job.gm, product.read).detach().flatten(1)
+    tokens = candidate.product.tokens or MIN_TOKENS
+    bias = len(candidate.node.args) > 2 and isinstance(candidate.node.args[2], Node)
+    key = key_of(
+        weight.device, kernel=KERNEL, out=weight.shape[0], inner=weight.shape[1], tokens=tokens, bias=bias, dtype=weight.dtype
+    )
+    return choices.find(key, partial(_measure, weight, tokens, bias))
+
+
+def _measure(weight: Tensor, tokens: int, bias: bool) -> Timing:
+    """Both products of one shape, on the weight itself; the sparse one with the copy into rows that it may need."""
+    x = torch.randn(tokens, weight.shape[1], device=weight.device).to(weight.dtype)
+    added = weight.new_zeros(weight.shape[0]) if bias else None
+    packed, out = pack(weight), weight.shape[0]
+
+    def sparse() -> Tensor:
+        result: Tensor = cslt_linear(x, packed, added, out, 0, False)
+        return result.contiguous()
+
+    dense: Callable[[], Any] = partial(functional.linear, x, weight, added)
+    with torch.no_grad():
+        return side_by_side(dense, sparse, weight.device)
+
+
+def _bytes(job: Job, product: Product) -> int:
+    return int(getattr_path(job.gm, product.read).nbytes)

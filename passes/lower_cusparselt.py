@@ -1,0 +1,131 @@
+"""Compute linears and 1x1 convolutions of 2:4 weights with cuSPARSELt, on packed weights.
+
+    before                                             after
+    %w = self.fc.weight            # [out, in], 2:4    %p = self.fc_weight_packed             # 9/16 of the bytes
+    %y = aten.linear(%x, %w, %b)   # [..., out]        %t = aten.reshape(%x, [-1, in])        # if it is not 2-D
+                                                       %z = nm.cslt_linear(%t, %p, %b, out, 0, False)
+                                                       %c = aten.contiguous(%z)               # z lies in columns
+                                                       %y = aten.reshape(%c, [..., out])
+
+    %y = aten.conv2d(%x, %w, %b)   # [.., out, H, W]   %q = aten.permute(%x, [.., H, W, in])
+                                                       ...   # as above, then back, in the memory format it had
+
+The copy into rows is left out where the result goes through elementwise ops to other packed products only
+(`nm_compiler.runtime.cusparselt.consumers`), and where a searched algorithm writes rows itself. Everyone else finds
+results laid out as they were when the graph was traced. The model is not touched; packed weights are constants of the graph.
+Ref: Mishra et al. 2021, Accelerating Sparse Deep Neural Networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from nm_compiler.evaluate import value_of
+from nm_compiler.rewrite import call, constant
+from nm_compiler.runtime.cusparselt.candidates import LINEAR, Candidate, candidates
+from nm_compiler.runtime.cusparselt.consumers import VIEWS, between
+from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, Machine
+from nm_compiler.runtime.cusparselt.op import cslt_linear
+from nm_compiler.runtime.cusparselt.packing import pack
+from nm_compiler.runtime.cusparselt.search import search as search_algorithm
+from nm_compiler.sites import Site
+
+aten = torch.ops.aten
+
+
+def lower_cusparselt(
+    gm: GraphModule,
+    *,
+    sites_by_read: Mapping[str, Site],
+    choose: Callable[[Node], bool] | None = None,
+    search: bool = False,
+    machine: Machine | None = None,
+    min_tokens: int = MIN_TOKENS,
+) -> GraphModule:
+    """Lower every product without a reason against it, unless ``choose(node)`` says no.
+
+    gm: frozen and cast to float16 or bfloat16, on the GPU; sites_by_read: what a ``get_attr`` node reads -> its site.
+    search: let the library look for a faster algorithm, for as many tokens as the example had; it runs on the GPU.
+    machine, min_tokens: as for `nm_compiler.runtime.cusparselt.candidates.candidates`, which lists the reasons.
+    """
+    found = candidates(gm, sites_by_read, machine=machine, min_tokens=min_tokens)
+    chosen = {each.node: each for each in found if not each.reasons and (choose is None or choose(each.node))}
+    weights: dict[Any, tuple[Node, Tensor, Tensor]] = {}
+    moved: set[Node] = set()
+    columns = {node: between(node, chosen) if node.target is LINEAR else None for node in chosen}
+    for node, candidate in chosen.items():
+        read, value, packed = _packed(gm, candidate.weight, weights)
+        algorithm = _searched(gm, candidate, value, packed) if search else 0
+        stays = columns[node] if not algorithm else None
+        result = _rewrite(gm, node, read, value, algorithm, copied=not algorithm and stays is None)
+        if stays is not None:
+            moved.update((result, *stays))
+    for each in moved:
+        each.meta.pop("val", None)  # its strides are others now
+        if each.target in VIEWS:
+            each.target = aten.reshape.default
+    return gm
+
+
+def _packed(gm: GraphModule, weight: Node, known: dict[Any, tuple[Node, Tensor, Tensor]]) -> tuple[Node, Tensor, Tensor]:
+    """A read of the packed weight, the dense value, the packed one. What several products read is packed once."""
+    key = weight.target if weight.op == "get_attr" else weight
+    if key not in known:
+        value = value_of(gm, weight).detach().flatten(1)
+        packed = pack(value)
+        with gm.graph.inserting_after(weight):
+            known[key] = constant(gm, f"{weight.name}_packed", packed), value, packed
+    return known[key]
+
+
+def _searched(gm: GraphModule, candidate: Candidate, value: Tensor, packed: Tensor) -> int:
+    if candidate.product.tokens is None:
+        return 0
+    bias = candidate.node.args[2] if len(candidate.node.args) > 2 else None
+    x = torch.randn(candidate.product.tokens, value.shape[1], device=value.device, dtype=value.dtype)
+    with torch.no_grad():
+        return search_algorithm(value, packed, x, None if bias is None else value_of(gm, bias), rows=True)
+
+
+def _rewrite(gm: GraphModule, node: Node, read: Node, value: Tensor, algorithm: int, *, copied: bool) -> Node:
+    data: Any = node.args[0]
+    out, width = value.shape
+    bias = node.args[2] if len(node.args) > 2 else None
+    convolved = node.target is not LINEAR
+    rank = data.meta["val"].ndim
+    lead = list(range(rank - 3))
+    with gm.graph.inserting_before(node):
+        sizes = [_size(gm, data, axis) for axis in ((*lead, rank - 2, rank - 1) if convolved else range(rank - 1))]
+        last = (
+            gm.graph.call_function(aten.permute.default, (data, [*lead, rank - 2, rank - 1, rank - 3])) if convolved else data
+        )
+        flat = last if len(sizes) == 1 else gm.graph.call_function(aten.reshape.default, (last, [-1, width]))
+        result = call(gm, cslt_linear._opoverload, (flat, read, bias, out, algorithm, algorithm > 0), f"{node.name}_packed")
+        if copied and not convolved:
+            result = gm.graph.call_function(aten.contiguous.default, (result,))
+        if len(sizes) != 1:
+            result = gm.graph.call_function(aten.reshape.default, (result, [*sizes, out]))
+        if convolved:
+            back = [*lead, rank - 1, rank - 3, rank - 2]
+            result = gm.graph.call_function(aten.permute.default, (result, back))
+            result = gm.graph.call_function(aten.contiguous.default, (result,), {"memory_format": _format(node)})
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+    return result
+
+
+def _size(gm: GraphModule, data: Node, axis: int) -> Any:
+    size = data.meta["val"].shape[axis]
+    return size if isinstance(size, int) else gm.graph.call_function(aten.sym_size.int, (data, axis))
+
+
+def _format(node: Node) -> torch.memory_format:
+    value = node.meta["val"]
+    plain = value.ndim != 4 or value.is_contiguous() or not value.is_contiguous(memory_format=torch.channels_last)
+    return torch.contiguous_format if plain else torch.channels_last

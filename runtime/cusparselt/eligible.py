@@ -1,0 +1,149 @@
+"""Why a product of an N:M weight stays dense under cuSPARSELt: all reasons, a sentence each, with the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+
+from nm_compiler.pattern import Pattern
+
+MIN_TOKENS = 1024
+"""The fewest tokens at which every measured shape was faster packed (H200, bf16, CUDA graphs); at 256 half were not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """What is known of one product: its op, the weight it reads, and for convolutions their geometry.
+
+    op: linear, conv2d, or another that is not lowered. shape: ``[out, in]`` or ``[out, in / groups, *taps]``.
+    tokens: rows of the flattened input, batch times positions, or None if unknown.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pattern: Pattern
+    tokens: int | None = None
+    stride: tuple[int, ...] = ()
+    padded: bool = False
+    groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What is known of the device: its type, compute capability, and the version of cuSPARSELt in this torch.
+
+    None where there is none.
+    """
+
+    kind: str
+    capability: tuple[int, int] | None = None
+    library: int | None = None
+
+
+def machine_of(device: torch.device) -> Machine:
+    """Ask torch about a device; a CUDA device that is not there comes back without a capability."""
+    if device.type != "cuda" or torch.version.hip:  # AMD devices call themselves cuda as well
+        return Machine("rocm" if device.type == "cuda" else device.type)
+    library = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None
+    return Machine("cuda", torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None, library)
+
+
+def reasons(product: Product, machine: Machine, *, min_tokens: int = MIN_TOKENS) -> tuple[str, ...]:
+    """Every reason why ``product`` stays dense on ``machine``, those of the product first; none if it can be packed."""
+    return tuple(chain(of_product(product), of_tokens(product.tokens, min_tokens), of_machine(machine)))
+
+
+def of_product(product: Product) -> Iterable[str]:
+    """What no other device and no more tokens would change."""
+    yield from of_op(product.op)
+    yield from of_pattern(product.pattern)
+    yield from of_dtype(product.dtype)
+    if product.op in ("linear", "conv2d"):
+        yield from of_geometry(product.shape[2:], product.stride, product.padded, product.groups)
+        yield from of_sizes(product.shape, product.dtype)
+
+
+def of_op(op: str) -> Iterable[str]:
+    """Only two ops are lowered."""
+    if op not in ("linear", "conv2d"):
+        yield f"{op} is not lowered, only linears and 2-D convolutions are: write it as torch.nn.functional.linear"
+
+
+def of_pattern(pattern: Pattern) -> Iterable[str]:
+    """The hardware has 2:4, and what is stricter, such as 1:4 or 2:8, is 2:4 too."""
+    if not within_2_of_4(pattern):
+        yield f"{pattern} can keep more than 2 of 4 neighbours, and sparse tensor cores have 2:4 only: use pattern='2:4'"
+
+
+def of_dtype(dtype: torch.dtype) -> Iterable[str]:
+    """16 bits, without scales."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype in (torch.int8, torch.float8_e4m3fn):
+        yield f"{name} products need scales, which are not lowered here: leave the weight in float16 or bfloat16"
+    elif dtype not in (torch.float16, torch.bfloat16):
+        yield f"no sparse product is built for {name}: cast the model to float16 or bfloat16"
+
+
+def of_geometry(taps: Sequence[int], stride: Sequence[int], padded: bool, groups: int) -> Iterable[str]:
+    """cuSPARSELt multiplies matrices: a convolution has to be one."""
+    other = "TensorRT has sparse convolutions (backend='tensorrt')"
+    if math.prod(taps) != 1:
+        yield f"{'x'.join(map(str, taps))} taps, and cuSPARSELt has matrix products only: {other}"
+    if any(step != 1 for step in stride):
+        yield f"stride {'x'.join(map(str, stride))}, and only 1x1 convolutions of stride 1 are one matrix product: {other}"
+    if padded and math.prod(taps) == 1:
+        yield "a padded 1x1 convolution is no matrix product: pad before it, or leave the padding out"
+    if groups != 1:
+        yield f"{groups} conv groups are as many small products, for which nothing has sparse kernels: use groups=1"
+
+
+def of_sizes(shape: Sequence[int], dtype: torch.dtype) -> Iterable[str]:
+    """Both sizes of the matrix come in whole tiles."""
+    step = multiple_of(dtype)
+    for size, what in zip(shape[:2], ("output", "input"), strict=True):
+        if size % step:
+            yield f"{size} {what} channels are no multiple of {step}: make them {-(-size // step) * step}"
+
+
+def of_tokens(tokens: int | None, least: int) -> Iterable[str]:
+    """Small products are slower packed."""
+    if tokens is not None and tokens < least:
+        yield f"{tokens} tokens, and packed products tend to be slower below {least}: use a larger batch, or lower min_tokens"
+
+
+def of_machine(machine: Machine) -> Iterable[str]:
+    """A GPU from Ampere on, and a torch that was built with the library."""
+    if machine.kind != "cuda":
+        yield f"the weight is on {machine.kind}: move the model to an NVIDIA GPU before it is lowered"
+        return
+    if machine.capability is None:
+        yield "torch finds no NVIDIA GPU: lower on the machine that runs the model"
+    elif machine.capability < (8, 0):
+        found = ".".join(map(str, machine.capability))
+        yield f"compute capability {found} has no sparse tensor cores: they came with 8.0 (Ampere)"
+    if machine.library is None:
+        yield "this torch was built without cuSPARSELt: install one of the CUDA wheels of pytorch.org"
+
+
+def multiple_of(dtype: torch.dtype) -> int:
+    """What rows and columns of a weight have to be multiples of. Ref: torch.sparse, shape constraints of cuSPARSELt."""
+    return 32 if dtype.itemsize == 1 else 16
+
+
+def within_2_of_4(pattern: Pattern) -> bool:
+    """Whether whatever ``pattern`` keeps is 2:4 as well.
+
+    >>> [str(p) for p in map(Pattern.parse, ("2:4", "1:4", "1:2", "2:8", "4:8", "3:4")) if within_2_of_4(p)]
+    ['2:4', '1:4', '1:2', '2:8']
+    """
+    for first in range(0, math.lcm(pattern.m, 4), 4):
+        groups = range(first // pattern.m, (first + 3) // pattern.m + 1)
+        shared = (min(first + 4, (group + 1) * pattern.m) - max(first, group * pattern.m) for group in groups)
+        if sum(min(pattern.n, count) for count in shared) > 2:
+            return False
+    return True

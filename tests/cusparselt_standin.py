@@ -1,0 +1,80 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""What torch does for cuSPARSELt, on a CPU: a packed weight really holds half of the values and where they were, nothing else.
+
+It takes what the library takes and refuses what it refuses, and what torch would misread without a word. The real layout of
+the packed bytes is another; their number is the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def compress(matrix: Tensor) -> Tensor:
+    """``[out, in]`` -> ``[out, in * 9 / 16]``: kept values, then two bits a value. A third non-zero of four is dropped."""
+    assert matrix.ndim == 2
+    assert matrix.is_contiguous(), "torch does not look at strides"
+    assert matrix.dtype in DTYPES, "Unsupported dtype for cuSPARSELt compressed matrix"
+    assert not any(size % 16 for size in matrix.shape), "CUSPARSE_STATUS_INVALID_VALUE"
+    groups = matrix.unflatten(1, (-1, 4))
+    kept = (groups != 0).to(torch.uint8).argsort(stable=True, dim=-1, descending=True)[..., :2].sort(-1).values
+    values = groups.gather(-1, kept).flatten(1)
+    places = kept.flatten(1).unflatten(1, (-1, 4)).to(torch.uint8)
+    bytes_ = sum(places[..., i] << 2 * i for i in range(4))
+    return torch.cat([values, bytes_.view(matrix.dtype)], 1)
+
+
+def sparse_mm(
+    packed: Tensor,
+    dense: Tensor,
+    bias: Tensor | None = None,
+    alpha: Any = None,
+    out_dtype: Any = None,
+    transpose_result: bool = False,
+    alg_id: int = 0,
+    split_k: int = 1,
+    split_k_mode: int = -1,
+) -> Tensor:
+    """``A B``, or ``B^T A^T`` in its place, in rows; every algorithm but 7 is right."""
+    assert packed.dtype == dense.dtype
+    assert dense.dtype in DTYPES
+    assert dense.ndim == 2
+    assert dense.is_contiguous() or dense.t().is_contiguous(), "torch would take it for a transposed contiguous one"
+    assert dense.shape[0] % 16 == 0
+    assert dense.shape[1] % 8 == 0, "CUSPARSE_STATUS_INVALID_VALUE"
+    assert dense.shape[1] > 0, "CUSPARSE_STATUS_INVALID_VALUE"
+    assert dense.data_ptr() % 16 == 0
+    assert bias is None or (bias.shape == packed.shape[:1] and bias.is_contiguous() and bias.data_ptr() % 16 == 0)
+    assert bias is None or bias.dtype == dense.dtype
+    y = unpacked(packed, dense.shape[0]).float() @ dense.float()
+    y = y if bias is None else y + bias.detach().float()[:, None]
+    y = (y + (alg_id == 7)).to(dense.dtype)
+    return y.t().contiguous() if transpose_result else y.contiguous()
+
+
+def unpacked(packed: Tensor, inputs: int) -> Tensor:
+    """The matrix that a packed one stands for."""
+    values, rest = packed[:, : inputs // 2], packed[:, inputs // 2 :].contiguous().view(torch.uint8)
+    places = torch.stack([(rest >> 2 * i) & 3 for i in range(4)], -1).flatten(1).unflatten(1, (-1, 2)).long()
+    empty = torch.zeros(packed.shape[0], inputs // 4, 4, dtype=packed.dtype)
+    return empty.scatter(-1, places, values.unflatten(1, (-1, 2))).flatten(1)
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Put the two in torch's place. Returns what the product was called with, call by call."""
+    calls: list[dict[str, Any]] = []
+
+    def recorded(packed: Tensor, dense: Tensor, bias: Tensor | None = None, **keywords: Any) -> Tensor:
+        shown = {"shape": tuple(dense.shape), "contiguous": dense.is_contiguous(), "address": dense.data_ptr()}
+        calls.append({**shown, "bias": bias is not None, **keywords})
+        return sparse_mm(packed, dense, bias, **keywords)
+
+    monkeypatch.setattr(torch, "_cslt_compress", compress)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", recorded)
+    return calls
