@@ -92,6 +92,15 @@ def test_a_bias_of_any_stride_and_place_is_read_right(calls: Any, rows: bool) ->
 
 
 @LAYOUTS
+@pytest.mark.parametrize("tokens", [8, 13])
+def test_results_may_be_written_into_with_gradients_on(calls: Any, rows: bool, tokens: int) -> None:
+    weight, bias = sparse(16, 32), nn.Parameter(torch.randn(16).half())
+    x = torch.randn(tokens, 32).half().requires_grad_()
+    y = cslt_linear(x, pack(weight), bias, 16, 0, rows).view(1, tokens, 16).relu_()
+    torch.testing.assert_close(y, functional.linear(x, weight, bias).relu()[None], **CLOSE)
+
+
+@LAYOUTS
 def test_no_tokens_at_all_give_no_rows(calls: Any, rows: bool) -> None:
     packed = pack(sparse(16, 32))
     y = cslt_linear(torch.empty(0, 32, dtype=torch.float16), packed, None, 16, 0, rows)
