@@ -15,7 +15,7 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,9 @@ from torch.fx import GraphModule, Node
 from zoo.shim import declare_missing_operators
 
 import nm_compiler as nm
-from nm_compiler.capture import capture
-from nm_compiler.graph import getattr_path, run
-from nm_compiler.passes.linear_as_conv import linear_as_conv
-from nm_compiler.runtime.tensorrt.build import build
+from nm_compiler.graph import getattr_path
+from nm_compiler.runtime.backends import Job, Result, tensorrt
+from nm_compiler.runtime.backends.tensorrt import TensorRT
 from nm_compiler.solvers.check import worst_group
 
 aten = torch.ops.aten
@@ -51,21 +50,21 @@ def frozen(
     return nm.freeze(sparse).to(dtype), names
 
 
-def found(compiled: nn.Module, model: nn.Module, names: list[str]) -> Found:
+def found(compiled: nn.Module, weights: Mapping[str, Tensor]) -> Found:
     """What would be built.
 
-    engines; ops left to PyTorch; and for every weight of ``names`` that reaches a product of an engine as a constant: the
+    engines; ops left to PyTorch; and for every planned weight of ``weights`` that reaches a product of an engine as a constant: the
     product, and the most non-zeros in a group of 4 along its reduction axis.
     """
     engines = [(name, child) for name, child in compiled.named_children() if name.startswith("_run_on_acc")]
     left = [str(node.target) for node in compiled.graph.nodes if node.op == "call_function"]
     arrived = {key: value for _, engine in engines for key, value in constants(engine)}
-    parameters = {name: fingerprint(model.get_parameter(name)) for name in names}
+    parameters = {name: fingerprint(weight) for name, weight in weights.items()}
     return {
         "engines": [name for name, _ in engines],
         "others": [name for name, child in compiled.named_children() if not name.startswith("_run_on_acc")],
         "left": [target for target in left if "getitem" not in target],
-        "planned": names,
+        "planned": list(weights),
         "weights": {name: arrived[key] for name, key in parameters.items() if key in arrived},
     }
 
@@ -95,11 +94,30 @@ def torchvision_model(name: str) -> Found:
     return image_model(getattr(torchvision.models, name)())
 
 
-def image_model(model: nn.Module) -> Found:
-    x = torch.randn(2, 3, 64, 64)
-    model, names = frozen(model, x)
-    program = torch.export.export(model, (x.half(),))
-    return found(build(program, (x.half(),), options={"dryrun": True}).module, model, names)
+def lowered(
+    model: nn.Module, *inputs: Any, dtype: torch.dtype = torch.half, options: Found | None = None, **kwargs: Any
+) -> tuple[Found, nn.Module]:
+    """What `nm.lower` hands over, as if there were a GPU: engines, and the constants that its graph had before."""
+    model, names = frozen(model, *inputs, dtype=torch.float32, **kwargs)
+    before: dict[str, Tensor] = {}
+
+    class Watched(TensorRT):
+        def lower(self, job: Job) -> Result:
+            before.update({each.site.name: getattr_path(job.gm, each.read) for each in job.products})
+            return TensorRT.lower(self, job)
+
+        def missing(self, dtype: torch.dtype, device: torch.device) -> None:
+            return None  # there is no GPU, and none is needed up to the engine
+
+    vars(tensorrt)["TensorRT"] = Watched
+    given = {"dryrun": True, **(options or {})}
+    made = nm.lower(model, inputs or None, kwargs or None, backend="tensorrt", dtype=dtype, options=given, check=False)
+    assert set(before) >= set(names), set(names) - set(before)
+    return found(made.run, {name: before[name] for name in names}), made.run
+
+
+def image_model(model: nn.Module, **options: Any) -> Found:
+    return lowered(model, torch.randn(2, 3, 64, 64), options=options)[0]
 
 
 def small_vit(layers: int) -> nn.Module:
@@ -119,12 +137,8 @@ def bert() -> Found:
     mask = torch.ones(2, 16, dtype=torch.long)
     mask[1, 9:] = 0
     kwargs = {"input_ids": torch.randint(0, 1000, (2, 16)), "attention_mask": mask}
-    model, names = frozen(transformers.BertModel(config), **kwargs)
-    shapes = {name: {0: torch.export.Dim("batch")} for name in kwargs}
-    program = torch.export.export(model, (), kwargs, dynamic_shapes=shapes)
-    given = dict(reversed(kwargs.items()))
-    built = build(program, (), kwargs=given, batch=(1, 3, 8), options={"dryrun": True})
-    return {**found(built.module, model, names), "profiles": profiles(built.module)}
+    facts, module = lowered(transformers.BertModel(config), options={"batch": (1, 3, 8)}, **kwargs)
+    return {**facts, "profiles": profiles(module)}
 
 
 def llama() -> Found:
@@ -136,18 +150,7 @@ def llama() -> Found:
         vocab_size=1000, use_cache=False,
     )  # fmt: skip
     tokens = torch.randint(0, 1000, (2, 16))
-    model, names = frozen(transformers.LlamaForCausalLM(config), tokens, dtype=torch.bfloat16)
-    program = torch.export.export(model, (tokens,))
-    return found(build(program, (tokens,), options={"dryrun": True}).module, model, names)
-
-
-def convolved() -> Found:
-    """One layer of ViT-B/16 with its sparse linears as 1x1 convolutions."""
-    x = torch.randn(2, 3, 64, 64)
-    model, names = frozen(small_vit(1), x)
-    gm = run(capture(model, (x.half(),), {})[False][0], [partial(linear_as_conv, include=names)])
-    program = torch.export.export(gm, (x.half(),))
-    return found(build(program, (x.half(),), options={"dryrun": True}).module, model, names)
+    return lowered(transformers.LlamaForCausalLM(config), tokens, dtype=torch.bfloat16)[0]
 
 
 def compiled(freezing: bool) -> Found:
@@ -167,7 +170,7 @@ def compiled(freezing: bool) -> Found:
     with torch._dynamo.config.patch(prepare_freezing=freezing), torch.no_grad():
         result = torch.compile(model, backend=keeping, options=options)(x.half())
         torch.testing.assert_close(result, model(x.half()), atol=1e-2, rtol=1e-2)
-    return found(kept[0], model, names)
+    return found(kept[0], {name: model.get_parameter(name) for name in names})
 
 
 def profiles(module: nn.Module) -> list[list[list[int]]]:
@@ -182,7 +185,7 @@ MODELS: dict[str, Callable[[], Found]] = {
     "resnet50": partial(torchvision_model, "resnet50"),
     "mobilenet_v2": partial(torchvision_model, "mobilenet_v2"),
     "vit": lambda: image_model(small_vit(3)),
-    "vit_1x1": convolved,
+    "vit_1x1": lambda: image_model(small_vit(1), linear_as_conv=["encoder.*"]),
     "bert": bert,
     "llama": llama,
     "compile": partial(compiled, False),

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from nm_compiler.errors import NMError
 from nm_compiler.runtime.products import Decision, Product, products
-from nm_compiler.signature import Signature, TensorInput
+from nm_compiler.signature import Signature
 from nm_compiler.sites import Site
 
 
@@ -48,21 +48,26 @@ class Job:
         """What `program` calls a constant of the graph."""
         return read if len(self.tensors) == len(self.flat) else f"gm.{read}"
 
-    def program(self, *, dynamic: bool = True) -> ExportedProgram:
+    def program(self, *, dynamic: bool = True, one_batch: bool = False) -> ExportedProgram:
         """The graph exported anew; its inputs are the tensors alone.
 
         dynamic: with the dynamic axes that it was captured with, else for the sizes of the examples alone.
+        one_batch: axis 0 of all inputs is the same batch, also where the capture did not need it to be.
         """
         whole = len(self.tensors) == len(self.flat)  # then inputs keep their names
         holder: nn.Module = self.gm if whole else _OnlyTensors(self.gm, self.flat)
-        examples, shapes = list[Tensor](), list[Any]()
-        for value, expected in zip(self.flat, self.signature.inputs, strict=True):
-            if isinstance(value, Tensor) and isinstance(expected, TensorInput):
-                free = {axis for axis, size in enumerate(expected.sizes) if size is None and dynamic}
-                examples.append(_repeated(value, free))
-                shapes.append(dict.fromkeys(free, torch.export.Dim.AUTO) or None)
+        examples, axes = list[Tensor](), list[dict[int, str]]()
+        for value, node in zip(self.flat, self.gm.graph.find_nodes(op="placeholder"), strict=True):
+            if isinstance(value, Tensor):
+                sizes = node.meta["val"].shape if dynamic else ()
+                named = {axis: str(size) for axis, size in enumerate(sizes) if not isinstance(size, int)}
+                axes.append({axis: "batch" if one_batch and axis == 0 else name for axis, name in named.items()})
+                examples.append(_repeated(value, set(axes[-1])))
         with torch.no_grad():
-            return torch.export.export(holder, tuple(examples), dynamic_shapes=tuple(shapes) if whole else (tuple(shapes),))
+            try:
+                return _exported(holder, examples, axes, _shared(axes), whole)
+            except torch._dynamo.exc.UserError:  # a size that is a formula of another: torch finds out which
+                return _exported(holder, examples, axes, {}, whole)
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,19 @@ class _OnlyTensors(nn.Module):
         for place, tensor in zip(self._places, tensors, strict=True):
             flat[place] = tensor
         return self.gm(*flat)
+
+
+def _shared(axes: Sequence[Mapping[int, str]]) -> dict[str, Any]:
+    """A dimension for each size that the capture knew by a name: inputs that share their batch keep sharing it."""
+    names = dict.fromkeys(name for each in axes for name in each.values() if name.isidentifier())
+    return {name: torch.export.Dim(f"size{number}") for number, name in enumerate(names)}
+
+
+def _exported(
+    holder: nn.Module, examples: list[Tensor], axes: Sequence[Mapping[int, str]], known: Mapping[str, Any], whole: bool
+) -> ExportedProgram:
+    shapes = tuple({axis: known.get(name, torch.export.Dim.AUTO) for axis, name in each.items()} or None for each in axes)
+    return torch.export.export(holder, tuple(examples), dynamic_shapes=shapes if whole else (shapes,))
 
 
 def _repeated(value: Tensor, dynamic: set[int]) -> Tensor:

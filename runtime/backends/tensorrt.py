@@ -44,7 +44,7 @@ class TensorRT(Backend):
         batch, forms = options.pop("batch", None), options.pop("linear_as_conv", ())
         gm = run(job.gm, [lambda gm: linear_as_conv(gm, include=tuple(forms))]) if forms else job.gm
         found = list(products(gm, job.sites))
-        program = replace(job, gm=gm).program(dynamic=batch is not None)
+        program = replace(job, gm=gm).program(dynamic=batch is not None, one_batch=True)
         built = build(program, job.tensors, batch=batch, options=options)
         decisions = {each.node: _decided(each, built.log) for each in found}
         sizes = "" if batch else "Built for inputs of the examples' sizes only; options={'batch': (1, 8, 32)} takes others."
