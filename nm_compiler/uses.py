@@ -88,7 +88,9 @@ def uses(read: Node, fixed: Collection[Node] | None = None) -> Iterator[Use | Bl
         if not _only_scales(user, reached, fixed):
             verdict = Blocked(_op_name(user), why) if why else _classify(user, seen, fixed)
             if isinstance(verdict, Blocked) and seen.scaled:  # a table that something is multiplied by, not a scaled weight
-                verdict = Blocked(_op_name(seen.scaled), f"read by {target_name(seen.scaled.target)}, and then {verdict.reason}")
+                verdict = Blocked(
+                    _op_name(seen.scaled), f"read by {target_name(seen.scaled.target)}, and then {verdict.reason}"
+                )
             yield verdict
 
 
