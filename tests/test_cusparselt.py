@@ -92,6 +92,15 @@ def test_a_bias_of_any_stride_and_place_is_read_right(calls: Any, rows: bool) ->
 
 
 @LAYOUTS
+@pytest.mark.parametrize("tokens", [8, 13])
+def test_results_may_be_written_into_with_gradients_on(calls: Any, rows: bool, tokens: int) -> None:
+    weight, bias = sparse(16, 32), nn.Parameter(torch.randn(16).half())
+    x = torch.randn(tokens, 32).half().requires_grad_()
+    y = cslt_linear(x, pack(weight), bias, 16, 0, rows).view(1, tokens, 16).relu_()
+    torch.testing.assert_close(y, functional.linear(x, weight, bias).relu()[None], **CLOSE)
+
+
+@LAYOUTS
 def test_no_tokens_at_all_give_no_rows(calls: Any, rows: bool) -> None:
     packed = pack(sparse(16, 32))
     y = cslt_linear(torch.empty(0, 32, dtype=torch.float16), packed, None, 16, 0, rows)
@@ -399,6 +408,8 @@ def test_hidden_values_stay_in_columns_between_packed_products_and_nothing_else_
     assert [call["contiguous"] for call in calls] == [False, False, True]  # down reads columns as they are
     assert count(gm, aten.contiguous.default) == 1  # and its own result is added to rows
     assert all(call["transpose_result"] is False for call in calls)
+    (hidden,) = [node for node in gm.graph.nodes if node.target is aten.silu.default]
+    assert hidden.meta["val"].stride()[-1] != 1  # what the graph says of itself is true
 
 
 def test_ops_in_place_on_hidden_values_in_columns_do_what_they_did(calls: Any) -> None:
@@ -465,7 +476,7 @@ def test_1x1_convolutions_are_products_over_pixels_and_results_keep_their_memory
     model = model.to(memory_format=form)
     gm, sites = frozen(model, example)
     reasons_of = {c.site.name: c.reasons for c in candidates(gm, sites, machine=GPU, min_tokens=0)}
-    kept = [node.meta["val"].stride() for node in gm.graph.nodes if node.target is aten.conv2d.default][:1]
+    assert {c.product.tokens for c in candidates(gm, sites)} == {48, 12}
     gm = lowered(gm, sites)
     assert count(gm, PACKED) == 2
     assert [name for name, why in reasons_of.items() if not why] == ["first.weight", "same.weight"]
@@ -474,7 +485,17 @@ def test_1x1_convolutions_are_products_over_pixels_and_results_keep_their_memory
     assert "2 conv groups" in reasons_of["grouped.weight"][0]
     x = torch.randn(batch, 16, 4, 6).half().contiguous(memory_format=form)
     torch.testing.assert_close(gm(x)[0], model(x), **CLOSE)
-    assert kept[0] in [node.meta["val"].stride() for node in gm.graph.nodes if node.target is aten.contiguous.default]
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["channels first", "channels last"])
+def test_a_lowered_convolution_returns_the_strides_it_was_traced_with(calls: Any, form: torch.memory_format) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU()).to(memory_format=form)
+    gm, sites = frozen(model, torch.randn(2, 16, 4, 6).half().contiguous(memory_format=form))
+    gm = lowered(gm, sites)
+    for batch in (1, 2, 3):
+        x = torch.randn(batch, 16, 4, 6).half().contiguous(memory_format=form)
+        assert gm(x)[0].is_contiguous(memory_format=form)
+        torch.testing.assert_close(gm(x)[0], model(x), **CLOSE)
 
 
 def test_an_image_without_a_batch_axis_is_lowered_too(calls: Any) -> None:
@@ -486,12 +507,20 @@ def test_an_image_without_a_batch_axis_is_lowered_too(calls: Any) -> None:
     torch.testing.assert_close(gm(x)[0], model(x), **CLOSE)
 
 
-def test_slices_are_packed_by_themselves_a_shared_weight_once_and_a_matmul_stays_dense(calls: Any) -> None:
+def test_slices_are_packed_by_themselves_a_shared_weight_once_and_a_matmul_stays_dense(calls: Any, monkeypatch: Any) -> None:
     model = Projections()
     gm, sites = frozen(model, torch.randn(2, 8, 16).half())
     (why,) = [c.reasons for c in candidates(gm, sites, machine=GPU, min_tokens=0) if c.site.name == "right"]
     assert "matmul is not lowered" in why[0]
+    compress, made = torch._cslt_compress, list[Tensor]()
+
+    def counted(matrix: Tensor) -> Tensor:
+        made.append(matrix)
+        return compress(matrix)
+
+    monkeypatch.setattr(torch, "_cslt_compress", counted)
     gm = lowered(gm, sites)
+    assert len(made) == 4
     assert count(gm, PACKED) == 5
     packed = [node.target for node in gm.graph.nodes if node.op == "get_attr" and str(node.target).endswith("_packed")]
     assert len(set(packed)) == 4

@@ -4,6 +4,7 @@
 import copy
 import functools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import MLP, Attention, ConvNet, Grouped, Matmuls, example
+from tensorrt_recorder import Recorder
 from torch import Tensor, nn
 
 import nm_compiler as nm
@@ -195,7 +197,7 @@ def test_the_report_has_a_row_for_every_weight_with_a_reason_and_what_would_help
     assert by_name["head.weight"].reason.startswith("not 2:4")
     text = str(report)
     assert "Not used, tensorrt: " in text
-    assert "Not used, cusparselt: the model is on cpu" in text
+    assert "Not used, cusparselt: the weight is on cpu: move the model to an NVIDIA GPU" in text
     assert "Checked against the model" in text
     json.dumps(report.to_dict())
     assert "<table>" in report.to_html()
@@ -242,6 +244,47 @@ def test_onnx_writes_a_file_whose_zeros_and_numbers_were_checked_and_a_report_be
         nm.lower(model, (x,), backend="onnx", options={"paths": path})
 
 
+# -- tensorrt ---------------------------------------------------------------------------------------------------------------
+
+
+SAYS = (
+    "(Sparsity) Layers eligible for sparse math: [CONVOLUTION]-[aten_ops.conv2d.default]-[conv2d_default_1], "
+    "[CONVOLUTION]-[aten_ops.conv2d.default]-[conv2d_2]",
+    "(Sparsity) TRT inference plan picked sparse implementation for layers: "
+    "[CONVOLUTION]-[aten_ops.conv2d.default]-[conv2d_default_1]",
+)
+
+
+@pytest.mark.parametrize("batch", [None, (1, 2, 8)])
+def test_tensorrt_gets_half_precision_constants_that_are_2_of_4_and_its_log_becomes_the_report(
+    batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nm_compiler.runtime.backends.tensorrt import TensorRT
+
+    recorder = Recorder(says=SAYS)
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", recorder.module)
+    monkeypatch.setattr(TensorRT, "missing", lambda self, dtype, device: None)
+    model, x = frozen(lambda: ConvNet(channels=16))
+    options = {"batch": batch} if batch else {}
+    lowered = nm.lower(model, x, backend="tensorrt", dtype=torch.float16, options=options)
+    (call,) = recorder.calls
+    program = call["exported_program"]
+    assert call["sparse_weights"] is True
+    weights = {name: value for name, value in program.state_dict.items() if value.ndim > 1}
+    assert all(value.dtype == torch.float16 for value in weights.values())
+    sparse = [value for value in weights.values() if int((value != 0).sum()) == value.numel() // 2]
+    assert len(sparse) == 2
+    for value in sparse:
+        assert int((value != 0).movedim(1, -1).unflatten(-1, (-1, 4)).sum(-1).max()) <= 2
+    report = nm.report(lowered)
+    assert {row.name: (row.status, row.eligible) for row in report.rows if row.pattern} == {
+        "conv1.weight": ("sparse", True), "conv2.weight": ("dense", True),
+    }  # fmt: skip
+    assert "TensorRT measured a dense kernel as faster" in str(report)
+    assert "TensorRT: 2 layers eligible for sparse kernels, 1 chosen." in str(report)
+    assert ("Built for inputs of the examples' sizes only" in str(report)) is (batch is None)
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +305,7 @@ def refusals() -> dict[str, tuple[Callable[[], Any], str]]:
         "meta": (lambda: nm.lower(meta, x), "on the meta device"),
         "unknown backend": (lambda: nm.lower(model, x, backend="trt"), "backend='trt': choose one of auto, tensorrt"),
         "cpu": (lambda: nm.lower(model, x, backend="cpu"), "packed kernels for CPUs are not in this release"),
-        "cusparselt on a CPU": (lambda: nm.lower(model, x, backend="cusparselt"), "the model is on cpu"),
+        "cusparselt on a CPU": (lambda: nm.lower(model, x, backend="cusparselt"), "cannot be used here: the weight is on cpu"),
         "tensorrt": (lambda: nm.lower(model, x, backend="tensorrt"), r"backend='tensorrt' cannot be used here: .*pip install"),
         "dtype": (lambda: nm.lower(model, x, dtype=torch.int8), "8-bit needs scales"),
         "glob": (lambda: nm.lower(model, x, exclude=["none*"]), "exclude='none\\*' matches no weight"),

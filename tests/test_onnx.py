@@ -32,66 +32,10 @@ onnx = pytest.importorskip("onnx", reason="ONNX is an extra: pip install -e '.[o
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX is an extra: pip install -e '.[onnx]'")
 pytest.importorskip("onnxscript", reason="ONNX is an extra: pip install -e '.[onnx]'")
 pytest.importorskip("zoo.shim", reason="the zoo is an extra: pip install -e '.[zoo]'").declare_missing_operators()
-torchvision = pytest.importorskip("torchvision", reason="the zoo is an extra: pip install -e '.[zoo]'", exc_type=ImportError)
-transformers = pytest.importorskip("transformers", reason="the zoo is an extra: pip install -e '.[zoo]'", exc_type=ImportError)
+nets = pytest.importorskip("nets", reason="the zoo is an extra: pip install -e '.[zoo]'", exc_type=ImportError)
 pytestmark = pytest.mark.required
 
 BATCH = torch.export.Dim.DYNAMIC
-
-
-class Logits(nn.Module):
-    """A Hugging Face model with a tensor in and a tensor out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens, return_dict=True)[0]
-
-
-def resnet18() -> tuple[nn.Module, Tensor]:
-    return torchvision.models.resnet18(), torch.randn(2, 3, 64, 64)
-
-
-def mobilenet_v2() -> tuple[nn.Module, Tensor]:
-    blocks = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]  # expansion, channels, how many, stride
-    return torchvision.models.mobilenet_v2(inverted_residual_setting=blocks), torch.randn(2, 3, 64, 64)
-
-
-def vit() -> tuple[nn.Module, Tensor]:
-    model = torchvision.models.VisionTransformer(
-        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10
-    )
-    nn.init.normal_(model.heads.head.weight)  # torchvision starts it at zero
-    return model, torch.randn(2, 3, 32, 32)
-
-
-def bert() -> tuple[nn.Module, Tensor]:
-    config = transformers.BertConfig(
-        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, vocab_size=96
-    )
-    return Logits(transformers.BertForMaskedLM(config)), torch.randint(0, 96, (2, 8))
-
-
-def llama() -> tuple[nn.Module, Tensor]:
-    config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=96, use_cache=False,
-    )  # fmt: skip
-    return Logits(transformers.LlamaForCausalLM(config)), torch.randint(0, 96, (2, 8))
-
-
-def pruned(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """The model frozen at 2:4, batch norms with statistics worth folding, and its planned weights."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.2, 0.2)
-    sparse = nm.compile(model, (x,), method=nm.Magnitude(), **options)
-    sites = {site.name: site for site in sparse.plan.sites}
-    return nm.freeze(sparse).eval(), sites
 
 
 def exported(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
@@ -102,7 +46,7 @@ def exported(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
 def convnet() -> tuple[nn.Module, Tensor, torch.export.ExportedProgram, dict[str, Any]]:
     """A small network, exported once for all tests: they only read it."""
     x = torch.randn(2, 3, 8, 8)
-    model, sites = pruned(ConvNet(16), x)
+    model, sites = nets.pruned(ConvNet(16), x)
     return model, x, exported(model, x), sites
 
 
@@ -122,12 +66,14 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
-@pytest.mark.parametrize("make", [resnet18, mobilenet_v2, vit, bert, llama], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [nets.resnet18, nets.mobilenet_v2, nets.vit, nets.bert, nets.llama], ids=lambda make: make.__name__
+)
 def test_an_architecture_is_written_with_zeros_along_the_reduction_axis_and_the_numbers_of_eager(
     make: Callable[[], tuple[nn.Module, Tensor]], tmp_path: Path
 ) -> None:
     model, x = make()
-    model, sites = pruned(model, x)
+    model, sites = nets.pruned(model, x)
     assert sites
     path = tmp_path / "model.onnx"
     for dtype, allowed in ((torch.float32, 1e-5), (torch.float16, 5e-3)):
@@ -178,7 +124,7 @@ def test_weights_that_are_cut_shared_or_on_the_left_are_constants_of_their_produ
     tmp_path: Path,
 ) -> None:
     x = torch.randn(2, 5, 32)
-    model, sites = pruned(Odd(), x, include=["*"])
+    model, sites = nets.pruned(Odd(), x, include=["*"])
     written = write(exported(model, x), (x,), tmp_path / "odd.onnx", sites=sites)
     assert {(w.name, w.op, w.axis) for w in written.weights} == {
         ("right", "MatMul", 0),
@@ -214,7 +160,7 @@ def test_clones_that_the_file_holds_once_are_both_found(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 4))
     model[4].load_state_dict(model[2].state_dict())
     x = torch.randn(2, 5, 16)
-    model, sites = pruned(model, x)
+    model, sites = nets.pruned(model, x)
     written = write(exported(model, x), (x,), tmp_path / "model.onnx", sites=sites)
     assert [weight.name for weight in written.weights] == ["2.weight", "4.weight"]
     assert written.refusals == ()
@@ -231,7 +177,7 @@ def test_flattened_tokens_become_a_gemm_with_zeros_along_axis_1(tmp_path: Path) 
             return self.third(torch.relu(self.second(torch.relu(self.first(x.reshape(-1, 16)))))).view(-1, 5, 4)
 
     x = torch.randn(2, 5, 16)
-    model, sites = pruned(Flat(), x)
+    model, sites = nets.pruned(Flat(), x)
     written = write(exported(model, x), (x,), tmp_path / "flat.onnx", sites=sites)
     assert [(w.name, w.op, w.axis, w.shape) for w in written.weights] == [("second.weight", "Gemm", 1, (16, 32))]
 

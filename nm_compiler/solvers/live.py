@@ -20,7 +20,7 @@ from nm_compiler.solvers.select import as_arrays, flattened
 from nm_compiler.solvers.threads import in_threads
 
 _SMALL = 1 << 15  # weights below are done by torch in less time than a kernel takes to load
-_SIZES = (1, 2, 4, 8)
+_SIZES = (1, 2, 4, 8, 16, 24, 32)
 _TYPES = (torch.float32, torch.float64, torch.bool)
 
 
@@ -35,14 +35,18 @@ def cover(live: Tensor, table: Tensor, mask: Tensor) -> bool:
         return False
     from nm_compiler.solvers import live_kernels
 
-    word: Any = live_kernels.WORDS[m]
-    sets, words = _sets(live, target), table.contiguous().numpy().view(word).reshape(len(table), 256)
-    full = word(0x0101010101010101 & (2 ** (8 * m) - 1))
-    if target.strides[3] == 1 and not any(step % m for step in target.strides[:3]) and not target.ctypes.data % m:
-        places = np.lib.stride_tricks.as_strided(target.view(word)[..., 0], target.shape[:3], target.strides[:3])
-        _run(live_kernels.cover_words, (sets,), (words, full), places)
-    else:
-        _run(live_kernels.cover_bytes(m), (sets,), (words, np.uint64(full)), target)
+    size = min(m, 8)  # positions in a machine word; a group has one word or several
+    word: Any = live_kernels.WORDS[size]
+    sets, words = _sets(live, target), table.contiguous().numpy().view(word).reshape(len(table), 256, -1)
+    full = word(0x0101010101010101 & (2 ** (8 * size) - 1))
+    whole = target.strides[3] == 1 and not any(step % size for step in target.strides[:3]) and not target.ctypes.data % size
+    for part in range(m // size):
+        positions, unions = target[..., part * size : (part + 1) * size], np.ascontiguousarray(words[..., part])
+        if whole:
+            places = np.lib.stride_tricks.as_strided(positions.view(word)[..., 0], target.shape[:3], target.strides[:3])
+            _run(live_kernels.cover_words, (sets,), (unions, full), places)
+        else:
+            _run(live_kernels.cover_bytes(size), (sets,), (unions, np.uint64(full)), positions)
     return True
 
 

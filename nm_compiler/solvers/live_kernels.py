@@ -110,21 +110,23 @@ def retiring(n: int) -> Callable[[Array, Array, Array, int, Array], None]:
     @jit
     def retire(scores: Array, live: Array, members: Array, keep: int, kept: Array) -> None:
         combinations, most = members.shape[0], 3.4e38
-        values, places = np.empty(combinations), np.empty(combinations, np.int64)
+        values, places = np.empty(combinations + 1), np.empty(combinations + 1, np.int64)
+        own = np.empty(scores.shape[3])
         for o in range(live.shape[0]):
             for t in range(live.shape[1]):
                 for g in range(live.shape[2]):
+                    for j in range(own.size):
+                        own[j] = scores[o, t, g, j]
                     count = 0
-                    for c in range(combinations):
-                        if live[o, t, g, c >> 3] >> (c & 7) & 1:
-                            value = 0.0
-                            for k in range(n):
-                                value += scores[o, t, g, members[c, k]]
-                            if not value >= -most:
-                                value = -most
-                            values[count] = min(value, most)
-                            places[count] = c
-                            count += 1
+                    for c in range(combinations):  # all are summed, which costs less than a branch each
+                        value = 0.0
+                        for k in range(n):
+                            value += own[members[c, k]]
+                        if not value >= -most:
+                            value = -most
+                        values[count] = min(value, most)
+                        places[count] = c
+                        count += (live[o, t, g, c >> 3] >> (c & 7)) & 1
                     if count <= keep:
                         for b in range(live.shape[3]):
                             kept[o, t, g, b] = live[o, t, g, b]

@@ -48,16 +48,19 @@ class Job:
         """What `program` calls a constant of the graph."""
         return read if len(self.tensors) == len(self.flat) else f"gm.{read}"
 
-    def program(self) -> ExportedProgram:
-        """The graph exported anew, with the dynamic axes that it was captured with; its inputs are the tensors alone."""
+    def program(self, *, dynamic: bool = True) -> ExportedProgram:
+        """The graph exported anew; its inputs are the tensors alone.
+
+        dynamic: with the dynamic axes that it was captured with, else for the sizes of the examples alone.
+        """
         whole = len(self.tensors) == len(self.flat)  # then inputs keep their names
         holder: nn.Module = self.gm if whole else _OnlyTensors(self.gm, self.flat)
         examples, shapes = list[Tensor](), list[Any]()
         for value, expected in zip(self.flat, self.signature.inputs, strict=True):
             if isinstance(value, Tensor) and isinstance(expected, TensorInput):
-                dynamic = {axis for axis, size in enumerate(expected.sizes) if size is None}
-                examples.append(_repeated(value, dynamic))
-                shapes.append(dict.fromkeys(dynamic, torch.export.Dim.AUTO) or None)
+                free = {axis for axis, size in enumerate(expected.sizes) if size is None and dynamic}
+                examples.append(_repeated(value, free))
+                shapes.append(dict.fromkeys(free, torch.export.Dim.AUTO) or None)
         with torch.no_grad():
             return torch.export.export(holder, tuple(examples), dynamic_shapes=tuple(shapes) if whole else (tuple(shapes),))
 

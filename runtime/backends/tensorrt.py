@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -43,9 +44,11 @@ class TensorRT(Backend):
         batch, forms = options.pop("batch", None), options.pop("linear_as_conv", ())
         gm = run(job.gm, [lambda gm: linear_as_conv(gm, include=tuple(forms))]) if forms else job.gm
         found = list(products(gm, job.sites))
-        built = build(job.program(), job.tensors, batch=batch, options=options)
+        program = replace(job, gm=gm).program(dynamic=batch is not None)
+        built = build(program, job.tensors, batch=batch, options=options)
         decisions = {each.node: _decided(each, built.log) for each in found}
-        notes = (*_summary(built.log), *built.log.lines)
+        sizes = "" if batch else "Built for inputs of the examples' sizes only; options={'batch': (1, 8, 32)} takes others."
+        notes = (*_summary(built.log), *built.log.lines, *filter(None, [sizes]))
         return Result(built.module, decisions, found, notes, artifact=built, takes_tensors_only=True)
 
 

@@ -39,7 +39,7 @@ def between(product: Node, packed: Collection[Node]) -> list[Node] | None:
             if user not in found:
                 found.append(user)
                 stack.append(user)
-    return found if product.users else None
+    return found
 
 
 def _same(size: object, width: object) -> bool:

@@ -42,7 +42,8 @@ def cslt_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: in
         return _result(x, out_features, rows)
     bias = bias if bias is None else _aligned(bias.contiguous())
     y = torch._cslt_sparse_mm(packed, operand(x), bias, transpose_result=rows, alg_id=algorithm)
-    return y[:tokens] if rows else y[:, :tokens].t()
+    # cut and turned where it is, not by a view: autograd lets nobody write into a view that an op returns
+    return y.as_strided_((tokens, out_features), (out_features, 1) if rows else (1, y.shape[1]))
 
 
 @cslt_linear.register_fake
