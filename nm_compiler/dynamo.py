@@ -30,11 +30,11 @@ from nm_compiler.fragments import bind_inputs, lower, state_names
 from nm_compiler.graph import Pass, reads, run, show_graph
 from nm_compiler.ops.weights import MASKED
 from nm_compiler.outline import Run, outline
-from nm_compiler.sites import Plan
+from nm_compiler.sites import UNREAD, Plan
 from nm_compiler.uses import Use, uses
 
 _log = logging.getLogger(__name__)
-UNREAD = "not read by the captured graph"
+_LATE = "first used after nm.compile, on a path that the example inputs did not take: give inputs that take it"
 _LIMIT = 64  # versions of one function: layers that share their code need one each; Dynamo's own limit is 8
 
 
@@ -182,8 +182,8 @@ class Fragments:
 
     def _tell(self, name: str) -> None:
         if name not in self.late:
-            self.late[name] = "first used after nm.compile, on a path that the example inputs did not take: it stays dense"
-            _log.warning("%s: %s; give example inputs that take it", name, self.late[name])
+            self.late[name] = _LATE
+            _log.warning("%s stays dense: %s", name, _LATE)
 
     def note_outside(self, name: str, func: Any) -> None:
         """A parameter was read by Python outside fragments. Raises NMError if it is planned."""

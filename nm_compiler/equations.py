@@ -47,7 +47,7 @@ def equation_of(node: Node) -> Equation | str:
     letters = iter(string.ascii_letters)
     if target in ADDED:
         if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-            return f"{target._opname} with alpha or beta other than 1"
+            return f"{target._opname} with alpha or beta other than 1: scale the result in its place"
         added, left, right = args[:3]
         return _matmul(left, right, letters, added)
     left, right = args[:2]
@@ -93,7 +93,7 @@ def _einsum(text: str, tensors: list[Node]) -> Equation | str:
     most = max((k for k, term in zip(hidden, terms, strict=True) if "..." in term), default=0)
     first, second = (term.replace("...", spare[most - k : most]) for k, term in zip(hidden, terms, strict=True))
     if any(len(set(term)) < len(term) for term in (first, second)):
-        return "an einsum that reads a diagonal"
+        return "an einsum that reads a diagonal: make the diagonal the parameter"
     return Equation((left, right), (first, second), out.replace("...", spare[:most]))
 
 

@@ -53,9 +53,8 @@ def _lowered(model: Lowered) -> Report:
                 bytes=size if found.bytes is None else found.bytes, hint=found.hint or None,
             )
         )  # fmt: skip
-    for name, reader in model.unread.items():
+    for name, why in model.unread.items():
         site = model.sites[name]
-        why = f"read by {reader}, for which no runtime here has sparse kernels"
         rows[name] = [Row(name, site.op, site.shape, str(site.pattern), "dense", why, eligible=False)]
     for name, reason in model.dense.items():
         rows[name] = [Row(name, model.plan.ops[name], model.plan.shapes[name], None, "dense", reason, eligible=False)]

@@ -20,6 +20,8 @@ from nm_compiler.pattern import Pattern, PatternMap, matches
 from nm_compiler.uses import Blocked, Use, constants, ends, uses
 from nm_compiler.views import is_scale
 
+UNREAD = "not read by the captured graph: give example inputs that use it"
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -187,25 +189,26 @@ def _judge(
 ) -> Site | Refusal:
     shape = tuple(parameter.shape)
     if not parameter.dtype.is_floating_point:
-        return Refusal(name, f"not floating point ({parameter.dtype})")
+        return Refusal(name, f"not floating point ({parameter.dtype}): dequantise it to make it sparse")
     every = [use for found in per_graph for use in found]
     products = [use for use in every if isinstance(use, Use)]
     others = [use for use in every if isinstance(use, Blocked)]
     if not every:
-        return Refusal(name, "not read by the captured graph")
+        return Refusal(name, UNREAD)
     if others:
         reason = others[0].reason
         if products:
-            reason = "shared with an embedding" if reason.startswith("an embedding") else f"shared: also {reason}"
+            embedded = reason.startswith("an embedding")
+            reason = "shared with an embedding: untie them to make it sparse" if embedded else f"shared: also {reason}"
         return Refusal(name, reason)
     if excluded:
         return Refusal(name, f"excluded by {excluded!r}")
     pattern = patterns.of(name)
     if pattern is None:
-        return Refusal(name, f"no rule of pattern={patterns} matches it")
+        return Refusal(name, f"no rule of pattern={patterns} matches it: add one")
     first = products[0]
     if any((use.layout, use.conv_groups) != (first.layout, first.conv_groups) for use in products):
-        return Refusal(name, "used along different axes by different products")
+        return Refusal(name, "used along different axes by different products: give each a weight of its own")
     cut = _cut(name, shape, products, pattern)
     if cut:
         return cut
@@ -236,5 +239,6 @@ def _cut(name: str, shape: tuple[int, ...], products: Sequence[Use], pattern: Pa
         begin, count = use.inputs
         if begin % pattern.m or count % pattern.m:
             part = f"inputs {begin} to {begin + count - 1} of {inputs}"
-            return Refusal(name, f"a product reads {part} by themselves, which cuts groups of {pattern}: slice at multiples")
+            cuts = f"which cuts groups of {pattern}: slice at multiples of {pattern.m}"
+            return Refusal(name, f"a product reads {part} by themselves, {cuts}")
     return None

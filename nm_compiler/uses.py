@@ -88,7 +88,9 @@ def uses(read: Node, fixed: Collection[Node] | None = None) -> Iterator[Use | Bl
         if not _only_scales(user, reached, fixed):
             verdict = Blocked(_op_name(user), why) if why else _classify(user, seen, fixed)
             if isinstance(verdict, Blocked) and seen.scaled:  # a table that something is multiplied by, not a scaled weight
-                verdict = Blocked(_op_name(seen.scaled), f"{_read_by(seen.scaled)}, and what comes of it is: {verdict.reason}")
+                verdict = Blocked(
+                    _op_name(seen.scaled), f"read by {target_name(seen.scaled.target)}, and then {verdict.reason}"
+                )
             yield verdict
 
 
@@ -113,16 +115,16 @@ def _classify(node: Node, seen: Seen, fixed: Collection[Node]) -> Use | Blocked:
         return Blocked(name, equation)
     side = next((i for i, arg in enumerate(equation.operands) if arg is seen.node), None)
     if side is None:
-        return Blocked(name, f"added to the result of {target_name(node.target)}")
+        return Blocked(name, f"added to the result of {target_name(node.target)}, as a bias is")
     if equation.operands[0] is equation.operands[1]:
-        return Blocked(name, "multiplied with itself")
+        return Blocked(name, "multiplied with itself before any data: multiply the data with it twice")
     if node.target is LINEAR and side == 0:
-        return Blocked(name, "the input of a linear, not its weight")
+        return Blocked(name, "the input of a linear, not its weight: multiply data with it, as in w @ x.T")
     if node.target is not LINEAR and equation.operands[1 - side] in fixed:
         return Blocked(name, "multiplied with another weight before any data: multiply the data with one, then the other")
     ours, theirs, out = equation.terms[side], equation.terms[1 - side], equation.out
     if any(letter not in out + theirs for letter in ours):
-        return Blocked(name, f"{name} sums over one of its axes before the product")
+        return Blocked(name, f"{name} sums over one of its axes before the product: make the sum the parameter")
     parts = [("batch" if c in out else "in") if c in theirs else "out" for c in ours]
     return _placed(node, "matmul" if name == "mm" else name, seen, parts)
 
@@ -149,11 +151,11 @@ def _placed(node: Node, op: str, seen: Seen, parts: Sequence[str], conv_groups: 
     for part, size, stride in zip(parts, seen.dims.shape, seen.dims.stride(), strict=True):
         if size == 1 or stride == 0:
             if part == "in" and size > 1:
-                return Blocked(op, "expanded along the axis that its product sums over")
+                return Blocked(op, "expanded along the axis that its product sums over: store it at full size")
             continue
         steps = fragments(size, stride, shape)
         if steps is None:
-            return Blocked(op, "reshaped across its axes: groups could not be told apart behind it")
+            return Blocked(op, "reshaped across its axes: keep the parameter in the shape that its product reads")
         slower = {"in": "taps", "out": "batch"}.get(part, part)
         for index, (axis, jump, count) in enumerate(steps):
             walked[slower if index else part].append((stride if not index else 1 << 62, axis, jump, count))
@@ -164,7 +166,7 @@ def _placed(node: Node, op: str, seen: Seen, parts: Sequence[str], conv_groups: 
     if inner[2] != 1:
         return Blocked(op, f"its product reads weights {inner[2]} apart, groups need consecutive ones")
     if inner[0] in seen.indexed:
-        return Blocked(op, "indexed along the axis that its product sums over")
+        return Blocked(op, "indexed along the axis that its product sums over: index the data in its place")
     in_axis = inner[1]
     units = [axis for axis in units if axis != in_axis]
     outer = min((step for step in walked["out"] if step[1] != in_axis), default=None)

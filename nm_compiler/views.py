@@ -109,7 +109,7 @@ def step(seen: Seen, user: Node, constants: Collection[Node]) -> Seen | str | No
         if user.target in _VIEWS:
             return _viewed(after)
     except (RuntimeError, TypeError, ValueError):  # a copy would be needed, or a size depends on the input
-        return f"{target_name(user.target)} mixes its axes: groups could not be told apart behind it"
+        return f"{target_name(user.target)} mixes its axes: keep the parameter in the shape that its product reads"
     return None
 
 
@@ -140,7 +140,7 @@ def _indexed(after: Seen) -> Seen | str:
     else:
         given = [(axis, index) for axis, index in enumerate(args[1]) if index is not None]
         if len(given) != 1 or given[0][1].meta["val"].dtype == torch.bool:
-            return "indexed along several axes, or by a mask: groups could not be told apart behind it"
+            return "indexed along several axes, or by a mask: make what is left the parameter"
         axis, index = given[0]
     stride = dims.stride(axis)
     for _ in range(index.meta["val"].ndim - 1):

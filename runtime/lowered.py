@@ -18,8 +18,8 @@ class Lowered(nn.Module):
     """A model in evaluation mode on a runtime.
 
     backend: its name; result: products, decisions, notes and artifact of the backend; error: of the check after lowering,
-    relative, None if it was left out; sites: planned weights; unread: those that no product reads, and what does; dense: all
-    other weights, and why. Inputs are cast to the dtype it was lowered to; outputs are in that dtype.
+    relative, None if it was left out; sites: planned weights; unread: those that no product reads, and why; dense: all other
+    weights, and why. Inputs are cast to the dtype it was lowered to; outputs are in that dtype.
     `nm.report` shows what is sparse, and why the rest is not.
     """
 

@@ -77,7 +77,7 @@ def products(gm: GraphModule, sites: Mapping[str, Site]) -> Iterator[Product]:
 
 
 def unread(gm: GraphModule, sites: Mapping[str, Site]) -> dict[str, str]:
-    """Planned weights that no product of the lowered graph reads as a constant, and the op that reads them instead."""
+    """Planned weights that no product of the lowered graph reads as a constant, and why not."""
     found = {product.site.name for product in products(gm, sites)}
     readers: dict[str, str] = {}
     for node in gm.graph.nodes:
@@ -85,7 +85,13 @@ def unread(gm: GraphModule, sites: Mapping[str, Site]) -> dict[str, str]:
             name = weight_of(operand) if operand.op == "get_attr" else None
             if name is not None and name in sites and name not in found:
                 readers.setdefault(name, str(node.target).removeprefix("aten.").partition(".")[0])
-    return {name: readers.get(name, "nothing in evaluation mode") for name in sites if name not in found}
+    return {name: _unread(readers.get(name)) for name in sites if name not in found}
+
+
+def _unread(reader: str | None) -> str:
+    if reader is None:
+        return "no product reads it in evaluation mode, so nothing would get faster"
+    return f"read by {reader}, for which no runtime here has sparse kernels: write the product as a linear"
 
 
 def check_zeros(gm: GraphModule, sites: Mapping[str, Site]) -> str | None:

@@ -93,7 +93,7 @@ def test_compile_explains(case: str) -> None:
 
 def test_an_integer_weight_not_asked_for_is_a_line_of_the_report() -> None:
     rows = {row.name: row.reason for row in nm.report(nm.compile(Quantised(), torch.randn(2, 8), include="fc1*")).rows}
-    assert rows["weight"] == "not floating point (torch.int8)"
+    assert rows["weight"] == "not floating point (torch.int8): dequantise it to make it sparse"
 
 
 def test_compiling_twice_is_refused_for_the_result_the_model_and_a_model_around_it() -> None:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nm_compiler as nm
 from nm_compiler.dynamo import Fragments
+from nm_compiler.sites import UNREAD
 
 METHODS = [nm.LBC(), nm.BiMask(interval=2, moves=40), nm.Magnitude()]
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: str(m).split(", decay")[0])
@@ -103,13 +104,13 @@ def test_a_mode_that_exports_keeps_its_graph_and_plans_the_weights_of_the_other_
 
 def test_a_weight_first_seen_in_a_later_branch_is_told_in_the_log_and_in_the_report(caplog: Any) -> None:
     sparse, _ = branching()
-    assert {row.name: row.reason for row in nm.report(sparse).rows}["down.weight"] == "not read by the captured graph"
+    assert {row.name: row.reason for row in nm.report(sparse).rows}["down.weight"] == UNREAD
     with caplog.at_level(logging.WARNING, "nm_compiler"):
         sparse(-positive())
         sparse(-positive())
     assert [r.getMessage() for r in caplog.records if r.name.startswith("nm_compiler")] == [
-        "down.weight: first used after nm.compile, on a path that the example inputs did not take: it stays dense; "
-        "give example inputs that take it"
+        "down.weight stays dense: first used after nm.compile, on a path that the example inputs did not take: "
+        "give inputs that take it"
     ]
     assert "did not take" in {row.name: row.reason for row in nm.report(sparse).rows}["down.weight"]
 

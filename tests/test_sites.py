@@ -92,7 +92,7 @@ def test_the_stem_and_the_head_stay_dense_unless_included() -> None:
 
 def test_a_head_tied_to_the_embedding_is_refused_as_shared_and_the_layers_behind_an_embedding_are_no_stem() -> None:
     reasons = plan_of(Attention())
-    assert reasons["embed.weight"] == "shared with an embedding"
+    assert reasons["embed.weight"] == "shared with an embedding: untie them to make it sparse"
     assert reasons["qkv.weight"] == reasons["out.weight"] == "linear 2:4"
     assert reasons["position"].startswith("read by aten")
 
@@ -123,7 +123,7 @@ def test_a_weight_used_twice_is_one_site_and_along_two_axes_a_refusal() -> None:
     x = torch.randn(2, 8)
     assert [s.name for s in nm.compile(Twice(False), x).plan.sites] == ["fc.weight"]
     refusals = {r.where: r.reason for r in nm.compile(Twice(True), x, include="stem*").plan.refusals}
-    assert refusals["fc.weight"] == "used along different axes by different products"
+    assert refusals["fc.weight"] == "used along different axes by different products: give each a weight of its own"
 
 
 def test_output_channels_that_do_not_divide_keep_the_forward_mask_backward_and_the_report_says_so() -> None:

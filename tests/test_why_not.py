@@ -1,0 +1,383 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""Every reason for a dense weight: it can be triggered, docs/why-not-sparse.md says what to do about it, and none is left out.
+
+A new reason without a row here or a sentence there fails: `written` reads them out of the source.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import refused
+import torch
+from models import MLP, example
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+import nm_compiler as nm
+from nm_compiler.capture import capture_mode
+from nm_compiler.dynamo import Fragments
+from nm_compiler.equations import equation_of
+from nm_compiler.layout import Layout
+from nm_compiler.lowering import _sparse_sites
+from nm_compiler.pattern import Pattern, PatternMap
+from nm_compiler.runtime.backends import cusparselt as cusparselt_backend
+from nm_compiler.runtime.backends.choosing import _short, choose_backend
+from nm_compiler.runtime.backends.dense import Dense
+from nm_compiler.runtime.backends.tensorrt import _decided
+from nm_compiler.runtime.choose import Timing
+from nm_compiler.runtime.cusparselt.candidates import candidates
+from nm_compiler.runtime.cusparselt.eligible import Machine, Product, reasons
+from nm_compiler.runtime.products import Decision, unread
+from nm_compiler.runtime.products import Product as Planned
+from nm_compiler.runtime.tensorrt.eligible import reasons as of_tensorrt
+from nm_compiler.runtime.tensorrt.log import SparsityLog
+from nm_compiler.sites import Plan, Site, find
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "why-not-sparse.md"
+
+# --- how to trigger them
+
+
+def site(*shape: int, pattern: str = "2:4", conv_groups: int = 1, blocks: int = 1) -> Site:
+    return Site("w", "linear", shape or (256, 256), Layout(1, 0), Pattern.parse(pattern), conv_groups, blocks)
+
+
+@functools.cache
+def mlp(dtype: torch.dtype) -> tuple[nn.Module, GraphModule]:
+    model = MLP().to(dtype)
+    return model, capture_mode(model, (example(model).to(dtype),), {}, training=False)[0]
+
+
+def plan(pattern: Any = "2:4", **options: Any) -> Plan:
+    model, gm = mlp(torch.float32)
+    return find(model, [gm], PatternMap.parse(pattern), **options)
+
+
+def refusal(name: str, pattern: Any = "2:4", **options: Any) -> str:
+    return next(each.reason for each in plan(pattern, **options).refusals if each.where == name)
+
+
+class State(dict[str, Tensor]):
+    """A weight as a method has it at its first step."""
+
+    def __init__(self, method: nm.Method, at: Site) -> None:
+        super().__init__(method.state(at, torch.randn(at.shape)))
+        self.site = at
+
+
+def remark(method: nm.Method, at: Site) -> str | None:
+    return method.remark(State(method, at))
+
+
+def late() -> str:
+    carrier = Fragments(nn.Linear(8, 8), {})
+    carrier.passes, carrier.unread = [], frozenset({"weight"})
+    carrier.note_outside("weight", torch.matmul)
+    return carrier.late["weight"]
+
+
+def no_tensors(target: Any, *args: Any) -> Any:
+    graph = Graph()
+    return equation_of(graph.call_function(target, (graph.placeholder("x"), *args)))
+
+
+def not_frozen() -> str:
+    model, _ = mlp(torch.float32)
+    return _sparse_sites(model, plan(include=["*"]))[1]["fc2.weight"]
+
+
+def unread_by(name: str) -> str:
+    root, graph = nn.Module(), Graph()
+    root.w = nn.Parameter(torch.randn(4, 4))
+    read = graph.get_attr("w")
+    read.meta["weight"] = "w"
+    graph.output(graph.call_function(torch.ops.aten.bmm.default, (graph.placeholder("x"), read)))
+    return unread(GraphModule(root, graph), {"w": site(), "v": site()})[name]
+
+
+def of_dense(backend: Any) -> Decision:
+    given = SimpleNamespace(options={}, products=[Planned("linear", "w", site(), torch.float16)], gm=nn.Identity())
+    return backend.lower(given).decisions["linear"]
+
+
+LINEAR = Product("linear", (32, 64), torch.float16, Pattern(2, 4), 4096)
+CONV = Product("conv2d", (32, 64, 1, 1), torch.float16, Pattern(2, 4), stride=(1, 1))
+GPU = Machine("cuda", (9, 0), 802)
+
+
+def packed(product: Product, machine: Machine = GPU, **change: Any) -> str:
+    (found,) = reasons(replace(product, **change), machine)
+    return found
+
+
+def measured() -> Decision:
+    job = SimpleNamespace(gm=mlp(torch.float32)[0], force=())
+    candidate = SimpleNamespace(reasons=(), product=replace(LINEAR, tokens=30))
+    each = Planned("linear", "fc2.weight", site(), torch.float16)
+    with patch.object(cusparselt_backend, "_timed", return_value=Timing(1e-3, 2e-3)):
+        return cusparselt_backend.CuSPARSELt()._decide(job, each, candidate, object())
+
+
+def unfrozen_candidate() -> str:
+    _, gm = mlp(torch.bfloat16)
+    (found,) = candidates(gm, {"fc2.weight": site(16, 16)}, machine=GPU, min_tokens=0)
+    return found.reasons[0]
+
+
+def tensorrt(at: Site, dtype: torch.dtype = torch.float16) -> tuple[str, str]:
+    """(reason, hint); no reason where it may be sparse."""
+    found, hint = of_tensorrt(Planned("linear", "w", at, dtype))
+    return "".join(found), hint
+
+
+def built(log: SparsityLog) -> Decision:
+    return _decided(Planned("linear", "w", site(), torch.float16), log)
+
+
+def onnx_reason(*nodes: tuple[str, list[str], list[str], dict[str, Any]]) -> str:
+    onnx = pytest.importorskip("onnx", reason="pip install 'nm_compiler[onnx]'")
+    from nm_compiler.runtime.onnx_files import found, reading
+
+    made = [onnx.helper.make_node(op, inputs, outputs, **options) for op, inputs, outputs, options in nodes]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy"]
+    weights = [onnx.numpy_helper.from_array(torch.ones(4, 4).numpy(), name) for name in "wv"]
+    graph = onnx.helper.make_graph(made, "g", ends[:1], ends[1:], weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    with patch.object(found, "load", lambda _: model), patch.object(reading, "load", lambda _: model):
+        (only,) = found.planned_constants(Path("model.onnx"), None, {"w": site(4, 4)}, {})[1]
+    return only.reason
+
+
+TRANSPOSED: Any = ("Transpose", ["w"], ["t"], {"perm": [1, 0]}), ("MatMul", ["x", "t"], ["y"], {})
+A_PARAMETER = "not a parameter: make it an nn.Parameter(requires_grad=False) to make it sparse"
+OF_A_CONV = "TensorRT has sparse convolutions (backend='tensorrt')"
+
+PLANNING: list[tuple[str, Callable[[], Any]]] = [
+    *((text, lambda name=f"w{number}": refused.reasons()[name]) for number, (text, _, _) in enumerate(refused.READERS)),
+    ("inside a fused LSTM, GRU or RNN op: write the cell with linear layers to make it sparse", lambda: refused.reasons()["lstm.weight_hh_l0"]),
+    ("not floating point (torch.int64): dequantise it to make it sparse", lambda: refused.reasons()["counts"]),
+    ("not read by the captured graph: give example inputs that use it", lambda: refused.reasons()["unread"]),
+    (f"a buffer, {A_PARAMETER}", lambda: refused.reasons()["basis"]),
+    (f"a plain tensor, {A_PARAMETER}", lambda: refused.reasons()["table"]),
+    ("its operands are no tensors", lambda: no_tensors(torch.ops.aten.mm.default, 2.0)),
+    ("its operands are no tensors", lambda: no_tensors(torch.ops.aten.inner.default, 2.0)),
+    ("stem: no other weight comes before it (include= makes it sparse)", lambda: refusal("fc1.weight")),
+    ("head: no other weight comes after it (include= makes it sparse)", lambda: refusal("fc3.weight")),
+    ("excluded by 'fc2.*'", lambda: refusal("fc2.weight", exclude=["fc2.*"], include=["*"])),
+    ("no rule of pattern=fc1.* 2:4 matches it: add one", lambda: refusal("fc2.weight", {"fc1.*": "2:4"}, include=["*"])),
+]  # fmt: skip
+TRAINING: list[tuple[str, Callable[[], Any]]] = [
+    ("first used after nm.compile, on a path that the example inputs did not take: give inputs that take it", late),
+    ("backward mask = forward mask: 6 output channels, not a multiple of 4", lambda: remark(nm.BiMask(), site(6, 8))),
+    ("backward mask = forward mask: 6 output channels in each conv group, not a multiple of 4", lambda: remark(nm.BiMask(), site(12, 8, 1, conv_groups=2, blocks=2))),
+    ("backward mask = forward mask: 6 output channels in each slice that a product reads, not a multiple of 4", lambda: remark(nm.BiMask(), site(12, 8, blocks=2))),
+    ("N:M forward only: 6 output channels in a block, not a multiple of 4", lambda: remark(nm.Transposable(), site(6, 8))),
+    ("training: combinations are still live", lambda: remark(nm.LBC(), site(8, 8))),
+    ("training: combinations are still live", lambda: remark(nm.LBCBiMask(), site(8, 8))),
+    ("training: more than N of a group are still kept", lambda: remark(nm.Gradual(), site(8, 8))),
+]  # fmt: skip
+LOWERING: list[tuple[str, Callable[[], Any]]] = [
+    ("not 2:4 along any axis", lambda: nm.report(MLP()).rows[0].reason),
+    ("not 2:4: a group of 4 along axis 1 has 4 non-zeros", not_frozen),
+    ("read by bmm, for which no runtime here has sparse kernels: write the product as a linear", lambda: unread_by("w")),
+    ("no product reads it in evaluation mode, so nothing would get faster", lambda: unread_by("v")),
+    ('backend="dense" was asked for', lambda: of_dense(Dense()).reasons[0]),
+    ("no sparse kernels for cpu in this release", lambda: _short(torch.float16, torch.device("cpu"))),
+    ("an NVIDIA GPU, and dtype=torch.float16 or bfloat16", lambda: of_dense(choose_backend("auto", torch.float16, torch.device("cpu"))).hint),
+    ("float32: sparse kernels need float16 or bfloat16", lambda: _short(torch.float32, torch.device("cuda"))),
+    ("neither TensorRT nor cuSPARSELt works here", lambda: _short(torch.float16, torch.device("cuda"))),
+]  # fmt: skip
+TENSORRT: list[tuple[str, Callable[[], Any]]] = [
+    ("1:4: sparse tensor cores multiply 2:4", lambda: tensorrt(site(pattern="1:4"))[0]),
+    ("train with pattern='2:4'", lambda: tensorrt(site(pattern="1:4"))[1]),
+    ("2 conv groups: TensorRT has no sparse kernel for grouped convolutions", lambda: tensorrt(site(256, 256, 3, 3, conv_groups=2))[0]),
+    ("float32: sparse kernels exist for float16, bfloat16 and 8 bits", lambda: tensorrt(site(), torch.float32)[0]),
+    ("cast: nm.lower(..., dtype=torch.float16)", lambda: tensorrt(site(), torch.float32)[1]),
+    ("12 x 40 channels: output channels must be a multiple of 8, input channels of 16", lambda: tensorrt(site(12, 40))[0]),
+    ("pad to 16 x 48", lambda: tensorrt(site(12, 40))[1]),
+    ("below 256 channels sparse kernels seldom win", lambda: tensorrt(site(64, 64))[1]),
+    ("TensorRT measured a dense kernel as faster", lambda: built(SparsityLog(eligible=("[linear]",))).reasons[0]),
+    ("larger batch", lambda: built(SparsityLog(eligible=("[linear]",))).hint),
+    ("TensorRT's log does not name this layer", lambda: built(SparsityLog()).reasons[0]),
+]  # fmt: skip
+CUSPARSELT: list[tuple[str, Callable[[], Any]]] = [
+    ("matmul is not lowered, only linears and 2-D convolutions are: write it as torch.nn.functional.linear", lambda: packed(LINEAR, op="matmul")),
+    ("4:8 can keep more than 2 of 4 neighbours, and sparse tensor cores have 2:4 only: use pattern='2:4'", lambda: packed(LINEAR, pattern=Pattern(4, 8))),
+    ("int8 products need scales, which are not lowered here: leave the weight in float16 or bfloat16", lambda: packed(LINEAR, dtype=torch.int8)),
+    ("no sparse product is built for float32: cast the model to float16 or bfloat16", lambda: packed(LINEAR, dtype=torch.float32)),
+    (f"3x3 taps, and cuSPARSELt has matrix products only: {OF_A_CONV}", lambda: packed(CONV, shape=(32, 64, 3, 3))),
+    (f"stride 2x2, and only 1x1 convolutions of stride 1 are one matrix product: {OF_A_CONV}", lambda: packed(CONV, stride=(2, 2))),
+    ("a padded 1x1 convolution is no matrix product: pad before it, or leave the padding out", lambda: packed(CONV, padded=True)),
+    ("2 conv groups are as many small products, for which nothing has sparse kernels: use groups=1", lambda: packed(CONV, groups=2)),
+    ("40 output channels are no multiple of 16: make them 48", lambda: packed(LINEAR, shape=(40, 64))),
+    ("30 tokens, and packed products tend to be slower below 1024: use a larger batch, or lower min_tokens", lambda: packed(LINEAR, tokens=30)),
+    ("the weight has more than 2 non-zeros in some group of 4 along its inputs: freeze the model first", unfrozen_candidate),
+    ("measured 0.50x of dense at 30 tokens", lambda: measured().reasons[0]),
+    ("more tokens a call, or force=[...]", lambda: measured().hint),
+    ("the weight is on cpu: move the model to an NVIDIA GPU before it is lowered", lambda: packed(LINEAR, Machine("cpu"))),
+    ("torch finds no NVIDIA GPU: lower on the machine that runs the model", lambda: packed(LINEAR, Machine("cuda", None, 802))),
+    ("compute capability 7.5 has no sparse tensor cores: they came with 8.0 (Ampere)", lambda: packed(LINEAR, Machine("cuda", (7, 5), 802))),
+    ("this torch was built without cuSPARSELt: install one of the CUDA wheels of pytorch.org", lambda: packed(LINEAR, Machine("cuda", (9, 0)))),
+]  # fmt: skip
+ONNX: list[tuple[str, Callable[[], Any]]] = [
+    ("the file moves it before its MatMul, which hides its zeros", lambda: onnx_reason(*TRANSPOSED)),
+    ("the file reads it with Add, for which no runtime has N:M kernels", lambda: onnx_reason(("Add", ["x", "w"], ["y"], {}))),
+    ("the file computes another constant from it: no Conv, MatMul or Gemm reads it as it is", lambda: onnx_reason(("MatMul", ["x", "v"], ["y"], {}))),
+]  # fmt: skip
+REASONS = [*PLANNING, *TRAINING, *LOWERING, *TENSORRT, *CUSPARSELT, *ONNX]
+
+
+@pytest.mark.parametrize(("words", "trigger"), REASONS, ids=[words for words, _ in REASONS])
+def test_a_reason_appears_in_these_words(words: str, trigger: Callable[[], Any]) -> None:
+    assert trigger() == words
+
+
+# --- the page has a sentence for each
+
+
+def spans(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+@functools.cache
+def entries() -> tuple[tuple[str, ...], ...]:
+    """The rows of the page's tables: the words as the report has them, why, and the way out."""
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    return tuple(tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in lines)
+
+
+def shaped(words: str) -> re.Pattern[str]:
+    """The page's words with <anything>, N:M and M in the place of what differs."""
+    text = re.sub(r"<\w[\w ]*>", "(.+)", re.escape(words).replace(r"\ ", " "))
+    return re.compile(re.sub(r"\bM\b", r"(?:M|\\d+)", re.sub("N:M", r"(?:N:X|\\d+:\\d+)", text)).replace("N:X", "N:M"))
+
+
+def test_every_reason_has_a_row_on_the_page_with_why_and_the_way_out() -> None:
+    assert all(len(row) == 3 and all(row) for row in entries()), [row for row in entries() if len(row) != 3 or not all(row)]
+    known = [shaped(words) for row in entries() for cell in row for words in spans(cell)]
+    missing = [words for words, _ in REASONS if not any(each.fullmatch(words) for each in known)]
+    assert not missing, f"docs/why-not-sparse.md says nothing of {missing}"
+
+
+def test_the_page_has_no_row_for_words_that_no_report_holds() -> None:
+    stale = [w for row in entries() for w in spans(row[0]) if not any(shaped(w).fullmatch(words) for words, _ in REASONS)]
+    assert not stale
+
+
+# --- and none is left out
+
+EVERYTHING = ("*",)
+SOURCES: dict[str, tuple[str, ...]] = {
+    "nm_compiler/sites.py": EVERYTHING,
+    "nm_compiler/uses.py": EVERYTHING,
+    "nm_compiler/views.py": EVERYTHING,
+    "nm_compiler/equations.py": EVERYTHING,
+    "nm_compiler/dynamo.py": ("_tell",),
+    "nm_compiler/lowering.py": ("_sparse_sites",),
+    "nm_compiler/reporting.py": ("_plain",),
+    "runtime/products.py": ("_unread",),
+    "runtime/backends/choosing.py": ("_auto", "_short"),
+    "runtime/backends/cusparselt.py": ("_decide",),
+    "runtime/backends/dense.py": ("__init__", "lower"),
+    "runtime/backends/onnx.py": ("_decided",),
+    "runtime/backends/tensorrt.py": ("_decided",),
+    "runtime/cusparselt/candidates.py": ("_judged",),
+    "runtime/cusparselt/eligible.py": EVERYTHING,
+    "runtime/onnx_files/found.py": EVERYTHING,
+    "runtime/tensorrt/eligible.py": EVERYTHING,
+    **{f"nm_compiler/methods/{path.name}": ("remark",) for path in sorted((ROOT / "nm_compiler" / "methods").glob("*.py"))},
+}
+NO_REASON = {" along axis ", ", checked for ", "Not used, ", "%s stays dense: %s"}  # of a sparse row, titles, notes, the log
+_SKIPPED = (ast.Raise, ast.Assert)
+
+
+def functions(tree: ast.AST, names: tuple[str, ...]) -> Iterator[ast.AST]:
+    if names == EVERYTHING:
+        yield tree
+    else:
+        yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in names)
+
+
+def texts(node: ast.AST, module: dict[str, str]) -> Iterator[list[str]]:
+    """The constant parts of every string under ``node`` but docstrings, errors, and the kernels of sparse rows.
+
+    module: the string constants of the file, for the functions that name them.
+    """
+    for child in ast.iter_child_nodes(node):
+        skipped = isinstance(child, ast.keyword) and child.arg == "kernel"
+        if isinstance(child, _SKIPPED) or skipped or (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)):
+            continue
+        if isinstance(child, ast.Constant) and isinstance(child.value, str):
+            yield [child.value]
+        elif isinstance(child, ast.JoinedStr):
+            yield [str(part.value) if isinstance(part, ast.Constant) else "" for part in child.values]
+        elif isinstance(child, ast.Name) and child.id in module:
+            yield [module[child.id]]
+        else:
+            yield from texts(child, module)
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+@functools.cache
+def written() -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """(file, constant parts) of every string of two words or more that becomes a reason."""
+    found = []
+    for name, names in SOURCES.items():
+        tree = parsed(ROOT / name)
+        assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
+        module = {
+            str(ast.unparse(node.targets[0])): node.value.value for node in assigned if isinstance(node.value.value, str)
+        }
+        for function in functions(tree, names):
+            found += [
+                (name, tuple(parts))
+                for parts in texts(function, module)
+                if len(re.findall(r"\S*[a-z]\S*", longest(parts))) > 1
+            ]
+    return tuple(found)
+
+
+def longest(parts: Any) -> str:
+    return max(parts, key=len, default="")
+
+
+def test_every_reason_in_the_source_is_triggered_above_and_has_its_words_on_the_page() -> None:
+    page = " ".join(PAGE.read_text().split())
+    assert len(written()) > 70, "the reader of the source has lost them"
+    for name, parts in written():
+        if longest(parts) in NO_REASON:
+            continue
+        pattern = re.compile(".*".join(re.escape(part) for part in parts))
+        assert any(pattern.search(words) for words, _ in REASONS), f"{name}: nothing in tests/test_why_not.py triggers {parts}"
+        assert longest(parts).strip() in page, f"{name}: docs/why-not-sparse.md has no row for {parts}"
+    assert {longest(parts) for _, parts in written()} >= NO_REASON
+
+
+def test_no_other_function_makes_reasons() -> None:
+    """Whatever calls Refusal, Blocked or Decision is read by `written`."""
+    folders = (ROOT / "nm_compiler", ROOT / "passes", ROOT / "runtime")
+    for path in [path for folder in folders for path in sorted(folder.rglob("*.py")) if not path.is_symlink()]:
+        name = str(path.relative_to(ROOT)).removeprefix("nm_compiler/")
+        name = name if name.startswith(("passes/", "runtime/")) else f"nm_compiler/{name}"
+        if SOURCES.get(name) == EVERYTHING:
+            continue
+        for function in [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef)]:
+            calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+            made = {node.func.id for node in calls} & {"Refusal", "Blocked", "Decision"}
+            assert not made or function.name in SOURCES.get(name, ()), (
+                f"{name}: {function.name} makes a {made}: name it in SOURCES"
+            )
