@@ -72,9 +72,7 @@ class Cell:
         return asdict(self)
 
 
-def random_search(
-    importance: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int, draws: int = 10
-) -> Tensor:
+def random_search(importance: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int, draws: int = 10) -> Tensor:
     """The search of Bi-Mask's code: the best of 10 random orders, never of the one at hand. For the ablation."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     drawn = [torch.randperm(len(order), generator=generator).to(order.device) for _ in range(draws)]

@@ -81,4 +81,4 @@ def _source(file: Path) -> str:
 def _symbols(text: str) -> Tensor:
     of = torch.full((256,), SYMBOLS.index("?"), dtype=torch.uint8)
     of[torch.tensor(list(SYMBOLS.encode()))] = torch.arange(len(SYMBOLS), dtype=torch.uint8)
-    return of[torch.tensor(list(text.encode("ascii", "replace")))]
+    return of[torch.frombuffer(bytearray(text, "ascii", "replace"), dtype=torch.uint8).long()]
