@@ -24,14 +24,14 @@ VARIANTS: dict[str, Callable[[int], nm.BiMask]] = {
     ),
     "none": lambda interval: nm.BiMask(interval=interval, moves=0),
 }
-EVERY = 10  # steps between two measurements
+EVERY = 25  # steps between two measurements: not a multiple of the interval, so that they are of any age of an order
 
 
-def measure(training: Training, variant: str, pattern: str, seed: int, interval: int) -> dict[str, Any]:
+def measure(training: Training, variant: str, interval: int, pattern: str, seed: int) -> dict[str, Any]:
     """One training. kept: sum |W * B| / sum |W * F|, gap: sum ((F - B) * W)^2 / sum (F * W)^2, count_kept: non-zeros of B
     beside those of F; all are of all weights together, means over the training, measured every `EVERY` steps.
     """
-    model = network(pattern, seed)
+    model = network(seed)
     sparse = nm.compile(model, (training.example,), pattern=pattern, method=VARIANTS[variant](interval), seed=seed)
     scheduler, telemetry = nm.SparsityScheduler(sparse, training.steps), nm.Telemetry(sparse, every=EVERY)
     kept, gap, counts = [], [], []
