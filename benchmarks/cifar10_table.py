@@ -1,7 +1,8 @@
-"""The table and the curves of what `cifar10.py` found: mean over the seeds, plus and minus one standard deviation.
+"""The table and the curves of what `cifar10.py` or `characters.py` found: mean over the seeds, plus and minus one standard
+deviation.
 
 python benchmarks/cifar10_table.py                      # Markdown on stdout, curves beside the JSON files
-python benchmarks/cifar10_table.py --results DIR --no-plot
+python benchmarks/cifar10_table.py --results benchmarks/results/characters --no-plot
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,27 @@ TITLES = {
 Run = dict[str, Any]
 Runs = Mapping[tuple[str, str, str], Sequence[Run]]
 """By (model, pattern, method)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What a table shows of its runs. key: in their JSON; factor, digits: as it is printed; length: how long they were."""
+
+    key: str
+    factor: float
+    digits: int
+    title: str
+    unit: str
+    length: str
+
+
+ACCURACY = Measure("accuracy", 100, 2, "test accuracy, %", "epochs", "{epochs} epochs of {train} images, batch {batch}")
+BITS = Measure("bits", 1, 3, "bits per character, lower is better", "steps", "{steps} steps of {batch} x {context} characters")
+
+
+def measure_of(runs: Iterable[Run]) -> Measure:
+    """Accuracies of images, bits of characters."""
+    return BITS if all(BITS.key in run for run in runs) else ACCURACY
 
 
 def main() -> None:
@@ -49,43 +72,52 @@ def load(folder: Path) -> Runs:
 
 
 def table(runs: Runs, model: str) -> str:
-    """Markdown: a row a method, a column a pattern; test accuracy in %, after it what is missing to dense, in points."""
+    """Markdown: a row a method, a column a pattern; after the value its difference to dense, in points or in bits."""
     patterns = sorted({pattern for name, pattern, _ in runs if name == model and pattern}, key=_sparsity)
     methods = [method for method in TITLES if any((model, pattern, method) in runs for pattern in ("", *patterns))]
     mine = [run for key, group in runs.items() if key[0] == model for run in group]
+    measure = measure_of(mine)
     lines = [
-        f"**{model}**: {_few(run['recipe']['epochs'] for run in mine)} epochs of {_few(run['train'] for run in mine)} images, "
-        f"batch {_few(run['recipe']['batch'] for run in mine)}, {_few(run['recipe']['precision'] for run in mine)}, "
+        f"**{model}**, {measure.title}: {_length(measure, mine)}, {_few(run['recipe']['precision'] for run in mine)}, "
         f"seeds: {_few(len(group) for key, group in runs.items() if key[0] == model)}, {_few(run['device'] for run in mine)}",
         "",
         "| | " + " | ".join(patterns or ["dense"]) + " |",
         "|---" * (1 + len(patterns or [""])) + "|",
     ]
-    dense = [run["accuracy"] for run in runs.get((model, "", "dense"), ())]
+    dense = [run[measure.key] for run in runs.get((model, "", "dense"), ())]
     for method in methods:
         cells = []
         for pattern in patterns or [""]:
-            group = [run["accuracy"] for run in runs.get((model, "" if method == "dense" else pattern, method), ())]
-            cells.append(_cell(group, [] if method == "dense" else dense))
+            group = [run[measure.key] for run in runs.get((model, "" if method == "dense" else pattern, method), ())]
+            cells.append(_cell(measure, group, [] if method == "dense" else dense))
         lines.append(f"| {TITLES[method]} | " + " | ".join(cells) + " |")
     pruned = [run for key, group in runs.items() if key[0] == model and key[2] == "magnitude" for run in group]
     for pattern in patterns if pruned else ():
         group = [run["one_shot"] for run in pruned if run["cell"]["pattern"] == pattern]
         if group:
-            lines += ["", f"Magnitude right after pruning to {pattern}, before it is trained again: {_cell(group, [])}."]
+            lines += [
+                "",
+                f"Magnitude right after pruning to {pattern}, before it is trained again: {_cell(measure, group, [])}.",
+            ]
     wrong = [run["cell"] for run in mine if run["exact"][0] != run["exact"][1]]
     if wrong:
         lines += ["", f"NOT N:M after freezing: {wrong}"]
     return "\n".join(lines)
 
 
-def _cell(group: Sequence[float], dense: Sequence[float]) -> str:
+def _length(measure: Measure, runs: Sequence[Run]) -> str:
+    found = {name: _few(run["recipe"].get(name) for run in runs) for name in ("epochs", "steps", "batch", "context")}
+    return measure.length.format(**found, train=_few(run["train"] for run in runs))
+
+
+def _cell(measure: Measure, group: Sequence[float], dense: Sequence[float]) -> str:
     if not group:
         return ""
-    mean = 100 * statistics.fmean(group)
-    spread = f" ± {100 * statistics.stdev(group):.2f}" if len(group) > 1 else ""
-    missing = f" ({mean - 100 * statistics.fmean(dense):+.2f})" if dense else ""
-    return f"{mean:.2f}{spread}{missing}"
+    factor, digits = measure.factor, measure.digits
+    mean = factor * statistics.fmean(group)
+    spread = f" ± {factor * statistics.stdev(group):.{digits}f}" if len(group) > 1 else ""
+    missing = f" ({mean - factor * statistics.fmean(dense):+.{digits}f})" if dense else ""
+    return f"{mean:.{digits}f}{spread}{missing}"
 
 
 def _few(values: Iterable[object]) -> str:
@@ -98,13 +130,14 @@ def _sparsity(pattern: str) -> tuple[float, int]:
 
 
 def plot(runs: Runs, model: str, file: Path) -> None:
-    """Test accuracy over epochs: a panel a pattern, a line a method, a band of one standard deviation."""
+    """Test accuracy over epochs, or bits over steps: a panel a pattern, a line a method, a band of one standard deviation."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     patterns = sorted({pattern for name, pattern, _ in runs if name == model and pattern}, key=_sparsity) or [""]
+    measure = measure_of(run for key, group in runs.items() if key[0] == model for run in group)
     figure, panels = plt.subplots(1, len(patterns), figsize=(4.6 * len(patterns), 3.6), sharey=True, squeeze=False)
     for axes, pattern in zip(panels[0], patterns, strict=True):
         for index, method in enumerate(TITLES):
@@ -113,7 +146,7 @@ def plot(runs: Runs, model: str, file: Path) -> None:
                 continue
             length = min(len(run["curve"]) for run in group)
             at = [point for point, _ in group[0]["curve"][:length]]
-            columns = [[100 * run["curve"][point][1] for run in group] for point in range(length)]
+            columns = [[measure.factor * run["curve"][point][1] for run in group] for point in range(length)]
             mean = [statistics.fmean(column) for column in columns]
             spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
             color = "#3d4654" if method == "dense" else f"C{index}"
@@ -121,9 +154,9 @@ def plot(runs: Runs, model: str, file: Path) -> None:
             low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(at, low, high, color=color, alpha=0.15, lw=0)
         axes.set_title(pattern or "dense")
-        axes.set_xlabel("epochs")
+        axes.set_xlabel(measure.unit)
         axes.grid(color="#e9ecf1")
-    panels[0][0].set_ylabel(f"{model}: test accuracy, %")
+    panels[0][0].set_ylabel(f"{model}: {measure.title}")
     panels[0][-1].legend(frameon=False)
     figure.savefig(file, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)

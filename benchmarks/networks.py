@@ -87,18 +87,18 @@ class ResNet50(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, with one weight for queries, keys and values."""
+    """Pre-norm attention and MLP, with one weight for queries, keys and values. causal: nobody sees what comes later."""
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        seen = functional.scaled_dot_product_attention(query, key, value)
+        seen = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         x = x + self.proj(seen.transpose(1, 2).flatten(2))
         y: Tensor = x + self.fc2(functional.gelu(self.fc1(self.norm2(x))))
         return y
@@ -116,6 +116,25 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.head(self.norm(self.blocks(self.embed(tokens)))).flatten(0, 1)
+        return logits
+
+
+class GPT(nn.Module):
+    """What comes next, for ``[batch, length]`` tokens: logits ``[batch * length, words]``. Positions are learned."""
+
+    def __init__(self, words: int, context: int, width: int = 128, depth: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, width)
+        self.position = nn.Parameter(torch.zeros(context, width))
+        self.blocks = nn.Sequential(*(Block(width, heads, 4 * width, causal=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, words)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.position, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.position[: tokens.shape[1]]
+        logits: Tensor = self.head(self.norm(self.blocks(x))).flatten(0, 1)
         return logits
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,22 @@ class Recipe:
     compiled: bool = False
 
 
+class Options(Protocol):
+    """What the methods need of a recipe, be it of images or of text."""
+
+    @property
+    def decay(self) -> float:
+        """Of pruned weights."""
+
+    @property
+    def interval(self) -> int:
+        """Steps between two searches of a backward order."""
+
+    @property
+    def t_f(self) -> float:
+        """The share of the steps at which LBC has decided."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One run. pattern: ``"2:4"``, or empty for the dense network."""
@@ -56,14 +72,14 @@ class Cell:
         return asdict(self)
 
 
-def random_search(importance: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int) -> Tensor:
+def random_search(importance: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int, draws: int = 10) -> Tensor:
     """The search of Bi-Mask's code: the best of 10 random orders, never of the one at hand. For the ablation."""
     generator = torch.Generator().manual_seed(seed % 2**63)
-    drawn = [torch.randperm(len(order), generator=generator).to(order.device) for _ in range(10)]
+    drawn = [torch.randperm(len(order), generator=generator).to(order.device) for _ in range(draws)]
     return max(drawn, key=lambda each: float(kept_importance(importance, each, n, m)))
 
 
-METHODS: dict[str, Callable[[Recipe], nm.Method] | None] = {
+METHODS: dict[str, Callable[[Options], nm.Method] | None] = {
     "dense": None,
     "magnitude": lambda recipe: nm.Magnitude(),
     "transposable": lambda recipe: Transposable(),
