@@ -53,8 +53,8 @@ def timings(monkeypatch: pytest.MonkeyPatch, fast: set[int]) -> list[tuple[int, 
     """Packed products with so many outputs are twice as fast, others twice as slow. Returns what was measured."""
     measured: list[tuple[int, ...]] = []
 
-    def measure(weight: Tensor, tokens: int, bias: bool) -> Timing:
-        measured.append((*weight.shape, tokens))
+    def measure(weight: Tensor, sizes: tuple[int, ...], bias: bool, channels_last: bool) -> Timing:
+        measured.append((*weight.shape, *sizes))
         return Timing(2e-3, 1e-3) if weight.shape[0] in fast else Timing(1e-3, 2e-3)
 
     monkeypatch.setattr(backend, "_measure", measure)
@@ -65,7 +65,7 @@ def test_each_distinct_shape_is_measured_once_and_the_faster_one_runs(calls: Any
     model, x = frozen()
     measured = timings(monkeypatch, fast={64})
     lowered = nm.lower(model, (x,), backend="cusparselt", dtype=torch.bfloat16)
-    assert sorted(measured) == [(32, 64, 30), (64, 32, 30)], "wide and again share a shape; odd cannot be packed"
+    assert sorted(measured) == [(32, 64, 30, 64), (64, 32, 30, 32)], "wide and again share a shape; odd cannot be packed"
     rows = {row.name: row for row in nm.report(lowered).rows}
     assert rows["wide.weight"].status == rows["again.weight"].status == "sparse"
     assert rows["wide.weight"].speedup == 2.0
@@ -93,7 +93,7 @@ def test_what_was_measured_is_known_the_next_time_and_another_machine_asks_anew(
     assert len(measured) == 2
     known = json.loads((tmp_path / "choices.json").read_text())
     assert len(known) == 2
-    assert all("out=" in key and "torch=" in key and "dtype=torch.float16" in key for key in known)
+    assert all("weight=(" in key and "torch=" in key and "dtype=torch.float16" in key for key in known)
     nm.lower(model, (x,), backend="cusparselt", dtype=torch.bfloat16)
     assert len(measured) == 4, "another dtype is another product"
 
@@ -105,7 +105,7 @@ def test_forced_weights_run_sparse_unmeasured_and_without_choose_all_with_enough
     measured = timings(monkeypatch, fast=set())
     lowered = nm.lower(model, (x,), backend="cusparselt", dtype=torch.float16, force=["wide.*", "again.weight"])
     assert {row.name for row in nm.report(lowered).rows if row.status == "sparse"} == {"wide.weight", "again.weight"}
-    assert measured == [(32, 64, 30)]
+    assert measured == [(32, 64, 30, 64)]
     lowered = nm.lower(model, (x,), backend="cusparselt", dtype=torch.float16, options={"choose": False, "min_tokens": 16})
     assert sum(row.status == "sparse" for row in nm.report(lowered).rows) == 3
     lowered = nm.lower(model, (x,), backend="cusparselt", dtype=torch.float16, options={"choose": False})
@@ -121,6 +121,24 @@ def test_a_lowered_model_compiles_whole(calls: Any, monkeypatch: pytest.MonkeyPa
     running = torch.compile(lowered, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(running(x), lowered(x))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_pointwise_convolution_is_measured_as_the_convolution_it_is(calls: Any, channels_last: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 1), nn.Conv2d(64, 16, 1), nn.Conv2d(16, 4, 3))
+    x = torch.randn(2, 3, 12, 12)
+    model = nm.freeze(nm.compile(net, (x,), method=nm.Magnitude())).eval()
+    if channels_last:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    lowered = nm.lower(model, (x,), backend="cusparselt", dtype=torch.bfloat16)
+    rows = {row.name: row for row in nm.report(lowered).rows}
+    assert rows["1.weight"].dense_ms > 0
+    assert rows["1.weight"].sparse_ms > 0
+    assert rows["1.weight"].status == ("sparse" if rows["1.weight"].speedup > 1.02 else "dense")
+    forced = nm.lower(model, (x,), backend="cusparselt", dtype=torch.bfloat16, force=["*"])
+    assert {row.name for row in nm.report(forced).rows if row.status == "sparse"} == {"1.weight", "2.weight"}
+    torch.testing.assert_close(forced(x).float(), model(x), rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize("content", ["", "not json", "[]", '{"a": 1}', '{"a": {"dense_s": 1}}'])

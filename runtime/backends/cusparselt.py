@@ -78,28 +78,46 @@ class CuSPARSELt(Backend):
 
 
 def _timed(job: Job, product: Product, candidate: Candidate, choices: Choices) -> Timing:
-    weight = getattr_path(job.gm, product.read).detach().flatten(1)
-    tokens = candidate.product.tokens or MIN_TOKENS
-    bias = len(candidate.node.args) > 2 and isinstance(candidate.node.args[2], Node)
-    key = key_of(
-        weight.device, kernel=KERNEL, out=weight.shape[0], inner=weight.shape[1], tokens=tokens, bias=bias, dtype=weight.dtype
-    )
-    return choices.find(key, partial(_measure, weight, tokens, bias))
+    weight = getattr_path(job.gm, product.read).detach()
+    arguments: tuple[Any, ...] = candidate.node.args
+    sizes = tuple(_hint(size) for size in arguments[0].meta["val"].shape)
+    bias = len(arguments) > 2 and isinstance(arguments[2], Node)
+    last = _channels_last(arguments[0])
+    facts = {"weight": tuple(weight.shape), "input": sizes, "channels_last": last, "bias": bias, "dtype": weight.dtype}
+    return choices.find(key_of(weight.device, kernel=KERNEL, **facts), partial(_measure, weight, sizes, bias, last))
 
 
-def _measure(weight: Tensor, tokens: int, bias: bool) -> Timing:
-    """Both products of one shape, on the weight itself; the sparse one with the copy into rows that it may need."""
-    x = torch.randn(tokens, weight.shape[1], device=weight.device).to(weight.dtype)
+def _measure(weight: Tensor, sizes: tuple[int, ...], bias: bool, channels_last: bool) -> Timing:
+    """The product both ways at the sizes of the example; the sparse one with the copies that it may need."""
+    x = torch.randn(sizes, device=weight.device).to(weight.dtype)
     added = weight.new_zeros(weight.shape[0]) if bias else None
     packed, out = pack(weight), weight.shape[0]
 
-    def sparse() -> Tensor:
-        result: Tensor = cslt_linear(x, packed, added, out, 0, False)
+    def linear() -> Tensor:
+        result: Tensor = cslt_linear(x.reshape(-1, sizes[-1]), packed, added, out, 0, False)
         return result.contiguous()
 
-    dense: Callable[[], Any] = partial(functional.linear, x, weight, added)
+    def pointwise() -> Tensor:
+        pixels = x.movedim(-3, -1)
+        result: Tensor = cslt_linear(pixels.reshape(-1, sizes[-3]), packed, added, out, 0, False)
+        return result.reshape(*pixels.shape[:-1], out).movedim(-1, -3).contiguous(memory_format=form)
+
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    if weight.ndim == 4 and channels_last:
+        x = x.contiguous(memory_format=form)
+    dense: Callable[[], Any] = partial(functional.conv2d if weight.ndim == 4 else functional.linear, x, weight, added)
     with torch.no_grad():
-        return side_by_side(dense, sparse, weight.device)
+        return side_by_side(dense, pointwise if weight.ndim == 4 else linear, weight.device)
+
+
+def _hint(size: Any) -> int:
+    """A size of the example where it is dynamic."""
+    return size if isinstance(size, int) else int(getattr(size.node, "hint", None) or 1)
+
+
+def _channels_last(data: Node) -> bool:
+    value = data.meta["val"]
+    return bool(value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous())
 
 
 def _bytes(job: Job, product: Product) -> int:
