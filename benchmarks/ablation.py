@@ -80,7 +80,7 @@ def _cases(name: str, data: Dataset, epochs: int, interval: int) -> list[tuple[s
     less = retirement.LESS
     trainings = [(pattern, "SGD", sgd, 1.0) for pattern in ("2:4", "1:4", "4:8")]
     trainings += [("4:8", "AdamW", Training.with_adam(data, epochs), 1.0)]
-    trainings += [(pattern, f"SGD, scores start at {less:g}", sgd, less) for pattern in ("2:4", "1:4")]
+    trainings += [(pattern, f"SGD, scores begun at {less:g} of that", sgd, less) for pattern in ("2:4", "1:4")]
     return [
         (pattern, f"{about}, {variant}", partial(retirement.measure, training, variant, pattern, start))
         for pattern, about, training, start in trainings
