@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from nm_compiler.capture import capture_mode
+from nm_compiler.capture import capture_mode, in_mode
 from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass, run, standalone
 from nm_compiler.module import SparseModule
@@ -28,7 +28,7 @@ from nm_compiler.passes.fold_batchnorm import fold_batchnorm
 from nm_compiler.passes.fold_weights import fold_weights
 from nm_compiler.passes.products_to_linear import products_to_linear
 from nm_compiler.pattern import PatternMap, PatternSpec
-from nm_compiler.preparing import check_model, globs
+from nm_compiler.preparing import arguments, check_model, globs
 from nm_compiler.routes import untouched
 from nm_compiler.runtime.backends import Job, choose_backend
 from nm_compiler.runtime.lowered import Lowered, relative_error
@@ -71,7 +71,7 @@ def lower(
     not frozen, cannot be one graph in evaluation mode, has no N:M weight, or computes something else afterwards.
     """
     _check_frozen(model)
-    args, named = _inputs(example_inputs, kwargs)
+    args, named = arguments(example_inputs, kwargs, "nm.lower"), dict(kwargs or {})
     chosen = choose_backend(backend, dtype or _dtype(model), _device(model))
     twin = cast(model, dtype)
     given = pytree.tree_map_only(Tensor, partial(_as, dtype=dtype), (args, named))
@@ -93,7 +93,7 @@ def lower(
     for each in passes(exact):
         gm = _checked(run(gm, [each]), sites, each)
     gm = standalone(gm)
-    job = Job(gm, signature, sites, tuple(signature.flatten(*given)), globs(force), dict(options or {}), dynamic_shapes)
+    job = Job(gm, signature, sites, tuple(signature.flatten(*given)), globs(force), dict(options or {}))
     lost = unread(gm, sites)
     lowered = Lowered(
         chosen.lower(job), title=type(model).__name__, backend=chosen.name, signature=signature, plan=plan, sites=sites,
@@ -139,13 +139,6 @@ def _check_frozen(model: Any) -> None:
         raise NMError("this model is on the meta device: load its weights first, there are no zeros to look at")
 
 
-def _inputs(example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if example_inputs is None and not kwargs:
-        raise NMError("nm.lower(model, example_inputs): give inputs of the size that it shall run with, such as (x,)")
-    args = () if example_inputs is None else example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    return args, dict(kwargs or {})
-
-
 def _sparse_sites(model: nn.Module, plan: Plan) -> tuple[dict[str, Site], dict[str, str]]:
     """Planned weights that really are N:M, by name, and the reasons of all others."""
     sites, dense = {}, {refusal.where: refusal.reason for refusal in plan.refusals}
@@ -170,13 +163,8 @@ def _checked(gm: GraphModule, sites: Mapping[str, Site], done: Pass) -> GraphMod
 
 
 def _check(lowered: Lowered, model: nn.Module, plain: Any, given: Any, dtype: torch.dtype) -> None:
-    was = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            wanted, found = model(*plain[0], **{**lowered.signature.hidden, **plain[1]}), lowered(*given[0], **given[1])
-    finally:
-        model.train(was)
+    with in_mode(model, False), torch.no_grad():
+        wanted, found = model(*plain[0], **{**lowered.signature.hidden, **plain[1]}), lowered(*given[0], **given[1])
     error = relative_error(found, wanted)
     bound = TOLERANCE.get(dtype, 6e-2)
     if not error <= bound:

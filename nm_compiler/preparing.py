@@ -26,7 +26,7 @@ def prepared(
 ) -> Routes:
     """Both modes of ``model``, captured. what: the function that was called, for messages. Raises NMError."""
     check_model(model, what)
-    args = _arguments(example_inputs, kwargs, what)
+    args = arguments(example_inputs, kwargs, what)
     args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
     if any(parameter.is_meta for parameter in model.parameters()):  # a shape without values is captured with such inputs
         args, named = pytree.tree_map_only(Tensor, _valueless, (args, named))
@@ -98,7 +98,8 @@ def _valueless(example: Tensor) -> Tensor:
     return example.to("meta")
 
 
-def _arguments(example_inputs: Any, kwargs: Mapping[str, Any] | None, what: str) -> tuple[Any, ...]:
+def arguments(example_inputs: Any, kwargs: Mapping[str, Any] | None, what: str) -> tuple[Any, ...]:
+    """The positional inputs as a tuple. Raises NMError if there are neither positional nor keyword inputs."""
     if example_inputs is None and not kwargs:
         raise NMError(
             f"{what}(model, example_inputs): give inputs to capture the model with, such as (x,). "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,25 +23,13 @@ aten = torch.ops.aten
 class Product:
     """One product with an N:M constant, as it stands before a backend takes it.
 
-    node: its name in the graph; read: the constant it reads; site: of that constant, groups along axis 1;
-    stride, padding, dilation: of a convolution.
+    node: its name in the graph; read: the constant it reads; site: of that constant, groups along axis 1.
     """
 
     node: str
     read: str
     site: Site
     dtype: torch.dtype
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] | str = ()
-    dilation: tuple[int, ...] = ()
-
-    @property
-    def taps(self) -> int:
-        """Kernel positions of a convolution, 1 of a linear layer."""
-        count = 1
-        for size in self.site.shape[2:]:
-            count *= size
-        return count
 
 
 @dataclass(frozen=True)
@@ -58,7 +46,6 @@ class Decision:
     dense_s: float | None = None
     sparse_s: float | None = None
     bytes: int | None = None
-    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def products(gm: GraphModule, sites: Mapping[str, Site]) -> Iterator[Product]:
@@ -73,7 +60,7 @@ def products(gm: GraphModule, sites: Mapping[str, Site]) -> Iterator[Product]:
         value = getattr_path(gm, weight.target)
         groups = conv_groups(node)
         site = replace(sites[name], shape=tuple(value.shape), layout=Layout(1, 0), conv_groups=groups, op=_op(node))
-        yield Product(node.name, str(weight.target), site, value.dtype, *_geometry(node, value.ndim - 2))
+        yield Product(node.name, str(weight.target), site, value.dtype)
 
 
 def unread(gm: GraphModule, sites: Mapping[str, Site]) -> dict[str, str]:
@@ -116,19 +103,6 @@ def conv_groups(node: Node) -> int:
     at = 8 if node.target is aten.convolution.default else 6
     found: Any = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
     return int(found)
-
-
-def _geometry(node: Node, axes: int) -> tuple[Any, Any, Any]:
-    if node.target is aten.linear.default:
-        return (), (), ()
-    given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation"), node.args, strict=False)) | node.kwargs
-    stride, padding, dilation = given.get("stride", 1), given.get("padding", 0), given.get("dilation", 1)
-    return _each(stride, axes), padding if isinstance(padding, str) else _each(padding, axes), _each(dilation, axes)
-
-
-def _each(value: Any, axes: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * axes if len(values) == 1 else values
 
 
 def _op(node: Node) -> str:

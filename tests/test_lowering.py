@@ -149,6 +149,16 @@ def test_a_lowered_model_takes_other_batches_keeps_its_state_dict_and_leaves_the
         lowered(torch.randn(3, 8))
 
 
+def test_lowering_leaves_the_mode_of_every_layer_as_it_was() -> None:
+    model, x = frozen(ConvNet)
+    model.train()
+    model.norm1.eval()  # deliberately: train() of the whole model would undo it
+    modes = [module.training for module in model.modules()]
+    nm.lower(model, x, backend="dense")
+    assert [module.training for module in model.modules()] == modes
+    assert not all(modes)
+
+
 def test_a_lowered_model_takes_keywords_and_gives_back_the_structure_of_the_models_outputs() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -300,7 +310,7 @@ def refusals() -> dict[str, tuple[Callable[[], Any], str]]:
         "the frozen SparseModule": (lambda: nm.lower(done, x), "lower what nm.freeze returned"),
         "dense": (lambda: nm.lower(ConvNet(), x), r"no weight of this ConvNet is \* 2:4: nothing to lower"),
         "another pattern": (lambda: nm.lower(model, x, pattern="1:4"), "1:4: nothing to lower.*conv1.weight: not 1:4"),
-        "no inputs": (lambda: nm.lower(model), "give inputs of the size"),
+        "no inputs": (lambda: nm.lower(model), "give inputs to capture the model with"),
         "no module": (lambda: nm.lower({}, x), "takes a torch.nn.Module, not dict"),
         "meta": (lambda: nm.lower(meta, x), "on the meta device"),
         "unknown backend": (lambda: nm.lower(model, x, backend="trt"), "backend='trt': choose one of auto, tensorrt"),

@@ -21,8 +21,8 @@ def keep(values: Tensor, mask: Tensor) -> Tensor:
     from nm_compiler.solvers.select_kernels import select
 
     out, bits = torch.empty_like(values), _BITS[values.dtype.itemsize]
-    (target,) = flattened(out) or [out]
-    arrays = [flat[0].view(bits).numpy(), flat[1].view(torch.uint8).numpy(), target.view(bits).numpy()]
+    order = sorted(range(values.ndim), key=values.stride, reverse=True)
+    arrays = [flat[0].view(bits).numpy(), flat[1].view(torch.uint8).numpy(), out.permute(order).view(-1).view(bits).numpy()]
     in_threads(lambda part: select(*(array[part] for array in arrays)), len(arrays[0]), values.numel())
     return out
 

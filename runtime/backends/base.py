@@ -32,7 +32,6 @@ class Job:
     flat: tuple[Any, ...]
     force: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
-    dynamic_shapes: Any = None
 
     @property
     def products(self) -> list[Product]:
