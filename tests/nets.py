@@ -6,11 +6,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torchvision
-import transformers
 from torch import Tensor, nn
+from zoo.shim import declare_missing_operators
 
 import nm_compiler as nm
+
+declare_missing_operators()  # before torchvision, which transformers imports as well
+
+import torchvision  # noqa: E402
+import transformers  # noqa: E402
 
 
 class Logits(nn.Module):
