@@ -59,7 +59,7 @@ coverage: $(STAMP)
 	$(BIN)/python benchmarks/coverage.py --resume $(BENCH_ARGS)
 
 # The build backend is installed first, from the same pins, so that pip needs no second, unpinned environment to build in.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard runtime/native/*.[ch])
 	@test -n "$(PYTHON)" || { echo "nm_compiler needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python3"; exit 1; }
 	@test -x $(BIN)/python || { echo "making $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "filling $(VENV) from constraints.txt (torch is large: a minute or more the first time)"

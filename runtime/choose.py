@@ -75,7 +75,9 @@ def key_of(device: torch.device, **facts: Any) -> str:
     return "; ".join(f"{key}={value}" for key, value in parts.items())
 
 
-def side_by_side(dense: Callable[[], object], sparse: Callable[[], object], device: torch.device) -> Timing:
+def side_by_side(
+    dense: Callable[[], object], sparse: Callable[[], object], device: torch.device, rounds: int = _ROUNDS
+) -> Timing:
     """Time both, in turn, as often as a call needs to be longer than the clock's noise."""
     wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
     for work in (dense, sparse, dense, sparse):
@@ -83,7 +85,7 @@ def side_by_side(dense: Callable[[], object], sparse: Callable[[], object], devi
     wait()
     calls = max(1, round(_LEAST_S / max(_once(dense, 1, wait), 1e-6)))
     taken: tuple[list[float], list[float]] = ([], [])
-    for number in range(_ROUNDS):
+    for number in range(rounds):
         for which in (0, 1) if number % 2 else (1, 0):
             taken[which].append(_once((dense, sparse)[which], calls, wait))
     return Timing(statistics.median(taken[0]), statistics.median(taken[1]))

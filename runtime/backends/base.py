@@ -71,7 +71,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What runs the graph, and what became of every product, by its node. notes: lines for the report; artifact: files."""
+    """What runs the graph, and what became of every product, by its node. notes: lines for the report; artifact: files;
+
+    tolerance: of the check after lowering, where the backend rounds more than the dtype does.
+    """
 
     run: nn.Module
     decisions: Mapping[str, Decision]
@@ -79,6 +82,7 @@ class Result:
     notes: tuple[str, ...] = ()
     artifact: Any = None
     takes_tensors_only: bool = False
+    tolerance: float | None = None
 
 
 class Backend(ABC):
@@ -101,6 +105,11 @@ class Backend(ABC):
         if unknown:
             raise NMError(f"backend={self.name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
         return dict(job.options)
+
+
+def hint_of(size: Any) -> int:
+    """A size of the example where it is dynamic."""
+    return size if isinstance(size, int) else int(getattr(size.node, "hint", None) or 1)
 
 
 class _OnlyTensors(nn.Module):

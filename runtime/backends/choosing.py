@@ -8,7 +8,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.runtime.backends.base import Backend
 from nm_compiler.runtime.backends.dense import Dense
 
-NAMES = ("auto", "tensorrt", "cusparselt", "onnx", "dense")
+NAMES = ("auto", "tensorrt", "cusparselt", "cpu", "onnx", "dense")
 
 
 def choose_backend(name: str, dtype: torch.dtype, device: torch.device) -> Backend:
@@ -18,10 +18,6 @@ def choose_backend(name: str, dtype: torch.dtype, device: torch.device) -> Backe
     """
     if name == "auto":
         return _auto(dtype, device)
-    if name == "cpu":
-        raise NMError(
-            'backend="cpu": packed kernels for CPUs are not in this release; backend="dense" runs the graph without them'
-        )
     if name not in NAMES:
         raise NMError(f"backend={name!r}: choose one of {', '.join(NAMES)}")
     backend = _made(name)
@@ -33,24 +29,32 @@ def choose_backend(name: str, dtype: torch.dtype, device: torch.device) -> Backe
 
 def _auto(dtype: torch.dtype, device: torch.device) -> Backend:
     refused: list[str] = []
-    for name in ("tensorrt", "cusparselt"):
+    for name in ("tensorrt", "cusparselt") if device.type != "cpu" else ("cpu",):
         backend = _made(name)
         missing = backend.missing(dtype, device)
         if missing is None:
             backend.notes = tuple(refused)
             return backend
         refused.append(f"{name}: {missing}")
-    chosen = Dense(_short(dtype, device), "an NVIDIA GPU, and dtype=torch.float16 or bfloat16")
+    chosen = Dense(_short(dtype, device), _hint(device))
     chosen.notes = tuple(f"Not used, {reason}" for reason in refused)
     return chosen
 
 
 def _short(dtype: torch.dtype, device: torch.device) -> str:
+    if device.type == "cpu":
+        return "no CPU kernels here"
     if device.type != "cuda":
         return f"no sparse kernels for {device.type} in this release"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"{str(dtype).removeprefix('torch.')}: sparse kernels need float16 or bfloat16"
     return "neither TensorRT nor cuSPARSELt works here"
+
+
+def _hint(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "what the notes say about the CPU kernels, or an NVIDIA GPU"
+    return "an NVIDIA GPU, and dtype=torch.float16 or bfloat16"
 
 
 def _made(name: str) -> Backend:
@@ -67,4 +71,8 @@ def _made(name: str) -> Backend:
         from nm_compiler.runtime.backends.cusparselt import CuSPARSELt
 
         return CuSPARSELt()
+    if name == "cpu":
+        from nm_compiler.runtime.backends.cpu import Cpu
+
+        return Cpu()
     return Dense()

@@ -15,7 +15,7 @@ from torch.nn import functional
 from nm_compiler.graph import getattr_path, run, standalone
 from nm_compiler.passes.lower_cusparselt import lower_cusparselt
 from nm_compiler.pattern import matches
-from nm_compiler.runtime.backends.base import Backend, Job, Result
+from nm_compiler.runtime.backends.base import Backend, Job, Result, hint_of
 from nm_compiler.runtime.choose import Choices, Timing, key_of, side_by_side
 from nm_compiler.runtime.cusparselt.candidates import Candidate, candidates
 from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, machine_of, of_machine
@@ -80,7 +80,7 @@ class CuSPARSELt(Backend):
 def _timed(job: Job, product: Product, candidate: Candidate, choices: Choices) -> Timing:
     weight = getattr_path(job.gm, product.read).detach()
     arguments: tuple[Any, ...] = candidate.node.args
-    sizes = tuple(_hint(size) for size in arguments[0].meta["val"].shape)
+    sizes = tuple(hint_of(size) for size in arguments[0].meta["val"].shape)
     bias = len(arguments) > 2 and isinstance(arguments[2], Node)
     last = _channels_last(arguments[0])
     facts = {"weight": tuple(weight.shape), "input": sizes, "channels_last": last, "bias": bias, "dtype": weight.dtype}
@@ -108,11 +108,6 @@ def _measure(weight: Tensor, sizes: tuple[int, ...], bias: bool, channels_last: 
     dense: Callable[[], Any] = partial(functional.conv2d if weight.ndim == 4 else functional.linear, x, weight, added)
     with torch.no_grad():
         return side_by_side(dense, pointwise if weight.ndim == 4 else linear, weight.device)
-
-
-def _hint(size: Any) -> int:
-    """A size of the example where it is dynamic."""
-    return size if isinstance(size, int) else int(getattr(size.node, "hint", None) or 1)
 
 
 def _channels_last(data: Node) -> bool:

@@ -1,0 +1,108 @@
+"""Let packed products add and activate while they write their result.
+
+    before                                                      after
+    %y = nm.packed_linear(%x, %v, %c, None, %b, None, .., "")   %z = nm.packed_linear(%x, %v, %c, None, %b, %r, .., "relu")
+    %s = aten.add.Tensor(%y, %r)
+    %z = aten.relu(%s)
+
+An addition of the same shape first, then an activation, each only where nobody else reads what comes before it. Reshapes in
+between are looked through: additions and activations do not care for the shape. Dropouts of evaluation are nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from nm_compiler.runtime.native.ops import CONV2D, LINEAR
+
+aten = torch.ops.aten
+
+PACKED = (LINEAR, CONV2D)
+ADD = (aten.add.Tensor, aten.add_.Tensor)
+RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+_PLAIN = {
+    aten.relu.default: "relu", aten.relu_.default: "relu", aten.silu.default: "silu", aten.silu_.default: "silu",
+}  # fmt: skip
+_RESIDUAL = 5  # where the op's arguments have it
+
+
+def fuse_epilogues(gm: GraphModule) -> GraphModule:
+    """Fuse what follows every packed product, as far as it goes."""
+    for product in [node for node in gm.graph.nodes if node.target in PACKED]:
+        while _fuse(gm, product):
+            pass
+    return gm
+
+
+def _fuse(gm: GraphModule, product: Node) -> bool:
+    """Take one more step into the product; False if there is none to take."""
+    between, step = _next(product)
+    if step is None or product.args[-1] != "":
+        return False
+    name = _activation(step)
+    other = product.args[_RESIDUAL] if name else _added(product, between, step)
+    if not name and other is None:
+        return False
+    _taken(gm, product, between, step, other, name or "")
+    return True
+
+
+def _next(product: Node) -> tuple[list[Node], Node | None]:
+    """Reshapes and dropouts behind the product that nobody else reads, and what reads the last of them."""
+    between, at = list[Node](), product
+    while len(at.users) == 1:
+        (user,) = at.users
+        if user.args[:1] != (at,) or (user.target not in RESHAPES and not _nothing(user)):
+            return between, user
+        between.append(user)
+        at = user
+    return between, None
+
+
+def _nothing(node: Node) -> bool:
+    """A dropout that is switched off."""
+    return node.target is aten.dropout.default and node.args[2] is False
+
+
+def _activation(step: Node) -> str | None:
+    if step.target is aten.gelu.default:
+        return "gelu_tanh" if step.kwargs.get("approximate", "none") == "tanh" else "gelu"
+    return _PLAIN.get(step.target)  # type: ignore[call-overload, no-any-return]
+
+
+def _added(product: Node, between: list[Node], step: Node) -> Node | None:
+    """What is added to the product, if all of it can be: the same shape and dtype, unscaled."""
+    last = between[-1] if between else product
+    if step.target not in ADD or product.args[_RESIDUAL] is not None or step.kwargs.get("alpha", 1) != 1:
+        return None
+    first, second = step.args[0], step.args[1]
+    other: Any = second if first is last else first
+    if other is last or not isinstance(other, Node) or (first is not last and step.target is aten.add_.Tensor):
+        return None
+    mine, theirs = last.meta["val"], other.meta.get("val")
+    fits = isinstance(theirs, torch.Tensor) and theirs.dtype == mine.dtype and tuple(theirs.shape) == tuple(mine.shape)
+    return other if fits else None
+
+
+def _taken(gm: GraphModule, product: Node, between: list[Node], step: Node, residual: Any, activation: str) -> None:
+    """Move the product, and the reshapes behind it, to where the step is: what it adds is there by then. The step goes."""
+    shapes = [each for each in between if not _nothing(each)]
+    if isinstance(residual, Node) and residual is not product.args[_RESIDUAL] and shapes:
+        with gm.graph.inserting_before(step):
+            sizes = [size if isinstance(size, int) else -1 for size in product.meta["val"].shape]
+            residual = gm.graph.call_function(aten.reshape.default, (residual, sizes))
+    product.args = (*product.args[:_RESIDUAL], residual, *product.args[_RESIDUAL + 1 : -1], activation)
+    at = product
+    step.prepend(product)
+    for each in shapes:
+        each.args = (at, *each.args[1:])
+        step.prepend(each)
+        at = each
+    step.replace_all_uses_with(at)
+    gm.graph.erase_node(step)
+    for each in reversed(between):
+        if _nothing(each):
+            gm.graph.erase_node(each)

@@ -1,0 +1,110 @@
+"""Packed N:M kernels on the CPU, inside PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nm_compiler.errors import NMError
+from nm_compiler.evaluate import value_of
+from nm_compiler.graph import getattr_path, run, standalone
+from nm_compiler.passes.fuse_epilogues import fuse_epilogues
+from nm_compiler.passes.lower_cpu import lower_cpu
+from nm_compiler.pattern import matches
+from nm_compiler.runtime.backends.base import Backend, Job, Result, hint_of
+from nm_compiler.runtime.choose import Choices, Timing, key_of
+from nm_compiler.runtime.native.eligible import DTYPES, geometry, reasons
+from nm_compiler.runtime.native.library import load
+from nm_compiler.runtime.native.measuring import timed
+from nm_compiler.runtime.native.packing import pack
+from nm_compiler.runtime.products import Decision, Product
+
+VALUES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+TOLERANCE = {torch.bfloat16: 2e-2, torch.int8: 1e-1}
+"""Of the check, where values are rounded."""
+
+
+class Cpu(Backend):
+    """Options: values, "bfloat16" or "int8" to store rounded weights (float32 sums); choose, False to lower without measuring;
+    cache, another file for what was measured.
+
+    By default every distinct product is timed against torch's best dense way, and the faster stays.
+    """
+
+    name = "cpu"
+
+    def missing(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"the model is on {device}: model.cpu()"
+        if dtype not in DTYPES:
+            name = str(dtype).removeprefix("torch.")
+            return f"{name}: the CPU kernels take float32 and bfloat16, say dtype=torch.float32"
+        found = load()
+        return found if isinstance(found, str) else None
+
+    def lower(self, job: Job) -> Result:
+        options = self.take(job, "values", "choose", "cache")
+        values = _values(options.get("values"))
+        choices = Choices(options.get("cache")) if options.get("choose", True) else None
+        found, nodes = job.products, {node.name: node for node in job.gm.graph.nodes}
+        decisions = {each.node: _decide(job, each, nodes[each.node], choices, values) for each in found}
+        chosen = [each for each in found if decisions[each.node].kernel]
+        lower = partial(lower_cpu, chosen=chosen, values={} if values is None else dict.fromkeys(DTYPES, values))
+        gm = standalone(run(job.gm, [lower, fuse_epilogues]))
+        library = load()
+        notes = (f"CPU kernels for {getattr(library, 'isa', library)}, {torch.get_num_threads()} threads.",)
+        return Result(gm, decisions, found, notes, tolerance=None if values is None else TOLERANCE.get(values))
+
+
+def _values(name: Any) -> torch.dtype | None:
+    if name is None:
+        return None
+    if name not in VALUES:
+        raise NMError(f"options={{'values': {name!r}}}: choose one of {', '.join(VALUES)}")
+    return VALUES[name]
+
+
+def _decide(job: Job, product: Product, node: Node, choices: Choices | None, values: torch.dtype | None) -> Decision:
+    why = reasons(product, node)
+    if why:
+        return Decision(reasons=why, hint=why[0].partition(": ")[2])
+    weight: Tensor = getattr_path(job.gm, product.read).detach()
+    dtype = values or weight.dtype
+    packed = pack(weight, product.site.pattern, conv_groups=product.site.conv_groups, dtype=dtype)
+    name = f"CPU packed {product.site.pattern}" + ("" if dtype == torch.float32 else f" {str(dtype).removeprefix('torch.')}")
+    decision = Decision(name, eligible=True, bytes=packed.nbytes)
+    if choices is None or matches(product.site.name, job.force) is not None:
+        return decision
+    given: Any = node.args
+    bias = value_of(job.gm, given[2]).detach() if len(given) > 2 and isinstance(given[2], Node) else None
+    conv = None if product.site.op == "linear" else geometry(node)
+    x = _example(given[0], weight.dtype)
+    facts = {
+        "kernel": name, "weight": tuple(weight.shape), "input": tuple(x.shape), "strides": x.stride(), "conv": conv,
+        "bias": bias is not None, "dtype": weight.dtype, "isa": getattr(load(), "isa", ""),
+    }  # fmt: skip
+    timing: Timing = choices.find(key_of(weight.device, **facts), partial(timed, weight, packed, x, bias, conv))
+    decision = replace(decision, dense_s=timing.dense_s, sparse_s=timing.sparse_s)
+    if timing.sparse_wins:
+        return decision
+    return replace(
+        decision, kernel="", bytes=None, reasons=(f"measured {timing.speedup:.2f}x of dense at {_size(x, conv)}",),
+        hint="fewer kept weights (1:4, 1:8), a larger layer, or force=[...]",
+    )  # fmt: skip
+
+
+def _example(data: Node, dtype: torch.dtype) -> Tensor:
+    """Random data as the product gets them in the example, in their layout."""
+    value = data.meta["val"]
+    x = torch.randn([hint_of(size) for size in value.shape]).to(dtype)
+    last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
+    return x.contiguous(memory_format=torch.channels_last) if last else x
+
+
+def _size(x: Tensor, conv: object) -> str:
+    return f"{x.numel() // max(x.shape[-1], 1)} tokens" if conv is None else f"inputs of {list(x.shape)}"

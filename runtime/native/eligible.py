@@ -1,0 +1,88 @@
+"""Which products the CPU kernels take, and how: the arguments of the packed op, or the reason why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from nm_compiler.runtime.native.packing import MOST_M
+from nm_compiler.runtime.products import Product
+
+aten = torch.ops.aten
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Conv:
+    """What a convolution is called with besides its weight and bias, for two axes of space. one_axis: it has one."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    one_axis: bool
+
+
+def reasons(product: Product, node: Node) -> tuple[str, ...]:
+    """Every reason why the product stays dense; empty if the kernels take it."""
+    found = []
+    if product.site.pattern.m > MOST_M:
+        found.append(f"M = {product.site.pattern.m}: the CPU kernels take M up to {MOST_M}")
+    if product.dtype not in DTYPES:
+        name = str(product.dtype).removeprefix("torch.")
+        found.append(f"{name}: the CPU kernels take float32 and bfloat16, say dtype=torch.float32")
+    if node.target is not aten.linear.default and geometry(node) is None:
+        found.append(
+            f"{product.site.op} with this padding or number of axes: the CPU kernels take one or two axes, padded evenly"
+        )
+    return tuple(found)
+
+
+def geometry(node: Node) -> Conv | None:
+    """Of a convolution; None if the kernels cannot compute it."""
+    names = ("stride", "padding", "dilation", "groups")
+    given: tuple[Any, ...] = node.args
+    axes = _axes(node)
+    if axes is None:
+        return None
+    if node.target is aten.convolution.default:
+        if given[6]:
+            return None
+        stride, padding, dilation, groups = *given[3:6], given[8]
+    else:
+        stride, padding, dilation, groups = (
+            given[3 + i] if len(given) > 3 + i else node.kwargs.get(name, default)
+            for i, (name, default) in enumerate(zip(names, (1, 0, 1, 1), strict=True))
+        )
+    kernel = node.all_input_nodes[1].meta["val"].shape[2:]
+    strides, dilations = _pair(stride, axes), _pair(dilation, axes)
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(_each(dilation, axes), kernel, strict=True)]
+        if any(amount % 2 for amount in total):
+            return None
+        padding = [amount // 2 for amount in total]
+    paddings = (0, int(_each(padding, 1)[0])) if axes == 1 else _pair(padding, 2)
+    return Conv(strides, paddings, dilations, int(groups), axes == 1)
+
+
+def _axes(node: Node) -> int | None:
+    """One or two of space, with a batch; None for anything else."""
+    data: Any = node.args[0]
+    weight: Any = node.args[1]
+    axes = weight.meta["val"].ndim - 2
+    return axes if axes in (1, 2) and data.meta["val"].ndim == axes + 2 else None
+
+
+def _each(value: Any, axes: int) -> list[int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * axes if len(values) == 1 else values
+
+
+def _pair(value: Any, axes: int) -> tuple[int, int]:
+    """Along height and width; a single axis of space is the width."""
+    first, *rest = _each(value, axes)
+    return (first, rest[0]) if axes == 2 else (1, first)

@@ -1,0 +1,177 @@
+/* The product for few tokens, where every weight is read once: 16 outputs lie in lanes and x stays as it is.
+ *
+ *     for tile of 16 rows:  for group of m:  for each kept position:
+ *       sums[token][lanes] += value[step][lanes] * x[token][group + code[step][lanes]]      # x chosen by a permutation
+ *
+ * A choice loads 4, 16 or 32 floats from the group's start on; the last groups of a token read from a padded copy. */
+
+#define TAIL 96 /* floats of a token's padded copy: a window of 32 before the last group, that group, a window after it */
+
+static inline __attribute__((always_inline)) vf chosen(const float *x, vu code, const int bits) {
+#if V == 16
+    if (bits == 2) return (vf)_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(x)), (__m512i)code);
+    if (bits == 4) return (vf)_mm512_permutexvar_ps((__m512i)code, _mm512_loadu_ps(x));
+    return (vf)_mm512_permutex2var_ps(_mm512_loadu_ps(x), (__m512i)code, _mm512_loadu_ps(x + 16));
+#elif V == 8
+    if (bits == 2) return (vf)_mm256_permutevar_ps(_mm256_broadcast_ps((const __m128 *)x), (__m256i)code);
+    if (bits == 4) {
+        const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), (__m256i)code);
+        const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + 8), (__m256i)code);
+        return (vf)_mm256_blendv_ps(low, high, (__m256)(code << 28));
+    }
+    return (vf)_mm256_i32gather_ps(x, (__m256i)(code & 31), 4);
+#else
+    vf result;
+    for (int i = 0; i < V; i++) result[i] = x[code[i] & ((1u << bits) - 1)];
+    return result;
+#endif
+}
+
+#define AHEAD 2048 /* bytes of values that are asked for before they are needed: the processor stops at the end of a page */
+
+/* one step: T tokens times the 16 lanes of one kept position */
+static inline __attribute__((always_inline)) void step_of(const int64_t dtype, const int bits, const int T, const int checked,
+        uint32_t last, const char *values, int64_t step, vu code[PARTS], const float *x, int64_t ldx, vf sums[][PARTS], vu *wrong) {
+#pragma GCC unroll 4
+    for (int part = 0; part < PARTS; part++) {
+        const vu now = checked ? clamped(code[part] & ((1u << bits) - 1), last, wrong) : code[part];
+        const vf value = value_at(dtype, values, step * NM_LANES + part * V);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) sums[t][part] += value * chosen(x + t * ldx, now, bits);
+        code[part] >>= bits;
+    }
+}
+
+/* What the instances below are made of: values' dtype D, bits B of a code, T tokens at once, N kept of a group (0: j->n).
+ * x: the first token's group g0. Sums go through memory between the parts of a tile, which is nothing beside its steps. */
+#define PARAMETERS const nm_job *j, const char *values, const uint32_t *codes, int64_t g0, int64_t g1, const float *x, int64_t ldx, \
+                   vf sums[][PARTS], vu *wrong
+
+/* groups one by one */
+static inline __attribute__((always_inline)) void span_of(const int64_t D, const int B, const int T, PARAMETERS) {
+    const int a_word = 32 / B;
+    const uint32_t last = (uint32_t)j->m - 1;
+    vf kept[8][PARTS];
+    memcpy(kept, sums, sizeof(vf[PARTS]) * (size_t)T);
+    for (int64_t g = g0; g < g1; g++, x += j->m)
+        for (int64_t step = g * j->n; step < (g + 1) * j->n; step++) {
+            vu code[PARTS];
+            for (int part = 0; part < PARTS; part++)
+                code[part] = *(const vuu *)(codes + step / a_word * NM_LANES + part * V) >> (uint32_t)(step % a_word * B);
+            step_of(D, B, T, 1, last, values, step, code, x, ldx, kept, wrong);
+        }
+    memcpy(sums, kept, sizeof(vf[PARTS]) * (size_t)T);
+}
+
+/* whole words of codes, all of which are possible: their steps are unrolled. Returns the group that comes next. */
+static inline __attribute__((always_inline)) int64_t words_of(const int64_t D, const int B, const int T, const int N, PARAMETERS) {
+    const int a_word = 32 / B, groups = a_word / N, value_bytes = D == NM_F32 ? 4 : D == NM_BF16 ? 2 : 1;
+    vf kept[8][PARTS];
+    memcpy(kept, sums, sizeof(vf[PARTS]) * (size_t)T);
+    int64_t g = g0;
+    for (; g + groups <= g1; g += groups, x += groups * j->m) {
+        const int64_t step = g * N;
+        vu code[PARTS];
+        for (int part = 0; part < PARTS; part++) code[part] = *(const vuu *)(codes + step / a_word * NM_LANES + part * V);
+        for (int line = 0; line < a_word * NM_LANES * value_bytes / LINE; line++)
+            __builtin_prefetch(values + step * NM_LANES * value_bytes + AHEAD + line * LINE);
+#pragma GCC unroll 16
+        for (int s = 0; s < a_word; s++) step_of(D, B, T, 0, 0, values, step + s, code, x + s / N * j->m, ldx, kept, wrong);
+    }
+    memcpy(sums, kept, sizeof(vf[PARTS]) * (size_t)T);
+    return g;
+}
+
+typedef void (*span_fn)(PARAMETERS);
+typedef int64_t (*words_fn)(PARAMETERS);
+#define SPAN(D, B, T) static void span_##D##_##B##_##T(PARAMETERS) { span_of(D, B, T, j, values, codes, g0, g1, x, ldx, sums, wrong); }
+#define WORDS(D, B, T, N) \
+    static int64_t words_##D##_##B##_##T##_##N(PARAMETERS) { return words_of(D, B, T, N, j, values, codes, g0, g1, x, ldx, sums, wrong); }
+
+#define ALL_T(OF, D, B) OF(D, B, 1) OF(D, B, 2) OF(D, B, 4) OF(D, B, 8)
+#define ALL_B(OF, D) ALL_T(OF, D, 2) ALL_T(OF, D, 4) ALL_T(OF, D, 8)
+ALL_B(SPAN, 0)
+ALL_B(SPAN, 1)
+ALL_B(SPAN, 2)
+#define SPANS_T(D, B) {span_##D##_##B##_1, span_##D##_##B##_2, span_##D##_##B##_4, span_##D##_##B##_8}
+#define SPANS(D) {SPANS_T(D, 2), SPANS_T(D, 4), SPANS_T(D, 8)}
+static const span_fn span_for[3][3][4] = {SPANS(0), SPANS(1), SPANS(2)}; /* [dtype][bits][tokens] */
+
+/* the patterns that most weights have, n:4 and n:16 with n of 1 and 2, where vectors are wide */
+#if V == 4
+static words_fn words_for(const nm_job *j, int size) { (void)j, (void)size; return 0; }
+#else
+#define WORDS_T(D, B, N) WORDS(D, B, 1, N) WORDS(D, B, 2, N) WORDS(D, B, 4, N) WORDS(D, B, 8, N)
+#define WORDS_N(D) WORDS_T(D, 2, 1) WORDS_T(D, 2, 2) WORDS_T(D, 4, 1) WORDS_T(D, 4, 2)
+WORDS_N(0)
+WORDS_N(1)
+WORDS_N(2)
+#define NAMES_T(D, B, N) {words_##D##_##B##_1_##N, words_##D##_##B##_2_##N, words_##D##_##B##_4_##N, words_##D##_##B##_8_##N}
+#define NAMES(D) {{NAMES_T(D, 2, 1), NAMES_T(D, 2, 2)}, {NAMES_T(D, 4, 1), NAMES_T(D, 4, 2)}}
+static const words_fn known_words[3][2][2][4] = {NAMES(0), NAMES(1), NAMES(2)}; /* [dtype][bits][n][tokens] */
+
+static words_fn words_for(const nm_job *j, int size) {
+    if ((j->m != 4 && j->m != 16) || j->n > 2) return 0;
+    return known_words[j->dtype][j->m == 16][j->n - 1][size];
+}
+#endif
+
+static __attribute__((noinline)) void finish(const nm_job *j, int64_t tile, int64_t token, int64_t count, vf sums[][PARTS]) {
+    const int64_t group = tile / nm_tiles(j), row = tile % nm_tiles(j) * NM_LANES, rows = nm_min(NM_LANES, j->rows - row);
+    float start[NM_LANES] = {0};
+    if (j->bias) memcpy(start, j->bias + group * j->rows + row, (size_t)rows * 4);
+    for (int64_t t = 0; t < count; t++)
+        for (int64_t lane = 0; lane < rows; lane += V) {
+            const int64_t place = (token + t) * j->ldy + group * j->rows + row + lane, some = nm_min(V, rows - lane);
+            vf y = sums[t][lane / V];
+            if (j->scales) y *= load(j->scales + tile * NM_LANES + lane);
+            y += load(start + lane);
+            if (j->residual) y += some == V ? load(j->residual + place) : load_some(j->residual + place, some);
+            y = activate(y, j->activation);
+            if (some == V) store(j->y + place, y);
+            else store_some(j->y + place, y, some);
+        }
+}
+
+static int64_t few_tiles(const nm_job *j) { return nm_tiles(j) * j->groups; }
+
+/* several tiles a task, so that the queue of tasks costs nothing; enough tasks that workers end together */
+static int64_t few_tiles_a_task(const nm_job *j) { return nm_up(few_tiles(j), 8 * nm_max(1, j->threads)); }
+
+static int64_t few_tasks(const nm_job *j) { return nm_up(few_tiles(j), few_tiles_a_task(j)); }
+
+static int run_few(const nm_job *j, int64_t task) {
+    const int bits = nm_bits(j->m);
+    const int64_t a_task = few_tiles_a_task(j), end = nm_min(few_tiles(j), (task + 1) * a_task), tokens = nm_tokens(j);
+    const int64_t window = bits == 2 ? 4 : bits == 4 ? 16 : 32, groups = j->inputs / j->m;
+    const int64_t safe = j->inputs < window ? 0 : nm_min(groups, (j->inputs - window) / j->m + 1);
+    const int64_t steps = nm_steps(j), words = nm_words(j), rest = j->inputs - safe * j->m;
+    vu wrong = {0};
+    for (int64_t tile = task * a_task; tile < end; tile++) {
+        const float *x = j->x + tile / nm_tiles(j) * j->inputs;
+        const char *values = (const char *)j->values + tile * steps * NM_LANES * nm_value_bytes(j);
+        const uint32_t *codes = j->codes + tile * words * NM_LANES;
+        for (int64_t token = 0, count; token < tokens; token += count) {
+            const int64_t left = tokens - token;
+            const int size = left >= MOST_TOKENS ? MOST_TOKENS_LOG : left >= 4 ? 2 : left >= 2 ? 1 : 0;
+            count = 1 << size;
+            const span_fn span = span_for[j->dtype][bits == 2 ? 0 : bits == 4 ? 1 : 2][size];
+            const words_fn whole = words_for(j, size);
+            const float *from = x + token * j->ldx;
+            vf sums[8][PARTS];
+            float tail[8 * TAIL];
+            memset(sums, 0, sizeof sums);
+            const int64_t g = whole ? whole(j, values, codes, 0, safe, from, j->ldx, sums, &wrong) : 0;
+            if (g < safe) span(j, values, codes, g, safe, from + g * j->m, j->ldx, sums, &wrong);
+            if (safe < groups) {
+                for (int64_t t = 0; t < count; t++) {
+                    memcpy(tail + t * TAIL, from + t * j->ldx + safe * j->m, (size_t)rest * 4);
+                    memset(tail + t * TAIL + rest, 0, (size_t)(TAIL - rest) * 4);
+                }
+                span(j, values, codes, safe, groups, tail, TAIL, sums, &wrong);
+            }
+            finish(j, tile, token, count, sums);
+        }
+    }
+    return any(wrong) ? NM_BAD_CODE : NM_OK;
+}

@@ -1,0 +1,16 @@
+/* One instruction set: everything compiled for vectors of V floats, behind one table. */
+#include "vector.h"
+
+#include "codes.h"
+#include "pack.h"
+#include "unpack.h"
+
+#include "panel.h"
+
+#include "few.h"
+
+static int64_t tasks(const nm_job *j) { return j->few ? few_tasks(j) : panel_tasks(j); }
+static int64_t scratch(const nm_job *j) { return j->few ? 64 : panel_scratch(j); }
+static int run(const nm_job *j, int64_t task, char *room) { return j->few ? run_few(j, task) : run_panel(j, task, room); }
+
+const nm_isa TABLE = {NAME, tasks, scratch, run};

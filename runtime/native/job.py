@@ -1,0 +1,63 @@
+"""What the kernels are told: the fields of ``nm_job`` in job.h, in the same order, 64 bits each."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""Of packed values."""
+ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+
+
+class Job(NamedTuple):
+    """Addresses and sizes; job.h says what each is. rows, inputs: of one conv group; ldx, ldy: channels of all of them."""
+
+    x: int
+    y: int
+    residual: int
+    bias: int
+    values: int
+    codes: int
+    scales: int
+    dtype: int
+    n: int
+    m: int
+    groups: int
+    rows: int
+    inputs: int
+    batch: int
+    in_h: int
+    in_w: int
+    out_h: int
+    out_w: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+    ldx: int
+    ldy: int
+    channels_last: int
+    activation: int
+    few: int
+
+
+_FIELDS = struct.Struct(f"={len(Job._fields) + 3}q")
+BYTES = _FIELDS.size
+
+
+def packed(job: Job, threads: int, scratch: tuple[int, int]) -> bytes:
+    """As C reads it. scratch: address and bytes."""
+    return _FIELDS.pack(*job, threads, *scratch)
+
+
+def address(tensor: Tensor | None) -> int:
+    """0 of None."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,71 @@
+"""Time a product sparse against the best dense way that torch has: eager, turned, both layouts, prepacked as in inductor."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nm_compiler.runtime.choose import Timing, side_by_side
+from nm_compiler.runtime.native.eligible import Conv
+from nm_compiler.runtime.native.ops import CONV2D, LINEAR
+from nm_compiler.runtime.native.packing import Packed
+
+Way = Callable[[], Any]
+
+
+def timed(weight: Tensor, packed: Packed, x: Tensor, bias: Tensor | None, conv: Conv | None) -> Timing:
+    """The product of ``x`` with ``weight`` both ways; dense is the fastest of its ways. x: in the layout that it will have."""
+    with torch.no_grad():
+        sparse = _sparse(packed, x, bias, conv)
+        ways = list(_linear_ways(weight, x, bias) if conv is None else _conv_ways(weight, x, bias, conv))
+        quick = [side_by_side(way, sparse, x.device, rounds=3) for way in ways]
+        best = min(range(len(ways)), key=lambda index: quick[index].dense_s)
+        return side_by_side(ways[best], sparse, x.device)
+
+
+def _sparse(packed: Packed, x: Tensor, bias: Tensor | None, conv: Conv | None) -> Way:
+    n, m, rows = packed.pattern.n, packed.pattern.m, packed.shape[0]
+    added = None if bias is None else bias.float()
+    operands = (packed.values, packed.codes, packed.scales, added, None, [n, m], rows)
+    if conv is None:
+        return lambda: LINEAR(x, *operands, "")
+    kernel = [1, *packed.shape[2:]][-2:]
+    data = x.unsqueeze(2) if conv.one_axis else x
+    how = (kernel, list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups, "")
+    return lambda: CONV2D(data, *operands, *how)
+
+
+def _linear_ways(weight: Tensor, x: Tensor, bias: Tensor | None) -> Iterator[Way]:
+    flat, turned = x.reshape(-1, x.shape[-1]), weight.t().contiguous()
+    yield lambda: functional.linear(x, weight, bias)
+    yield (lambda: torch.mm(flat, turned)) if bias is None else (lambda: torch.addmm(bias, flat, turned))
+    with contextlib.suppress(Exception):  # torch's own packed form; not every build and dtype has it
+        mkldnn: Any = torch.ops.mkldnn
+        packed = mkldnn._reorder_linear_weight(_mkldnn(weight), flat.shape[0])
+        mkldnn._linear_pointwise(flat, packed, bias, "none", [], "")
+        yield lambda: mkldnn._linear_pointwise(flat, packed, bias, "none", [], "")
+
+
+def _conv_ways(weight: Tensor, x: Tensor, bias: Tensor | None, conv: Conv) -> Iterator[Way]:
+    data, kernel = (x.unsqueeze(2), weight.unsqueeze(2)) if conv.one_axis else (x, weight)
+    how = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    for form in (torch.contiguous_format, torch.channels_last):
+        there, turned = data.contiguous(memory_format=form), kernel.contiguous(memory_format=form)
+        yield partial(functional.conv2d, there, turned, bias, *how)
+    with contextlib.suppress(Exception):
+        mkldnn: Any = torch.ops.mkldnn
+        sizes: Any = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        packed = mkldnn._reorder_convolution_weight(_mkldnn(kernel), *sizes, list(data.shape))
+        last = data.contiguous(memory_format=torch.channels_last)
+        mkldnn._convolution_pointwise(last, packed, bias, *sizes, "none", [], "")
+        yield lambda: mkldnn._convolution_pointwise(last, packed, bias, *sizes, "none", [], "")
+
+
+def _mkldnn(weight: Tensor) -> Any:
+    return weight.to_mkldnn()

@@ -1,0 +1,121 @@
+"""From an N:M weight to what the kernels read, and back.
+
+    weight [out, in / conv groups, *taps]  ->  values [conv groups, tiles, steps, 16]   of dtype
+                                               codes  [conv groups, tiles, words, 16]   int32
+                                               scales [conv groups, tiles, 16]          float32, int8 values only
+
+A tile is 16 rows of a conv group (the last is filled up with zeros); a step is one kept position of each of the 16 rows,
+n steps a group, groups along ``[*taps, in]``. A code is the position inside its group, in 2, 4 or 8 bits, the first step in
+the low bits of a word. 2:4 in float32: 4.25 bytes a non-zero, 0.53 of dense.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nm_compiler.errors import NMError
+from nm_compiler.pattern import Pattern
+from nm_compiler.runtime.native.job import DTYPES
+
+LANES = 16
+"""Rows of a tile: ``NM_LANES`` in job.h."""
+MOST_M = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A packed weight. shape: of the dense one; pattern, conv_groups: it was packed with."""
+
+    values: Tensor
+    codes: Tensor
+    scales: Tensor | None
+    shape: tuple[int, ...]
+    pattern: Pattern
+    conv_groups: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its tensors."""
+        return sum(tensor.nbytes for tensor in (self.values, self.codes, self.scales) if tensor is not None)
+
+
+def code_bits(m: int) -> int:
+    """Bits of a code."""
+    return 2 if m <= 4 else 4 if m <= 16 else 8
+
+
+def sizes(shape: tuple[int, ...], pattern: Pattern, conv_groups: int) -> tuple[int, int, int]:
+    """tiles, steps, words of a weight of ``shape``."""
+    steps = math.prod(shape[1:]) // pattern.m * pattern.n
+    return -(-shape[0] // conv_groups // LANES), steps, -(-steps * code_bits(pattern.m) // 32)
+
+
+def pack(weight: Tensor, pattern: Pattern, *, conv_groups: int = 1, dtype: torch.dtype = torch.float32) -> Packed:
+    """Pack a weight ``[out, in / conv groups, *taps]`` that is N:M along axis 1; on the CPU, nothing is changed.
+
+    dtype: of the values: float32, bfloat16 (rounded), or int8 (one scale a row, rounded to nearest: about 1 % of the norm).
+    Raises NMError if it is not N:M, if M is more than 32, or for another dtype.
+    """
+    m, n = pattern.m, pattern.n
+    given = f"a weight of {list(weight.shape)}"
+    if m > MOST_M:
+        raise NMError(f"{given}: the CPU kernels take M up to {MOST_M}, not {pattern}")
+    if dtype not in DTYPES:
+        raise NMError(f"{given}: packed values are float32, bfloat16 or int8, not {dtype}")
+    if weight.ndim < 2 or weight.shape[1] % m or weight.shape[0] % conv_groups:
+        raise NMError(f"{given} cannot be packed: groups of {m} along axis 1, {conv_groups} conv groups along axis 0")
+    rows = weight.shape[0] // conv_groups
+    flat = weight.detach().flatten(2).movedim(1, -1) if weight.ndim > 2 else weight.detach()
+    grouped = flat.reshape(conv_groups, rows, -1, m)
+    kept = grouped != 0
+    fullest = int(kept.sum(-1).max()) if kept.numel() else 0
+    if fullest > n:
+        raise NMError(f"{given} is not {pattern} along axis 1: a group has {fullest} non-zeros. nm.freeze makes it so")
+    # non-zeros first, both parts in order; then the places that are kept in order again
+    places = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :n].sort(-1).values
+    values = _lanes(grouped.gather(-1, places).float(), rows)
+    codes = _words(_lanes(places, rows), code_bits(m))
+    if dtype != torch.int8:
+        return Packed(values.to(dtype), codes, None, tuple(weight.shape), pattern, conv_groups)
+    scales = values.abs().amax(2) / 127 if values.shape[2] else values.new_zeros((*values.shape[:2], LANES))
+    rounded = (values / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(2)).round().to(torch.int8)
+    return Packed(rounded, codes, scales, tuple(weight.shape), pattern, conv_groups)
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The dense weight again, float32. What was packed as float32 comes back as it was, to the bit."""
+    pattern, (tiles, steps, _) = packed.pattern, sizes(packed.shape, packed.pattern, packed.conv_groups)
+    bits = code_bits(pattern.m)
+    shifts = torch.arange(0, 32, bits).view(-1, 1)
+    codes = ((packed.codes.unsqueeze(3) >> shifts) & ((1 << bits) - 1)).flatten(2, 3)[:, :, :steps]
+    values = packed.values.float()
+    if packed.scales is not None:
+        values = values * packed.scales.unsqueeze(2)
+    rows = packed.shape[0] // packed.conv_groups
+    places, kept = (
+        each.transpose(2, 3).reshape(packed.conv_groups, tiles * LANES, -1, pattern.n)[:, :rows] for each in (codes, values)
+    )
+    grouped = torch.zeros(*places.shape[:-1], pattern.m).scatter_(-1, places.long(), kept)
+    flat = grouped.reshape(packed.shape[0], -1, packed.shape[1])
+    return flat.movedim(-1, 1).reshape(packed.shape).contiguous()
+
+
+def _lanes(tensor: Tensor, rows: int) -> Tensor:
+    """``[conv groups, rows, groups, n]`` to ``[conv groups, tiles, steps, 16]``."""
+    flat = tensor.flatten(2)
+    tiles = -(-rows // LANES)
+    filled = torch.nn.functional.pad(flat, (0, 0, 0, tiles * LANES - rows))
+    return filled.unflatten(1, (tiles, LANES)).transpose(2, 3).contiguous()
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    a_word = 32 // bits
+    filled = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[2] % a_word))
+    parts = filled.unflatten(2, (-1, a_word)) << torch.arange(0, 32, bits).view(-1, 1)
+    words = parts.sum(3)
+    signed: Tensor = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    return signed
