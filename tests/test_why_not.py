@@ -29,6 +29,7 @@ from nm_compiler.dynamo import Fragments
 from nm_compiler.equations import equation_of
 from nm_compiler.layout import Layout
 from nm_compiler.lowering import _sparse_sites
+from nm_compiler.methods import bimask as bimask_method
 from nm_compiler.pattern import Pattern, PatternMap
 from nm_compiler.runtime.backends import cusparselt as cusparselt_backend
 from nm_compiler.runtime.backends.choosing import _short, choose_backend
@@ -78,6 +79,14 @@ class State(dict[str, Tensor]):
 
 def remark(method: nm.Method, at: Site) -> str | None:
     return method.remark(State(method, at))
+
+
+def trained_on(at: Site, machine: Machine | None = None) -> str | None:
+    method = nm.BiMask(products="cusparselt")
+    state: Any = State(method, at)
+    state.param = torch.zeros(1)
+    with patch.object(bimask_method, "machine_of", lambda device: machine):
+        return method.remark(state)
 
 
 def late() -> str:
@@ -182,6 +191,11 @@ TRAINING: list[tuple[str, Callable[[], Any]]] = [
     ("backward mask = forward mask: 6 output channels, not a multiple of 4", lambda: remark(nm.BiMask(), site(6, 8))),
     ("backward mask = forward mask: 6 output channels in each conv group, not a multiple of 4", lambda: remark(nm.BiMask(), site(12, 8, 1, conv_groups=2, blocks=2))),
     ("backward mask = forward mask: 6 output channels in each slice that a product reads, not a multiple of 4", lambda: remark(nm.BiMask(), site(12, 8, blocks=2))),
+    ("cuSPARSELt products from 16384 tokens on, in float16 or bfloat16", lambda: trained_on(site(32, 64), Machine("cuda", (9, 0), 800))),
+    ("masked dense products: the weight is on cpu: move the model to an NVIDIA GPU first", lambda: trained_on(site(32, 64), Machine("cpu"))),
+    ("masked dense products: conv2d is not trained on packed weights, only linears are: write it as torch.nn.functional.linear", lambda: trained_on(replace(site(32, 64), op="conv2d"))),
+    ("masked dense products: its product reads it transposed: keep it as [out, in]", lambda: trained_on(replace(site(32, 64), layout=Layout(0, 1)))),
+    ("masked dense products: its products read slices of it: give each a weight of its own", lambda: trained_on(site(32, 64, blocks=2))),
     ("N:M forward only: 6 output channels in a block, not a multiple of 4", lambda: remark(nm.Transposable(), site(6, 8))),
     ("training: combinations are still live", lambda: remark(nm.LBC(), site(8, 8))),
     ("training: combinations are still live", lambda: remark(nm.LBCBiMask(), site(8, 8))),
@@ -225,8 +239,8 @@ CUSPARSELT: list[tuple[str, Callable[[], Any]]] = [
     ("the weight has more than 2 non-zeros in some group of 4 along its inputs: freeze the model first", unfrozen_candidate),
     ("measured 0.50x of dense at 30 tokens", lambda: measured().reasons[0]),
     ("more tokens a call, or force=[...]", lambda: measured().hint),
-    ("the weight is on cpu: move the model to an NVIDIA GPU before it is lowered", lambda: packed(LINEAR, Machine("cpu"))),
-    ("torch finds no NVIDIA GPU: lower on the machine that runs the model", lambda: packed(LINEAR, Machine("cuda", None, 802))),
+    ("the weight is on cpu: move the model to an NVIDIA GPU first", lambda: packed(LINEAR, Machine("cpu"))),
+    ("torch finds no NVIDIA GPU: work on the machine that runs the model", lambda: packed(LINEAR, Machine("cuda", None, 802))),
     ("compute capability 7.5 has no sparse tensor cores: they came with 8.0 (Ampere)", lambda: packed(LINEAR, Machine("cuda", (7, 5), 802))),
     ("this torch was built without cuSPARSELt: install one of the CUDA wheels of pytorch.org", lambda: packed(LINEAR, Machine("cuda", (9, 0)))),
 ]  # fmt: skip
@@ -296,7 +310,11 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "runtime/cusparselt/eligible.py": EVERYTHING,
     "runtime/onnx_files/found.py": EVERYTHING,
     "runtime/tensorrt/eligible.py": EVERYTHING,
-    **{f"nm_compiler/methods/{path.name}": ("remark",) for path in sorted((ROOT / "nm_compiler" / "methods").glob("*.py"))},
+    "passes/train_cusparselt.py": ("reasons_of",),
+    **{
+        f"nm_compiler/methods/{path.name}": ("remark", "_runs_on")
+        for path in sorted((ROOT / "nm_compiler" / "methods").glob("*.py"))
+    },
 }
 NO_REASON = {" along axis ", ", checked for ", "Not used, ", "%s stays dense: %s"}  # of a sparse row, titles, notes, the log
 _SKIPPED = (ast.Raise, ast.Assert)

@@ -119,10 +119,10 @@ def of_tokens(tokens: int | None, least: int) -> Iterable[str]:
 def of_machine(machine: Machine) -> Iterable[str]:
     """A GPU from Ampere on, and a torch that was built with the library."""
     if machine.kind != "cuda":
-        yield f"the weight is on {machine.kind}: move the model to an NVIDIA GPU before it is lowered"
+        yield f"the weight is on {machine.kind}: move the model to an NVIDIA GPU first"
         return
     if machine.capability is None:
-        yield "torch finds no NVIDIA GPU: lower on the machine that runs the model"
+        yield "torch finds no NVIDIA GPU: work on the machine that runs the model"
     elif machine.capability < (8, 0):
         found = ".".join(map(str, machine.capability))
         yield f"compute capability {found} has no sparse tensor cores: they came with 8.0 (Ampere)"
