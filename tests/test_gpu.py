@@ -24,6 +24,7 @@ from nm_compiler.sites import find
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.solvers.masks import masked, top_mask
 from nm_compiler.solvers.transposable import transposable_mask
+from nm_compiler.solvers.two_masks import two_masks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -255,3 +256,59 @@ def test_lowered_graphs_compute_what_the_frozen_models_do_eager_and_compiled_who
                 wanted = copy.deepcopy(model).double()(x.double())
                 torch.testing.assert_close(gm(x)[0].double(), wanted, rtol=5e-2, atol=5e-2)
                 torch.testing.assert_close(compiled(x)[0].double(), wanted, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("text", ["2:4", "1:4", "1:2", "2:8", "1:16", "3:4"])
+def test_both_masks_and_the_transpose_are_those_of_the_cpu_to_the_bit(text: str, dtype: torch.dtype) -> None:
+    pattern = Pattern.parse(text)
+    for out, inputs in ((16, 16), (80, 48), (1024, 4112)):
+        for weight in (torch.randn(out, inputs).to(dtype), torch.randint(-3, 4, (out, inputs)).to(dtype)):
+            for order in (None, torch.randperm(out)):
+                wanted = two_masks(weight, order, pattern.n, pattern.m)
+                found = two_masks(weight.cuda(), None if order is None else order.cuda(), pattern.n, pattern.m)
+                for ours, right in zip(found, wanted, strict=True):
+                    assert ours.is_contiguous()
+                    assert torch.equal(ours.cpu().view(torch.uint8), right.view(torch.uint8))
+
+
+@SPARSE
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("fold", [False, True], ids=["ordered", "folded"])
+def test_bimask_on_packed_weights_computes_what_it_does_on_masked_ones(how: str, fold: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64)).cuda().half()
+    x, results = torch.randn(40, 8, 64, device="cuda").half(), []
+    for method in (nm.BiMask(fold=fold), nm.BiMask(fold=fold, products="cusparselt", min_tokens=1)):
+        sparse = nm.compile(copy.deepcopy(model), (x,), method=method, include=["*"]).train()
+        for name, buffer in sparse.named_buffers():
+            if name.endswith("_order"):
+                buffer.copy_(torch.randperm(len(buffer), generator=torch.Generator().manual_seed(1)))
+        run = torch.compile(sparse, fullgraph=True) if how == "compiled" else sparse
+        given = x.clone().requires_grad_()
+        y = run(given)
+        (y.float() * torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y)).sum().backward()
+        results.append({"y": y.detach(), "x": given.grad, **{name: p.grad for name, p in sparse.named_parameters()}})
+    for name, wanted in results[0].items():
+        found = results[1][name]
+        assert float((found.float() - wanted.float()).norm()) <= 0.02 * float(wanted.float().norm()), name
+
+
+@SPARSE
+def test_bimask_on_packed_weights_trains_under_autocast_and_freezes_to_2_of_4() -> None:
+    torch.manual_seed(0)
+    model, x, y = MLP(64).cuda(), torch.randn(64, 8, device="cuda"), torch.randint(4, (64,), device="cuda")
+    sparse = nm.compile(model, (x,), method=nm.BiMask(products="cusparselt", min_tokens=1, interval=10))
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.05, momentum=0.9)
+    scheduler, losses = nm.SparsityScheduler(sparse, total_steps=30), []
+    for _ in range(30):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = functional.cross_entropy(sparse(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    assert "cuSPARSELt products from 1 tokens on" in str(nm.report(sparse))
+    assert nm.verify(nm.freeze(sparse), "2:4").satisfied
