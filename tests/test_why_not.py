@@ -38,6 +38,7 @@ from nm_compiler.runtime.backends.tensorrt import _decided
 from nm_compiler.runtime.choose import Timing
 from nm_compiler.runtime.cusparselt.candidates import candidates
 from nm_compiler.runtime.cusparselt.eligible import Machine, Product, reasons
+from nm_compiler.runtime.cusparselt.unfold import Geometry
 from nm_compiler.runtime.products import Decision, unread
 from nm_compiler.runtime.products import Product as Planned
 from nm_compiler.runtime.tensorrt.eligible import reasons as of_tensorrt
@@ -121,7 +122,7 @@ def of_dense(backend: Any) -> Decision:
 
 
 LINEAR = Product("linear", (32, 64), torch.float16, Pattern(2, 4), 4096)
-CONV = Product("conv2d", (32, 64, 1, 1), torch.float16, Pattern(2, 4), stride=(1, 1))
+CONV = Product("conv2d", (32, 64, 1, 1), torch.float16, Pattern(2, 4), geometry=Geometry())
 GPU = Machine("cuda", (9, 0), 802)
 
 
@@ -170,7 +171,7 @@ def onnx_reason(*nodes: tuple[str, list[str], list[str], dict[str, Any]]) -> str
 
 TRANSPOSED: Any = ("Transpose", ["w"], ["t"], {"perm": [1, 0]}), ("MatMul", ["x", "t"], ["y"], {})
 A_PARAMETER = "not a parameter: make it an nn.Parameter(requires_grad=False) to make it sparse"
-OF_A_CONV = "TensorRT has sparse convolutions (backend='tensorrt')"
+MEASURED = "this is done only where it is measured (choose=True), and TensorRT needs no copy (backend='tensorrt')"
 
 PLANNING: list[tuple[str, Callable[[], Any]]] = [
     *((text, lambda name=f"w{number}": refused.reasons()[name]) for number, (text, _, _) in enumerate(refused.READERS)),
@@ -230,9 +231,9 @@ CUSPARSELT: list[tuple[str, Callable[[], Any]]] = [
     ("4:8 can keep more than 2 of 4 neighbours, and sparse tensor cores have 2:4 only: use pattern='2:4'", lambda: packed(LINEAR, pattern=Pattern(4, 8))),
     ("int8 products need scales, which are not lowered here: leave the weight in float16 or bfloat16", lambda: packed(LINEAR, dtype=torch.int8)),
     ("no sparse product is built for float32: cast the model to float16 or bfloat16", lambda: packed(LINEAR, dtype=torch.float32)),
-    (f"3x3 taps, and cuSPARSELt has matrix products only: {OF_A_CONV}", lambda: packed(CONV, shape=(32, 64, 3, 3))),
-    (f"stride 2x2, and only 1x1 convolutions of stride 1 are one matrix product: {OF_A_CONV}", lambda: packed(CONV, stride=(2, 2))),
-    ("a padded 1x1 convolution is no matrix product: pad before it, or leave the padding out", lambda: packed(CONV, padded=True)),
+    (f"3x3 taps, a matrix product only by a copy of 9 times the input: {MEASURED}", lambda: packed(CONV, geometry=Geometry((3, 3)))),
+    (f"stride 2x2, a matrix product only by a copy of the input: {MEASURED}", lambda: packed(CONV, geometry=Geometry(stride=(2, 2)))),
+    (f"a padded 1x1 convolution, a matrix product only by a copy of the input: {MEASURED}", lambda: packed(CONV, geometry=Geometry(sides=(1, 1, 1, 1)))),
     ("2 conv groups are as many small products, for which nothing has sparse kernels: use groups=1", lambda: packed(CONV, groups=2)),
     ("40 output channels are no multiple of 16: make them 48", lambda: packed(LINEAR, shape=(40, 64))),
     ("30 tokens, and packed products tend to be slower below 1024: use a larger batch, or lower min_tokens", lambda: packed(LINEAR, tokens=30)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from nm_compiler.runtime.cusparselt.candidates import Candidate, candidates
 from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, machine_of, of_machine
 from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import PACKED_SHARE, pack
+from nm_compiler.runtime.cusparselt.unfold import Geometry, unfold_taps
 from nm_compiler.runtime.products import Decision, Product
 
 KERNEL = "cuSPARSELt"
@@ -28,7 +28,8 @@ KERNEL = "cuSPARSELt"
 
 class CuSPARSELt(Backend):
     """Options: search, let the library look for a faster algorithm; min_tokens, fewer stay dense where nothing is measured;
-    choose, False to lower without measuring; cache, another file for what was measured.
+    choose, False to lower without measuring (then convolutions that need a copy stay dense); cache, another file for what was
+    measured.
 
     By default every distinct product is timed sparse and dense on the device, as Python launches them, and the faster stays.
     """
@@ -48,7 +49,8 @@ class CuSPARSELt(Backend):
         sites = {each.read: each.site for each in found}
         measuring = bool(options.get("choose", True))
         least = int(options.get("min_tokens", 0 if measuring else MIN_TOKENS))
-        by_node = {each.node.name: each for each in candidates(job.gm, sites, min_tokens=least)}
+        judged = candidates(job.gm, sites, min_tokens=least, unfold=measuring)
+        by_node = {each.node.name: each for each in judged}
         choices = Choices(options.get("cache")) if measuring else None
         decisions = {each.node: self._decide(job, each, by_node[each.node], choices) for each in found}
         chosen = {name for name, decision in decisions.items() if decision.kernel}
@@ -58,6 +60,7 @@ class CuSPARSELt(Backend):
             choose=lambda node: node.name in chosen,
             search=bool(options.get("search", False)),
             min_tokens=0,
+            unfold=True,
         )
         return Result(standalone(run(job.gm, [lower])), decisions, found)
 
@@ -65,7 +68,9 @@ class CuSPARSELt(Backend):
         if candidate.reasons:
             first = candidate.reasons[0]
             return Decision(reasons=candidate.reasons, hint=first.partition(": ")[2])
-        packed = Decision(KERNEL, eligible=True, bytes=round(PACKED_SHARE * _bytes(job, product)))
+        geometry = candidate.product.geometry
+        kernel = KERNEL if geometry is None or geometry.plain else f"{KERNEL}, unfolded"
+        packed = Decision(kernel, eligible=True, bytes=round(PACKED_SHARE * _bytes(job, product)))
         if choices is None or matches(product.site.name, job.force) is not None:
             return packed
         timing = _timed(job, product, candidate, choices)
@@ -84,10 +89,15 @@ def _timed(job: Job, product: Product, candidate: Candidate, choices: Choices) -
     bias = len(arguments) > 2 and isinstance(arguments[2], Node)
     last = _channels_last(arguments[0])
     facts = {"weight": tuple(weight.shape), "input": sizes, "channels_last": last, "bias": bias, "dtype": weight.dtype}
-    return choices.find(key_of(weight.device, kernel=KERNEL, **facts), partial(_measure, weight, sizes, bias, last))
+    geometry = candidate.product.geometry
+    if geometry is not None and not geometry.plain:
+        facts["geometry"] = geometry
+    return choices.find(key_of(weight.device, kernel=KERNEL, **facts), partial(_measure, weight, sizes, bias, last, geometry))
 
 
-def _measure(weight: Tensor, sizes: tuple[int, ...], bias: bool, channels_last: bool) -> Timing:
+def _measure(
+    weight: Tensor, sizes: tuple[int, ...], bias: bool, channels_last: bool, geometry: Geometry | None = None
+) -> Timing:
     """The product both ways at the sizes of the example; the sparse one with the copies that it may need."""
     x = torch.randn(sizes, device=weight.device).to(weight.dtype)
     added = weight.new_zeros(weight.shape[0]) if bias else None
@@ -97,17 +107,25 @@ def _measure(weight: Tensor, sizes: tuple[int, ...], bias: bool, channels_last: 
         result: Tensor = cslt_linear(x.reshape(-1, sizes[-1]), packed, added, out, 0, False)
         return result.contiguous()
 
-    def pointwise() -> Tensor:
-        pixels = x.movedim(-3, -1)
-        result: Tensor = cslt_linear(pixels.reshape(-1, sizes[-3]), packed, added, out, 0, False)
+    def convolved() -> Tensor:
+        pixels = x.movedim(-3, -1) if plain else unfold_taps(x, *map(list, (at.taps, at.stride, at.sides, at.dilation)))
+        result: Tensor = cslt_linear(pixels.reshape(-1, pixels.shape[-1]), packed, added, out, 0, False)
         return result.reshape(*pixels.shape[:-1], out).movedim(-1, -3).contiguous(memory_format=form)
 
+    def dense() -> Tensor:
+        if geometry is None:
+            return functional.linear(x, weight, added)
+        given = functional.pad(x, at.sides) if uneven else x
+        return functional.conv2d(given, weight, added, at.stride, (0, 0) if uneven else at.sides[2::-2], at.dilation)
+
+    at = geometry or Geometry()
+    plain, uneven = at.plain, at.sides[0] != at.sides[1] or at.sides[2] != at.sides[3]
     form = torch.channels_last if channels_last else torch.contiguous_format
     if weight.ndim == 4 and channels_last:
         x = x.contiguous(memory_format=form)
-    dense: Callable[[], Any] = partial(functional.conv2d if weight.ndim == 4 else functional.linear, x, weight, added)
+        weight = weight.contiguous(memory_format=form)
     with torch.no_grad():
-        return side_by_side(dense, pointwise if weight.ndim == 4 else linear, weight.device)
+        return side_by_side(dense, convolved if weight.ndim == 4 else linear, weight.device)
 
 
 def _hint(size: Any) -> int:
