@@ -86,7 +86,7 @@ def test_the_op_passes_opcheck(name: str, index: int) -> None:
 
 
 ELSEWHERE = {  # they need the stand-in for their library
-    "cslt_linear": "test_cusparselt.py", "unfold_taps": "test_cusparselt.py", "cslt_train_linear": "test_train_cusparselt.py", "cslt_input_grad": "test_train_cusparselt.py",
+    "cslt_linear": "test_cusparselt.py", "unfold_taps": "test_cusparselt.py", "cslt_linear_int8": "test_int8.py", "cslt_train_linear": "test_train_cusparselt.py", "cslt_input_grad": "test_train_cusparselt.py",
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from nm_compiler.runtime.backends.dense import Dense
 from nm_compiler.runtime.backends.tensorrt import _decided
 from nm_compiler.runtime.choose import Timing
 from nm_compiler.runtime.cusparselt.candidates import candidates
-from nm_compiler.runtime.cusparselt.eligible import Machine, Product, reasons
+from nm_compiler.runtime.cusparselt.eligible import Machine, Product, int8_reasons, reasons
 from nm_compiler.runtime.cusparselt.unfold import Geometry
 from nm_compiler.runtime.products import Decision, unread
 from nm_compiler.runtime.products import Product as Planned
@@ -229,7 +229,8 @@ TENSORRT: list[tuple[str, Callable[[], Any]]] = [
 CUSPARSELT: list[tuple[str, Callable[[], Any]]] = [
     ("matmul is not lowered, only linears and 2-D convolutions are: write it as torch.nn.functional.linear", lambda: packed(LINEAR, op="matmul")),
     ("4:8 can keep more than 2 of 4 neighbours, and sparse tensor cores have 2:4 only: use pattern='2:4'", lambda: packed(LINEAR, pattern=Pattern(4, 8))),
-    ("int8 products need scales, which are not lowered here: leave the weight in float16 or bfloat16", lambda: packed(LINEAR, dtype=torch.int8)),
+    ("int8 without its scales: leave the weight in float16 or bfloat16, options={'int8': ['*']} rounds it", lambda: packed(LINEAR, dtype=torch.int8)),
+    ("conv2d stays in 16 bits: only linears are packed in int8", lambda: int8_reasons(CONV)[0]),
     ("no sparse product is built for float32: cast the model to float16 or bfloat16", lambda: packed(LINEAR, dtype=torch.float32)),
     (f"3x3 taps, a matrix product only by a copy of 9 times the input: {MEASURED}", lambda: packed(CONV, geometry=Geometry((3, 3)))),
     (f"stride 2x2, a matrix product only by a copy of the input: {MEASURED}", lambda: packed(CONV, geometry=Geometry(stride=(2, 2)))),

@@ -136,9 +136,8 @@ def _convolutions(device: torch.device, shapes: tuple[tuple[int, int, int], ...]
         rows.append([f"{channels} channels, {side}x{side}, stride {stride}", *(f"{value:.3f}" for value in ms.values()),
                      f"{ms['dense'] / ms['unfolded']:.2f}x", f"{error:.0e}"])  # fmt: skip
         found.append({"channels": channels, "side": side, "stride": stride, "batch": batch, "ms": ms, "error": error})
-    print(
-        table([f"3x3 convolutions, bf16, {batch} images", "dense ms", "unfolded", "of it copy", "dense / it", "error"], rows)
-    )
+    head = [f"3x3 convolutions, bf16, {batch} images", "dense ms", "unfolded", "of it copy", "dense / it", "error"]
+    print(table(head, rows), flush=True)
     return found
 
 

@@ -71,7 +71,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What runs the graph, and what became of every product, by its node. notes: lines for the report; artifact: files."""
+    """What runs the graph, and what became of every product, by its node. notes: lines for the report; artifact: files.
+
+    rough: how far outputs may be from the model's, relative, where the user asked for less precision than the dtype has.
+    """
 
     run: nn.Module
     decisions: Mapping[str, Decision]
@@ -79,6 +82,7 @@ class Result:
     notes: tuple[str, ...] = ()
     artifact: Any = None
     takes_tensors_only: bool = False
+    rough: float = 0.0
 
 
 class Backend(ABC):

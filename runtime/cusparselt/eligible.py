@@ -45,6 +45,13 @@ class Machine:
     library: int | None = None
 
 
+def int8_reasons(product: Product) -> tuple[str, ...]:
+    """Why a product that can be packed in 16 bits cannot be packed in 8."""
+    if product.op != "linear":
+        return (f"{product.op} stays in 16 bits: only linears are packed in int8",)
+    return tuple(of_sizes(product.shape, torch.int8))
+
+
 def machine_of(device: torch.device) -> Machine:
     """Ask torch about a device; a CUDA device that is not there comes back without a capability."""
     if device.type != "cuda" or torch.version.hip:  # AMD devices call themselves cuda as well
@@ -89,7 +96,7 @@ def of_dtype(dtype: torch.dtype) -> Iterable[str]:
     """16 bits, without scales."""
     name = str(dtype).removeprefix("torch.")
     if dtype in (torch.int8, torch.float8_e4m3fn):
-        yield f"{name} products need scales, which are not lowered here: leave the weight in float16 or bfloat16"
+        yield f"{name} without its scales: leave the weight in float16 or bfloat16, options={{'int8': ['*']}} rounds it"
     elif dtype not in (torch.float16, torch.bfloat16):
         yield f"no sparse product is built for {name}: cast the model to float16 or bfloat16"
 
