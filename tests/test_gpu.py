@@ -17,6 +17,7 @@ from nm_compiler.graph import tidy
 from nm_compiler.passes.lower_cusparselt import lower_cusparselt
 from nm_compiler.pattern import Pattern, PatternMap
 from nm_compiler.runtime.cusparselt.candidates import candidates
+from nm_compiler.runtime.cusparselt.int8 import cslt_linear_int8, pack_int8
 from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import pack
 from nm_compiler.runtime.cusparselt.search import search
@@ -312,3 +313,33 @@ def test_bimask_on_packed_weights_trains_under_autocast_and_freezes_to_2_of_4() 
     assert losses[-1] < losses[0]
     assert "cuSPARSELt products from 1 tokens on" in str(nm.report(sparse))
     assert nm.verify(nm.freeze(sparse), "2:4").satisfied
+
+
+@SPARSE
+@HALVES
+@LAYOUTS
+@pytest.mark.parametrize("tokens", [1, 16, 100, 1031])
+def test_products_in_8_bits_are_those_of_the_rounded_operands(dtype: torch.dtype, rows: bool, tokens: int) -> None:
+    weight, x = sparse(256, 128, dtype), torch.randn(tokens, 128, device="cuda", dtype=dtype)
+    (packed, scale), bias = pack_int8(weight), torch.randn(256, device="cuda", dtype=dtype)
+    whole = (weight.double() / scale.double()[:, None]).round() * scale.double()[:, None]
+    step = x.double().abs().max() / 127
+    wanted = functional.linear((x.double() / step).round() * step, whole, bias.double())
+    found = cslt_linear_int8(x, packed, scale, bias, rows)
+    assert float((found.double() - wanted).norm()) <= 1e-2 * float(wanted.norm())
+
+
+@SPARSE
+def test_unfolded_convolutions_are_the_convolutions() -> None:
+    for form in (torch.contiguous_format, torch.channels_last):
+        model = nn.Sequential(nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 32, 3, padding="same")).cuda().half().eval()
+        model, x = model.to(memory_format=form), torch.randn(3, 32, 9, 8, device="cuda").half().contiguous(memory_format=form)
+        gm, _ = capture_mode(model, (x,), {}, training=False)
+        sites = {site.name: site for site in find(model, [gm], PatternMap.parse("2:4"), include=["*"]).sites}
+        with torch.no_grad():
+            for name in sites:
+                model.get_parameter(name).copy_(masked(model.get_parameter(name), pattern="2:4", axis=1))
+            gm = lower_cusparselt(gm, sites_by_read=sites, min_tokens=0, unfold=True)
+            tidy(gm)
+            assert sum(node.target is torch.ops.nm.unfold_taps.default for node in gm.graph.nodes) == 2
+            torch.testing.assert_close(gm(x)[0], model(x), rtol=2e-2, atol=2e-2)
