@@ -333,7 +333,8 @@ def test_products_in_8_bits_are_those_of_the_rounded_operands(dtype: torch.dtype
 def test_unfolded_convolutions_are_the_convolutions() -> None:
     for form in (torch.contiguous_format, torch.channels_last):
         model = nn.Sequential(nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 32, 3, padding="same")).cuda().half().eval()
-        model, x = model.to(memory_format=form), torch.randn(3, 32, 9, 8, device="cuda").half().contiguous(memory_format=form)
+        model.to(memory_format=form)  # type: ignore[call-overload]
+        x = torch.randn(3, 32, 9, 8, device="cuda").half().contiguous(memory_format=form)
         gm, _ = capture_mode(model, (x,), {}, training=False)
         sites = {site.name: site for site in find(model, [gm], PatternMap.parse("2:4"), include=["*"]).sites}
         with torch.no_grad():

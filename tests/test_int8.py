@@ -81,9 +81,8 @@ def test_zero_inputs_no_inputs_and_fake_ones_give_what_they_should(calls: Any, r
     packed, scale = pack_int8(sparse(32, 64))
     assert not cslt_linear_int8(torch.zeros(5, 64).bfloat16(), packed, scale, None, rows).any()
     assert cslt_linear_int8(torch.zeros(0, 64).bfloat16(), packed, scale, None, rows).shape == (0, 32)
-    torch.library.opcheck(
-        torch.ops.nm.cslt_linear_int8, (torch.randn(21, 64).half(), packed, scale, torch.randn(32).half(), rows)
-    )
+    given = torch.randn(21, 64).half(), packed, scale, torch.randn(32).half(), rows
+    torch.library.opcheck(torch.ops.nm.cslt_linear_int8, given)
     with FakeTensorMode():
         fake = [torch.empty(given.shape, dtype=given.dtype, device="cuda") for given in (packed, scale)]
         y = cslt_linear_int8(torch.empty(21, 64, dtype=torch.half, device="cuda"), *fake, None, rows)
