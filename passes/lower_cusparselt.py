@@ -36,7 +36,7 @@ from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, Machine
 from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import pack
 from nm_compiler.runtime.cusparselt.search import search as search_algorithm
-from nm_compiler.runtime.cusparselt.unfold import Geometry, matrix_of, unfold_taps
+from nm_compiler.runtime.cusparselt.unfold import Geometry, lies_in_channels_last, matrix_of, unfold_taps
 from nm_compiler.sites import Site
 
 aten = torch.ops.aten
@@ -139,6 +139,4 @@ def _pixels(gm: GraphModule, data: Node, geometry: Geometry) -> Node:
 
 
 def _format(node: Node) -> torch.memory_format:
-    value = node.meta["val"]
-    plain = value.ndim != 4 or value.is_contiguous() or not value.is_contiguous(memory_format=torch.channels_last)
-    return torch.contiguous_format if plain else torch.channels_last
+    return torch.channels_last if lies_in_channels_last(node.meta["val"]) else torch.contiguous_format

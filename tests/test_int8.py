@@ -117,7 +117,7 @@ class Net(nn.Module):
 
 
 def test_named_weights_are_lowered_to_8_bits_if_that_was_faster_and_others_are_not(
-    calls: Any, monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]
+    calls: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, golden: Callable[[str, str], None]
 ) -> None:
     model, x = Net(), torch.randn(6, 5, 8)
     model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval()
@@ -126,7 +126,7 @@ def test_named_weights_are_lowered_to_8_bits_if_that_was_faster_and_others_are_n
     assert {row.name: row for row in nm.report(really).rows}["up.weight"].sparse_ms > 0
     monkeypatch.setattr(backend, "_measure", lambda *_: Timing(2e-3, 1e-3))
     monkeypatch.setattr(backend, "_measure_int8", lambda weight, *_: Timing(2e-3, 1e-3 if len(weight) == 64 else 3e-3))
-    monkeypatch.setenv("NM_COMPILER_CACHE", "elsewhere/that/is/not")
+    monkeypatch.setenv("NM_COMPILER_CACHE", str(tmp_path / "other"))
     lowered = nm.lower(model, (x,), **given, options={"int8": ["up.*", "down.*", "odd.*"]})
     rows = {row.name: row for row in nm.report(lowered).rows}
     assert rows["up.weight"].kernel == "cuSPARSELt, int8"

@@ -24,7 +24,7 @@ from nm_compiler.runtime.cusparselt.int8 import PACKED_SHARE as INT8_SHARE
 from nm_compiler.runtime.cusparselt.int8 import cslt_linear_int8, pack_int8
 from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import PACKED_SHARE, pack
-from nm_compiler.runtime.cusparselt.unfold import Geometry, unfold_taps
+from nm_compiler.runtime.cusparselt.unfold import Geometry, lies_in_channels_last, unfold_taps
 from nm_compiler.runtime.products import Decision, Product
 
 KERNEL = "cuSPARSELt"
@@ -115,7 +115,7 @@ def _timed(job: Job, product: Product, candidate: Candidate, choices: Choices, e
     arguments: tuple[Any, ...] = candidate.node.args
     sizes = tuple(_hint(size) for size in arguments[0].meta["val"].shape)
     bias = len(arguments) > 2 and isinstance(arguments[2], Node)
-    last = _channels_last(arguments[0])
+    last = lies_in_channels_last(arguments[0].meta["val"])
     facts = {"weight": tuple(weight.shape), "input": sizes, "channels_last": last, "bias": bias, "dtype": weight.dtype}
     geometry = candidate.product.geometry
     if geometry is not None and not geometry.plain:
@@ -176,11 +176,6 @@ def _measure_int8(weight: Tensor, sizes: tuple[int, ...], bias: bool) -> Timing:
 def _hint(size: Any) -> int:
     """A size of the example where it is dynamic."""
     return size if isinstance(size, int) else int(getattr(size.node, "hint", None) or 1)
-
-
-def _channels_last(data: Node) -> bool:
-    value = data.meta["val"]
-    return bool(value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous())
 
 
 def _bytes(job: Job, product: Product) -> int:

@@ -107,7 +107,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, turned, order = ctx.saved_tensors
     need_x, need_weight, _, _, need_bias, *_ = ctx.needs_input_grad
-    like_x = not x.is_contiguous()  # the op before wants its gradient laid as its result
+    like_x = x.stride(1) != 1  # the op before wants its gradient laid as its result
     return (
         torch.ops.nm.cslt_input_grad(grad, turned, order, ctx.least, like_x) if need_x else None,
         grad.t() @ x if need_weight else None,

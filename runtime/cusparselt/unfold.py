@@ -60,6 +60,11 @@ def _pair(value: Any, usual: int) -> Pair:
     return (sizes[0], sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
+def lies_in_channels_last(value: Tensor) -> bool:
+    """Whether an image batch has its channels innermost, by its strides: of symbolic sizes torch 2.11 does not say."""
+    return value.ndim == 4 and value.stride(1) == 1 and value.stride(3) != 1
+
+
 def matrix_of(weight: Tensor) -> Tensor:
     """``[out, taps * in]`` of ``[out, in]`` or ``[out, in, *taps]``, channels innermost, contiguous."""
     return weight.detach().movedim(1, -1).flatten(1).contiguous()
