@@ -14,6 +14,10 @@ STAMP := $(VENV)/.filled-$(EXTRAS)
 # The Python half of torch_tensorrt, for tests/test_tensorrt.py: its libraries would need TensorRT's, which need a GPU.
 TENSORRT := $(VENV)/tensorrt-python
 TENSORRT_STAMP := $(TENSORRT)/.filled
+# Triton runs its kernels on a CPU in its interpreter, for tests/test_triton.py. CPU builds of torch do not bring it along.
+TRITON := $(VENV)/triton-python
+TRITON_STAMP := $(TRITON)/.filled
+TRITON_VERSION := 3.7.1
 # One thread a worker: the models of the tests are tiny, and two workers with all threads each would fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=$(if $(filter 0,$(WORKERS)),,1)
 
@@ -33,7 +37,7 @@ help:
 demo: $(STAMP)
 	$(BIN)/nm-compiler demo $(DEMO_ARGS)
 
-test: $(STAMP) $(TENSORRT_STAMP)
+test: $(STAMP) $(TENSORRT_STAMP) $(TRITON_STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(STAMP)
@@ -73,6 +77,13 @@ $(TENSORRT_STAMP): $(STAMP) constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: -c constraints.txt \
 		--target $(TENSORRT) torch-tensorrt dllist psutil && find $(TENSORRT)/torch_tensorrt -name '*.so*' -delete && touch $@ \
 		|| echo "torch_tensorrt cannot be installed here: the tests that need it are skipped"
+
+# Apart from the environment too, so that the rest of the tests sees a torch without triton. Its compilers are not needed.
+$(TRITON_STAMP): $(STAMP)
+	@rm -rf $(TRITON)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+		--target $(TRITON) triton==$(TRITON_VERSION) && rm -rf $(TRITON)/triton/backends/nvidia/bin && touch $@ \
+		|| echo "triton cannot be installed here: the tests that need it are skipped"
 
 clean:
 	rm -rf $(VENV) build dist nm_compiler_demo.html *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

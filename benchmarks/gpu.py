@@ -14,12 +14,12 @@ import traceback
 from typing import Any
 
 import torch
-from gpu_sections import lowered, masks, numerics, sparse_products, training
+from gpu_sections import lowered, masks, numerics, sparse_products, sparse_training, training
 from harness import arguments, environment, write
 
 SECTIONS = {
     "numerics": numerics.measure, "masks": masks.measure, "sparse_products": sparse_products.measure,
-    "lowered": lowered.measure, "training": training.measure,
+    "lowered": lowered.measure, "sparse_training": sparse_training.measure, "training": training.measure,
 }  # fmt: skip
 
 

@@ -8,6 +8,9 @@ mark of resident memory during `nm.lower` over what was resident before it, the 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -40,13 +43,21 @@ def child(model_name: str, case: str, threads: int) -> dict[str, float]:
         nm.lower(nm.freeze(nm.compile(small, (image,), method=nm.Magnitude())), (image,), **_options(case, folder, "tiny"))
         model, inputs = MODELS[model_name]().eval(), torch.randn(2, 3, 224, 224)
         model = nm.freeze(nm.compile(model, (inputs,), method=nm.Magnitude()))
-        own, before = _bytes(model), _resident("VmRSS")
+        own, before = _bytes(model), _settled()
         Path("/proc/self/clear_refs").write_text("5")
         begin = time.perf_counter()
         lowered = nm.lower(model, (inputs,), **_options(case, folder, "model"))
         wall = time.perf_counter() - begin
         peak = _resident("VmHWM") - before + own
     return {"wall": wall, "model": own, "peak": peak, "ratio": peak / own, "products": len(lowered.result.products)}
+
+
+def _settled() -> int:
+    """What is resident without the garbage of what came before, which would hide as much of what follows."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _resident("VmRSS")
 
 
 def _options(case: str, folder: str, name: str) -> dict[str, Any]:

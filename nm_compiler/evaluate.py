@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from nm_compiler.graph import getattr_path
+from nm_compiler.ops.two_masks import TWO_MASKS, turned_back
 from nm_compiler.ops.weights import BACKWARD
 from nm_compiler.rewrite import masked_nodes
 
@@ -28,6 +29,10 @@ def effective_weights(gm: GraphModule, name: str) -> tuple[Tensor | None, Tensor
     forward = next(iter(masked_nodes(gm, name)), None)
     if forward is None:
         return None, None
+    both: Any = forward.args[0]
+    if both.target is TWO_MASKS:
+        masked, turned = value_of(gm, both)
+        return masked, turned_back(turned, None if both.args[1] is None else value_of(gm, both.args[1]))
     backward = next((u for u in forward.users if u.target in BACKWARD), None)
     return value_of(gm, forward), None if backward is None else value_of(gm, backward)
 

@@ -166,7 +166,7 @@ def _check(lowered: Lowered, model: nn.Module, plain: Any, given: Any, dtype: to
     with in_mode(model, False), torch.no_grad():
         wanted, found = model(*plain[0], **{**lowered.signature.hidden, **plain[1]}), lowered(*given[0], **given[1])
     error = relative_error(found, wanted)
-    bound = lowered.result.tolerance or TOLERANCE.get(dtype, 6e-2)
+    bound = max(TOLERANCE.get(dtype, 6e-2), lowered.result.rough)
     if not error <= bound:
         raise NMError(
             f"lowered to {lowered.backend}, the outputs differ from the model's by {error:.2g} (relative; up to {bound:.2g} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.graph import reads
+from nm_compiler.ops.two_masks import TWO_MASKS
 from nm_compiler.ops.weights import stands_for_weight
 
 
@@ -64,4 +66,19 @@ def call(gm: GraphModule, op: Any, args: tuple[Any, ...], name: str) -> Node:
 
 def masked_nodes(gm: GraphModule, name: str) -> list[Node]:
     """The nodes that stand for the weight ``name`` in a rewritten graph."""
-    return [user for read in reads(gm, name) for user in read.users if stands_for_weight(user.target) and user.args[0] is read]
+    users = [user for read in reads(gm, name) for user in read.users if user.args[0] is read]
+    both = [half for user in users if user.target is TWO_MASKS for half in user.users if half.args[1] == 0]
+    return [user for user in users if stands_for_weight(user.target)] + both
+
+
+def read_behind(masked: Node) -> Node:
+    """The read of the parameter that a node of `masked_nodes` stands for."""
+    source: Any = masked.args[0]
+    return source.args[0] if source.target is TWO_MASKS else source  # type: ignore[no-any-return]
+
+
+def is_masked(node: Node) -> bool:
+    """Whether a node stands for a weight, of whatever name."""
+    source: Any = node.args[0] if node.args else None
+    half = node.target is operator.getitem and isinstance(source, Node) and source.target is TWO_MASKS
+    return stands_for_weight(node.target) or (half and node.args[1:] == (0,))

@@ -59,7 +59,7 @@ def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor
     scale = scale if gain is None else scale * gain.double()
     offset = (0 if bias is None else bias.double()) - mean.double()
     offset = offset * scale + (0 if shift is None else shift.double())
-    folded = weight.double() * scale.view(-1, *[1] * (weight.ndim - 1))
+    folded = weight.to(torch.float64, copy=True).mul_(scale.view(-1, *[1] * (weight.ndim - 1)))
     name, dtype, source = f"{product.args[1]}_folded", _dtype(product.args[1]), weight_of(product.args[1])  # type: ignore[arg-type]
     with gm.graph.inserting_before(product):
         new_weight = constant(gm, name, folded.to(dtype))

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import value_of
-from nm_compiler.ops.weights import stands_for_weight
+from nm_compiler.rewrite import is_masked, read_behind
+from nm_compiler.runtime.cusparselt.training import cslt_train_linear
 
 aten = torch.ops.aten
 _CONV = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
@@ -28,7 +29,7 @@ _CONV = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 def masked_values(gm: GraphModule, known: dict[int, Tensor]) -> dict[int, Tensor]:
     """What every weight becomes, by the id of its parameter; added to ``known``, where that parameter is not there yet."""
     for node in _masked(gm):
-        parameter = value_of(gm, node.args[0])
+        parameter = value_of(gm, read_behind(node))
         if id(parameter) not in known:
             known[id(parameter)] = value_of(gm, node)
     return known
@@ -43,14 +44,15 @@ def freeze_masks(gm: GraphModule, *, values: Mapping[int, Tensor] | None = None)
     values = masked_values(gm, {}) if values is None else values
     with torch.no_grad():
         for node in _masked(gm):
-            read = node.args[0]
-            assert isinstance(read, Node)
+            read = read_behind(node)
             parameter = value_of(gm, read)
             parameter.copy_(values[id(parameter)])
             node.replace_all_uses_with(read)
     for node in list(gm.graph.nodes):
         if node.target is torch.ops.nm.linear.default:
             _become(gm, node, aten.linear.default, (node.args[0], node.args[1], node.args[3]))
+        elif node.target is cslt_train_linear._opoverload:
+            _become(gm, node, aten.linear.default, (node.args[0], node.args[1], node.args[4]))
         elif node.target is torch.ops.nm.conv.default:
             data, weight, _, bias, *geometry = node.args
             _become(gm, node, _CONV[len(geometry[0])], (data, weight, bias, *geometry))
@@ -64,7 +66,7 @@ def freeze_masks(gm: GraphModule, *, values: Mapping[int, Tensor] | None = None)
 
 
 def _masked(gm: GraphModule) -> list[Node]:
-    return [node for node in gm.graph.nodes if stands_for_weight(node.target)]
+    return [node for node in gm.graph.nodes if is_masked(node)]
 
 
 def _become(gm: GraphModule, node: Node, target: object, args: tuple[object, ...]) -> None:

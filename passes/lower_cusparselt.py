@@ -1,4 +1,4 @@
-"""Compute linears and 1x1 convolutions of 2:4 weights with cuSPARSELt, on packed weights.
+"""Compute linears and convolutions of 2:4 weights with cuSPARSELt, on packed weights.
 
     before                                             after
     %w = self.fc.weight            # [out, in], 2:4    %p = self.fc_weight_packed             # 9/16 of the bytes
@@ -9,6 +9,9 @@
 
     %y = aten.conv2d(%x, %w, %b)   # [.., out, H, W]   %q = aten.permute(%x, [.., H, W, in])
                                                        ...   # as above, then back, in the memory format it had
+
+    the same with 3x3 taps, stride   # and unfold=True %q = nm.unfold_taps(%x, [3, 3], ..)  # [.., H', W', 9 in]
+    or padding                                         ...   # as above
 
 The copy into rows is left out where the result goes through elementwise ops to other packed products only
 (`nm_compiler.runtime.cusparselt.consumers`), and where a searched algorithm writes rows itself. Everyone else finds
@@ -33,6 +36,8 @@ from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, Machine
 from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import pack
 from nm_compiler.runtime.cusparselt.search import search as search_algorithm
+from nm_compiler.runtime.cusparselt.unfold import Geometry, matrix_of, unfold_taps
+from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.sites import Site
 
 aten = torch.ops.aten
@@ -46,14 +51,15 @@ def lower_cusparselt(
     search: bool = False,
     machine: Machine | None = None,
     min_tokens: int = MIN_TOKENS,
+    unfold: bool = False,
 ) -> GraphModule:
     """Lower every product without a reason against it, unless ``choose(node)`` says no.
 
     gm: frozen and cast to float16 or bfloat16, on the GPU; sites_by_read: what a ``get_attr`` node reads -> its site.
     search: let the library look for a faster algorithm, for as many tokens as the example had; it runs on the GPU.
-    machine, min_tokens: as for `nm_compiler.runtime.cusparselt.candidates.candidates`, which lists the reasons.
+    machine, min_tokens, unfold: as for `nm_compiler.runtime.cusparselt.candidates.candidates`, which lists the reasons.
     """
-    found = candidates(gm, sites_by_read, machine=machine, min_tokens=min_tokens)
+    found = candidates(gm, sites_by_read, machine=machine, min_tokens=min_tokens, unfold=unfold)
     chosen = {each.node: each for each in found if not each.reasons and (choose is None or choose(each.node))}
     weights: dict[Any, tuple[Node, Tensor, Tensor]] = {}
     moved: set[Node] = set()
@@ -62,7 +68,7 @@ def lower_cusparselt(
         read, value, packed = _packed(gm, candidate.weight, weights)
         algorithm = _searched(gm, candidate, value, packed) if search else 0
         stays = columns[node] if not algorithm else None
-        result = _rewrite(gm, node, read, value, algorithm, copied=not algorithm and stays is None)
+        result = _rewrite(gm, candidate, read, value, algorithm, copied=not algorithm and stays is None)
         if stays is not None:
             moved.update((result, *stays))
     for each in moved:
@@ -76,7 +82,7 @@ def _packed(gm: GraphModule, weight: Node, known: dict[Any, tuple[Node, Tensor, 
     """A read of the packed weight, the dense value, the packed one. What several products read is packed once."""
     key = weight.target if weight.op == "get_attr" else weight
     if key not in known:
-        value = value_of(gm, weight).detach().flatten(1)
+        value = matrix_of(value_of(gm, weight))
         packed = pack(value)
         with gm.graph.inserting_after(weight):
             known[key] = constant(gm, f"{weight.name}_packed", packed), value, packed
@@ -92,7 +98,8 @@ def _searched(gm: GraphModule, candidate: Candidate, value: Tensor, packed: Tens
         return search_algorithm(value, packed, x, None if bias is None else value_of(gm, bias), rows=True)
 
 
-def _rewrite(gm: GraphModule, node: Node, read: Node, value: Tensor, algorithm: int, *, copied: bool) -> Node:
+def _rewrite(gm: GraphModule, candidate: Candidate, read: Node, value: Tensor, algorithm: int, *, copied: bool) -> Node:
+    node = candidate.node
     data: Any = node.args[0]
     out, width = value.shape
     bias = node.args[2] if len(node.args) > 2 else None
@@ -100,10 +107,12 @@ def _rewrite(gm: GraphModule, node: Node, read: Node, value: Tensor, algorithm: 
     rank = data.meta["val"].ndim
     lead = list(range(rank - 3))
     with gm.graph.inserting_before(node):
-        sizes = [_size(gm, data, axis) for axis in ((*lead, rank - 2, rank - 1) if convolved else range(rank - 1))]
-        last = (
-            gm.graph.call_function(aten.permute.default, (data, [*lead, rank - 2, rank - 1, rank - 3])) if convolved else data
-        )
+        last, kept = data, list(node.meta["val"].shape[:-1])
+        if convolved:
+            last = _pixels(gm, data, candidate.product.geometry or Geometry())
+            kept = [size for axis, size in enumerate(node.meta["val"].shape) if axis != rank - 3]
+        sizes = [size if isinstance(size, int) else gm.graph.call_function(aten.sym_size.int, (last, axis))
+                 for axis, size in enumerate(kept)]  # fmt: skip
         flat = last if len(sizes) == 1 else gm.graph.call_function(aten.reshape.default, (last, [-1, width]))
         result = call(gm, cslt_linear._opoverload, (flat, read, bias, out, algorithm, algorithm > 0), f"{node.name}_packed")
         if copied and not convolved:
@@ -120,12 +129,15 @@ def _rewrite(gm: GraphModule, node: Node, read: Node, value: Tensor, algorithm: 
     return result
 
 
-def _size(gm: GraphModule, data: Node, axis: int) -> Any:
-    size = data.meta["val"].shape[axis]
-    return size if isinstance(size, int) else gm.graph.call_function(aten.sym_size.int, (data, axis))
+def _pixels(gm: GraphModule, data: Node, geometry: Geometry) -> Node:
+    """``[.., H', W', taps * in]``: what each output pixel reads."""
+    if geometry.plain:
+        rank = data.meta["val"].ndim
+        axes = [*range(rank - 3), rank - 2, rank - 1, rank - 3]
+        return gm.graph.call_function(aten.permute.default, (data, axes))
+    arguments = (data, *map(list, (geometry.taps, geometry.stride, geometry.sides, geometry.dilation)))
+    return call(gm, unfold_taps._opoverload, arguments, f"{data.name}_unfolded")
 
 
 def _format(node: Node) -> torch.memory_format:
-    value = node.meta["val"]
-    plain = value.ndim != 4 or value.is_contiguous() or not value.is_contiguous(memory_format=torch.channels_last)
-    return torch.contiguous_format if plain else torch.channels_last
+    return torch.channels_last if lies_in_channels_last(node.meta["val"]) else torch.contiguous_format

@@ -17,11 +17,11 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 def compress(matrix: Tensor) -> Tensor:
-    """``[out, in]`` -> ``[out, in * 9 / 16]``: kept values, then two bits a value. A third non-zero of four is dropped."""
+    """``[out, in]`` -> ``[out, in * 9 / 16]`` (int8: 10 / 16): kept values, then two bits each. A third of four is dropped."""
     assert matrix.ndim == 2
     assert matrix.is_contiguous(), "torch does not look at strides"
-    assert matrix.dtype in DTYPES, "Unsupported dtype for cuSPARSELt compressed matrix"
-    assert not any(size % 16 for size in matrix.shape), "CUSPARSE_STATUS_INVALID_VALUE"
+    assert matrix.dtype in (*DTYPES, torch.int8), "Unsupported dtype for cuSPARSELt compressed matrix"
+    assert not any(size % (32 // matrix.itemsize) for size in matrix.shape), "CUSPARSE_STATUS_INVALID_VALUE"
     groups = matrix.unflatten(1, (-1, 4))
     kept = (groups != 0).to(torch.uint8).argsort(stable=True, dim=-1, descending=True)[..., :2].sort(-1).values
     values = groups.gather(-1, kept).flatten(1)
@@ -42,6 +42,11 @@ def sparse_mm(
     split_k_mode: int = -1,
 ) -> Tensor:
     """``A B``, or ``B^T A^T`` in its place, in rows; every algorithm but 7 is right."""
+    if packed.dtype == torch.int8:
+        assert bias is None, "of a dtype that torch does not document"
+        return _int8_mm(packed, dense, alpha, out_dtype, transpose_result)
+    assert alpha is None
+    assert out_dtype is None, "out_dtype support only available for int8/fp8 inputs"
     assert packed.dtype == dense.dtype
     assert dense.dtype in DTYPES
     assert dense.ndim == 2
@@ -58,6 +63,20 @@ def sparse_mm(
     return y.t().contiguous() if transpose_result else y.contiguous()
 
 
+def _int8_mm(packed: Tensor, dense: Tensor, alpha: Tensor, out_dtype: torch.dtype, transpose_result: bool) -> Tensor:
+    assert dense.dtype == torch.int8
+    assert not dense.is_contiguous(), "dense input must be transposed for 8bit dtypes"
+    assert dense.t().is_contiguous()
+    assert dense.shape[0] % 32 == 0
+    assert dense.shape[1] % 16 == 0, "CUSPARSE_STATUS_INVALID_VALUE"
+    assert alpha.shape == packed.shape[:1], "an alpha of one element is read on the host"
+    assert alpha.dtype == torch.float32
+    assert alpha.is_contiguous()
+    assert out_dtype in DTYPES
+    y = (unpacked(packed, dense.shape[0]).long() @ dense.long()).double() * alpha.double()[:, None]
+    return (y.t() if transpose_result else y).to(out_dtype).contiguous()
+
+
 def unpacked(packed: Tensor, inputs: int) -> Tensor:
     """The matrix that a packed one stands for."""
     values, rest = packed[:, : inputs // 2], packed[:, inputs // 2 :].contiguous().view(torch.uint8)
@@ -72,6 +91,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def recorded(packed: Tensor, dense: Tensor, bias: Tensor | None = None, **keywords: Any) -> Tensor:
         shown = {"shape": tuple(dense.shape), "contiguous": dense.is_contiguous(), "address": dense.data_ptr()}
+        shown["dtype"] = dense.dtype
         calls.append({**shown, "bias": bias is not None, **keywords})
         return sparse_mm(packed, dense, bias, **keywords)
 

@@ -53,7 +53,7 @@ def timings(monkeypatch: pytest.MonkeyPatch, fast: set[int]) -> list[tuple[int, 
     """Packed products with so many outputs are twice as fast, others twice as slow. Returns what was measured."""
     measured: list[tuple[int, ...]] = []
 
-    def measure(weight: Tensor, sizes: tuple[int, ...], bias: bool, channels_last: bool) -> Timing:
+    def measure(weight: Tensor, sizes: tuple[int, ...], bias: bool, channels_last: bool, geometry: Any) -> Timing:
         measured.append((*weight.shape, *sizes))
         return Timing(2e-3, 1e-3) if weight.shape[0] in fast else Timing(1e-3, 2e-3)
 
@@ -112,6 +112,29 @@ def test_forced_weights_run_sparse_unmeasured_and_without_choose_all_with_enough
     reasons = {row.name: row.reason for row in nm.report(lowered).rows}
     assert "30 tokens, and packed products tend to be slower below 1024" in reasons["wide.weight"]
     assert len(measured) == 1
+
+
+def test_convolutions_with_taps_run_unfolded_only_where_that_was_measured_to_be_faster(
+    calls: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 32, 3, padding="same"), nn.ReLU(), nn.Conv2d(32, 4, 1)
+    )  # fmt: skip
+    x = torch.randn(2, 3, 12, 12)
+    model = nm.freeze(nm.compile(net, (x,), method=nm.Magnitude())).eval()
+    options: dict[str, Any] = {"backend": "cusparselt", "dtype": torch.bfloat16}
+    real = nm.lower(model, (x,), **options)
+    assert all(row.dense_ms > 0 for row in nm.report(real).rows if row.name in ("1.weight", "3.weight"))
+    monkeypatch.setenv("NM_COMPILER_CACHE", str(tmp_path / "other"))
+    timings(monkeypatch, fast={64})
+    lowered = nm.lower(model, (x,), **options)
+    rows = {row.name: row for row in nm.report(lowered).rows}
+    assert rows["1.weight"].kernel == "cuSPARSELt, unfolded"
+    assert rows["3.weight"].reason == "measured 0.50x of dense at 50 tokens"
+    torch.testing.assert_close(lowered(x).float(), model(x), rtol=0.1, atol=0.05)
+    unmeasured = nm.lower(model, (x,), **options, options={"choose": False, "min_tokens": 1})
+    assert "3x3 taps, a matrix product only by a copy of 9 times" in str(nm.report(unmeasured))
 
 
 def test_a_lowered_model_compiles_whole(calls: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from nm_compiler.runtime.cusparselt.eligible import Machine, Product, machine_of
 from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import pack
 from nm_compiler.runtime.cusparselt.search import search
+from nm_compiler.runtime.cusparselt.unfold import Geometry, matrix_of, unfold_taps
 from nm_compiler.sites import Site, find
 from nm_compiler.solvers.masks import masked
 
@@ -183,7 +184,7 @@ def test_a_packed_weight_takes_nine_sixteenths_and_keeps_every_value(calls: Any,
     [
         (torch.zeros(16, 16), "cast it to float16 or bfloat16"),
         (torch.zeros(16, 16, dtype=torch.float16, device="meta"), "on the GPU that runs it"),
-        (torch.zeros(16, 16, 3, 3).half(), "only linears"),
+        (torch.zeros(16, 16, 3).half(), "only linears"),
         (torch.zeros(16, 24).half(), "multiples of 16"),
         (torch.zeros(0, 16).half(), "multiples of 16"),
         (torch.ones(16, 16).half(), "not 2:4 along its inputs: freeze the model first"),
@@ -199,7 +200,7 @@ def test_a_weight_that_the_library_would_refuse_or_cut_is_an_error(calls: Any, w
 # --- reasons
 
 ELIGIBLE = Product("linear", (32, 64), torch.float16, Pattern(2, 4), 4096)
-CONV = Product("conv2d", (32, 64, 1, 1), torch.bfloat16, Pattern(1, 4), None, stride=(1, 1))
+CONV = Product("conv2d", (32, 64, 1, 1), torch.bfloat16, Pattern(1, 4), None, Geometry())
 
 
 def test_a_product_that_can_be_packed_has_no_reason() -> None:
@@ -212,13 +213,13 @@ def test_a_product_that_can_be_packed_has_no_reason() -> None:
         (replace(ELIGIBLE, op="matmul"), GPU, "matmul is not lowered"),
         (replace(ELIGIBLE, pattern=Pattern(4, 8)), GPU, "4:8 can keep more than 2 of 4 neighbours"),
         (replace(ELIGIBLE, dtype=torch.float32), GPU, "float32: cast the model"),
-        (replace(ELIGIBLE, dtype=torch.int8), GPU, "int8 products need scales"),
-        (replace(ELIGIBLE, dtype=torch.float8_e4m3fn), GPU, "float8_e4m3fn products need scales"),
+        (replace(ELIGIBLE, dtype=torch.int8), GPU, "int8 without its scales"),
+        (replace(ELIGIBLE, dtype=torch.float8_e4m3fn), GPU, "float8_e4m3fn without its scales"),
         (replace(ELIGIBLE, shape=(40, 64)), GPU, "40 output channels are no multiple of 16: make them 48"),
         (replace(ELIGIBLE, shape=(32, 72)), GPU, "72 input channels are no multiple of 16: make them 80"),
-        (replace(CONV, shape=(32, 64, 3, 3)), GPU, "3x3 taps, and cuSPARSELt has matrix products only"),
-        (replace(CONV, stride=(2, 1)), GPU, "stride 2x1"),
-        (replace(CONV, padded=True), GPU, "a padded 1x1 convolution"),
+        (replace(CONV, shape=(32, 64, 3, 3), geometry=Geometry((3, 3))), GPU, "3x3 taps, a matrix product only by a copy of 9 times"),
+        (replace(CONV, geometry=Geometry(stride=(2, 1))), GPU, "stride 2x1"),
+        (replace(CONV, geometry=Geometry(sides=(0, 1, 0, 0))), GPU, "a padded 1x1 convolution"),
         (replace(CONV, groups=2), GPU, "2 conv groups"),
         (replace(ELIGIBLE, tokens=1), GPU, "1 tokens, and packed products tend to be slower below 1024"),
         (ELIGIBLE, Machine("cpu"), "the weight is on cpu"),
@@ -236,9 +237,9 @@ def test_each_reason_comes_alone_and_is_a_sentence_with_a_way_out(product: Produ
 
 
 def test_all_reasons_are_given_not_the_first() -> None:
-    bad = Product("conv2d", (40, 36, 3, 3), torch.int8, Pattern(3, 4), 7, stride=(2, 2), groups=2)
+    bad = Product("conv2d", (40, 36, 3, 3), torch.int8, Pattern(3, 4), 7, Geometry((3, 3), (2, 2)), groups=2)
     found = reasons(bad, Machine("cuda", (7, 0), None))
-    assert len(found) == 10
+    assert len(found) == 9
     assert "40 output channels are no multiple of 32: make them 64" in found
 
 
@@ -477,6 +478,7 @@ def test_1x1_convolutions_are_products_over_pixels_and_results_keep_their_memory
     gm, sites = frozen(model, example)
     reasons_of = {c.site.name: c.reasons for c in candidates(gm, sites, machine=GPU, min_tokens=0)}
     assert {c.product.tokens for c in candidates(gm, sites)} == {48, 12}
+    assert {c.product.geometry.stride for c in candidates(gm, sites)} == {(1, 1), (2, 2)}
     gm = lowered(gm, sites)
     assert count(gm, PACKED) == 2
     assert [name for name, why in reasons_of.items() if not why] == ["first.weight", "same.weight"]
@@ -496,6 +498,52 @@ def test_a_lowered_convolution_returns_the_strides_it_was_traced_with(calls: Any
         x = torch.randn(batch, 16, 4, 6).half().contiguous(memory_format=form)
         assert gm(x)[0].is_contiguous(memory_format=form)
         torch.testing.assert_close(gm(x)[0], model(x), **CLOSE)
+
+
+class Convs(nn.Module):
+    """What a convolution of one group can be: taps, strides, paddings by number and by name, dilations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taps = nn.Conv2d(16, 32, 3, padding=1)
+        self.strided = nn.Conv2d(32, 16, (3, 1), stride=(2, 1), padding=(0, 2), bias=False)
+        self.even = nn.Conv2d(16, 32, (2, 4), padding="same", dilation=(1, 2))
+        self.skip = nn.Conv2d(32, 16, 1, stride=2)
+        self.border = nn.Conv2d(16, 16, 1, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.border(torch.relu(self.skip(torch.relu(self.even(torch.relu(self.strided(torch.relu(self.taps(x)))))))))
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["channels first", "channels last"])
+def test_unfolded_convolutions_compute_what_they_did_at_any_batch_and_size(calls: Any, form: torch.memory_format) -> None:
+    model = Convs().to(memory_format=form)
+    gm, sites = frozen(model, torch.randn(2, 16, 9, 7).half().contiguous(memory_format=form))
+    assert all(each.reasons for each in candidates(gm, sites, machine=GPU, min_tokens=0))
+    gm = lowered(gm, sites, unfold=True)
+    assert count(gm, PACKED) == count(gm, torch.ops.nm.unfold_taps.default) == 5
+    for batch in (1, 3):
+        x = torch.randn(batch, 16, 9, 7).half().contiguous(memory_format=form)
+        found, wanted = gm(x)[0], model(x)
+        torch.testing.assert_close(found, wanted, **CLOSE)
+        assert found.is_contiguous(memory_format=form)
+    with torch.no_grad():
+        compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x)[0], wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["channels first", "channels last"])
+def test_unfolding_lays_taps_outside_and_channels_inside_and_opcheck_passes(channels_last: bool) -> None:
+    x, weight = torch.randn(2, 4, 7, 6), masked(torch.randn(8, 4, 3, 2), pattern="2:4", axis=1)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    given = (x, [3, 2], [2, 1], [1, 0, 2, 1], [1, 2])
+    rows = unfold_taps(*given)
+    wanted = functional.conv2d(functional.pad(x, (1, 0, 2, 1)), weight, None, (2, 1), 0, (1, 2))
+    torch.testing.assert_close((rows @ matrix_of(weight).t()).movedim(-1, 1), wanted)
+    assert matrix_of(weight).unflatten(1, (-1, 4)).count_nonzero(-1).max() == 2
+    assert torch.equal(unfold_taps(x[0], *given[1:]), rows[0])
+    assert rows.is_contiguous()
+    torch.library.opcheck(torch.ops.nm.unfold_taps, given)
 
 
 def test_an_image_without_a_batch_axis_is_lowered_too(calls: Any) -> None:

@@ -17,6 +17,7 @@ from nm_compiler.graph import tidy
 from nm_compiler.passes.lower_cusparselt import lower_cusparselt
 from nm_compiler.pattern import Pattern, PatternMap
 from nm_compiler.runtime.cusparselt.candidates import candidates
+from nm_compiler.runtime.cusparselt.int8 import cslt_linear_int8, pack_int8
 from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import pack
 from nm_compiler.runtime.cusparselt.search import search
@@ -24,6 +25,7 @@ from nm_compiler.sites import find
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.solvers.masks import masked, top_mask
 from nm_compiler.solvers.transposable import transposable_mask
+from nm_compiler.solvers.two_masks import two_masks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -255,3 +257,90 @@ def test_lowered_graphs_compute_what_the_frozen_models_do_eager_and_compiled_who
                 wanted = copy.deepcopy(model).double()(x.double())
                 torch.testing.assert_close(gm(x)[0].double(), wanted, rtol=5e-2, atol=5e-2)
                 torch.testing.assert_close(compiled(x)[0].double(), wanted, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("text", ["2:4", "1:4", "1:2", "2:8", "1:16", "3:4"])
+def test_both_masks_and_the_transpose_are_those_of_the_cpu_to_the_bit(text: str, dtype: torch.dtype) -> None:
+    pattern = Pattern.parse(text)
+    for out, inputs in ((16, 16), (80, 48), (1024, 4112)):
+        for weight in (torch.randn(out, inputs).to(dtype), torch.randint(-3, 4, (out, inputs)).to(dtype)):
+            for order in (None, torch.randperm(out)):
+                wanted = two_masks(weight, order, pattern.n, pattern.m)
+                found = two_masks(weight.cuda(), None if order is None else order.cuda(), pattern.n, pattern.m)
+                for ours, right in zip(found, wanted, strict=True):
+                    assert ours.is_contiguous()
+                    assert torch.equal(ours.cpu().view(torch.uint8), right.view(torch.uint8))
+
+
+@SPARSE
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("fold", [False, True], ids=["ordered", "folded"])
+def test_bimask_on_packed_weights_computes_what_it_does_on_masked_ones(how: str, fold: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64)).cuda().half()
+    x, results = torch.randn(40, 8, 64, device="cuda").half(), []
+    for method in (nm.BiMask(fold=fold), nm.BiMask(fold=fold, products="cusparselt", min_tokens=1)):
+        sparse = nm.compile(copy.deepcopy(model), (x,), method=method, include=["*"]).train()
+        for name, buffer in sparse.named_buffers():
+            if name.endswith("_order"):
+                buffer.copy_(torch.randperm(len(buffer), generator=torch.Generator().manual_seed(1)))
+        run = torch.compile(sparse, fullgraph=True) if how == "compiled" else sparse
+        given = x.clone().requires_grad_()
+        y = run(given)
+        (y.float() * torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y)).sum().backward()
+        results.append({"y": y.detach(), "x": given.grad, **{name: p.grad for name, p in sparse.named_parameters()}})
+    for name, wanted in results[0].items():
+        found = results[1][name]
+        assert float((found.float() - wanted.float()).norm()) <= 0.02 * float(wanted.float().norm()), name
+
+
+@SPARSE
+def test_bimask_on_packed_weights_trains_under_autocast_and_freezes_to_2_of_4() -> None:
+    torch.manual_seed(0)
+    model, x, y = MLP(64).cuda(), torch.randn(64, 8, device="cuda"), torch.randint(4, (64,), device="cuda")
+    sparse = nm.compile(model, (x,), method=nm.BiMask(products="cusparselt", min_tokens=1, interval=10))
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.05, momentum=0.9)
+    scheduler, losses = nm.SparsityScheduler(sparse, total_steps=30), []
+    for _ in range(30):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = functional.cross_entropy(sparse(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    assert "cuSPARSELt products from 1 tokens on" in str(nm.report(sparse))
+    assert nm.verify(nm.freeze(sparse), "2:4").satisfied
+
+
+@SPARSE
+@HALVES
+@LAYOUTS
+@pytest.mark.parametrize("tokens", [1, 16, 100, 1031])
+def test_products_in_8_bits_are_those_of_the_rounded_operands(dtype: torch.dtype, rows: bool, tokens: int) -> None:
+    weight, x = sparse(256, 128, dtype), torch.randn(tokens, 128, device="cuda", dtype=dtype)
+    (packed, scale), bias = pack_int8(weight), torch.randn(256, device="cuda", dtype=dtype)
+    whole = (weight.double() / scale.double()[:, None]).round() * scale.double()[:, None]
+    step = x.double().abs().max() / 127
+    wanted = functional.linear((x.double() / step).round() * step, whole, bias.double())
+    found = cslt_linear_int8(x, packed, scale, bias, rows)
+    assert float((found.double() - wanted).norm()) <= 1e-2 * float(wanted.norm())
+
+
+@SPARSE
+def test_unfolded_convolutions_are_the_convolutions() -> None:
+    for form in (torch.contiguous_format, torch.channels_last):
+        model = nn.Sequential(nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 32, 3, padding="same")).cuda().half().eval()
+        model.to(memory_format=form)  # type: ignore[call-overload]
+        x = torch.randn(3, 32, 9, 8, device="cuda").half().contiguous(memory_format=form)
+        gm, _ = capture_mode(model, (x,), {}, training=False)
+        sites = {site.name: site for site in find(model, [gm], PatternMap.parse("2:4"), include=["*"]).sites}
+        with torch.no_grad():
+            for name in sites:
+                model.get_parameter(name).copy_(masked(model.get_parameter(name), pattern="2:4", axis=1))
+            gm = lower_cusparselt(gm, sites_by_read=sites, min_tokens=0, unfold=True)
+            tidy(gm)
+            assert sum(node.target is torch.ops.nm.unfold_taps.default for node in gm.graph.nodes) == 2
+            torch.testing.assert_close(gm(x)[0], model(x), rtol=2e-2, atol=2e-2)

@@ -27,6 +27,7 @@ from nm_compiler.passes.fold_batchnorm import fold_batchnorm
 from nm_compiler.runtime.onnx_files import commands, packages
 from nm_compiler.runtime.onnx_files.export import Written, write
 from nm_compiler.runtime.onnx_files.reading import operands
+from nm_compiler.runtime.onnx_files.streaming import write_streamed
 
 onnx = pytest.importorskip("onnx", reason="ONNX is an extra: pip install -e '.[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX is an extra: pip install -e '.[onnx]'")
@@ -446,3 +447,46 @@ def test_the_commands_name_the_file_ask_for_sparse_kernels_and_say_the_shapes(tm
     assert options["trt_sparsity_enable"] is True
     assert options["trt_profile_max_shapes"] == "x:32x3x8x8"
     assert "trt_fp16_enable" not in options
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_streamed_file_is_the_model_and_its_outline_finds_the_weights_inside(tmp_path: Path, dtype: torch.dtype) -> None:
+    import onnx_ir as ir
+    from onnx import external_data_helper
+
+    shapes = {"none": (0, 3), "one": (1,), "small": (4, 5), "large": (300, 7), "larger": (130, 130)}
+    model = exported_model({name: torch.randn(shape).to(dtype) for name, shape in shapes.items()})
+    path, outline, plain = tmp_path / "m.onnx", tmp_path / "o.onnx", tmp_path / "plain.onnx"
+    write_streamed(model, path, outline)
+    ir.save(model, plain)
+    wanted = {tensor.name: tensor.SerializeToString() for tensor in onnx.load(plain).graph.initializer}
+    streamed = onnx.load(path)
+    assert {tensor.name: tensor.SerializeToString() for tensor in streamed.graph.initializer} == wanted
+    assert sorted(streamed.graph.node, key=str) == sorted(onnx.load(plain).graph.node, key=str)
+    told = onnx.load(outline, load_external_data=False)
+    outside = [tensor for tensor in told.graph.initializer if tensor.external_data]
+    assert {tensor.name for tensor in outside} == {"large", "larger"}
+    assert outline.stat().st_size < 2000
+    external_data_helper.load_external_data_for_model(told, str(tmp_path))
+    assert {tensor.name: tensor.raw_data for tensor in told.graph.initializer} == {
+        tensor.name: tensor.raw_data for tensor in streamed.graph.initializer
+    }
+    for each in (path, outline):
+        onnx.checker.check_model(str(each), full_check=True)
+    assert all(value.const_value.numpy().shape == shapes[name] for name, value in model.graph.initializers.items())
+
+
+def exported_model(tensors: dict[str, torch.Tensor]) -> Any:
+    """An `onnx_ir.Model` that returns its input and holds tensors as torch's exporter holds them."""
+    import onnx_ir as ir
+    from torch.onnx._internal.exporter._core import TorchTensor
+
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2]))
+    node = ir.node("Identity", [x])
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", x.type, x.shape
+    held = []
+    for name, tensor in tensors.items():
+        made = TorchTensor(tensor, name=name)
+        held.append(ir.Value(name=name, type=ir.TensorType(made.dtype), shape=made.shape, const_value=made))
+    graph = ir.Graph([x], [node.outputs[0]], nodes=[node], initializers=held, opset_imports={"": 20}, name="g")
+    return ir.Model(graph, ir_version=10)

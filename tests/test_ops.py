@@ -52,6 +52,7 @@ SAMPLES: dict[str, list[Any]] = {
                         lambda: (torch.randn(4, 8), torch.randperm(8), 1, 4, [1, 0]),
                         lambda: (torch.randn(3, 4, 8), torch.stack([torch.randperm(8) for _ in range(3)]), 2, 4, [0, 2, 1])],
     "backward_groups": [lambda: (torch.randn(8, 4, 3), 2, 4, 0), lambda: (torch.randn(3, 4, 8), 1, 4, 2)],
+    "two_masks": [lambda: (requires(16, 8), torch.randperm(16), 2, 4, 2e-4), lambda: (requires(8, 16).detach().t().requires_grad_(), None, 1, 4, 0.0)],
     "linear": [
         lambda: (requires(2, 3, 4), requires(8, 4), torch.randn(8, 4), requires(8)),
         lambda: (requires(1, 4), requires(8, 4), torch.randn(8, 4), None),
@@ -84,11 +85,14 @@ def test_the_op_passes_opcheck(name: str, index: int) -> None:
     torch.library.opcheck(getattr(OPS, name).default, SAMPLES[name][index]())
 
 
-ELSEWHERE = {"cslt_linear": "test_cusparselt.py"}  # it needs the stand-in for its library
+ELSEWHERE = {  # they need the stand-in for their library
+    "cslt_linear": "test_cusparselt.py", "unfold_taps": "test_cusparselt.py", "cslt_linear_int8": "test_int8.py", "cslt_train_linear": "test_train_cusparselt.py", "cslt_input_grad": "test_train_cusparselt.py",
+}  # fmt: skip
 
 
 def test_every_registered_op_is_checked() -> None:
-    importlib.import_module("nm_compiler.runtime.cusparselt.op")  # registers its op, whichever tests ran before
+    for name in ("op", "unfold", "int8", "training"):  # they register their ops, whichever tests ran before
+        importlib.import_module(f"nm_compiler.runtime.cusparselt.{name}")
     registered = {
         str(schema.name).removeprefix("nm::") for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("nm::")
     }

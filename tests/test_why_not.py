@@ -29,6 +29,7 @@ from nm_compiler.dynamo import Fragments
 from nm_compiler.equations import equation_of
 from nm_compiler.layout import Layout
 from nm_compiler.lowering import _sparse_sites
+from nm_compiler.methods import bimask as bimask_method
 from nm_compiler.pattern import Pattern, PatternMap
 from nm_compiler.runtime.backends import cusparselt as cusparselt_backend
 from nm_compiler.runtime.backends.choosing import _short, choose_backend
@@ -36,7 +37,8 @@ from nm_compiler.runtime.backends.dense import Dense
 from nm_compiler.runtime.backends.tensorrt import _decided
 from nm_compiler.runtime.choose import Timing
 from nm_compiler.runtime.cusparselt.candidates import candidates
-from nm_compiler.runtime.cusparselt.eligible import Machine, Product, reasons
+from nm_compiler.runtime.cusparselt.eligible import Machine, Product, int8_reasons, reasons
+from nm_compiler.runtime.cusparselt.unfold import Geometry
 from nm_compiler.runtime.products import Decision, unread
 from nm_compiler.runtime.products import Product as Planned
 from nm_compiler.runtime.tensorrt.eligible import reasons as of_tensorrt
@@ -80,6 +82,14 @@ def remark(method: nm.Method, at: Site) -> str | None:
     return method.remark(State(method, at))
 
 
+def trained_on(at: Site, machine: Machine | None = None) -> str | None:
+    method = nm.BiMask(products="cusparselt")
+    state: Any = State(method, at)
+    state.param = torch.zeros(1)
+    with patch.object(bimask_method, "machine_of", lambda device: machine):
+        return method.remark(state)
+
+
 def late() -> str:
     carrier = Fragments(nn.Linear(8, 8), {})
     carrier.passes, carrier.unread = [], frozenset({"weight"})
@@ -112,7 +122,7 @@ def of_dense(backend: Any) -> Decision:
 
 
 LINEAR = Product("linear", (32, 64), torch.float16, Pattern(2, 4), 4096)
-CONV = Product("conv2d", (32, 64, 1, 1), torch.float16, Pattern(2, 4), stride=(1, 1))
+CONV = Product("conv2d", (32, 64, 1, 1), torch.float16, Pattern(2, 4), geometry=Geometry())
 GPU = Machine("cuda", (9, 0), 802)
 
 
@@ -161,7 +171,7 @@ def onnx_reason(*nodes: tuple[str, list[str], list[str], dict[str, Any]]) -> str
 
 TRANSPOSED: Any = ("Transpose", ["w"], ["t"], {"perm": [1, 0]}), ("MatMul", ["x", "t"], ["y"], {})
 A_PARAMETER = "not a parameter: make it an nn.Parameter(requires_grad=False) to make it sparse"
-OF_A_CONV = "TensorRT has sparse convolutions (backend='tensorrt')"
+MEASURED = "this is done only where it is measured (choose=True), and TensorRT needs no copy (backend='tensorrt')"
 
 PLANNING: list[tuple[str, Callable[[], Any]]] = [
     *((text, lambda name=f"w{number}": refused.reasons()[name]) for number, (text, _, _) in enumerate(refused.READERS)),
@@ -182,6 +192,11 @@ TRAINING: list[tuple[str, Callable[[], Any]]] = [
     ("backward mask = forward mask: 6 output channels, not a multiple of 4", lambda: remark(nm.BiMask(), site(6, 8))),
     ("backward mask = forward mask: 6 output channels in each conv group, not a multiple of 4", lambda: remark(nm.BiMask(), site(12, 8, 1, conv_groups=2, blocks=2))),
     ("backward mask = forward mask: 6 output channels in each slice that a product reads, not a multiple of 4", lambda: remark(nm.BiMask(), site(12, 8, blocks=2))),
+    ("cuSPARSELt products from 16384 tokens on, in float16 or bfloat16", lambda: trained_on(site(32, 64), Machine("cuda", (9, 0), 800))),
+    ("masked dense products: the weight is on cpu: move the model to an NVIDIA GPU first", lambda: trained_on(site(32, 64), Machine("cpu"))),
+    ("masked dense products: conv2d is not trained on packed weights, only linears are: write it as torch.nn.functional.linear", lambda: trained_on(replace(site(32, 64), op="conv2d"))),
+    ("masked dense products: its product reads it transposed: keep it as [out, in]", lambda: trained_on(replace(site(32, 64), layout=Layout(0, 1)))),
+    ("masked dense products: its products read slices of it: give each a weight of its own", lambda: trained_on(site(32, 64, blocks=2))),
     ("N:M forward only: 6 output channels in a block, not a multiple of 4", lambda: remark(nm.Transposable(), site(6, 8))),
     ("training: combinations are still live", lambda: remark(nm.LBC(), site(8, 8))),
     ("training: combinations are still live", lambda: remark(nm.LBCBiMask(), site(8, 8))),
@@ -214,19 +229,20 @@ TENSORRT: list[tuple[str, Callable[[], Any]]] = [
 CUSPARSELT: list[tuple[str, Callable[[], Any]]] = [
     ("matmul is not lowered, only linears and 2-D convolutions are: write it as torch.nn.functional.linear", lambda: packed(LINEAR, op="matmul")),
     ("4:8 can keep more than 2 of 4 neighbours, and sparse tensor cores have 2:4 only: use pattern='2:4'", lambda: packed(LINEAR, pattern=Pattern(4, 8))),
-    ("int8 products need scales, which are not lowered here: leave the weight in float16 or bfloat16", lambda: packed(LINEAR, dtype=torch.int8)),
+    ("int8 without its scales: leave the weight in float16 or bfloat16, options={'int8': ['*']} rounds it", lambda: packed(LINEAR, dtype=torch.int8)),
+    ("conv2d stays in 16 bits: only linears are packed in int8", lambda: int8_reasons(CONV)[0]),
     ("no sparse product is built for float32: cast the model to float16 or bfloat16", lambda: packed(LINEAR, dtype=torch.float32)),
-    (f"3x3 taps, and cuSPARSELt has matrix products only: {OF_A_CONV}", lambda: packed(CONV, shape=(32, 64, 3, 3))),
-    (f"stride 2x2, and only 1x1 convolutions of stride 1 are one matrix product: {OF_A_CONV}", lambda: packed(CONV, stride=(2, 2))),
-    ("a padded 1x1 convolution is no matrix product: pad before it, or leave the padding out", lambda: packed(CONV, padded=True)),
+    (f"3x3 taps, a matrix product only by a copy of 9 times the input: {MEASURED}", lambda: packed(CONV, geometry=Geometry((3, 3)))),
+    (f"stride 2x2, a matrix product only by a copy of the input: {MEASURED}", lambda: packed(CONV, geometry=Geometry(stride=(2, 2)))),
+    (f"a padded 1x1 convolution, a matrix product only by a copy of the input: {MEASURED}", lambda: packed(CONV, geometry=Geometry(sides=(1, 1, 1, 1)))),
     ("2 conv groups are as many small products, for which nothing has sparse kernels: use groups=1", lambda: packed(CONV, groups=2)),
     ("40 output channels are no multiple of 16: make them 48", lambda: packed(LINEAR, shape=(40, 64))),
     ("30 tokens, and packed products tend to be slower below 1024: use a larger batch, or lower min_tokens", lambda: packed(LINEAR, tokens=30)),
     ("the weight has more than 2 non-zeros in some group of 4 along its inputs: freeze the model first", unfrozen_candidate),
     ("measured 0.50x of dense at 30 tokens", lambda: measured().reasons[0]),
     ("more tokens a call, or force=[...]", lambda: measured().hint),
-    ("the weight is on cpu: move the model to an NVIDIA GPU before it is lowered", lambda: packed(LINEAR, Machine("cpu"))),
-    ("torch finds no NVIDIA GPU: lower on the machine that runs the model", lambda: packed(LINEAR, Machine("cuda", None, 802))),
+    ("the weight is on cpu: move the model to an NVIDIA GPU first", lambda: packed(LINEAR, Machine("cpu"))),
+    ("torch finds no NVIDIA GPU: work on the machine that runs the model", lambda: packed(LINEAR, Machine("cuda", None, 802))),
     ("compute capability 7.5 has no sparse tensor cores: they came with 8.0 (Ampere)", lambda: packed(LINEAR, Machine("cuda", (7, 5), 802))),
     ("this torch was built without cuSPARSELt: install one of the CUDA wheels of pytorch.org", lambda: packed(LINEAR, Machine("cuda", (9, 0)))),
 ]  # fmt: skip
@@ -296,7 +312,11 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "runtime/cusparselt/eligible.py": EVERYTHING,
     "runtime/onnx_files/found.py": EVERYTHING,
     "runtime/tensorrt/eligible.py": EVERYTHING,
-    **{f"nm_compiler/methods/{path.name}": ("remark",) for path in sorted((ROOT / "nm_compiler" / "methods").glob("*.py"))},
+    "passes/train_cusparselt.py": ("reasons_of",),
+    **{
+        f"nm_compiler/methods/{path.name}": ("remark", "_runs_on")
+        for path in sorted((ROOT / "nm_compiler" / "methods").glob("*.py"))
+    },
 }
 NO_REASON = {" along axis ", ", checked for ", "Not used, ", "%s stays dense: %s"}  # of a sparse row, titles, notes, the log
 _SKIPPED = (ast.Raise, ast.Assert)

@@ -1,4 +1,5 @@
-"""What lowering to cuSPARSELt gains: linears beside dense ones, an MLP of Llama 3 8B's shape, ViT-L/16; memory of the weights.
+"""What lowering to cuSPARSELt gains: linears and 3x3 convolutions beside dense ones, an MLP of Llama 3 8B's shape, ViT-L/16;
+memory of the weights.
 
 Everything as a CUDA graph and as Python launches it; two networks under torch.compile as well. The zeros are by
 magnitude: they cost no time, and accuracy is not asked for here.
@@ -28,11 +29,13 @@ from nm_compiler.runtime.cusparselt.candidates import candidates
 from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import pack
 from nm_compiler.runtime.cusparselt.search import search
+from nm_compiler.runtime.cusparselt.unfold import unfold_taps
 from nm_compiler.sites import find
 from nm_compiler.solvers.masks import masked
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336))  # [out, in]
 TOKENS = (256, 1024, 4096, 16384, 32768)
+CONVS = ((64, 56, 1), (128, 28, 1), (256, 14, 1), (512, 7, 1), (256, 28, 2))  # channels, pixels a side, stride: of ResNet-50
 COMPILE_UNTIL_S = 120  # a network is compiled only if the section started less than this ago
 
 Work = Callable[[], object]
@@ -68,6 +71,7 @@ def measure(device: torch.device, dry: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if device.type == "cuda" and torch.backends.cusparselt.is_available():
         found["products"] = _products(device, ((256, 128),) if dry else SHAPES, (64, 200) if dry else TOKENS)
+        found["convolutions"] = _convolutions(device, ((32, 8, 1),) if dry else CONVS, 2 if dry else 128)
     else:
         print("no cuSPARSELt here: networks stay dense")
     found["networks"] = [_network(each, device, dry, begin) for each in _networks(device, dry)]
@@ -105,6 +109,34 @@ def _products(device: torch.device, shapes: tuple[tuple[int, int], ...], counts:
             })  # fmt: skip
     head = ["y = x W^T + b, bf16, [out x in]", "dense ms", "columns", "copied", "searched", "launched ms", "columns", "error"]
     print("the first four as CUDA graphs, the last two as launched from Python")
+    print(table(head, rows), flush=True)
+    return found
+
+
+def _convolutions(device: torch.device, shapes: tuple[tuple[int, int, int], ...], batch: int) -> list[dict[str, Any]]:
+    """3x3 convolutions in channels_last beside the packed product of their unfolded input, the copy included and by itself."""
+    rows, found = [], []
+    for channels, side, stride in shapes:
+        form = torch.channels_last
+        weight = torch.randn(channels, channels, 3, 3, device=device, dtype=torch.bfloat16) / (3 * channels**0.5)
+        weight = masked(weight, pattern="2:4", axis=1).contiguous(memory_format=form)
+        x = torch.randn(batch, channels, side, side, device=device, dtype=torch.bfloat16).contiguous(memory_format=form)
+        packed = pack(weight)
+        copy = partial(unfold_taps, x, [3, 3], [stride, stride], [1, 1, 1, 1], [1, 1])
+
+        def unfolded(copy: Callable[[], Tensor] = copy, packed: Tensor = packed, channels: int = channels) -> Tensor:
+            pixels = copy()
+            y: Tensor = cslt_linear(pixels.flatten(0, -2), packed, None, channels, 0, False)
+            return y.contiguous().view(*pixels.shape[:-1], channels).movedim(-1, 1)
+
+        dense = partial(functional.conv2d, x, weight, None, stride, 1)
+        error = _error(unfolded(), functional.conv2d(x.float(), weight.float(), None, stride, 1))
+        work: dict[str, Work] = {"dense": dense, "unfolded": unfolded, "copy": copy}
+        ms = in_turn({name: replayed(each) for name, each in work.items()}, device, repeats=9, calls=3)
+        rows.append([f"{channels} channels, {side}x{side}, stride {stride}", *(f"{value:.3f}" for value in ms.values()),
+                     f"{ms['dense'] / ms['unfolded']:.2f}x", f"{error:.0e}"])  # fmt: skip
+        found.append({"channels": channels, "side": side, "stride": stride, "batch": batch, "ms": ms, "error": error})
+    head = [f"3x3 convolutions, bf16, {batch} images", "dense ms", "unfolded", "of it copy", "dense / it", "error"]
     print(table(head, rows), flush=True)
     return found
 

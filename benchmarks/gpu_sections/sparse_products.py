@@ -1,4 +1,4 @@
-"""What 2:4 tensor cores offer through cuSPARSELt, before any of it is a backend of ours: products, packing, both directions.
+"""What 2:4 tensor cores offer through cuSPARSELt, before any of it is a backend of ours: products, packing.
 
 y = x W^T with W 2:4 along `in`: the sparse operand is the left one of the library's product, so W x^T, written transposed.
 """
@@ -22,11 +22,11 @@ TOKENS = (256, 1024, 2048, 4096, 16384)
 
 
 def measure(device: torch.device, dry: bool) -> dict[str, Any]:
-    """Products at several numbers of tokens, then both masks of Bi-Mask with their packing in every step."""
+    """Products at several numbers of tokens."""
     if device.type != "cuda" or not torch.backends.cusparselt.is_available():
         print("no cuSPARSELt here")
         return {"skipped": "no cuSPARSELt"}
-    return {"products": _products(device), "bimask": _bimask(device)}
+    return {"products": _products(device)}
 
 
 def product(packed: Tensor, x: Tensor, *, transposed: bool = True, algorithm: int = 0) -> Tensor:
@@ -84,41 +84,3 @@ def _searched(packed: Tensor, x: Tensor) -> int:
     """The algorithm that the library finds fastest; 0, its first choice, where it cannot be asked."""
     search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
     return 0 if search is None else int(search(packed, x.t(), None, None, None, True)[0])
-
-
-def _prepared(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The packed weight of the forward product and, turned, of the input gradient's."""
-    forward = masked(weight, pattern="2:4")
-    backward = masked(forward, pattern="2:4", axis=0)
-    return torch._cslt_compress(forward), torch._cslt_compress(backward.t().contiguous())
-
-
-def _bimask(device: torch.device) -> list[dict[str, Any]]:
-    """Forward, dX and dW of a linear under two masks; the sparse side masks and packs twice in every step."""
-    rows, found = [], []
-    for out, inputs in ((4096, 4096), (14336, 4096)):
-        weight = torch.randn(out, inputs, device=device, dtype=torch.bfloat16) / inputs**0.5
-        forward = masked(weight, pattern="2:4")
-        backward = masked(forward, pattern="2:4", axis=0)
-        for tokens in (4096, 16384, 65536):
-            x, g = (torch.randn(tokens, k, device=device, dtype=torch.bfloat16) for k in (inputs, out))
-            packed, turned = _prepared(weight)
-            work: dict[str, Callable[[], object]] = {
-                "dense y": partial(functional.linear, x, forward),
-                "sparse y": partial(product, packed, x),
-                "dense dx": partial(torch.matmul, g, backward),
-                "sparse dx": partial(product, turned, g),
-                "dw": partial(torch.matmul, g.t(), x),
-                "masks and packing": partial(_prepared, weight),
-            }
-            wanted = g.double() @ backward.double()
-            error = float((product(turned, g).double() - wanted).norm() / wanted.norm())
-            graphs = {name: each if name == "masks and packing" else replayed(each) for name, each in work.items()}
-            ms = in_turn(graphs, device, repeats=9, warmup=2)
-            dense = ms["dense y"] + ms["dense dx"] + ms["dw"]
-            sparse = ms["sparse y"] + ms["sparse dx"] + ms["dw"] + ms["masks and packing"]
-            rows.append([f"{out}x{inputs}, {tokens} tokens", *(f"{value:.3f}" for value in ms.values()),
-                         f"{dense / sparse:.3f}x", f"{error:.0e}"])  # fmt: skip
-            found.append({"out": out, "in": inputs, "tokens": tokens, "ms": ms, "step_ratio": dense / sparse, "error": error})
-    print(table(["Bi-Mask linear, bf16, ms", *work, "dense / sparse", "dx error"], rows), flush=True)
-    return found

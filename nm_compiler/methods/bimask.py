@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,8 @@ from nm_compiler.methods.base import Clock, Method
 from nm_compiler.methods.srste import check_decay, check_rate, pull
 from nm_compiler.passes.insert_bimask import insert_bimask
 from nm_compiler.passes.insert_srste import insert_srste
+from nm_compiler.passes.train_cusparselt import reasons_of, train_cusparselt
+from nm_compiler.runtime.cusparselt.eligible import machine_of, of_machine
 from nm_compiler.sites import Site
 from nm_compiler.solvers.backward_order import OrderSearch, assignment_search
 from nm_compiler.solvers.magnitude import magnitude_mask
@@ -39,6 +42,9 @@ class BiMask(Method):
     fold: put an order into the weights instead, once, at `compile`, which then searches the channels of coupled layers for
     both masks together (``permute="search"``): backward groups lie side by side, there is no order to store, to gather with
     or to search again, and channels that are not free keep the order they have.
+    products: ``"cusparselt"`` runs y and dx of whole linears on the sparse tensor cores of an NVIDIA GPU, in float16 or
+    bfloat16 (autocast too), wherever there are ``min_tokens`` tokens or more: packing both weights in every step has to pay.
+    All other products stay masked and dense, and `nm_compiler.report` says why. Not measured yet: see docs/cusparselt.md.
     Raises NMError for values out of range.
     """
 
@@ -49,6 +55,8 @@ class BiMask(Method):
     search: OrderSearch = assignment_search
     decoupled: bool = False
     fold: bool = False
+    products: Literal["dense", "cusparselt"] = "dense"
+    min_tokens: int = 16_384
 
     def __post_init__(self) -> None:
         check_decay(self.decay, self.name)
@@ -58,11 +66,16 @@ class BiMask(Method):
             raise NMError(f"BiMask({given}): needs whole numbers, interval >= 1 and moves >= 0")
         if self.objective not in ("magnitude", "count"):
             raise NMError(f"BiMask(objective={self.objective!r}): choose 'magnitude' or 'count'")
+        if self.products not in ("dense", "cusparselt"):
+            raise NMError(f"BiMask(products={self.products!r}): choose 'dense' or 'cusparselt'")
+        if not isinstance(self.min_tokens, int) or self.min_tokens < 1:
+            raise NMError(f"BiMask(min_tokens={self.min_tokens!r}): needs a whole number >= 1")
 
     def passes(self, sites: Sequence[Site]) -> list[Pass]:
         return [
             partial(insert_srste, sites=sites, decay=0.0 if self.decoupled else self.decay),
             partial(insert_bimask, sites=sites, folded=self.fold),
+            *([partial(train_cusparselt, sites=sites, min_tokens=self.min_tokens)] if self.products == "cusparselt" else []),
         ]
 
     def layout(self) -> Mapping[str, Any]:
@@ -87,9 +100,15 @@ class BiMask(Method):
     def remark(self, weight: Weight) -> str | None:
         site = weight.site
         if site.backward_groups:
-            return None
+            return self._runs_on(weight) if self.products == "cusparselt" else None
         inside = " in each conv group" * (site.conv_groups > 1) or " in each slice that a product reads" * (site.blocks > 1)
         return f"backward mask = forward mask: {site.block} output channels{inside}, not a multiple of {site.pattern.m}"
+
+    def _runs_on(self, weight: Weight) -> str:
+        why = next(chain(reasons_of(weight.site), of_machine(machine_of(weight.param.device))), None)
+        if why is not None:
+            return f"masked dense products: {why}"
+        return f"cuSPARSELt products from {self.min_tokens} tokens on, in float16 or bfloat16"
 
     def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
         if "order" not in state:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass
 from nm_compiler.methods.base import Clock
 from nm_compiler.methods.bimask import BiMask
@@ -28,6 +29,14 @@ class LBCBiMask(LBC):
     """
 
     backward: BiMask = field(default_factory=BiMask)
+
+    def __post_init__(self) -> None:
+        LBC.__post_init__(self)
+        if self.backward.products != "dense":
+            raise NMError(
+                "LBCBiMask(backward=BiMask(products='cusparselt')): LBC's forward mask is not N:M before t_f, and cannot "
+                "be packed; use nm.BiMask(products='cusparselt')"
+            )
 
     def passes(self, sites: Sequence[Site]) -> list[Pass]:
         return [*LBC.passes(self, sites), partial(insert_bimask, sites=sites, folded=self.backward.fold)]

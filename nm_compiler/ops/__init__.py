@@ -12,11 +12,12 @@ would go on using the old backward.
     srste_weight             top-N by magnitude, decay on the rest  (weights)
     backward_weight          Bi-Mask: the weight seen by d/dx       (weights)
     backward_groups          the same, rows in order already        (weights)
+    two_masks                Bi-Mask: both weights at once          (two_masks)
     linear, conv             products with two weights              (products)
     einsum                   any other product of two tensors       (einsum)
     grouped_mm               experts, rows sorted by expert         (grouped_mm)
 """
 
-from nm_compiler.ops import einsum, grouped_mm, masks, products, weights
+from nm_compiler.ops import einsum, grouped_mm, masks, products, two_masks, weights
 
-__all__ = ["einsum", "grouped_mm", "masks", "products", "weights"]
+__all__ = ["einsum", "grouped_mm", "masks", "products", "two_masks", "weights"]

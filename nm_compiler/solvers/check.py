@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -11,4 +12,5 @@ def worst_group(weight: Tensor, m: int, axis: int) -> int:
     ``size(axis)`` must be a multiple of ``m``. Returns 0 for an empty weight.
     """
     groups = weight.detach().movedim(axis, -1).unflatten(-1, (-1, m))
-    return int((groups != 0).sum(-1).max()) if weight.numel() else 0
+    counts = (groups != 0).sum(-1, dtype=torch.uint8 if m < 256 else torch.int64)  # int64 would be half the weight
+    return int(counts.max()) if weight.numel() else 0

@@ -57,7 +57,7 @@ def top_mask(
         _checked_out(out, weight.shape, dtype, weight)
     if _has_kernel(weight):
         return _compiled(weight, nm, axis, torch.empty_like(weight, dtype=dtype) if out is None else out)
-    mask = _triton().mask(weight.detach(), nm.n, nm.m, axis) if _on_gpu(weight) else magnitude_mask(weight, nm.n, nm.m, axis)
+    mask = _triton().mask(weight.detach(), nm.n, nm.m, axis) if on_gpu(weight) else magnitude_mask(weight, nm.n, nm.m, axis)
     mask = mask.view(dtype)
     return mask if out is None else out.copy_(mask)
 
@@ -73,7 +73,7 @@ def masked(weight: Tensor, *, pattern: PatternLike, axis: int = -1, out: Tensor 
         _checked_out(out, weight.shape, weight.dtype, weight)
     if _has_kernel(weight):
         return _compiled(weight, nm, axis, torch.empty_like(weight) if out is None else out)
-    kept = _triton().masked(weight, nm.n, nm.m, axis) if _on_gpu(weight) else _plain(weight, nm.n, nm.m, axis)
+    kept = _triton().masked(weight, nm.n, nm.m, axis) if on_gpu(weight) else _plain(weight, nm.n, nm.m, axis)
     return kept if out is None else out.copy_(kept)
 
 
@@ -117,7 +117,7 @@ def _bits(weight: Tensor, pattern: Pattern, axis: int) -> Tensor:
     if _has_kernel(weight):
         mask = _compiled(weight, pattern, axis, torch.empty_like(weight, dtype=torch.bool))
         return torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
-    if _on_gpu(weight):
+    if on_gpu(weight):
         return _triton().bits(weight.detach(), pattern.n, pattern.m, axis)  # type: ignore[no-any-return]
     return pack(magnitude_mask(weight, pattern.n, pattern.m, axis))
 
@@ -126,7 +126,8 @@ def _has_kernel(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.layout == torch.strided
 
 
-def _on_gpu(weight: Tensor) -> bool:
+def on_gpu(weight: Tensor) -> bool:
+    """Whether a Triton kernel can take it."""
     return weight.device.type == "cuda" and weight.layout == torch.strided and importlib.util.find_spec("triton") is not None
 
 

@@ -71,9 +71,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What runs the graph, and what became of every product, by its node. notes: lines for the report; artifact: files;
+    """What runs the graph, and what became of every product, by its node. notes: lines for the report; artifact: files.
 
-    tolerance: of the check after lowering, where the backend rounds more than the dtype does.
+    rough: how far outputs may be from the model's, relative, where the user asked for less precision than the dtype has.
     """
 
     run: nn.Module
@@ -82,7 +82,7 @@ class Result:
     notes: tuple[str, ...] = ()
     artifact: Any = None
     takes_tensors_only: bool = False
-    tolerance: float | None = None
+    rough: float = 0.0
 
 
 class Backend(ABC):

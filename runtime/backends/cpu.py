@@ -18,6 +18,7 @@ from nm_compiler.passes.lower_cpu import lower_cpu
 from nm_compiler.pattern import matches
 from nm_compiler.runtime.backends.base import Backend, Job, Result, hint_of
 from nm_compiler.runtime.choose import Choices, Timing, key_of
+from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.runtime.native.eligible import DTYPES, geometry, reasons
 from nm_compiler.runtime.native.library import load
 from nm_compiler.runtime.native.measuring import timed
@@ -25,8 +26,8 @@ from nm_compiler.runtime.native.packing import pack
 from nm_compiler.runtime.products import Decision, Product
 
 VALUES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-TOLERANCE = {torch.bfloat16: 2e-2, torch.int8: 1e-1}
-"""Of the check, where values are rounded."""
+ROUGH = {torch.bfloat16: 2e-2, torch.int8: 1e-1}
+"""How far outputs may be from the model's where values are rounded."""
 
 
 class Cpu(Backend):
@@ -58,7 +59,7 @@ class Cpu(Backend):
         gm = standalone(run(job.gm, [lower, fuse_epilogues]))
         library = load()
         notes = (f"CPU kernels for {getattr(library, 'isa', library)}, {torch.get_num_threads()} threads.",)
-        return Result(gm, decisions, found, notes, tolerance=None if values is None else TOLERANCE.get(values))
+        return Result(gm, decisions, found, notes, rough=0.0 if values is None else ROUGH.get(values, 0.0))
 
 
 def _values(name: Any) -> torch.dtype | None:
@@ -102,8 +103,7 @@ def _example(data: Node, dtype: torch.dtype) -> Tensor:
     """Random data as the product gets them in the example, in their layout."""
     value = data.meta["val"]
     x = torch.randn([hint_of(size) for size in value.shape]).to(dtype)
-    last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
-    return x.contiguous(memory_format=torch.channels_last) if last else x
+    return x.contiguous(memory_format=torch.channels_last) if lies_in_channels_last(value) else x
 
 
 def _size(x: Tensor, conv: object) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.fx import GraphModule, Node
 from nm_compiler.evaluate import value_of
 from nm_compiler.graph import target_name
 from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, Machine, Product, machine_of, reasons
+from nm_compiler.runtime.cusparselt.unfold import geometry_of, matrix_of
 from nm_compiler.sites import Site
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.uses import constants
@@ -40,16 +42,22 @@ class Candidate:
 
 
 def candidates(
-    gm: GraphModule, sites_by_read: Mapping[str, Site], *, machine: Machine | None = None, min_tokens: int = MIN_TOKENS
+    gm: GraphModule,
+    sites_by_read: Mapping[str, Site],
+    *,
+    machine: Machine | None = None,
+    min_tokens: int = MIN_TOKENS,
+    unfold: bool = False,
 ) -> list[Candidate]:
     """Every product of a planned weight, in the order of the graph. Changes nothing.
 
     gm: frozen and cast; sites_by_read: what a ``get_attr`` node reads -> its site.
-    machine: in place of what torch says of each weight's device; min_tokens: fewer are a reason.
+    machine: in place of what torch says of each weight's device; min_tokens: fewer are a reason; unfold: whether convolutions
+    that need a copy of their input count.
     """
     fixed = constants(gm.graph)
     found = [
-        _judged(gm, site, node, weight, machine, min_tokens)
+        _judged(gm, site, node, weight, partial(reasons, min_tokens=min_tokens, unfold=unfold), machine)
         for read in gm.graph.nodes
         if read.op == "get_attr" and (site := sites_by_read.get(str(read.target))) is not None
         for node, weight in _products(read, fixed)
@@ -73,11 +81,13 @@ def _products(read: Node, fixed: Collection[Node]) -> Iterator[tuple[Node, Node]
                 yield user, node
 
 
-def _judged(gm: GraphModule, site: Site, node: Node, weight: Node, machine: Machine | None, min_tokens: int) -> Candidate:
+def _judged(
+    gm: GraphModule, site: Site, node: Node, weight: Node, judge: Callable[[Product, Machine], Any], machine: Machine | None
+) -> Candidate:
     value: Tensor = value_of(gm, weight)
     product = describe(node, weight, value, site)
-    why = reasons(product, machine or machine_of(value.device), min_tokens=min_tokens)
-    if not why and not value.is_meta and worst_group(value.flatten(1), 4, 1) > 2:
+    why: tuple[str, ...] = judge(product, machine or machine_of(value.device))
+    if not why and not value.is_meta and worst_group(matrix_of(value), 4, 1) > 2:
         why = ("the weight has more than 2 non-zeros in some group of 4 along its inputs: freeze the model first",)
     return Candidate(site, node, weight, product, why)
 
@@ -89,17 +99,12 @@ def describe(node: Node, weight: Node, value: Tensor, site: Site) -> Product:
         return Product(
             name if node.target not in (LINEAR, *CONV2D) else f"{name} of a weight", shape, value.dtype, site.pattern
         )
-    data: Any = node.args[0]
-    sizes = data.meta["val"].shape
+    sizes = node.meta["val"].shape
     if node.target is LINEAR:
         return Product("linear", shape, value.dtype, site.pattern, _hint(sizes[:-1]))
-    given: tuple[Any, ...] = node.args
-    stride, padding, _dilation, groups = (given[at] if len(given) > at else None for at in (3, 4, 5, 6))
-    padded = any(padding) if isinstance(padding, (list, tuple)) else False  # "same" and "valid" pad no 1x1 convolution
-    return Product(
-        "conv2d", shape, value.dtype, site.pattern, _hint((*sizes[:-3], *sizes[-2:])),
-        stride=tuple(stride or (1, 1)), padded=padded, groups=int(groups or 1),
-    )  # fmt: skip
+    groups = int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
+    pixels = _hint((*sizes[:-3], *sizes[-2:]))
+    return Product("conv2d", shape, value.dtype, site.pattern, pixels, geometry_of(node, shape[2:]), groups)
 
 
 def _hint(sizes: Any) -> int | None:

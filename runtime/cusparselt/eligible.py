@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 
 from nm_compiler.pattern import Pattern
+from nm_compiler.runtime.cusparselt.unfold import Geometry
 
 MIN_TOKENS = 1024
 """The fewest tokens at which every measured shape was faster packed (H200, bf16, CUDA graphs); at 256 half were not."""
@@ -20,7 +21,7 @@ class Product:
     """What is known of one product: its op, the weight it reads, and for convolutions their geometry.
 
     op: linear, conv2d, or another that is not lowered. shape: ``[out, in]`` or ``[out, in / groups, *taps]``.
-    tokens: rows of the flattened input, batch times positions, or None if unknown.
+    tokens: rows of the flattened output, batch times positions, or None if unknown.
     """
 
     op: str
@@ -28,8 +29,7 @@ class Product:
     dtype: torch.dtype
     pattern: Pattern
     tokens: int | None = None
-    stride: tuple[int, ...] = ()
-    padded: bool = False
+    geometry: Geometry | None = None
     groups: int = 1
 
 
@@ -45,6 +45,13 @@ class Machine:
     library: int | None = None
 
 
+def int8_reasons(product: Product) -> tuple[str, ...]:
+    """Why a product that can be packed in 16 bits cannot be packed in 8."""
+    if product.op != "linear":
+        return (f"{product.op} stays in 16 bits: only linears are packed in int8",)
+    return tuple(of_sizes(product.shape, torch.int8))
+
+
 def machine_of(device: torch.device) -> Machine:
     """Ask torch about a device; a CUDA device that is not there comes back without a capability."""
     if device.type != "cuda" or torch.version.hip:  # AMD devices call themselves cuda as well
@@ -53,18 +60,23 @@ def machine_of(device: torch.device) -> Machine:
     return Machine("cuda", torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None, library)
 
 
-def reasons(product: Product, machine: Machine, *, min_tokens: int = MIN_TOKENS) -> tuple[str, ...]:
-    """Every reason why ``product`` stays dense on ``machine``, those of the product first; none if it can be packed."""
-    return tuple(chain(of_product(product), of_tokens(product.tokens, min_tokens), of_machine(machine)))
+def reasons(product: Product, machine: Machine, *, min_tokens: int = MIN_TOKENS, unfold: bool = False) -> tuple[str, ...]:
+    """Every reason why ``product`` stays dense on ``machine``, those of the product first; none if it can be packed.
+
+    unfold: whether convolutions may become matrix products by a copy of their input.
+    """
+    return tuple(chain(of_product(product, unfold=unfold), of_tokens(product.tokens, min_tokens), of_machine(machine)))
 
 
-def of_product(product: Product) -> Iterable[str]:
+def of_product(product: Product, *, unfold: bool = False) -> Iterable[str]:
     """What no other device and no more tokens would change."""
     yield from of_op(product.op)
     yield from of_pattern(product.pattern)
     yield from of_dtype(product.dtype)
     if product.op in ("linear", "conv2d"):
-        yield from of_geometry(product.shape[2:], product.stride, product.padded, product.groups)
+        if product.geometry is not None and not unfold:
+            yield from of_geometry(product.geometry)
+        yield from of_groups(product.groups)
         yield from of_sizes(product.shape, product.dtype)
 
 
@@ -84,20 +96,25 @@ def of_dtype(dtype: torch.dtype) -> Iterable[str]:
     """16 bits, without scales."""
     name = str(dtype).removeprefix("torch.")
     if dtype in (torch.int8, torch.float8_e4m3fn):
-        yield f"{name} products need scales, which are not lowered here: leave the weight in float16 or bfloat16"
+        yield f"{name} without its scales: leave the weight in float16 or bfloat16, options={{'int8': ['*']}} rounds it"
     elif dtype not in (torch.float16, torch.bfloat16):
         yield f"no sparse product is built for {name}: cast the model to float16 or bfloat16"
 
 
-def of_geometry(taps: Sequence[int], stride: Sequence[int], padded: bool, groups: int) -> Iterable[str]:
-    """cuSPARSELt multiplies matrices: a convolution has to be one."""
-    other = "TensorRT has sparse convolutions (backend='tensorrt')"
-    if math.prod(taps) != 1:
-        yield f"{'x'.join(map(str, taps))} taps, and cuSPARSELt has matrix products only: {other}"
-    if any(step != 1 for step in stride):
-        yield f"stride {'x'.join(map(str, stride))}, and only 1x1 convolutions of stride 1 are one matrix product: {other}"
-    if padded and math.prod(taps) == 1:
-        yield "a padded 1x1 convolution is no matrix product: pad before it, or leave the padding out"
+def of_geometry(geometry: Geometry) -> Iterable[str]:
+    """cuSPARSELt multiplies matrices: a convolution has to be one, or becomes one by a copy that seldom pays."""
+    way = "this is done only where it is measured (choose=True), and TensorRT needs no copy (backend='tensorrt')"
+    taps, stride = ("x".join(map(str, sizes)) for sizes in (geometry.taps, geometry.stride))
+    if geometry.taps != (1, 1):
+        yield f"{taps} taps, a matrix product only by a copy of {math.prod(geometry.taps)} times the input: {way}"
+    elif geometry.stride != (1, 1):
+        yield f"stride {stride}, a matrix product only by a copy of the input: {way}"
+    elif not geometry.plain:
+        yield f"a padded 1x1 convolution, a matrix product only by a copy of the input: {way}"
+
+
+def of_groups(groups: int) -> Iterable[str]:
+    """Of convolutions."""
     if groups != 1:
         yield f"{groups} conv groups are as many small products, for which nothing has sparse kernels: use groups=1"
 
@@ -119,10 +136,10 @@ def of_tokens(tokens: int | None, least: int) -> Iterable[str]:
 def of_machine(machine: Machine) -> Iterable[str]:
     """A GPU from Ampere on, and a torch that was built with the library."""
     if machine.kind != "cuda":
-        yield f"the weight is on {machine.kind}: move the model to an NVIDIA GPU before it is lowered"
+        yield f"the weight is on {machine.kind}: move the model to an NVIDIA GPU first"
         return
     if machine.capability is None:
-        yield "torch finds no NVIDIA GPU: lower on the machine that runs the model"
+        yield "torch finds no NVIDIA GPU: work on the machine that runs the model"
     elif machine.capability < (8, 0):
         found = ".".join(map(str, machine.capability))
         yield f"compute capability {found} has no sparse tensor cores: they came with 8.0 (Ampere)"

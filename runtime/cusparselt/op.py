@@ -40,7 +40,7 @@ def cslt_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: in
     tokens = x.shape[0]
     if tokens == 0:
         return _result(x, out_features, rows)
-    bias = bias if bias is None else _aligned(bias.contiguous())
+    bias = bias if bias is None else aligned(bias.contiguous())
     y = torch._cslt_sparse_mm(packed, operand(x), bias, transpose_result=rows, alg_id=algorithm)
     # cut and turned where it is, not by a view: autograd lets nobody write into a view that an op returns
     return y.as_strided_((tokens, out_features), (out_features, 1) if rows else (1, y.shape[1]))
@@ -62,10 +62,11 @@ def operand(x: Tensor) -> Tensor:
         x = functional.pad(x, (0, 0, 0, short))
     if not (x.is_contiguous() or x.t().is_contiguous()):
         x = x.contiguous()
-    return _aligned(x).t()
+    return aligned(x).t()
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, at an address that the library takes."""
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from nm_compiler.errors import NMError
 from nm_compiler.runtime.cusparselt.eligible import multiple_of
 from nm_compiler.runtime.cusparselt.op import DTYPES
+from nm_compiler.runtime.cusparselt.unfold import matrix_of
 from nm_compiler.solvers.check import worst_group
 
 PACKED_SHARE = 9 / 16
@@ -19,7 +20,7 @@ PACKED_SHARE = 9 / 16
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Pack a weight ``[out, in]`` or ``[out, in, 1, 1]``, float16 or bfloat16, at most 2 of 4 along `in` non-zero.
+    """Pack a weight ``[out, in]`` or ``[out, in, *taps]``, float16 or bfloat16, at most 2 of 4 along `in` non-zero.
 
     Returns a tensor of the library's layout, same dtype and device. Raises NMError for a weight that the library would
     refuse or, worse, cut: it drops what is more than 2 of 4 without a word.
@@ -27,9 +28,9 @@ def pack(weight: Tensor) -> Tensor:
     shown = f"a weight of {list(weight.shape)} ({weight.dtype}, {weight.device})"
     if weight.dtype not in DTYPES or weight.is_meta:
         raise NMError(f"{shown} cannot be packed for cuSPARSELt: cast it to float16 or bfloat16, on the GPU that runs it")
-    if weight.ndim not in (2, 4) or any(size != 1 for size in weight.shape[2:]):
-        raise NMError(f"{shown} cannot be packed for cuSPARSELt: only linears [out, in] and convolutions [out, in, 1, 1] can")
-    matrix = weight.detach().flatten(1).contiguous()  # the library reads rows and does not look at strides
+    if weight.ndim not in (2, 4):
+        raise NMError(f"{shown} cannot be packed for cuSPARSELt: only linears [out, in] and 2-D convolutions can")
+    matrix = matrix_of(weight)  # the library reads rows and does not look at strides
     step = multiple_of(weight.dtype)
     if any(size % step or not size for size in matrix.shape):
         raise NMError(f"{shown} cannot be packed for cuSPARSELt: both sizes have to be multiples of {step}")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern
+from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.runtime.native.job import ACTIVATIONS, DTYPES, Job, address
 from nm_compiler.runtime.native.library import Library, load
 from nm_compiler.runtime.native.packing import LANES, sizes
@@ -111,8 +112,7 @@ def _float(tensor: Tensor) -> Tensor:
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
+    return torch.channels_last if lies_in_channels_last(x) else torch.contiguous_format
 
 
 def _out_sizes(x: Any, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> tuple[Any, Any]:

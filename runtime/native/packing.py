@@ -108,7 +108,7 @@ def _lanes(tensor: Tensor, rows: int) -> Tensor:
     """``[conv groups, rows, groups, n]`` to ``[conv groups, tiles, steps, 16]``."""
     flat = tensor.flatten(2)
     tiles = -(-rows // LANES)
-    filled = torch.nn.functional.pad(flat, (0, 0, 0, tiles * LANES - rows))
+    filled: Tensor = torch.nn.functional.pad(flat, (0, 0, 0, tiles * LANES - rows))
     return filled.unflatten(1, (tiles, LANES)).transpose(2, 3).contiguous()
 
 

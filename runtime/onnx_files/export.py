@@ -110,13 +110,15 @@ def write(
         _name_after_parameters(model, sites, origins)
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
         staged.save(model, size, one_file)
-        _check_valid(staged.model)
-        weights, refusals = planned_constants(staged.model, program, sites, origins)
+        opset = model.opset_imports[""]
+        del model  # it may hold the weights once more, turned
+        _check_valid(staged.outline)
+        weights, refusals = planned_constants(staged.outline, program, sites, origins)
         written = Written(
             path=staged.path,
             dtype=str(precision(program, inputs)).removeprefix("torch."),
-            opset=model.opset_imports[""],
-            inputs=_inputs(staged.model, program, inputs),
+            opset=opset,
+            inputs=_inputs(staged.outline, program, inputs),
             weights=weights,
             refusals=refusals,
             numerics=compare(program, inputs, staged.model, tolerance),

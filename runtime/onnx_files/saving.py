@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from nm_compiler.errors import NMError
+from nm_compiler.runtime.onnx_files.streaming import write_streamed
 
 
 class Staged:
@@ -38,18 +39,25 @@ class Staged:
         self.model = folder / f".{self.path.stem}.{token}.onnx"
         self.data = folder / f"{self.path.name}.{token}.data"
         self.sidecar = folder / f".{self.path.stem}.{token}.json"
+        self.outline = folder / f".{self.path.stem}.{token}.outline.onnx"
         try:
             self.model.touch()
         except OSError as error:
             raise NMError(f"{path} cannot be written: {error.strerror}. Choose another folder") from error
 
     def save(self, model: Any, size: int, limit: int) -> None:
-        """Write an `onnx_ir.Model` of ``size`` bytes of weights; above ``limit`` bytes they go to the data file."""
+        """Write an `onnx_ir.Model` of ``size`` bytes of weights; above ``limit`` bytes they go to the data file.
+
+        ``outline`` is then the model without its weights in memory, for those who read its structure; it is never committed.
+        """
         import onnx_ir
 
-        outside = self.data.name if size > limit else None
         try:
-            onnx_ir.save(model, self.model, external_data=outside)
+            if size > limit:
+                onnx_ir.save(model, self.model, external_data=self.data.name)
+                self.outline.write_bytes(self.model.read_bytes())
+            else:
+                write_streamed(model, self.model, self.outline)
             for file in (self.model, self.data):
                 _settle(file)
         except OSError as error:
@@ -81,7 +89,7 @@ class Staged:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for file in (self.model, self.data, self.sidecar):
+        for file in (self.model, self.data, self.sidecar, self.outline):
             file.unlink(missing_ok=True)
 
 

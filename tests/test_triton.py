@@ -1,0 +1,47 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""The Triton kernels on a CPU, in Triton's interpreter, against the masks in plain torch: equal to the bit.
+
+What only a GPU can show, that they compile and are fast, is in test_gpu.py and benchmarks/gpu.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from nm_compiler.solvers.masks import masked
+from nm_compiler.solvers.two_masks import two_masks
+
+TESTS = Path(__file__).parent
+SCRATCH = Path(os.environ.get("NM_TRITON_PYTHON", TESTS.parent / ".venv" / "triton-python"))
+
+
+@pytest.mark.required
+def test_kernels_agree_with_the_reference_to_the_bit_ties_zeros_nans_and_tails_included() -> None:
+    if not (SCRATCH / "triton").is_dir() and find_spec("triton") is None:
+        pytest.skip(f"no triton in {SCRATCH}: `make test` puts it there")
+    path = os.pathsep.join([str(TESTS.parent), str(SCRATCH)])
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(TESTS / "interpreted_triton.py")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert not done.returncode, done.stderr[-3000:]
+    same = json.loads(done.stdout)
+    assert len(same) > 100
+    assert [name for name, agrees in same.items() if not agrees] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_masks_are_one_mask_and_then_the_other_turned(dtype: torch.dtype) -> None:
+    weight, order = torch.randn(32, 48).to(dtype), torch.randperm(32)
+    forward, turned = two_masks(weight, order, 2, 4)
+    assert torch.equal(forward, masked(weight, pattern="2:4"))
+    assert torch.equal(turned, masked(forward[order], pattern="2:4", axis=0).t())
+    assert turned.is_contiguous()
+    assert torch.equal(two_masks(weight[order], None, 2, 4)[1], turned)
