@@ -109,7 +109,8 @@ def _lanes(tensor: Tensor, rows: int) -> Tensor:
     flat = tensor.flatten(2)
     tiles = -(-rows // LANES)
     filled: Tensor = torch.nn.functional.pad(flat, (0, 0, 0, tiles * LANES - rows))
-    return filled.unflatten(1, (tiles, LANES)).transpose(2, 3).contiguous()
+    tiled: Tensor = filled.unflatten(1, (tiles, LANES)).transpose(2, 3)
+    return tiled.contiguous()
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:
