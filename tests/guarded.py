@@ -1,20 +1,26 @@
 # mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
 """Products whose operands end, or begin, at pages that must not be touched: a process of its own, which a wrong read kills.
 
-    python tests/guarded.py avx2
+    python tests/guarded.py
+
+Then a child is forked while torch has threads, and has to compute the same.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import random
 import sys
 from dataclasses import replace
 
 import torch
-from packed_products import Operands, any_product, libraries
+from packed_products import Operands, Product, any_product, libraries
 from torch import Tensor
+
+from nm_compiler.pattern import Pattern
+from nm_compiler.runtime.native.library import Library
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -41,9 +47,8 @@ class Guarded:
         return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
-def main(isa: str, products: int = 150) -> None:
-    library, pick = libraries()[isa], random.Random(0)
-    places = {name: Guarded(4 << 20) for name in ("x", "values", "codes", "scales", "bias", "residual")}
+def sweep(library: Library, places: dict[str, Guarded], products: int) -> None:
+    pick = random.Random(0)
     for number in range(products):
         product = replace(any_product(pick), form=pick.choice(["plain", "channels_last"]), dtype=torch.float32)
         plain = product.operands(number)
@@ -55,8 +60,31 @@ def main(isa: str, products: int = 150) -> None:
             others = {name: part if part is None else places[name].holding(part, at_end) for name, part in others.items()}
             there = Operands(product, replace(plain.packed, **parts), **others)
             assert torch.equal(there.result(library), wanted), product
-    sys.stdout.write(f"{products} products\n")
+
+
+def fork(library: Library) -> int:
+    """The child's exit status: 0 if it computed the same."""
+    operands = Product(pattern=Pattern(2, 4), rows=100, inputs=64, lead=(300,)).operands(0)
+    torch.set_num_threads(2)
+    wanted = operands.result(library)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(operands.result(library), wanted) else 7)
+    _, status = os.waitpid(child, 0)
+    assert torch.equal(operands.result(library), wanted)
+    return os.waitstatus_to_exitcode(status)
+
+
+def main(products: int = 120) -> None:
+    torch.set_num_threads(1)
+    places = {name: Guarded(4 << 20) for name in ("x", "values", "codes", "scales", "bias", "residual")}
+    for isa, library in libraries().items():
+        sweep(library, places, products)
+        sys.stdout.write(f"{isa}\n")
+    status = fork(library)
+    sys.stdout.write("fork\n")
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
