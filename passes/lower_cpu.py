@@ -37,18 +37,17 @@ def lower_cpu(
 
     values: dtype of the weight -> dtype of its packed values, by default the same.
     """
-    known: dict[tuple[str, int], Packed] = {}
+    known: dict[str, Packed] = {}
     nodes = {node.name: node for node in gm.graph.nodes}
     for product in chosen:
         node = nodes[product.node]
         read: Any = node.args[1]
-        key = product.read, product.site.conv_groups
-        if key not in known:
+        if product.read not in known:
             weight = value_of(gm, read)
             dtype = (values or {}).get(weight.dtype, weight.dtype)
-            known[key] = pack(weight, product.site.pattern, conv_groups=product.site.conv_groups, dtype=dtype)
+            known[product.read] = pack(weight, product.site.pattern, conv_groups=product.site.conv_groups, dtype=dtype)
         with gm.graph.inserting_before(node):
-            result = _product(gm, node, read, known[key])
+            result = _product(gm, node, read, known[product.read])
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         gm.graph.erase_node(node)
@@ -57,8 +56,7 @@ def lower_cpu(
 
 def _product(gm: GraphModule, node: Node, read: Node, packed: Packed) -> Node:
     parts = [("values", packed.values), ("codes", packed.codes), ("scales", packed.scales)]
-    stem = read.name if packed.conv_groups == 1 else f"{read.name}_{packed.conv_groups}_groups"  # one weight may be both
-    operands: list[Any] = [None if part is None else constant(gm, f"{stem}_{name}", part) for name, part in parts]
+    operands: list[Any] = [None if part is None else constant(gm, f"{read.name}_{name}", part) for name, part in parts]
     operands += [_bias(gm, node), None, [packed.pattern.n, packed.pattern.m], packed.shape[0]]
     if node.target is aten.linear.default:
         return call(gm, LINEAR, (node.args[0], *operands, ""), f"{node.name}_packed")
