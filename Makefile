@@ -21,7 +21,7 @@ TRITON_VERSION := 3.7.1
 # One thread a worker: the models of the tests are tiny, and two workers with all threads each would fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=$(if $(filter 0,$(WORKERS)),,1)
 
-.PHONY: help demo test lint types bench coverage gpu clean
+.PHONY: help demo test lint types bench coverage gpu sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make bench   run the benchmarks (BENCH_ARGS=--quick: to see that they run)"
 	@echo "make coverage which of 370 models can be compiled; hours, goes on where it stopped (BENCH_ARGS='--library timm')"
 	@echo "make gpu     numerics and all tables that need an NVIDIA GPU (GPU_PYTHON=python3: an environment that has torch)"
+	@echo "make sanitize the CPU kernels under AddressSanitizer and UBSan (needs gcc)"
 	@echo "make clean   remove .venv and everything that was built"
 
 demo: $(STAMP)
@@ -84,6 +85,9 @@ $(TRITON_STAMP): $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
 		--target $(TRITON) triton==$(TRITON_VERSION) && rm -rf $(TRITON)/triton/backends/nvidia/bin && touch $@ \
 		|| echo "triton cannot be installed here: the tests that need it are skipped"
+
+sanitize: $(STAMP)
+	$(BIN)/python tests/sanitize.py
 
 clean:
 	rm -rf $(VENV) build dist nm_compiler_demo.html *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

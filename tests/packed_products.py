@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -105,7 +105,9 @@ class Product:
         x = laid_out(torch.randn(sizes).to(self.dtype), self.form)
         bias = torch.randn(shape[0]) if self.bias else None
         plain = Operands(self, packed, x, bias, None)
-        return Operands(self, packed, x, bias, laid_out(torch.randn(plain.exact()[0].shape).to(self.dtype), self.form)) if self.residual else plain
+        if not self.residual:
+            return plain
+        return replace(plain, residual=laid_out(torch.randn(plain.exact()[0].shape).to(self.dtype), self.form))
 
 
 @dataclass(frozen=True)

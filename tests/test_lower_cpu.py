@@ -188,7 +188,9 @@ def test_a_residual_behind_a_shape_of_two_dynamic_axes_is_left_where_it_is() -> 
     model.stem = nn.Identity()
     x = torch.randn(2, 4 * 5, 6)
     model = frozen(model, x, include=["conv*"], dynamic_shapes=None)
-    lowered = nm.lower(model, (x,), backend="cpu", force=["*"], dynamic_shapes={"x": {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}})
+    lowered = nm.lower(
+        model, (x,), backend="cpu", force=["*"], dynamic_shapes={"x": {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}}
+    )
     for shape in ((2, 20, 6), (3, 20, 9)):
         given = torch.randn(shape)
         torch.testing.assert_close(lowered(given), model(given), rtol=1e-5, atol=1e-5)
@@ -298,7 +300,14 @@ def test_a_state_dict_holds_the_packed_weights_and_comes_back_and_no_dense_one_i
 
 @needs_kernels
 def test_packed_2_4_weights_in_float32_take_at_most_0_54_of_dense() -> None:
-    net = nn.Sequential(nn.Linear(8, 256), nn.Linear(256, 256), nn.Unflatten(1, (64, 2, 2)), nn.Conv2d(64, 64, 3, padding=1), nn.Flatten(), nn.Linear(256, 8))
+    net = nn.Sequential(
+        nn.Linear(8, 256),
+        nn.Linear(256, 256),
+        nn.Unflatten(1, (64, 2, 2)),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(256, 8),
+    )
     x = torch.randn(3, 8)
     model = frozen(net, x)
     lowered = forced(model, x)
@@ -390,7 +399,9 @@ def test_each_distinct_product_is_measured_once_and_the_faster_way_runs(measured
     known = json.loads((tmp_path / "choices.json").read_text())
     assert len(known) == before
     assert all("isa=" in key and "threads" in key and "torch=" in key for key in known)
-    nm.lower(model, (x.contiguous(memory_format=torch.channels_last),), backend="cpu", options={"cache": tmp_path / "other.json"})
+    nm.lower(
+        model, (x.contiguous(memory_format=torch.channels_last),), backend="cpu", options={"cache": tmp_path / "other.json"}
+    )
     assert len(measured) == 2 * before
 
 
@@ -507,7 +518,9 @@ print(nm.report(nm.lower(net, (torch.randn(2, 8),))))
 
 def test_an_environment_variable_switches_the_kernels_off() -> None:
     environment = {**os.environ, "NM_COMPILER_NATIVE": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", OFF], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", OFF], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert not done.returncode, done.stderr[-2000:]
     assert "Not used, cpu: switched off by NM_COMPILER_NATIVE=0" in done.stdout
 

@@ -100,14 +100,18 @@ def test_convolutions_of_any_geometry_are_what_float64_says_in_the_memory_format
 def test_weights_beyond_one_block_of_rows_and_of_inputs_are_what_float64_says(isa: str, shape: tuple[int, int, int]) -> None:
     rows, inputs, tokens = shape
     for values in VALUES:
-        Product(pattern=Pattern(2, 4), rows=rows, inputs=inputs, lead=(tokens,), values=values).operands(0).check(LIBRARIES[isa])
+        Product(pattern=Pattern(2, 4), rows=rows, inputs=inputs, lead=(tokens,), values=values).operands(0).check(
+            LIBRARIES[isa]
+        )
 
 
 SAME = [
     Product(pattern=Pattern(2, 4), rows=100, inputs=64, lead=(7,), activation="gelu"),
     Product(pattern=Pattern(2, 4), rows=100, inputs=64, lead=(300,), residual=True, activation="silu"),
     Product(pattern=Pattern(3, 7), rows=40, inputs=70, lead=(26,), values=torch.int8),
-    Product(pattern=Pattern(1, 8), rows=24, inputs=16, lead=(2, 9, 11), kernel=(3, 3), padding=(1, 1), groups=2, residual=True),
+    Product(
+        pattern=Pattern(1, 8), rows=24, inputs=16, lead=(2, 9, 11), kernel=(3, 3), padding=(1, 1), groups=2, residual=True
+    ),
     Product(pattern=Pattern(2, 4), rows=48, inputs=16, lead=(1, 7, 7), kernel=(1, 1), form="channels_last"),
 ]
 

@@ -17,7 +17,7 @@ from nm_compiler.runtime.native import ops as _packed_ops  # noqa: F401 - regist
 from nm_compiler.runtime.native.library import load
 from nm_compiler.runtime.native.packing import pack as pack_weight
 from nm_compiler.solvers.combinations import byte_table, pack
-from nm_compiler.solvers.masks import masked
+from nm_compiler.solvers.masks import masked as masked_weight
 
 OPS = torch.ops.nm
 
@@ -39,10 +39,12 @@ def requires(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, requires_grad=True)
 
 
-def packed(shape: tuple[int, ...], pattern: str = "2:4", conv_groups: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+def packed(
+    shape: tuple[int, ...], pattern: str = "2:4", conv_groups: int = 1, dtype: torch.dtype = torch.float32
+) -> tuple[Any, ...]:
     """values, codes, scales, bias, no residual, pattern and rows: what every packed product has."""
     at = Pattern.parse(pattern)
-    given = pack_weight(masked(torch.randn(shape), pattern=at, axis=1), at, conv_groups=conv_groups, dtype=dtype)
+    given = pack_weight(masked_weight(torch.randn(shape), pattern=at, axis=1), at, conv_groups=conv_groups, dtype=dtype)
     return given.values, given.codes, given.scales, torch.randn(shape[0]), None, [at.n, at.m], shape[0]
 
 

@@ -81,7 +81,8 @@ def packed_conv2d(
     """
     if x.ndim != 4 or groups < 1 or x.shape[1] % groups or rows % groups:
         raise NMError(
-            f"nm::packed_conv2d takes x [batch, in, height, width], and {rows} rows, channels in {groups} groups; not {_shown(x)}"
+            f"nm::packed_conv2d takes x [batch, in, height, width], its channels and {rows} rows in {groups} groups; "
+            f"not {_shown(x)}"
         )
     sizes_ = _checked_sizes(x, kernel, stride, padding, dilation)
     shape = (rows, x.shape[1] // groups, *kernel)
@@ -164,7 +165,7 @@ def _check(
     )
     if not fits:
         raise NMError(
-            f"nm::{name}: x of {_shown(x)} and a weight {list(shape)} of {':'.join(map(str, pattern))} do not fit packed values "
+            f"nm::{name}: x of {_shown(x)} and a weight {list(shape)} of {Pattern(*pattern)} do not fit packed values "
             f"of {_shown(values)}, codes of {_shown(codes)} or the bias: pack again, or feed {shape[1] * groups} channels"
         )
     others = (bias is None or bias.is_cpu) and (scales is None or scales.is_cpu)
