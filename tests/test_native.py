@@ -24,7 +24,7 @@ from torch.nn import functional
 
 import nm_compiler as nm
 from nm_compiler.pattern import Pattern
-from nm_compiler.runtime.native.library import Library, load
+from nm_compiler.runtime.native.library import Library, _parallel, load
 from nm_compiler.runtime.native.ops import FEW, packed_conv2d, packed_linear
 from nm_compiler.runtime.native.packing import MOST_M, code_bits, pack, unpack
 
@@ -131,6 +131,11 @@ def test_one_two_and_three_threads_give_the_same_bits(isa: str, product: Product
         threads(count)
         found += [operands.result(LIBRARIES[isa]) for _ in range(2)]
     assert all(torch.equal(found[0], each) for each in found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings another OpenMP")
+def test_the_threads_are_torchs_own() -> None:
+    assert _parallel()
 
 
 def test_eight_python_threads_at_once_get_what_one_gets(threads: Any) -> None:
