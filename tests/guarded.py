@@ -75,7 +75,7 @@ def fork(library: Library) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def main(products: int = 120) -> None:
+def main(products: int = 80) -> None:
     torch.set_num_threads(1)
     places = {name: Guarded(4 << 20) for name in ("x", "values", "codes", "scales", "bias", "residual")}
     for isa, library in libraries().items():

@@ -76,14 +76,14 @@ def epilogues(draw: Any, product: Product) -> Product:
 
 @each_isa
 @given(product=linears(), seed=st.integers(0, 1000))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_linears_of_any_shape_pattern_layout_and_epilogue_are_what_float64_says(isa: str, product: Product, seed: int) -> None:
     product.operands(seed).check(LIBRARIES[isa])
 
 
 @each_isa
 @given(product=convolutions(), seed=st.integers(0, 1000))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_convolutions_of_any_geometry_are_what_float64_says_in_the_memory_format_of_x(
     isa: str, product: Product, seed: int
 ) -> None:
@@ -355,6 +355,13 @@ def refused(op: Any, arguments: dict[str, Any], changes: dict[str, Any]) -> None
 def test_a_weight_that_cannot_be_packed_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(nm.NMError, match="a weight of"):
         pack(torch.ones(8, 32) * torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(8), **{"pattern": Pattern(2, 4), **change})
+
+
+@pytest.mark.parametrize("tokens", [3, 50])
+def test_a_weight_without_inputs_is_refused(tokens: int) -> None:
+    packed = pack(torch.ones(8, 0), Pattern(2, 4))
+    with pytest.raises(nm.NMError, match="do not fit"):
+        packed_linear(torch.ones(tokens, 0), packed.values, packed.codes, None, None, None, [2, 4], 8, "")
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
