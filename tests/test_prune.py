@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -116,26 +117,22 @@ def test_what_calibrate_saves_prunes_as_one_shot_compile_does(tmp_path: Path) ->
     assert all(torch.equal(after[name], value) for name, value in expected.items())
 
 
-KILLED = """
-import os, signal, sys
-import nm_compiler as nm
-def told(shard, tensor, size):
-    print(shard, flush=True)
-    if shard.startswith("model-00003") and tensor.endswith("up_proj.weight"):
-        os.kill(os.getpid(), signal.SIGKILL)
-nm.prune_checkpoint(sys.argv[1], sys.argv[2], progress=told)
-"""
+def prune_until_killed(dense: Path, out: Path) -> None:
+    """Ends in the middle of the third shard, with the signal that nobody can catch."""
 
+    def told(shard: str, tensor: str, size: int) -> None:
+        if shard.startswith("model-00003") and tensor.endswith("up_proj.weight"):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd=Path(__file__).parents[1])
+    nm.prune_checkpoint(dense, out, progress=told)
 
 
 def test_a_killed_run_leaves_whole_shards_only_and_goes_on_with_the_rest(tmp_path: Path) -> None:
     dense, out = write_folder(tmp_path / "dense", layers(4)), tmp_path / "out"
-    assert python(KILLED, dense, out).returncode == -signal.SIGKILL
+    process = multiprocessing.get_context("fork").Process(target=prune_until_killed, args=(dense, out))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     shards = sorted(path.name for path in out.glob("*.safetensors"))
     assert shards == ["model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors"]
     assert not (out / INDEX).exists()  # nothing loads half a model
@@ -147,6 +144,12 @@ def test_a_killed_run_leaves_whole_shards_only_and_goes_on_with_the_rest(tmp_pat
     nm.prune_checkpoint(dense, tmp_path / "at once")
     assert all(torch.equal(value, read_all(tmp_path / "at once")[name]) for name, value in read_all(out).items())
     assert not list(out.glob(".*.half"))
+
+
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd=Path(__file__).parents[1])
 
 
 MEMORY = """
@@ -163,12 +166,12 @@ print(peak() - before)
 
 def test_memory_holds_two_layers_at_most_of_a_checkpoint_of_many(tmp_path: Path) -> None:
     small = write_folder(tmp_path / "small", layers(1, width=512, hidden=512))
-    many = layers(24, width=1024, hidden=2048)
+    many = layers(8, width=1024, hidden=4096)
     layer = sum(value.nbytes for value in many[1].values())
     large = write_folder(tmp_path / "large", [{n: v for part in many for n, v in part.items()}])  # one shard: no relief
     ended = python(MEMORY, small, tmp_path / "out 1", large, tmp_path / "out 2")
     assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout) < 2 * layer < sum(value.nbytes for part in many for value in part.values()) / 10
+    assert int(ended.stdout) < 2 * layer < sum(value.nbytes for part in many for value in part.values()) / 3
 
 
 def tell(problem: str, folder: Path, tmp_path: Path) -> dict[str, Any]:
