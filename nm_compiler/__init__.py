@@ -32,6 +32,7 @@ from nm_compiler.module import SparseModule
 from nm_compiler.optim import parameter_groups
 from nm_compiler.pattern import Pattern
 from nm_compiler.permuting import permute, show_axes
+from nm_compiler.planning import plan_bytes
 from nm_compiler.reporting import report
 from nm_compiler.runtime.verify import verify
 from nm_compiler.scheduler import SparsityScheduler
@@ -67,6 +68,7 @@ __all__ = [
     "lower",
     "parameter_groups",
     "permute",
+    "plan_bytes",
     "prune_checkpoint",
     "report",
     "save_checkpoint",

@@ -1,4 +1,4 @@
-"""The command line: ``nm-compiler demo``, ``verify``, ``report``, ``prune`` and ``plan``. The only module that prints."""
+"""The command line: ``nm-compiler demo``, ``verify``, ``report`` and ``prune``. The only module that prints."""
 
 from __future__ import annotations
 
@@ -99,6 +99,7 @@ def _prune(options: argparse.Namespace) -> int:
         found = prune_checkpoint(
             options.checkpoint, options.out, pattern=options.pattern, importance=options.importance,
             statistics=options.statistics, include=options.include, exclude=options.exclude,
+            permute=options.permute, seed=options.seed, budget_s=options.budget,
             progress=progress if sys.stderr.isatty() else None,
         )  # fmt: skip
     finally:
@@ -175,6 +176,9 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     globs: Any = {"nargs": "+", "default": [], "metavar": "GLOB"}
     prune.add_argument("--include", help="tensors to prune that are dense by their name: 'lm_head.weight'", **globs)
     prune.add_argument("--exclude", help="tensors to keep dense: '*.o_proj.*'", **globs)
+    prune.add_argument("--permute", action="store_true", help="order coupled channels first, so that masks keep more")
+    prune.add_argument("--budget", type=float, metavar="SECONDS", help="of that search (default: some seconds' worth of work)")
+    prune.add_argument("--seed", type=int, default=0, metavar="N", help="of that search (default 0)")
     prune.set_defaults(command=_prune)
 
 

@@ -31,7 +31,7 @@ def layers(count: int, *, width: int = 64, hidden: int = 128, dtype: torch.dtype
 def write_folder(path: Path, shards: list[dict[str, Tensor]], config: Mapping[str, Any] | None = None) -> Path:
     """A folder with an index where there are several shards, a config and a tokenizer."""
     path.mkdir(parents=True)
-    where = {}
+    where: dict[str, str] = {}
     for index, tensors in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
         save_file(tensors, path / name, metadata={"format": "pt"})

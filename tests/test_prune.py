@@ -237,13 +237,14 @@ def tell(problem: str, folder: Path, tmp_path: Path) -> dict[str, Any]:
     if problem == "negative norms":
         save_file({name: -torch.ones(64 if "up" in name else 128) for name in PRUNED}, tmp_path / "norms.safetensors")
     norms = {"importance": "wanda", "statistics": tmp_path / "norms.safetensors"}
-    return {
+    arguments: dict[str, dict[str, Any]] = {
         "pattern": {"pattern": "4:2"}, "importance": {"importance": "wandas"}, "no statistics": {"importance": "wanda"},
         "needless statistics": {"statistics": tmp_path / "x"}, "norms of another shape": norms, "norms lack a weight": norms,
         "negative norms": norms, "no norms": norms, "equal": {"out": folder}, "out inside": {"out": folder / "out"},
         "checkpoint inside": {"out": tmp_path}, "glob": {"include": ["*.q_proj.*"]},
         "nothing planned": {"pattern": "32:64", "exclude": "*"}, "does not divide": {"pattern": "1:48"},
-    }.get(problem, {})  # fmt: skip
+    }  # fmt: skip
+    return arguments.get(problem, {})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from nm_compiler.sites import Site
 from nm_compiler.solvers.importance import ria, wanda
 from nm_compiler.solvers.masks import masked, top_mask
 from nm_compiler.solvers.select import keep
+from nm_compiler.streaming.parts import PART
 from nm_compiler.streaming.statistics import HOW
 
 IMPORTANCES = ("magnitude", "wanda", "ria")
@@ -43,6 +44,28 @@ class Judge:
         sums = _sums(site, parts) if self.rule == "ria" else None
         for where, values in parts():
             yield keep(values, top_mask(self.worth(site, where, values, sums), pattern=pattern, axis=axis))
+
+    def pruned_whole(self, site: Site, values: Tensor, moved: Callable[[Tensor], Tensor]) -> Tensor:
+        """A whole weight pruned after ``moved`` has put its entries, and their importance, in another order."""
+        if self.rule == "magnitude":
+            return masked(moved(values), pattern=site.pattern, axis=site.in_axis)
+        return keep(moved(values), top_mask(moved(self.worth_whole(site, values)), pattern=site.pattern, axis=site.in_axis))
+
+    def worth_whole(self, site: Site, values: Tensor) -> Tensor:
+        """The importance of a whole weight, made in parts: float32, the weight's dtype for magnitude."""
+        if self.rule == "magnitude":
+            return values.abs()
+        step = max(1, PART // max(1, values.shape[1] if values.ndim > 1 else 1))
+
+        def cut() -> Iterable[tuple[slice, Tensor]]:
+            for begin in range(0, len(values), step):
+                yield slice(begin, begin + step), values[begin : begin + step]
+
+        sums = _sums(site, cut) if self.rule == "ria" else None
+        found = torch.empty(values.shape, dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
+        for where, part in cut():
+            found[where] = self.worth(site, where, part, sums)
+        return found
 
     def worth(self, site: Site, where: slice, values: Tensor, sums: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The importance of a part, or of a whole weight, not negative. sums: of the whole weight, by row and by column."""
