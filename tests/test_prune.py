@@ -72,6 +72,12 @@ def test_headers_index_config_and_tokenizer_are_the_same_files(folder: Path, tmp
         assert (tmp_path / "out" / shard.name).stat().st_size == shard.stat().st_size
 
 
+def test_a_pruned_folder_can_be_pruned_further(folder: Path, tmp_path: Path) -> None:
+    nm.prune_checkpoint(folder, tmp_path / "once")
+    assert nm.prune_checkpoint(tmp_path / "once", tmp_path / "twice", pattern="1:4").left == ("nm_prune.json",)
+    assert set(nm.verify(tmp_path / "twice", "1:4").satisfied) >= set(PRUNED)
+
+
 def test_a_single_file_without_an_index_is_pruned_too(tmp_path: Path) -> None:
     dense = write_folder(tmp_path / "dense", layers(1))
     assert nm.prune_checkpoint(dense, tmp_path / "out").shards == 1

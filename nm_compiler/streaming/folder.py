@@ -16,6 +16,7 @@ from nm_compiler.streaming.tensor_file import Entry, TensorFile, read_tensor_fil
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_OURS = ("nm_prune.json", "nm_orders.st")  # of a run of prune that wrote this folder
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
@@ -23,7 +24,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 class Folder:
     """A checkpoint whose every tensor is where it should be.
 
-    shards: its files, in the index's order; index: of several shards; beside: small files that belong to it (config,
+    shards: its files, by name; index: of several shards; beside: small files that belong to it (config,
     tokenizer); left: what else lies there and is not part of it (folders, weights in other formats).
     """
 
@@ -70,7 +71,7 @@ def read_folder(path: Path) -> Folder:
         raise NMError(f"{path} holds neither {SINGLE} nor {INDEX}; it holds {there}. Save the model as safetensors first")
     used = {shard.path.name for shard in shards} | {INDEX}
     others = sorted(each for each in path.iterdir() if each.name not in used)
-    beside = tuple(each for each in others if each.is_file() and not each.name.endswith(_WEIGHTS))
+    beside = tuple(each for each in others if each.is_file() and not each.name.endswith(_WEIGHTS) and each.name not in _OURS)
     return Folder(path, shards, index if index.exists() else None, beside, tuple(set(others) - set(beside)))
 
 
@@ -79,7 +80,7 @@ def _indexed(index: Path) -> tuple[TensorFile, ...]:
     where = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise NMError(f"{index} has no weight_map from tensors to files: download it again")
-    names = list(dict.fromkeys(where.values()))
+    names = sorted(set(where.values()))
     odd = next((name for name in names if Path(name).name != name or not name.endswith(".safetensors")), None)
     if odd is not None:
         raise NMError(f"{index} names {odd!r}, which is no .safetensors file of the same folder")

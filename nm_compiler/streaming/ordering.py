@@ -19,9 +19,11 @@ from nm_compiler.axes.reorder import needs_of, reorder
 from nm_compiler.axes.result import Axes, AxisClass, leaves
 from nm_compiler.axes.result import Axis as Expression
 from nm_compiler.axes.search import search_orders
+from nm_compiler.capture import capture_mode
 from nm_compiler.errors import NMError
+from nm_compiler.exported import Exported
 from nm_compiler.permuting import coupled
-from nm_compiler.preparing import prepared
+from nm_compiler.preparing import check_model
 from nm_compiler.sites import Plan, Site
 from nm_compiler.solvers.search_matrix import memory_needed
 from nm_compiler.streaming.folder import Folder
@@ -29,7 +31,7 @@ from nm_compiler.streaming.parts import read_whole
 from nm_compiler.streaming.tensor_file import FLOATING
 from nm_compiler.streaming.whole import whole
 
-ORDERS = "nm_orders.safetensors"
+ORDERS = "nm_orders.st"  # not .safetensors: some loaders take every such file for a shard
 _FLOOR = 1 << 30  # bytes that a search may always take
 _TOKENS = (2, 16)
 
@@ -75,8 +77,9 @@ def find_axes(model: nn.Module | str) -> tuple[nn.Module, Axes]:
     if isinstance(given, Mapping) and set(given) - {"input_ids"}:
         inputs = {str(name): value for name, value in given.items() if isinstance(value, Tensor)}
     try:
-        routes = prepared(model, None, inputs, None, what="permute")
-        return model, coupled(model, routes)
+        check_model(model, "permute")
+        empty = {name: value.to("meta") for name, value in inputs.items()}
+        return model, coupled(model, {False: Exported(*capture_mode(model, (), empty, training=False))})
     except NMError as error:
         raise NMError(f"permute: the {type(model).__name__} of config.json cannot be captured; {way}. {error}") from error
 
@@ -113,12 +116,12 @@ def save_orders(ordering: Ordering, out: Path) -> None:
 def load_orders(folder: Folder, model: nn.Module, axes: Axes, out: Path) -> Ordering | None:
     """What `save_orders` wrote, None where it did not. Raises NMError for a file that cannot be read."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     if not (out / ORDERS).exists():
         return None
     try:
-        orders: dict[str, Tensor] = load_file(out / ORDERS)
+        orders: dict[str, Tensor] = load((out / ORDERS).read_bytes())
     except (OSError, SafetensorError) as error:
         raise NMError(f"{out / ORDERS} cannot be read ({error}): remove {out}, or give a new folder") from error
     return Ordering(orders, _layouts(folder, model, axes), needs_of(axes), ("orders of the run before",))
