@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern, PatternLike
-from nm_compiler.solvers.check import worst_group
+from nm_compiler.solvers.check import nonzeros, worst_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternL
             continue
         axes = [axis for axis in range(tensor.ndim) if tensor.shape[axis] and tensor.shape[axis] % wanted.m == 0]
         kept = tuple(axis for axis in axes if worst_group(tensor, wanted.m, axis) <= wanted.n)
-        nonzero = float((tensor != 0).sum()) / max(1, tensor.numel())
+        nonzero = nonzeros(tensor) / max(1, tensor.numel())
         found.append(Checked(name, tuple(tensor.shape), kept, nonzero))
     return Verification(wanted, tuple(found))
 
