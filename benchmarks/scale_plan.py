@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import nm_compiler as nm
-from nm_compiler.solvers.search_matrix import memory_needed
+from nm_compiler.streaming.ordering import search_bytes
 
 RANKS = (1, 8, 64)
 SPEEDS = Path(__file__).resolve().parent / "results" / "prune_speed.json"
@@ -91,7 +91,7 @@ def memory() -> Iterator[str]:
     yield "| --- | ---: |"
     yield f"| two layers of the model, for comparison | {_gb(2 * layer)} |"
     yield f"| prune, any importance (measured on 1.2e9 parameters; it does not depend on the size) | {_gb(most)} |"
-    yield f"| an order search of one layer's hidden channels, its matrix in fp32 | {_gb(memory_needed(hidden, width))} |"
+    yield f"| with --permute: the search of one layer's {hidden:,} hidden channels, in fp32 | {_gb(search_bytes(hidden, width))} |"
 
 
 def _gb(size: float) -> str:

@@ -127,6 +127,11 @@ def load_orders(folder: Folder, model: nn.Module, axes: Axes, out: Path) -> Orde
     return Ordering(orders, _layouts(folder, model, axes), needs_of(axes), ("orders of the run before",))
 
 
+def search_bytes(channels: int, rows: int) -> int:
+    """Memory that the search of a class takes, the importance of its weights in float32 included."""
+    return memory_needed(channels, rows) + 4 * rows * channels
+
+
 def largest_layer(folder: Folder) -> int:
     """Bytes of the tensors that share the number of a layer in their name; of all tensors where there are no numbers."""
     sizes: dict[str, int] = {}
@@ -161,7 +166,7 @@ def _stays(
             return f"{member.name} has shape {list(entry.shape)} in the checkpoint, {list(sizes)} in the model"
     inputs = [sites[member.name] for member in dict.fromkeys(each.of("in")) if member.name in sites]
     rows = sum(torch.Size(site.shape).numel() // max(1, each.size) for site in inputs)
-    needed = memory_needed(each.size, rows) + 4 * rows * each.size
+    needed = search_bytes(each.size, rows)
     if needed > limit:
         return f"its search would take {needed / 1e9:.1f} GB, two layers are {limit / 1e9:.1f} GB"
     return None
