@@ -91,7 +91,7 @@ def memory() -> Iterator[str]:
     yield "| --- | ---: |"
     yield f"| two layers of the model, for comparison | {_gb(2 * layer)} |"
     yield f"| prune, any importance (measured on 1.2e9 parameters; it does not depend on the size) | {_gb(most)} |"
-    yield f"| with --permute: the search of one layer's {hidden:,} hidden channels, in fp32 | {_gb(search_bytes(hidden, width))} |"
+    yield f"| the order search of one layer's {hidden:,} hidden channels, in fp32 | {_gb(search_bytes(hidden, width))} |"
 
 
 def _gb(size: float) -> str:
