@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nm_compiler.axes.coordinates import runs
 from nm_compiler.axes.reorder import needs_of, reorder
 from nm_compiler.axes.result import Axes, AxisClass, leaves
 from nm_compiler.axes.result import Axis as Expression
@@ -164,9 +165,19 @@ def _stays(
         sizes = tuple(axis.size for axis in axes.state[member.name])
         if entry.shape != sizes:
             return f"{member.name} has shape {list(entry.shape)} in the checkpoint, {list(sizes)} in the model"
-    inputs = [sites[member.name] for member in dict.fromkeys(each.of("in")) if member.name in sites]
-    rows = sum(torch.Size(site.shape).numel() // max(1, each.size) for site in inputs)
-    needed = search_bytes(each.size, rows)
+    needed = max((search_bytes(each.size, rows) for rows in _rows(each, axes, sites)), default=0)
     if needed > limit:
-        return f"its search would take {needed / 1e9:.1f} GB, two layers are {limit / 1e9:.1f} GB"
+        return f"its search would take {needed / 1e9:.1f} GB, more than {limit / 1e9:.1f} GB (two layers, or a little)"
     return None
+
+
+def _rows(each: AxisClass, axes: Axes, sites: Mapping[str, Site]) -> list[int]:
+    """For every row of a class's order, the rows of the matrix that is searched; none where no group depends on it."""
+    found: dict[int, int] = {}
+    for member in dict.fromkeys(each.of("in")):
+        site = sites.get(member.name)
+        if site is None:
+            continue
+        for run in runs(axes.state[member.name][member.axis], each.name, each.needs, each.rows):
+            found[run.row] = found.get(run.row, 0) + site.out
+    return list(found.values())
