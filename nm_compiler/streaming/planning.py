@@ -109,7 +109,7 @@ def _by_globs(name: str, patterns: PatternMap, include: Sequence[str], exclude: 
     if excluded:
         return f"excluded by {excluded!r}"
     if patterns.of(name) is None:
-        return f"no rule of pattern={patterns} matches it"
+        return f"no rule of pattern={patterns} matches it: add one"
     return "" if matches(name, include) else _by_name(name)
 
 
