@@ -14,7 +14,7 @@ from torch import Tensor
 from nm_compiler.errors import NMError
 from nm_compiler.streaming.tensor_file import FLOATING, Entry
 
-PART = 1 << 19  # weights in hand at a time: they stay in a core's cache while they are masked
+PART = 1 << 18  # weights in hand at a time: they stay in a core's cache while they are masked
 
 
 def read_part(file: FileIO, entry: Entry, begin: int, target: Tensor) -> None:
