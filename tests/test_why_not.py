@@ -44,6 +44,8 @@ from nm_compiler.runtime.products import Product as Planned
 from nm_compiler.runtime.tensorrt.eligible import reasons as of_tensorrt
 from nm_compiler.runtime.tensorrt.log import SparsityLog
 from nm_compiler.sites import Plan, Site, find
+from nm_compiler.streaming.planning import plan_tensors
+from nm_compiler.streaming.tensor_file import Entry
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "why-not-sparse.md"
@@ -53,6 +55,26 @@ PAGE = ROOT / "docs" / "why-not-sparse.md"
 
 def site(*shape: int, pattern: str = "2:4", conv_groups: int = 1, blocks: int = 1) -> Site:
     return Site("w", "linear", shape or (256, 256), Layout(1, 0), Pattern.parse(pattern), conv_groups, blocks)
+
+
+def unpruned(name: str, *shape: int, dtype: str = "BF16", **options: Any) -> str:
+    """Why nm-compiler prune leaves a tensor dense, beside one that it prunes."""
+    entries = {"last.weight": Entry("last.weight", "F32", (8, 8), 0, 0), name: Entry(name, dtype, shape or (8, 8), 0, 0)}
+    model = options.get("model")
+    if model is not None:
+        model.last = nn.Linear(8, 8, bias=False)
+    elif "model_type" in options:  # of such a model only a tensor that the built model has is pruned
+        with pytest.raises(nm.NMError, match="can be 2:4") as error:
+            plan_tensors(entries, PatternMap.parse("2:4"), **options)
+        return str(error.value).splitlines()[2].partition(": ")[2]
+    plan = plan_tensors(entries, PatternMap.parse("2:4"), **options)
+    return next(refusal.reason for refusal in plan.refusals if refusal.where == name)
+
+
+def matrix_of_a_bilinear() -> nn.Module:
+    model = nn.Sequential(nn.Bilinear(8, 8, 1))
+    model[0].weight = nn.Parameter(torch.zeros(8, 8))
+    return model
 
 
 @functools.cache
@@ -251,7 +273,19 @@ ONNX: list[tuple[str, Callable[[], Any]]] = [
     ("the file reads it with Add, for which no runtime has N:M kernels", lambda: onnx_reason(("Add", ["x", "w"], ["y"], {}))),
     ("the file computes another constant from it: no Conv, MatMul or Gemm reads it as it is", lambda: onnx_reason(("MatMul", ["x", "v"], ["y"], {}))),
 ]  # fmt: skip
-REASONS = [*PLANNING, *TRAINING, *LOWERING, *TENSORRT, *CUSPARSELT, *ONNX]
+PRUNE: list[tuple[str, Callable[[], Any]]] = [
+    ("3 axes: only linears are pruned here; nm.compile(method=nm.Magnitude()) takes the others", lambda: unpruned("up.weight", 8, 8, 8)),
+    ("I8: only F16, BF16, F32 and F64 can be pruned; dequantise it first", lambda: unpruned("up.weight", dtype="I8")),
+    ("not called *.weight", lambda: unpruned("up.qweight")),
+    ("an embedding", lambda: unpruned("0.weight", model=nn.Sequential(nn.Embedding(8, 8)))),
+    ("of a Bilinear, which is no linear", lambda: unpruned("0.weight", 8, 8, model=matrix_of_a_bilinear())),
+    ("linears of gpt2 lie as [in, out], which only the model can tell: pip install 'nm_compiler[hf]'", lambda: unpruned("up.weight", model_type="gpt2")),
+    ("an embedding, by its name (include= takes it in)", lambda: unpruned("embed_tokens.weight")),
+    ("a head, by its name (include= takes it in)", lambda: unpruned("lm_head.weight")),
+    ("a router, by its name (include= takes it in)", lambda: unpruned("mlp.gate.weight")),
+    ("a norm, by its name (include= takes it in)", lambda: unpruned("input_layernorm.weight")),
+]  # fmt: skip
+REASONS = [*PLANNING, *TRAINING, *LOWERING, *TENSORRT, *CUSPARSELT, *ONNX, *PRUNE]
 
 
 @pytest.mark.parametrize(("words", "trigger"), REASONS, ids=[words for words, _ in REASONS])
@@ -302,6 +336,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "nm_compiler/dynamo.py": ("_tell",),
     "nm_compiler/lowering.py": ("_sparse_sites",),
     "nm_compiler/reporting.py": ("_plain",),
+    "nm_compiler/streaming/planning.py": ("plan_tensors", "_impossible", "_by_globs", "_by_name"),
     "runtime/products.py": ("_unread",),
     "runtime/backends/choosing.py": ("_auto", "_short"),
     "runtime/backends/cusparselt.py": ("_decide",),
