@@ -8,6 +8,7 @@ Nothing runs dense in silence: the recompile limit raises, and so does a planned
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import traceback
@@ -35,6 +36,7 @@ from nm_compiler.sites import UNREAD, Plan
 from nm_compiler.uses import Use, uses
 
 _log = logging.getLogger(__name__)
+
 _LATE = "first used after nm.compile, on a path that the example inputs did not take: give inputs that take it"
 _LIMIT = 64  # versions of one function: layers that share their code need one each; Dynamo's own limit is 8
 
@@ -68,10 +70,12 @@ class Fragments:
             self._compiled, _ = entry_of(self.model, self)
         return self.guarded(self._compiled, args, {**self.hidden, **kwargs})
 
-    def guarded(self, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call what `entry_of` gave, watched, with errors instead of TorchDynamo's dense ways out."""
+    def guarded(
+        self, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, watched: bool = True
+    ) -> Any:
+        """Call what `entry_of` gave, with errors instead of TorchDynamo's dense ways out. watched: see `_Watch`."""
         try:
-            with torch._dynamo.config.patch(_settings()), _Watch(self):
+            with torch._dynamo.config.patch(_settings()), _Watch(self) if watched else contextlib.nullcontext():
                 return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchRuntimeError:
             raise  # an op of the model itself fails on these inputs
@@ -277,9 +281,12 @@ class _Watch(TorchFunctionMode):
         self.carrier = carrier
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():
+            if func is Tensor.unflatten:  # it is written in Python: Dynamo cannot go into it, but knows the method
+                return getattr(args[0], func.__name__)(*args[1:], **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        if not torch.compiler.is_compiling():
-            self.look(func, args, kwargs, result)
+        self.look(func, args, kwargs, result)
         return result
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
@@ -327,7 +334,8 @@ def entry_of(module: nn.Module, carrier: Fragments) -> tuple[Callable[..., Any],
     def call(*args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace()  # Dynamo caches by code object, and counts versions by it before 2.12
+    # Dynamo caches by code object, counts versions by it before 2.12, and by name and line remembers which sizes changed
+    call.__code__ = call.__code__.replace(co_name=f"call_{type(module).__name__}_{id(module):x}")
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     entry: Callable[..., Any] = torch.compile(call, backend=compile_fragment, **apart)  # type: ignore[call-overload]
     return entry, call.__code__

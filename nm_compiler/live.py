@@ -37,14 +37,22 @@ class Undecided(NMError):
     """A fragment reads weights that no plan is there for, and it is not the whole call."""
 
 
+class Broken(NMError):
+    """A call that nobody watches comes in parts: what runs between them has to be watched."""
+
+
 class Live(Fragments):
     """The fragments of a `Prepared` model, all modes and modules together."""
 
     def __init__(self, prepared: Prepared) -> None:
         super().__init__(prepared.origin, {})
         self.prepared = prepared
+        self.at_once = False  # whether the caller knows that the next fragment is a whole call
         self.parts = False  # whether a fragment that is not a whole call may be planned on
         self.pieces: list[LiveFragment] = []
+        self.ran = False  # whether a fragment has run in this call
+        self._watched: set[int] = set()
+        self._watching = False
         self._entries: dict[int, tuple[nn.Module, Callable[..., Any], Any]] = {}
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -55,23 +63,36 @@ class Live(Fragments):
         if known is None:
             entry, code = entry_of(module, self)
             self._entries[id(module)] = known = (module, entry, code)
+        if id(module) not in self._watched:
+            self.ran = self._watching = False
+            try:
+                result = self.guarded(known[1], args, kwargs, watched=False)
+                if self.ran:  # one fragment, and nothing outside it
+                    return result
+            except Broken:
+                pass
+            self._watched.add(id(module))
+        self._watching = True
         return self.guarded(known[1], args, kwargs)
 
     def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The backend that TorchDynamo calls."""
         refuse_rewritten(gm, self.model)
-        fragment = LiveFragment(self, gm, self._is_whole(gm))
+        complete = self._called(gm)
+        if complete is None and not self._watching and not self.prepared.bare:
+            raise Broken(type(self.model).__name__)
+        fragment = LiveFragment(self, gm, complete is self.model or self.at_once)
         fragment.variant(self.names_of(inputs))
         self.pieces.append(fragment)
         return weakly(fragment)
 
-    def _is_whole(self, gm: GraphModule) -> bool:
-        """Whether a fragment is all that a call of the root computes."""
+    def _called(self, gm: GraphModule) -> nn.Module | None:
+        """The module of whose call the fragment is all, or None: it is a part."""
         reason = getattr(gm, "compile_subgraph_reason", None)
         if reason is None or reason.graph_break:
-            return False
+            return None
         code = frame_code()
-        return any(code is known and module is self.model for module, _, known in self._entries.values())
+        return next((module for module, _, known in self._entries.values() if known is code), None)
 
     # -- rewriting ---------------------------------------------------------------------------------------------------
 
@@ -160,9 +181,10 @@ class LiveFragment:
         return self._compiled[form]
 
     def __call__(self, *args: Any) -> Any:
-        found = next((variant for variant in self.variants.values() if variant.fits(args)), None)
-        found = found or self.variant(self.live.names_of(args))
+        self.live.ran = True
         with torch._C.DisableTorchFunction():  # the watch is for Python outside fragments
+            found = next((variant for variant in self.variants.values() if variant.fits(args)), None)
+            found = found or self.variant(self.live.names_of(args))
             return found.run(args)
 
 

@@ -34,7 +34,7 @@ from nm_compiler.outline import outline
 from nm_compiler.pattern import PatternMap
 from nm_compiler.recipe import pipeline
 from nm_compiler.sites import UNREAD, Plan, Site, find
-from nm_compiler.state import RECIPE, Weight, mark, read_recipe, register, unmark, unregister, write_recipe
+from nm_compiler.state import MARK, RECIPE, Weight, mark, read_recipe, register, unmark, unregister, write_recipe
 
 _log = logging.getLogger(__name__)
 _NOT_YET = "not read by any call so far"
@@ -97,6 +97,7 @@ class Prepared:
         self.origin.__dict__[CARRIER] = self
         self._hook = self.origin.register_load_state_dict_pre_hook(load_hook)
         install(self, self.candidates)
+        self._check_modules()
 
     def _recipe(self) -> Tensor:
         device = next((p.device for p in self.origin.parameters()), torch.device("cpu"))
@@ -108,7 +109,7 @@ class Prepared:
         for name, site in gone:
             weight = Weight(site, self.origin)
             unregister(self.origin, [f"{name}_{suffix}" for suffix in self.method.suffixes(site)])
-            weight.owner.__dict__.get("_nm_weights", set()).discard(weight.leaf)
+            weight.owner.__dict__.get(MARK, set()).discard(weight.leaf)
 
     def retire(self) -> None:
         """Take everything off the model: state, marks, entries."""
@@ -171,14 +172,16 @@ class Prepared:
         self.looked = True
 
     def _check_modules(self) -> None:
+        """Raise NMError if a layer that owns prepared weights is another one now."""
         if self._links is None:
+            for name in (*self.sites, *self.candidates):
+                path, _, leaf = name.rpartition(".")
+                if leaf not in _owner(self.origin, path).__dict__.get(MARK, ()) and not self.bare:
+                    raise NMError(_replaced(path))
             self._links = list(_links(self.origin, [*self.sites, *self.candidates]))
         for children, key, expected, path in self._links:
             if children.get(key) is not expected:
-                raise NMError(
-                    f"{path} was replaced after nm.compile: its weights have no state and would run dense. "
-                    "Replace layers first, or nm.freeze the model, replace them, and nm.compile it again"
-                )
+                raise NMError(_replaced(path))
 
     def _tell_unread(self) -> None:
         if self.candidates:
@@ -198,16 +201,16 @@ class Prepared:
     def decide(self, program: GraphModule, *, whole: bool) -> None:
         """Plan the undecided weights that ``program`` reads: all of a call, or (not ``whole``) a part of one.
 
-        In a part, a weight counts as stem or head only if it is the model's first or last as well.
+        In a part a weight counts as stem or head only if it is the model's first or last as well; as stem also in later calls,
+        which may go on from what an earlier one computed, as a decoder does from an encoder.
         """
         graph = _flat(self.origin, program)
         plan = find(self.origin, [graph], self.patterns, include=self.include, exclude=self.exclude, may_be_empty=True)
-        if not whole:
-            first, last = next(iter(self.shapes), None), next(reversed(self.shapes), None)
-            ends = [r.where for r in plan.refusals if r.reason.startswith(("stem:", "head:")) and r.where not in (first, last)]
-            if ends:
-                more = (*self.include, *ends)
-                plan = find(self.origin, [graph], self.patterns, include=more, exclude=self.exclude, may_be_empty=True)
+        doubtful = [*(("stem:",) if self.sites or not whole else ()), *(() if whole else ("head:",))]
+        ends = [r.where for r in plan.refusals if r.reason.startswith(tuple(doubtful)) and not self._is_end(r.where)]
+        if ends:
+            more = (*self.include, *ends)
+            plan = find(self.origin, [graph], self.patterns, include=more, exclude=self.exclude, may_be_empty=True)
         self.ops.update({name: op for name, op in plan.ops.items() if op != "-" or name not in self.ops})
         fresh = {site.name: site for site in plan.sites if site.name in self.undecided({site.name})}
         refused = [r for r in plan.refusals if r.reason != UNREAD and r.where in self.shapes and self.undecided({r.where})]
@@ -225,7 +228,7 @@ class Prepared:
             if name not in late:
                 self._settle(site)
         self.sites = {name: self.sites[name] for name in self.shapes if name in self.sites}
-        self._weights_graph = self._links = None
+        self._weights_graph = None
         if RECIPE in self.origin._buffers:
             self.origin._buffers[RECIPE] = self._recipe()
         if whole and not self.sites and not self.candidates:
@@ -236,6 +239,9 @@ class Prepared:
                 f"no weight of this {type(self.origin).__name__} can be {self.patterns}:\n  {shown or 'it has no weights'}\n"
                 "take stem or head in with include=[...], or choose a pattern whose M divides the input channels"
             )
+
+    def _is_end(self, name: str) -> bool:
+        return name in (next(iter(self.shapes), None), next(reversed(self.shapes), None))
 
     def _learns(self, site: Site) -> bool:
         weight = Weight(site, self.origin).param.detach()
@@ -419,6 +425,20 @@ def _copies(values: Any) -> Any:
             return value
 
     return pytree.tree_map(one, values)
+
+
+def _replaced(path: str) -> str:
+    return (
+        f"{path} was replaced after nm.compile: its weights have no state and would run dense. "
+        "Replace layers first, or nm.freeze the model, replace them, and nm.compile it again"
+    )
+
+
+def _owner(root: nn.Module, path: str) -> nn.Module:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        raise NMError(_replaced(path)) from None
 
 
 def _links(root: nn.Module, names: list[str]) -> Iterator[tuple[dict[str, Any], str, nn.Module, str]]:
