@@ -174,8 +174,8 @@ def check_same(prepared: Any, wanted: Options) -> None:
     if method is not None and prepared.bare and type(method) is BiMask:
         method = dataclasses.replace(method, fold=True)
     said = {
-        "method": (method, prepared.method), "pattern": (wanted.pattern, prepared.patterns), "then": (wanted.then, prepared.then),
-        "include": (wanted.include, prepared.include), "exclude": (wanted.exclude, prepared.exclude),
+        "method": (method, prepared.method), "pattern": (wanted.pattern, prepared.patterns),
+        "then": (wanted.then, prepared.then), "include": (wanted.include, prepared.include), "exclude": (wanted.exclude, prepared.exclude),
     }  # fmt: skip
     for name, (new, old) in said.items():
         if new is not None and new != old:

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from nm_compiler.bodies import programs
-from nm_compiler.dynamo import Fragments, Variant, entry_of, outside_text, program_text, weakly
+from nm_compiler.dynamo import (
+    PRODUCTS,
+    Fragments,
+    Variant,
+    entry_of,
+    outside_text,
+    program_text,
+    python_line,
+    store_of,
+    weakly,
+)
 from nm_compiler.errors import NMError
 from nm_compiler.fragments import bind_inputs, lower
 from nm_compiler.graph import reads, run
@@ -61,8 +71,9 @@ class Live(Fragments):
         """Run ``module``, the model or a part of it, compiled."""
         known = self._entries.get(id(module))
         if known is None:
-            entry, code = entry_of(module, self)
-            self._entries[id(module)] = known = (module, entry, code)
+            known = (module, *entry_of(module, self))
+            if not torch._dynamo.config.disable:  # with which torch.compile gives back what it was given
+                self._entries[id(module)] = known
         if id(module) not in self._watched:
             self.ran = self._watching = False
             try:
@@ -139,10 +150,8 @@ class Live(Fragments):
 
     def note_outside(self, name: str, func: Any) -> None:
         """A planned weight, or one that may become planned, was read by Python outside fragments. Raises NMError."""
-        from nm_compiler.dynamo import PRODUCTS, python_line
-
-        planned, maybe = self.prepared.sites, self.prepared.undecided({name})
-        if name in planned or (maybe and getattr(func, "__name__", "") in PRODUCTS):
+        maybe = name in self.prepared.candidates and getattr(func, "__name__", "") in PRODUCTS
+        if maybe or name in self.prepared.sites:
             raise NMError(outside_text(name, python_line()))
 
 
@@ -214,8 +223,6 @@ class LiveVariant(Variant):
 
 def _getter(model: nn.Module, read: Any) -> tuple[Any, Any]:
     """Where the value of a read is looked up at every call: a module's own dict, or a list of one constant."""
-    from nm_compiler.dynamo import store_of
-
     return ([read.constant], 0) if read.constant is not None else store_of(model, read.name)
 
 

@@ -109,7 +109,10 @@ class Prepared:
         for name, site in gone:
             weight = Weight(site, self.origin)
             unregister(self.origin, [f"{name}_{suffix}" for suffix in self.method.suffixes(site)])
-            weight.owner.__dict__.get(MARK, set()).discard(weight.leaf)
+            marked = weight.owner.__dict__.get(MARK, set())
+            marked.discard(weight.leaf)
+            if not marked:
+                weight.owner.__dict__.pop(MARK, None)
 
     def retire(self) -> None:
         """Take everything off the model: state, marks, entries."""
@@ -271,7 +274,7 @@ class Prepared:
                     continue
                 elif isinstance(value, nn.Parameter):
                     raise NMError(
-                        f"{name} of shape {list(site.shape)} is summed over axis {site.in_axis}, which its layer does not tell: "
+                        f"{name} of shape {list(site.shape)} is summed over axis {site.in_axis}, unlike what was guessed: "
                         "give nm.compile example inputs, or use LBC(scores='position')"
                     )
                 elif here.shape != value.shape or (known is not None and known.layout != site.layout):
@@ -315,10 +318,8 @@ class Prepared:
         return sum(v.calls for piece in self._live.pieces for v in piece.variants.values() if name in v.planned)
 
     def programs(self, training: bool | None = None) -> list[GraphModule]:
-        """One graph that computes every planned weight as it is multiplied with."""
-        if self._weights_graph is None:
-            self._weights_graph = _weights_graph(self.origin, self.method, list(self.plan.sites))
-        return [self._weights_graph]
+        """One graph that computes every weight that a call has read, as it is multiplied with."""
+        return [_weights_graph(self.origin, self.method, list(self.sites.values()))]
 
     def text(self, training: bool) -> str:
         """All programs so far, of both modes. Raises NMError before the first call."""
@@ -328,7 +329,9 @@ class Prepared:
 
     def masked(self, name: str) -> tuple[Tensor, Tensor | None]:
         """What the planned weight ``name`` is multiplied with now: forward, and backward under Bi-Mask."""
-        forward, backward = effective_weights(self.programs()[0], name)
+        if self._weights_graph is None:
+            self._weights_graph = _weights_graph(self.origin, self.method, list(self.plan.sites))
+        forward, backward = effective_weights(self._weights_graph, name)
         assert forward is not None, f"{name} is not planned"
         return forward, backward
 

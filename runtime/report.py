@@ -13,9 +13,10 @@ class Row:
     """One weight. Shares are 0 to 1, or None where they mean nothing.
 
     retained: sum |w * mask| / sum |w|; backward_kept: sum |w * B| / sum |w * F| under Bi-Mask; live: mean number of
-    live combinations a group, under LBC; nonzero: share of weights that the forward product uses.
+    live combinations a group, under LBC; nonzero: share of weights that the forward product uses;
+    runs: how often the weight ran sparse, where that is counted.
     Of a lowered model: eligible: whether the runtime has a sparse kernel for it; kernel: what runs it; dense_ms, sparse_ms:
-    milliseconds a call, measured on the user's device; runs: how often the weight ran sparse, where that is counted; bytes: that the weight takes now; hint: what would change the status.
+    milliseconds a call, measured on the user's device; bytes: that the weight takes now; hint: what would change the status.
     """
 
     name: str
@@ -118,8 +119,8 @@ class Report:
 
 
 _COLUMNS = (
-    "name", "op", "shape", "pattern", "status", "retained", "backward_kept", "live", "nonzero", "runs", "dense_ms", "sparse_ms",
-    "speedup", "reason", "hint",
+    "name", "op", "shape", "pattern", "status", "retained", "backward_kept", "live", "nonzero", "runs", "dense_ms",
+    "sparse_ms", "speedup", "reason", "hint",
 )  # fmt: skip
 _ALWAYS = ("name", "op", "shape", "pattern", "status", "reason")
 _HEADINGS: Mapping[str, str] = {

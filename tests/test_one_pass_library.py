@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, Attention, ConvNet, Grouped, Matmuls, Oddities, example
+from models import MLP, Attention, ConvNet, Grouped, Matmuls
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -57,6 +57,21 @@ class Einsums(nn.Module):
         return self.head(y + torch.einsum("teo,edo->td", hidden, self.down))
 
 
+class Refusals(nn.Module):
+    """Weights that stay dense in the middle of a model, each for a reason of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer, self.head = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.depthwise = nn.Conv1d(8, 8, 3, padding=1, groups=8)
+        self.table, self.left = nn.Parameter(torch.randn(1, 8)), nn.Parameter(torch.randn(5, 5))
+        self.norm = nn.LayerNorm((5, 8))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.left @ (self.layer(self.embed(tokens)) + self.table))
+        return self.head(self.depthwise(x.transpose(1, 2)).transpose(1, 2).mean(1))
+
+
 class Shared(nn.Module):
     """One layer used twice, arguments by name, a dict as output."""
 
@@ -75,7 +90,7 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "tied_attention": lambda: (Attention(), torch.randint(0, 12, (2, 6))),
     "matmuls": lambda: (Matmuls(), torch.randn(3, 8)),
     "grouped": lambda: (Grouped(), torch.randn(2, 3, 9, 7)),
-    "oddities": lambda: (Oddities(), example(Oddities())),
+    "refusals": lambda: (Refusals(), torch.randint(0, 10, (2, 5))),
     "self_attention": lambda: (SelfAttention(), torch.randn(2, 5, 8)),
     "encoder": lambda: (Encoder(), torch.randn(2, 5, 8)),
     "einsums": lambda: (Einsums(), torch.randn(6, 8)),
