@@ -96,7 +96,8 @@ def measured(work: Workload, *, repeats: int, clock: str) -> dict[str, Any]:
         bound = STEP_BOUNDS.get(name)
         rows.append([
             name, f"{1e3 * times[name].median:.1f}", f"{ratio.median:.3f}", f"{low:.3f}-{high:.3f}",
-            against(ratio.median, bound), f"{first[name]:.1f}", f"{compiling:.2f}", against(compiling, FIRST_BOUND if bound else None),
+            against(ratio.median, bound), f"{first[name]:.1f}", f"{compiling:.2f}",
+            against(compiling, FIRST_BOUND if bound else None),
         ])  # fmt: skip
         found[name] = {
             "step_seconds": times[name].as_json(), "ratio": ratio.as_json(), "bound": bound,

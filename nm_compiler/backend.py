@@ -174,15 +174,35 @@ def check_same(prepared: Any, wanted: Options) -> None:
     if method is not None and prepared.bare and type(method) is BiMask:
         method = dataclasses.replace(method, fold=True)
     said = {
-        "method": (method, prepared.method), "pattern": (wanted.pattern, prepared.patterns),
-        "then": (wanted.then, prepared.then), "include": (wanted.include, prepared.include), "exclude": (wanted.exclude, prepared.exclude),
-    }  # fmt: skip
+        "method": (method, prepared.method),
+        "pattern": (wanted.pattern, prepared.patterns),
+        "then": (wanted.then, prepared.then),
+        "include": (wanted.include, prepared.include),
+        "exclude": (wanted.exclude, prepared.exclude),
+    }
     for name, (new, old) in said.items():
         if new is not None and new != old:
             raise NMError(
                 f"options say {name}={new}, but this {type(prepared.origin).__name__} was prepared with {old}: "
                 "leave the option out, or nm.freeze the model first"
             )
+
+
+def outer_options(root: nn.Module, depth: int = 24) -> Options | None:
+    """What ``torch.compile(root, backend="nm_compiler", options=...)`` said, if the running call came through it."""
+    frame = sys._getframe(1)
+    for _ in range(depth):
+        own = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames[:1] else None
+        if isinstance(own, torch._dynamo.eval_frame.OptimizedModule) and own._orig_mod is root:
+            wrapper: Any = own.dynamo_ctx.callback
+            while (inner := getattr(wrapper, "_torchdynamo_orig_backend", None)) is not None:
+                wrapper = inner
+            ours = getattr(wrapper, "compiler_fn", None) is nm_compiler
+            return options_of(wrapper.kwargs.get("options")) if ours else None
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return None
 
 
 def root_on_stack() -> nn.Module | None:

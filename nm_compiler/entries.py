@@ -13,8 +13,11 @@ import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from nm_compiler.errors import NMError
 
 if TYPE_CHECKING:
     from nm_compiler.prepared import Prepared
@@ -43,8 +46,22 @@ class Entry:
         return Entry, (self.module, self.carrier)
 
 
-def visible(module: nn.Module, args: Any) -> None:
-    """A hook that does nothing: without one TorchDynamo, compiling the code around, would skip ``_compiled_call_impl``."""
+def entered(module: nn.Module, args: Any) -> None:
+    """A hook that finds nothing to do inside the carrier. Raises NMError where a call went past it.
+
+    Without a hook TorchDynamo, compiling the code around, would itself go past ``_compiled_call_impl``.
+    """
+    if not module.__dict__[_ENTRY].carrier.active:
+        _refuse(module)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse(module: nn.Module) -> None:
+    module.__dict__["_compiled_call_impl"] = module.__dict__[_ENTRY]
+    raise NMError(
+        f"this {type(module).__name__} was prepared by nm.compile, and compile() on it now would run its weights dense: "
+        "its calls are compiled already (nm.compile(model, then=...) says by what), so leave that line out"
+    )
 
 
 def install(carrier: Prepared, names: Iterable[str]) -> None:
@@ -58,7 +75,7 @@ def install(carrier: Prepared, names: Iterable[str]) -> None:
         module = root.get_submodule(path)
         if _ENTRY not in module.__dict__:
             Entry(module, carrier)
-            module.register_forward_pre_hook(visible)
+            module.register_forward_pre_hook(entered)
 
 
 def remove(root: nn.Module) -> None:
@@ -66,7 +83,7 @@ def remove(root: nn.Module) -> None:
     for module in root.modules():
         if module.__dict__.pop(_ENTRY, None) is not None:
             module.__dict__.pop("_compiled_call_impl", None)
-            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is visible]:
+            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is entered]:
                 handle = RemovableHandle(module._forward_pre_hooks)
                 handle.id = key
                 handle.remove()

@@ -134,6 +134,7 @@ class Prepared:
         from nm_compiler.live import Undecided
 
         self._check_modules()
+        self._check_options()
         with self._inside():
             try:
                 result = self.live.call(module, args, kwargs)
@@ -185,6 +186,14 @@ class Prepared:
         for children, key, expected, path in self._links:
             if children.get(key) is not expected:
                 raise NMError(_replaced(path))
+
+    def _check_options(self) -> None:
+        """Raise NMError if a torch.compile around says other things than `nm.compile` did."""
+        from nm_compiler.backend import check_same, outer_options
+
+        said = outer_options(self.origin)
+        if said is not None:
+            check_same(self, said)
 
     def _tell_unread(self) -> None:
         if self.candidates:

@@ -106,7 +106,7 @@ def test_errors_that_dynamo_would_suppress_are_raised_and_the_switch_is_off() ->
 
 def test_past_the_recompile_limit_a_bare_compile_raises() -> None:
     class Named(MLP):
-        def forward(self, x: Tensor, name: str = "a") -> Tensor:  # type: ignore[override]
+        def forward(self, x: Tensor, name: str = "a") -> Tensor:
             return super().forward(x) + len(name) if name != "b" else super().forward(x)
 
     fast = compiled(Named())
@@ -128,16 +128,23 @@ def test_a_bare_compile_in_several_fragments_warns_that_python_is_not_seen(caplo
     assert [row.status for row in nm.report(model).rows] == ["dense", "sparse", "dense"]
 
 
-def test_options_have_to_agree_with_a_prepared_model() -> None:
+def test_options_of_a_compile_around_have_to_agree_with_the_prepared_model() -> None:
     model = nm.compile(MLP(), method=nm.LBC(), then="eager")
-    model.compile(backend=nm_compiler, options={"method": nm.LBC(), "pattern": "2:4"})
-    model(example(model)).sum().backward()
+    compiled(model, method=nm.LBC(), pattern="2:4")(example(model)).sum().backward()
     assert model.fc2.weight_scores.grad is not None
     for options, message in (({"method": nm.SRSTE()}, "method=SRSTE"), ({"pattern": "1:4"}, "pattern=.* 1:4")):
-        torch._dynamo.reset()
-        model.compile(backend=nm_compiler, options=options)
-        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message + r"[\s\S]*prepared with"):
-            model(example(model))
+        with pytest.raises(nm.NMError, match=message + r"[\s\S]*prepared with"):
+            compiled(model, **options)(example(model))
+
+
+@pytest.mark.parametrize("backend", ["eager", nm_compiler], ids=["other", "own"])
+def test_compile_in_place_of_a_prepared_model_is_refused_and_leaves_it_as_it_was(backend: Any) -> None:
+    model = nm.compile(MLP(), method=nm.LBC(), then="eager")
+    expected = model(example(model))
+    model.compile(backend=backend)
+    with pytest.raises(nm.NMError, match="was prepared by nm.compile, and compile"):
+        model(example(model))
+    torch.testing.assert_close(model(example(model)), expected)
 
 
 def test_a_graph_that_is_sparse_already_is_refused() -> None:

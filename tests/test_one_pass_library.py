@@ -63,13 +63,12 @@ class Refusals(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.layer, self.head = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-        self.depthwise = nn.Conv1d(8, 8, 3, padding=1, groups=8)
         self.table, self.left = nn.Parameter(torch.randn(1, 8)), nn.Parameter(torch.randn(5, 5))
         self.norm = nn.LayerNorm((5, 8))
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.norm(self.left @ (self.layer(self.embed(tokens)) + self.table))
-        return self.head(self.depthwise(x.transpose(1, 2)).transpose(1, 2).mean(1))
+        return self.head(x.mean(1))
 
 
 class Shared(nn.Module):
