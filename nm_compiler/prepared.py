@@ -37,7 +37,6 @@ from nm_compiler.sites import UNREAD, Plan, Site, find
 from nm_compiler.state import MARK, RECIPE, Weight, mark, read_recipe, register, unmark, unregister, write_recipe
 
 _log = logging.getLogger(__name__)
-_NOT_YET = "not read by any call so far"
 
 
 class Prepared:
@@ -232,9 +231,8 @@ class Prepared:
         for refusal in refused:
             self.refused[refusal.where] = refusal
         for name in late:
-            reason = f"its scores would have been needed before the optimizer: name it in include=[{name!r}]"
-            self.refused[name] = Refusal(name, reason)
-            _log.warning("%s stays dense: %s", name, reason)
+            self.refused[name] = too_late(name)
+            _log.warning("%s stays dense: %s", name, self.refused[name].reason)
         self._drop(lost)
         for name, site in fresh.items():
             if name not in late:
@@ -298,7 +296,7 @@ class Prepared:
         """Planned weights and those that will be when a call reads them; refusals of the others."""
         both = {**self.candidates, **self.sites}
         sites = tuple(both[name] for name in self.shapes if name in both)
-        refusals = tuple(self.refused.get(name, Refusal(name, _NOT_YET)) for name in self.shapes if name not in both)
+        refusals = tuple(self.refused.get(name, not_yet(name)) for name in self.shapes if name not in both)
         ops = {name: self.ops.get(name, both[name].op if name in both else "-") for name in self.shapes}
         return Plan(sites, refusals, self.shapes, ops)
 
@@ -310,7 +308,7 @@ class Prepared:
     @property
     def late(self) -> Mapping[str, str]:
         """Candidates that no call has read."""
-        return dict.fromkeys(self.candidates, _NOT_YET)
+        return {name: not_yet(name).reason for name in self.candidates}
 
     def ready(self) -> list[Weight]:
         """The weights that graphs were planned on; others are dropped. Raises NMError before the first call."""
@@ -366,7 +364,7 @@ class Prepared:
             theirs = read_recipe(tag)
             gone = [name for name in self.candidates if name not in theirs["weights"]]
             self._drop(gone)
-            self.refused.update({name: Refusal(name, "dense in the state_dict that was loaded") for name in gone})
+            self.refused.update({name: loaded_dense(name) for name in gone})
             self.origin._buffers[RECIPE] = self._recipe()
             compare(self, theirs, read_recipe(self._recipe()))
             check_values(self, state_dict, prefix)
@@ -388,6 +386,21 @@ class Prepared:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
+
+
+def not_yet(name: str) -> Refusal:
+    """Of a weight that has state, or none, and that no graph has shown."""
+    return Refusal(name, "not read by any call so far")
+
+
+def too_late(name: str) -> Refusal:
+    """Of a weight that nothing told before the first graph, where the method learns something beside it."""
+    return Refusal(name, f"its scores were needed before the optimizer: name it in include=[{name!r}] of nm.compile")
+
+
+def loaded_dense(name: str) -> Refusal:
+    """Of a weight that has no state in a state_dict that came before the first call."""
+    return Refusal(name, "dense in the state_dict that was loaded before the first call")
 
 
 def load_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
