@@ -1,6 +1,7 @@
 """N:M sparsity for any PyTorch model: capture, train with learned masks, freeze to exact zeros.
 
 sparse    = nm.compile(model, (x,), pattern="2:4", method=nm.BiMask())   # or nm.LBC(), nm.SRSTE(), nm.Magnitude()
+model     = nm.compile(model, method=nm.LBC())                           # without inputs: the model itself, live
 scheduler = nm.SparsityScheduler(sparse, total_steps=steps)              # step() after every optimizer.step()
 model     = nm.freeze(sparse)                                            # the plain model, zeros in its weights
 fast      = nm.lower(model, (x,), backend="auto")                        # to a runtime with sparse kernels

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nm_compiler.carrier import carrier_of
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern, PatternLike
 from nm_compiler.solvers.check import nonzeros, worst_group
@@ -129,7 +130,7 @@ def _tensors(target: nn.Module | Mapping[str, Any] | str | Path) -> dict[str, Te
     if isinstance(target, nn.Module):
         found = {name: parameter.detach() for name, parameter in target.named_parameters()}
         for path, module in target.named_modules():
-            masked = getattr(module, "masked_parameters", None)
+            masked = getattr(carrier_of(module) or module, "masked_parameters", None)
             if masked:  # a compiled model, here or inside: its weights as their masks leave them
                 prefix = f"{path}." if path else ""
                 found = {name: value for name, value in found.items() if not name.startswith(prefix)}
