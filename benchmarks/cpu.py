@@ -93,8 +93,8 @@ def nets(patterns: Sequence[str], repeats: int, quick: bool) -> list[dict[str, A
         head = ["network", "eager", "inductor", "packed", "over inductor", "over eager", "sparse products"]
         body = [
             [row["net"], f"{min(v for k, v in row['ms'].items() if k.startswith('eager')):.1f}",
-             f"{row['ms']['inductor']:.1f}", f"{row['ms']['packed']:.1f}", f"{row['over inductor']:.2f}x", f"{row['over eager']:.2f}x",
-             f"{row['sparse']} of {row['products']}"]
+             f"{row['ms']['inductor']:.1f}", f"{row['ms']['packed']:.1f}", f"{row['over inductor']:.2f}x",
+             f"{row['over eager']:.2f}x", f"{row['sparse']} of {row['products']}"]
             for row in rows
         ]  # fmt: skip
         print(table(head, body))

@@ -6,10 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import interleaved
 from torch.nn import functional
 
-from cpu_sections.weights import convolution, linear, pack, random_weight
+from cpu_sections.weights import convolution, linear, medians, pack, random_weight
 from nm_compiler.pattern import Pattern
 
 LINEARS = [
@@ -55,7 +54,7 @@ def convolutions(pattern: Pattern, size: int, *, batch: int, repeats: int) -> li
 
 def _row(name: str, work: dict[str, Any], flops: float, repeats: int) -> dict[str, Any]:
     """Medians in ms; speed-up of the best packed over the best dense way; GFLOP/s of the multiplications that are left."""
-    times = {key: spread.median for key, spread in interleaved(work, repeats=repeats, warmup=2).items()}
+    times = medians(work, repeats)
     packed = min(value for key, value in times.items() if key.startswith("packed"))
     dense = min(value for key, value in times.items() if not key.startswith("packed"))
     return {

@@ -95,7 +95,8 @@ def net(name: str, pattern: str, *, repeats: int) -> dict[str, Any]:
     build, inputs = NETS[name]
     torch.manual_seed(0)
     model, x = build().eval(), inputs()
-    model = nm.freeze(nm.compile(model, (x,), pattern=pattern, method=nm.Magnitude())).eval()
+    everything = ["*"] if "block" in name else []  # a block of a larger model has neither stem nor head
+    model = nm.freeze(nm.compile(model, (x,), pattern=pattern, method=nm.Magnitude(), include=everything)).eval()
     lowered = nm.lower(model, (x,), backend="cpu", pattern=pattern)
     torch._dynamo.reset()
     with torch.no_grad(), torch._inductor.config.patch(freezing=True):
@@ -104,10 +105,9 @@ def net(name: str, pattern: str, *, repeats: int) -> dict[str, Any]:
             "eager": lambda: model(x), "inductor": lambda: compiled(x), "packed": lambda: lowered(x),
         }  # fmt: skip
         if x.ndim == 4:
-            turned, last = (
-                copy.deepcopy(model).to(memory_format=torch.channels_last),
-                x.contiguous(memory_format=torch.channels_last),
-            )
+            form = torch.channels_last
+            turned: Any = copy.deepcopy(model).to(memory_format=form)  # type: ignore[call-overload]
+            last = x.contiguous(memory_format=form)
             work["eager, channels last"] = lambda: turned(last)
         for each in work.values():
             each()

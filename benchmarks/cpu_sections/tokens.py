@@ -8,10 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from harness import interleaved
 from torch.nn import functional
 
-from cpu_sections.weights import linear, pack, random_weight
+from cpu_sections.weights import linear, medians, pack, random_weight
 from nm_compiler.pattern import Pattern
 
 SHAPES = [(768, 768), (768, 3072), (4096, 4096), (4096, 11008)]
@@ -35,7 +34,7 @@ def tokens(pattern: Pattern, count: int, *, repeats: int) -> list[dict[str, Any]
             many = max(2, COLD // packed.nbytes)
             copies = [replace(packed, values=packed.values.clone(), codes=packed.codes.clone()) for _ in range(many)]
             work[name], sizes[name] = _in_turn([linear(copy, x) for copy in copies]), packed.nbytes
-        times = {key: spread.median for key, spread in interleaved(work, repeats=repeats, warmup=2).items()}
+        times = medians(work, repeats)
         rows.append({
             "layer": f"{count} x {width} to {out}",
             "us": {key: value * 1e6 for key, value in times.items()},
