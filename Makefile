@@ -19,7 +19,8 @@ TRITON := $(VENV)/triton-python
 TRITON_STAMP := $(TRITON)/.filled
 TRITON_VERSION := 3.7.1
 # One thread a worker: the models of the tests are tiny, and two workers with all threads each would fight over the cores.
-TEST_ENV := OMP_NUM_THREADS=$(if $(filter 0,$(WORKERS)),,1)
+# Bytecode is kept, whatever the user's shell says: pytest's rewritten tests, and all that a worker or a child imports.
+TEST_ENV := OMP_NUM_THREADS=$(if $(filter 0,$(WORKERS)),,1) PYTHONDONTWRITEBYTECODE=
 
 .PHONY: help demo test lint types bench coverage gpu wheel clean
 .DEFAULT_GOAL := help
@@ -39,7 +40,7 @@ demo: $(STAMP)
 	$(BIN)/nm-compiler demo $(DEMO_ARGS)
 
 test: $(STAMP) $(TENSORRT_STAMP) $(TRITON_STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
