@@ -1,6 +1,7 @@
 """N:M weights on the CPU: single layers, few tokens and whole networks, packed against torch's dense ways in the same run.
 
     python benchmarks/cpu.py [--quick] [--threads 1] [--isa avx2] [--patterns 2:4,1:4] [--sections layers,tokens,nets]
+    python benchmarks/cpu.py --draw docs/cpu.svg results/cpu-1.json results/cpu-2.json      # measures nothing
 
 Ratios are of medians, interleaved. Layers run in a hot loop, few tokens on cold weights, networks as they are.
 gflops counts the multiplications that are left; beside it stands what this machine does at best in registers. A 2:4 product
@@ -109,7 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nets", default="2:4", help="patterns of whole networks")
     parser.add_argument("--sections", default="layers,tokens,nets", help="which tables")
     parser.add_argument("--isa", default=None, help="portable, avx2 or avx512; the best by default")
+    parser.add_argument("--draw", type=Path, nargs="+", help="a picture, and the results to draw")
     args = parser.parse_args(argv)
+    if args.draw:
+        from cpu_sections.picture import draw
+
+        draw(args.draw[1:], args.draw[0])
+        return 0
     torch.set_num_threads(args.threads)
     if args.isa is not None:
         os.environ["NM_COMPILER_ISA"] = args.isa
