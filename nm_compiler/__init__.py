@@ -1,6 +1,7 @@
 """N:M sparsity for any PyTorch model: capture, train with learned masks, freeze to exact zeros.
 
 sparse    = nm.compile(model, (x,), pattern="2:4", method=nm.BiMask())   # or nm.LBC(), nm.SRSTE(), nm.Magnitude()
+model     = nm.compile(model, method=nm.LBC())                           # without inputs: the model itself, live
 scheduler = nm.SparsityScheduler(sparse, total_steps=steps)              # step() after every optimizer.step()
 model     = nm.freeze(sparse)                                            # the plain model, zeros in its weights
 fast      = nm.lower(model, (x,), backend="auto")                        # to a runtime with sparse kernels
@@ -9,6 +10,7 @@ nm.verify(model, "2:4"), nm.show(sparse)                                 # check
 nm.parameter_groups(sparse, weight_decay=5e-4)                           # for any torch optimizer
 nm.save_checkpoint("run.pt", model=sparse, scheduler=scheduler)          # whole or not at all
 nm.Magnitude(importance=nm.Wanda(nm.calibrate(model, loader)))           # one-shot masks that know the data
+nm.prune_checkpoint("llama", "llama-2of4")                               # a checkpoint folder larger than memory
 nm.permute(model, (x,)), nm.show_axes(model, (x,))                       # reorder channels so that masks keep more
 """
 
@@ -31,9 +33,11 @@ from nm_compiler.module import SparseModule
 from nm_compiler.optim import parameter_groups
 from nm_compiler.pattern import Pattern
 from nm_compiler.permuting import permute, show_axes
+from nm_compiler.planning import plan_bytes
 from nm_compiler.reporting import report
 from nm_compiler.runtime.verify import verify
 from nm_compiler.scheduler import SparsityScheduler
+from nm_compiler.streaming.prune import prune_checkpoint
 from nm_compiler.telemetry import Telemetry
 
 __version__ = "0.1.0"
@@ -65,6 +69,8 @@ __all__ = [
     "lower",
     "parameter_groups",
     "permute",
+    "plan_bytes",
+    "prune_checkpoint",
     "report",
     "save_checkpoint",
     "show",

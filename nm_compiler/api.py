@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from nm_compiler.axes.outputs import Outputs
+from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
 from nm_compiler.graph import run
@@ -18,12 +19,45 @@ from nm_compiler.module import SparseModule, attach_state, detach_state, unwrap
 from nm_compiler.passes.freeze_masks import masked_values
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.permuting import Order, reorder
-from nm_compiler.preparing import globs, prepared
+from nm_compiler.preparing import check_model, globs, prepared
 from nm_compiler.recipe import freezing, pipeline
 from nm_compiler.rewrite import masked_nodes
 from nm_compiler.routes import check_outside
-from nm_compiler.sites import Plan, find
+from nm_compiler.sites import Plan, check_globs, find
 from nm_compiler.solvers.check import worst_group
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@overload
+def compile(
+    model: M,
+    *,
+    pattern: PatternSpec = "2:4",
+    method: Method | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    then: str = "inductor",
+) -> M: ...
+
+
+@overload
+def compile(
+    model: nn.Module,
+    example_inputs: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    pattern: PatternSpec = "2:4",
+    method: Method | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    permute: Order | None = None,
+    budget_s: float | None = None,
+    outputs: Outputs = None,
+    dynamic_shapes: Any = None,
+    seed: int = 0,
+) -> SparseModule: ...
 
 
 @torch.inference_mode(False)  # state made of inference tensors could never be trained
@@ -41,10 +75,12 @@ def compile(
     outputs: Outputs = None,
     dynamic_shapes: Any = None,
     seed: int = 0,
-) -> SparseModule:
+    then: str | None = None,
+) -> Any:
     """Capture ``model`` and give its weights what they need to train as N:M.
 
-    example_inputs: a tuple of positional inputs (or one tensor); kwargs: keyword inputs. The batch (axis 0) becomes
+    example_inputs: a tuple of positional inputs (or one tensor); kwargs: keyword inputs. Without either the model itself
+    is prepared and returned, and TorchDynamo takes its graphs at its calls (docs/torch-compile.md). The batch (axis 0) becomes
     dynamic; pass ``dynamic_shapes`` as to `torch.export.export` for other axes.
     model: on one device; on the meta device it is planned and rewritten without values, see `SparseModule.to_empty`.
     pattern: ``"2:4"``, ``(2, 4)``, or globs over parameter names, first match wins: ``{"layer4.*": "1:4", "*": "2:4"}``.
@@ -54,6 +90,7 @@ def compile(
     mapping are for experiments. The search minds backward masks as well where the method needs that (`Transposable`,
     ``BiMask(fold=True)``). budget_s (seconds) and outputs (which must not change) as in `nm_compiler.permute`.
     seed: of the search, and of everything the method draws at random.
+    then: without example inputs, what runs the rewritten graphs: ``"inductor"`` (the default), ``"aot_eager"``, ``"eager"``.
 
     Returns a `SparseModule`, which shares the model's parameters; the method's state is registered on the model in
     place, and `freeze` removes it. Build the optimizer afterwards, from ``sparse.parameters()``.
@@ -62,6 +99,12 @@ def compile(
     patterns = PatternMap.parse(pattern)
     method = BiMask() if method is None else method
     pipeline(method, ())  # an unknown method is refused before anything else happens
+    if example_inputs is None and not kwargs:
+        told = {"permute": permute, "budget_s": budget_s, "outputs": outputs, "dynamic_shapes": dynamic_shapes}
+        options = {"include": globs(include), "exclude": globs(exclude), "seed": seed, "then": then or "inductor"}
+        return prepare(model, method, patterns, told, options)
+    if then is not None:
+        raise NMError(f"then={then!r} is for nm.compile(model) without example inputs; torch.compile what this returns")
     if permute is None and method.folds:
         permute = "search"
     if permute is None and (budget_s is not None or outputs is not None):
@@ -97,12 +140,13 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
     module = unwrap(sparse)
     if module.frozen:
         raise NMError("this model is frozen already: use what the first nm.freeze returned")
-    _check_finite({weight.site.name: weight.param for weight in module.weights})
-    open_ones = [weight for weight in module.weights if not module.method.is_settled(weight)]
+    _check_finite({weight.site.name: weight.param for weight in module.ready()})
+    weights = module.ready()
+    open_ones = [weight for weight in weights if not module.method.is_settled(weight)]
     if open_ones and not finish:
         first = open_ones[0].site
         raise NMError(
-            f"{len(open_ones)} of {len(module.weights)} weights are not {first.pattern} yet (first {first.name} of shape "
+            f"{len(open_ones)} of {len(weights)} weights are not {first.pattern} yet (first {first.name} of shape "
             f"{list(first.shape)}): combinations are still live before t_f. Train on to t_f, or nm.freeze(sparse, "
             "finish=True) keeps the best-scored combination of every group now and costs accuracy"
         )
@@ -120,8 +164,7 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
         masked_values(gm, values)
     for gm in module.programs():
         run(gm, freezing(module.plan.sites, values))
-    detach_state(module.origin, module.plan, module.state_names())
-    module.__dict__["frozen"] = True
+    module.retire()
     model: nn.Module = module.origin
     return model
 
@@ -131,13 +174,12 @@ def show(sparse: nn.Module, *, training: bool = False) -> str:
 
     A mode that runs in fragments shows all that have run so far, in the order they were first met.
     """
-    text: str = unwrap(sparse).routes[training].text()
-    return text
+    return unwrap(sparse).text(training)
 
 
-def _check_masks(module: SparseModule) -> None:
+def _check_masks(module: Carrier) -> None:
     """Every mask is exactly N:M, checked before the first weight is written."""
-    for weight in module.weights:
+    for weight in module.ready():
         site = weight.site
         for gm in module.programs():
             for node in masked_nodes(gm, site.name):
@@ -147,6 +189,37 @@ def _check_masks(module: SparseModule) -> None:
                         f"{site.name} of shape {list(site.shape)}: its mask keeps {fullest} of {site.pattern.m} in a "
                         f"group, not {site.pattern}; the state beside it was edited, load a healthy checkpoint"
                     )
+
+
+def prepare(model: M, method: Method, patterns: PatternMap, told: Mapping[str, Any], options: Mapping[str, Any]) -> M:
+    """`compile` without example inputs: the model itself, with the state of its weights and entries for its calls.
+
+    told: arguments that need example inputs. Raises NMError, the model unchanged, if one was given or nothing can be N:M.
+    """
+    from nm_compiler.backend import check_then
+    from nm_compiler.prepared import Prepared
+
+    for name, value in told.items():
+        if value is not None:
+            raise NMError(f"{name}={value!r} needs a graph: give nm.compile example inputs, such as (x,)")
+    if method.folds:
+        raise NMError(
+            f"{method} puts channels in another order, which needs a graph: nm.permute(model, (x,)) first, or inputs"
+        )
+    check_then(options["then"])
+    check_model(model, "nm.compile")
+    check_globs(model, patterns, options["include"], options["exclude"])
+    made = Prepared(model, method, patterns, **options)
+    if not made.candidates:
+        raise NMError(
+            f"no weight of this {type(model).__name__} can be {patterns}: none of its layers has inputs that M divides, "
+            "or exclude= names them all"
+        )
+    _check_finite({name: model.get_parameter(name) for name in made.candidates})
+    for site in made.candidates.values():
+        method.check(site)
+    made.attach()
+    return model
 
 
 def _check_weights(model: nn.Module, plan: Plan, method: Method) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from nm_compiler.graph import reads
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.preparing import globs, prepared
 from nm_compiler.sites import Site, find
+from nm_compiler.streaming.statistics import save_norms
 from nm_compiler.uses import Use, constants, uses
 
 
@@ -41,6 +43,10 @@ class Calibration(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.squares)
+
+    def save(self, path: str | Path) -> None:
+        """Write the norms to a .safetensors file, for ``nm-compiler prune --statistics``. Raises NMError if that fails."""
+        save_norms(self.squares, path)
 
     def __repr__(self) -> str:
         return f"Calibration({len(self)} weights, {self.batches} batches)"

@@ -1,4 +1,4 @@
-"""The command line: ``nm-compiler demo``, ``verify`` and ``report``. The only module that prints."""
+"""The command line: ``nm-compiler demo``, ``verify``, ``report`` and ``prune``. The only module that prints."""
 
 from __future__ import annotations
 
@@ -89,6 +89,25 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _prune(options: argparse.Namespace) -> int:
+    from nm_compiler.streaming.prune import prune_checkpoint
+
+    def progress(shard: str, tensor: str, _: int) -> None:
+        print(f"\r\033[K{shard}: {tensor}"[:120], end="", file=sys.stderr, flush=True)
+
+    try:
+        found = prune_checkpoint(
+            options.checkpoint, options.out, pattern=options.pattern, importance=options.importance,
+            statistics=options.statistics, include=options.include, exclude=options.exclude,
+            permute=options.permute, seed=options.seed, budget_s=options.budget,
+            progress=progress if sys.stderr.isatty() else None,
+        )  # fmt: skip
+    finally:
+        print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr)
+    print(found)
+    return 0
+
+
 def _check_extras() -> None:
     from importlib.util import find_spec
 
@@ -104,11 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="")
     _add_demo(commands.add_parser("demo", help="train one network five ways and write a page about it", description=_DEMO))
     check = commands.add_parser("verify", help="which weights of a checkpoint are N:M", description=_VERIFY)
-    check.add_argument("file", metavar="FILE", help="a .safetensors, .onnx, .pt, .pth, .bin or .ckpt file")
+    check.add_argument(
+        "file", metavar="FILE", help="a .safetensors, .onnx, .pt, .pth, .bin or .ckpt file, or a folder of shards"
+    )
     check.add_argument("--pattern", default="2:4", metavar="N:M", help="at most N non-zeros of every M (default 2:4)")
     named = "weights that must all satisfy it, by name: 'layer4.*' (default: it is enough that one weight does)"
     check.add_argument("--weights", nargs="+", default=[], metavar="GLOB", help=named)
     check.set_defaults(command=_verify)
+    _add_prune(commands.add_parser("prune", help="prune a checkpoint folder of any size, once", description=_PRUNE))
     _add_report(commands.add_parser("report", help="lower a frozen model and say what is sparse", description=_REPORT))
     return parser
 
@@ -136,6 +158,28 @@ def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="cast a copy first")
     report.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page too")
     report.set_defaults(command=_report)
+
+
+_PRUNE = """Every linear's weight gets zeros where the pattern keeps nothing; the rest of the folder is copied. Weights pass
+through memory a few megabytes at a time. The same command again goes on after a kill. Exit status: 0, or 2 for a mistake."""
+
+
+def _add_prune(prune: argparse.ArgumentParser) -> None:
+    from nm_compiler.streaming.judging import IMPORTANCES
+
+    prune.add_argument("checkpoint", metavar="CHECKPOINT_DIR", help="with model.safetensors, or shards and their index")
+    prune.add_argument("out", metavar="OUT", help="a new folder, or that of a run that was cut off")
+    prune.add_argument("--pattern", default="2:4", metavar="N:M", help="at most N non-zeros of every M (default 2:4)")
+    rules = f"of {' '.join(IMPORTANCES)} (default magnitude)"
+    prune.add_argument("--importance", default="magnitude", metavar="RULE", help=rules)
+    prune.add_argument("--statistics", metavar="FILE", help="norms of inputs for wanda and ria: nm.calibrate(...).save(FILE)")
+    globs: Any = {"nargs": "+", "default": [], "metavar": "GLOB"}
+    prune.add_argument("--include", help="tensors to prune that are dense by their name: 'lm_head.weight'", **globs)
+    prune.add_argument("--exclude", help="tensors to keep dense: '*.o_proj.*'", **globs)
+    prune.add_argument("--permute", action="store_true", help="order coupled channels first, so that masks keep more")
+    prune.add_argument("--budget", type=float, metavar="SECONDS", help="of that search (default: some seconds' worth of work)")
+    prune.add_argument("--seed", type=int, default=0, metavar="N", help="of that search (default 0)")
+    prune.set_defaults(command=_prune)
 
 
 def _add_demo(demo: argparse.ArgumentParser) -> None:

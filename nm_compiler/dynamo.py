@@ -8,11 +8,13 @@ Nothing runs dense in silence: the recompile limit raises, and so does a planned
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ from nm_compiler.sites import UNREAD, Plan
 from nm_compiler.uses import Use, uses
 
 _log = logging.getLogger(__name__)
+
 _LATE = "first used after nm.compile, on a path that the example inputs did not take: give inputs that take it"
 _LIMIT = 64  # versions of one function: layers that share their code need one each; Dynamo's own limit is 8
 
@@ -65,11 +68,16 @@ class Fragments:
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the model. Raises NMError where a weight would be dense, and what the model itself raises."""
         if self._compiled is None:
-            self._compiled = _entry(self)
-        named = {**self.hidden, **kwargs}
+            self._compiled, _ = entry_of(self.model, self)
+        return self.guarded(self._compiled, args, {**self.hidden, **kwargs})
+
+    def guarded(
+        self, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, watched: bool = True
+    ) -> Any:
+        """Call what `entry_of` gave, with errors instead of TorchDynamo's dense ways out. watched: see `_Watch`."""
         try:
-            with torch._dynamo.config.patch(_settings()), _Watch(self):
-                return self._compiled(*args, **named)
+            with torch._dynamo.config.patch(_settings()), _Watch(self) if watched else contextlib.nullcontext():
+                return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchRuntimeError:
             raise  # an op of the model itself fails on these inputs
         except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -85,7 +93,7 @@ class Fragments:
         fragment = _Fragment(self, lower(gm))
         fragment.variant(self.names_of(inputs))
         self._fragments.append(fragment)
-        return _weakly(fragment)
+        return weakly(fragment)
 
     def names_of(self, inputs: Sequence[Any]) -> tuple[str | None, ...]:
         """Which of ``inputs`` are the model's state now."""
@@ -188,10 +196,10 @@ class Fragments:
 
     def note_outside(self, name: str, func: Any) -> None:
         """A parameter was read by Python outside fragments. Raises NMError if it is planned."""
-        line = user_line(traceback.extract_stack()) or "code outside the model"
+        line = python_line()
         if name in self.planned:
             raise NMError(outside_text(name, line))
-        if getattr(func, "__name__", "") not in _PRODUCTS:
+        if getattr(func, "__name__", "") not in PRODUCTS:
             return
         if self.passes is None:
             self.outside.setdefault(name, line)
@@ -205,6 +213,11 @@ class Fragments:
             self._names = state_names(self.model)
             name = self._names.get(id(parameter))
         return name
+
+
+def python_line() -> str:
+    """The user's line that is running."""
+    return user_line(traceback.extract_stack()) or "code outside the model"
 
 
 def outside_text(name: str, line: str) -> str:
@@ -222,13 +235,13 @@ def program_text(program: GraphModule) -> str:
     return "\n\n".join([first, *(f"# a body of it\n{body}" for body in bodies)])
 
 
-class _Variant:
+class Variant:
     """A fragment bound to certain parameters and buffers."""
 
     def __init__(self, program: GraphModule, names: Sequence[str | None], model: nn.Module) -> None:
         self.program = program
         self.kept = [index for index, name in enumerate(names) if name is None]
-        self.state = [(index, *_store(model, name)) for index, name in enumerate(names) if name is not None]
+        self.state = [(index, *store_of(model, name)) for index, name in enumerate(names) if name is not None]
 
     def fits(self, args: Sequence[Any]) -> bool:
         """Whether ``args`` bring the very parameters and buffers that the program reads by name."""
@@ -242,12 +255,12 @@ class _Fragment:
 
     def __init__(self, carrier: Fragments, lowered: GraphModule) -> None:
         self.carrier, self.lowered = carrier, lowered
-        self.variants: dict[tuple[str | None, ...], _Variant] = {}
+        self.variants: dict[tuple[str | None, ...], Variant] = {}
 
-    def variant(self, names: tuple[str | None, ...]) -> _Variant:
+    def variant(self, names: tuple[str | None, ...]) -> Variant:
         if names not in self.variants:
             program = self.carrier.adopt(bind_inputs(self.lowered, names, self.carrier.model))
-            self.variants[names] = _Variant(program, names, self.carrier.model)
+            self.variants[names] = Variant(program, names, self.carrier.model)
         return self.variants[names]
 
     def __call__(self, *args: Any) -> Any:
@@ -269,9 +282,12 @@ class _Watch(TorchFunctionMode):
         self.carrier = carrier
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():
+            if func is Tensor.unflatten:  # it is written in Python: Dynamo cannot go into it, but knows the method
+                return getattr(args[0], func.__name__)(*args[1:], **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        if not torch.compiler.is_compiling():
-            self.look(func, args, kwargs, result)
+        self.look(func, args, kwargs, result)
         return result
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
@@ -286,7 +302,7 @@ class _Watch(TorchFunctionMode):
                 self.carrier.note_outside(name, func)
 
 
-_PRODUCTS = (
+PRODUCTS = (
     "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__", "bilinear",
     "conv1d", "conv2d", "conv3d", "multi_head_attention_forward", "t", "transpose", "permute",
 )  # fmt: skip
@@ -304,9 +320,12 @@ def _settings() -> dict[str, Any]:
     }
 
 
-def _entry(carrier: Fragments) -> Callable[..., Any]:
-    """The model's call under TorchDynamo, with this carrier's own cache where torch has such a thing (2.12 on)."""
-    model, backend = carrier.model, weakref.WeakMethod(carrier.compile)
+def entry_of(module: nn.Module, carrier: Fragments) -> tuple[Callable[..., Any], CodeType]:
+    """A module's call under TorchDynamo, and the code object of its frame.
+
+    It has the carrier's own cache where torch has such a thing (2.12 on). The entry of `Module.compile` is passed by.
+    """
+    backend = weakref.WeakMethod(carrier.compile)
 
     def compile_fragment(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         own = backend()
@@ -314,15 +333,16 @@ def _entry(carrier: Fragments) -> Callable[..., Any]:
         return own(gm, inputs)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
+        return module._call_impl(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace()  # Dynamo caches by code object, and counts versions by it before 2.12
+    # Dynamo caches by code object, counts versions by it before 2.12, and by name and line remembers which sizes changed
+    call.__code__ = call.__code__.replace(co_name=f"call_{type(module).__name__}_{id(module):x}")
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     entry: Callable[..., Any] = torch.compile(call, backend=compile_fragment, **apart)  # type: ignore[call-overload]
-    return entry
+    return entry, call.__code__
 
 
-def _weakly(fragment: _Fragment) -> Callable[..., Any]:
+def weakly(fragment: Any) -> Callable[..., Any]:
     """Dynamo's cache lives as long as the user's code: it must not keep the model alive."""
     reference = weakref.ref(fragment)
 
@@ -334,7 +354,8 @@ def _weakly(fragment: _Fragment) -> Callable[..., Any]:
     return run_fragment
 
 
-def _store(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+def store_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The dict that holds a parameter or buffer now, and its key there."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     return (owner._parameters if leaf in owner._parameters else owner._buffers), leaf

@@ -16,10 +16,10 @@ from nm_compiler.errors import NMError
 from nm_compiler.state import RECIPE
 
 if TYPE_CHECKING:
-    from nm_compiler.module import SparseModule
+    from nm_compiler.carrier import Carrier
 
 
-def compare(carrier: SparseModule, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def compare(carrier: Carrier, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise NMError where the recipes of a state_dict and of the compiled model differ."""
     if {k: v for k, v in theirs.items() if k != "weights"} != {k: v for k, v in ours.items() if k != "weights"}:
         raise NMError(
@@ -36,7 +36,7 @@ def compare(carrier: SparseModule, theirs: Mapping[str, Any], ours: Mapping[str,
             )
 
 
-def check_values(carrier: SparseModule, state_dict: Mapping[str, Any], prefix: str) -> None:
+def check_values(carrier: Carrier, state_dict: Mapping[str, Any], prefix: str) -> None:
     """Raise NMError where the state has a wrong shape or values that the method cannot have made."""
     fresh = fresh_state(carrier, state_dict, prefix)
     for weight in carrier.weights:
@@ -53,7 +53,7 @@ def check_values(carrier: SparseModule, state_dict: Mapping[str, Any], prefix: s
             raise NMError(f"{weight.site.name} of shape {list(weight.site.shape)}: {problem}; this state_dict is damaged")
 
 
-def start_afresh(carrier: SparseModule, state_dict: dict[str, Any], prefix: str) -> None:
+def start_afresh(carrier: Carrier, state_dict: dict[str, Any], prefix: str) -> None:
     """Give a dense state_dict the fresh state of every weight it holds, under all names of its owner."""
     fresh = fresh_state(carrier, state_dict, prefix)
     stray = [key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) in fresh]
@@ -71,7 +71,7 @@ def start_afresh(carrier: SparseModule, state_dict: dict[str, Any], prefix: str)
                 weight[suffix].requires_grad_(True)  # it learns again, whatever the schedule had settled
 
 
-def fresh_state(carrier: SparseModule, values: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+def fresh_state(carrier: Carrier, values: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
     """The state every weight would start with, by full name. values: weights to derive it from, where present."""
     fresh = {}
     for weight in carrier.weights:

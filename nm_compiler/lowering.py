@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from nm_compiler.capture import capture_mode, in_mode
 from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass, run, standalone
-from nm_compiler.module import SparseModule
+from nm_compiler.module import is_compiled
 from nm_compiler.passes.flatten_tokens import flatten_tokens
 from nm_compiler.passes.fold_batchnorm import fold_batchnorm
 from nm_compiler.passes.fold_weights import fold_weights
@@ -131,8 +131,8 @@ def cast(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _check_frozen(model: Any) -> None:
-    if isinstance(model, SparseModule):
-        if model.frozen:
+    if is_compiled(model):
+        if getattr(model, "frozen", False) is True:
             raise NMError("lower what nm.freeze returned, the plain model, not the compiled one it was made of")
         raise NMError("this model still trains: model = nm.freeze(sparse) first, then nm.lower(model, ...)")
     check_model(model, "nm.lower")

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from nm_compiler import records
 from nm_compiler.bodies import programs
+from nm_compiler.carrier import Carrier, carrier_of
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
 from nm_compiler.exported import Exported, moved
@@ -192,6 +193,23 @@ class SparseModule(nn.Module):
         own = [f"{site.name}_{suffix}" for site in self.plan.sites for suffix in self.method.suffixes(site)]
         return [*own, RECIPE]
 
+    def ready(self) -> list[Weight]:
+        """All planned weights: both graphs are known."""
+        return self.weights
+
+    def runs(self, name: str) -> None:
+        """Not counted: a graph that was captured is sparse at every call."""
+
+    def text(self, training: bool) -> str:
+        """The rewritten graph of a mode as a program."""
+        text: str = self.routes[training].text()
+        return text
+
+    def retire(self) -> None:
+        """The masks are in the weights now: take the state off the model."""
+        detach_state(self.origin, self.plan, self.state_names())
+        self.__dict__["frozen"] = True
+
     # -- loading -----------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -290,12 +308,17 @@ def detach_state(model: nn.Module, plan: Plan, names: list[str]) -> None:
     unmark(model, plan.sites)
 
 
-def unwrap(model: Any) -> SparseModule:
-    """The SparseModule inside DDP, an averaged model or ``torch.compile``. Raises NMError if there is none, or if its
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what `nm.compile` gives: a `SparseModule`, or a live model."""
+    return isinstance(module, SparseModule) or carrier_of(module) is not None
+
+
+def unwrap(model: Any) -> Carrier:
+    """The carrier inside DDP, an averaged model or ``torch.compile``. Raises NMError if there is none, or if its
     integer state was averaged.
     """
     inner, averaged = model, False
-    while not isinstance(inner, SparseModule):
+    while not isinstance(inner, SparseModule) and carrier_of(inner) is None:
         averaged = averaged or bool(getattr(inner, "use_buffers", False))
         if isinstance(inner, _WRAPPERS):
             inner = inner.module
@@ -303,13 +326,14 @@ def unwrap(model: Any) -> SparseModule:
             inner = inner._orig_mod
         else:
             raise NMError(_no_carrier(model))
-    if averaged and not inner.frozen:
-        _check_not_averaged(inner)
-    return inner
+    carrier: Carrier = inner if isinstance(inner, SparseModule) else carrier_of(inner)
+    if averaged and not carrier.frozen:
+        _check_not_averaged(carrier)
+    return carrier
 
 
-def _check_not_averaged(module: SparseModule) -> None:
-    buffers = dict(module.named_buffers())
+def _check_not_averaged(module: Carrier) -> None:
+    buffers = dict(module.origin.named_buffers())
     state = [name for name in module.state_names() if name in buffers and name != RECIPE]
     if state:
         raise NMError(
@@ -320,7 +344,7 @@ def _check_not_averaged(module: SparseModule) -> None:
 
 def _no_carrier(model: Any) -> str:
     kind = type(model).__name__
-    inside = [n for n, m in model.named_modules() if isinstance(m, SparseModule)] if isinstance(model, nn.Module) else []
+    inside = [n for n, m in model.named_modules() if is_compiled(m)] if isinstance(model, nn.Module) else []
     if inside:
         return f"{kind} is not a compiled model itself, but its submodule {inside[0]!r} is: pass that one"
     return f"{kind} is not a compiled model: call nm.compile(model, example_inputs) first"

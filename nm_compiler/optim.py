@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
-from nm_compiler.module import SparseModule, unwrap
+from nm_compiler.module import unwrap
 
 
 def parameter_groups(
@@ -33,7 +34,7 @@ def parameter_groups(
     module = unwrap(model)
     scores = learned_state(module)
     ids = {id(parameter) for parameter in scores.values()}
-    own = [parameter for parameter in module.parameters() if id(parameter) not in ids and parameter.requires_grad]
+    own = [parameter for parameter in module.origin.parameters() if id(parameter) not in ids and parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"name": "weights", "params": [p for p in own if p.ndim > 1], "weight_decay": weight_decay},
         {"name": "others", "params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
@@ -47,7 +48,7 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def learned_state(module: SparseModule) -> dict[str, nn.Parameter]:
+def learned_state(module: Carrier) -> dict[str, nn.Parameter]:
     """The state that learns, by name: LBC's scores."""
     found = {}
     for weight in module.weights:
@@ -86,7 +87,7 @@ class FirstStep:
     in the first step that moves a weight and not its scores.
     """
 
-    def __init__(self, module: SparseModule) -> None:
+    def __init__(self, module: Carrier) -> None:
         self._module = module
         self._before = self._now()
 

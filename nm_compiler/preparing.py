@@ -101,10 +101,7 @@ def _valueless(example: Tensor) -> Tensor:
 def arguments(example_inputs: Any, kwargs: Mapping[str, Any] | None, what: str) -> tuple[Any, ...]:
     """The positional inputs as a tuple. Raises NMError if there are neither positional nor keyword inputs."""
     if example_inputs is None and not kwargs:
-        raise NMError(
-            f"{what}(model, example_inputs): give inputs to capture the model with, such as (x,). "
-            "Doing without them, through TorchDynamo, is not in this release"
-        )
+        raise NMError(f"{what}(model, example_inputs): give inputs to capture the model with, such as (x,)")
     if example_inputs is None:
         return ()
     return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)

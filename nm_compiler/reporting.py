@@ -6,8 +6,9 @@ import math
 
 from torch import Tensor, nn
 
+from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
-from nm_compiler.module import SparseModule, unwrap
+from nm_compiler.module import unwrap
 from nm_compiler.pattern import PatternLike
 from nm_compiler.runtime.lowered import Lowered
 from nm_compiler.runtime.report import Report, Row
@@ -31,7 +32,9 @@ def report(model: nn.Module, pattern: PatternLike | None = None) -> Report:
     if module.frozen:
         return _plain(module.origin, pattern or module.plan.sites[0].pattern)
     rows = {refusal.where: _refused(module, refusal.where, refusal.reason) for refusal in module.plan.refusals}
-    rows |= {weight.site.name: _planned(module, weight) for weight in module.weights}
+    names = {weight.site.name for weight in module.weights} & set(module.late)
+    rows |= {w.site.name: _planned(module, w) for w in module.weights if w.site.name not in names}
+    rows |= {name: _late(module, name) for name in names}
     title = f"{type(module.origin).__name__} with {module.method}"
     return Report(title, tuple(rows[name] for name in module.plan.shapes), module.notes)
 
@@ -63,11 +66,16 @@ def _lowered(model: Lowered) -> Report:
     return Report(f"{model.title} on {model.backend}", ordered, (*model.notes, *result.notes, *checked))
 
 
-def _refused(module: SparseModule, name: str, reason: str) -> Row:
+def _refused(module: Carrier, name: str, reason: str) -> Row:
     return Row(name, module.plan.ops[name], module.plan.shapes[name], None, "dense", module.late.get(name, reason))
 
 
-def _planned(module: SparseModule, weight: Weight) -> Row:
+def _late(module: Carrier, name: str) -> Row:
+    """A weight with state that no call has read: dense so far."""
+    return _refused(module, name, module.late[name])
+
+
+def _planned(module: Carrier, weight: Weight) -> Row:
     site = weight.site
     if weight.param.is_meta:
         return Row(
@@ -82,6 +90,7 @@ def _planned(module: SparseModule, weight: Weight) -> Row:
         backward_kept=None if backward is None else (_magnitude(backward) / kept if kept else 1.0),
         live=module.method.live(weight),
         nonzero=float((forward != 0).double().mean()),
+        runs=module.runs(site.name),
     )  # fmt: skip
 
 

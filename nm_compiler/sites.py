@@ -104,14 +104,7 @@ def find(
     left to make sparse.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
-    for option, globs in (("include", include), ("exclude", exclude)):
-        for glob in globs:
-            if not any(matches(name, (glob,)) for name in parameters):
-                known = ", ".join(list(parameters)[:6]) + (", ..." if len(parameters) > 6 else "")
-                raise NMError(f"{option}={glob!r} matches no weight; globs run over parameter names such as {known}")
-    for glob, pattern in patterns.rules:
-        if glob != "*" and not any(matches(name, (glob,)) for name in parameters):
-            raise NMError(f"pattern={{{glob!r}: '{pattern}'}} matches no weight; globs run over parameter names")
+    check_globs(model, patterns, include, exclude)
     fixed = [constants(gm.graph) for gm in graphs]
     edges = [ends(gm, known) for gm, known in zip(graphs, fixed, strict=True)]
     sites: list[Site] = []
@@ -142,6 +135,19 @@ def find(
             "take stem or head in with include=[...], or choose a pattern whose M divides the input channels"
         )
     return Plan(tuple(sites), tuple(refusals), shapes, ops)
+
+
+def check_globs(model: nn.Module, patterns: PatternMap, include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Raise NMError for a glob that matches no weight."""
+    names = [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+    for option, globs in (("include", include), ("exclude", exclude)):
+        for glob in globs:
+            if not any(matches(name, (glob,)) for name in names):
+                known = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+                raise NMError(f"{option}={glob!r} matches no weight; globs run over parameter names such as {known}")
+    for glob, pattern in patterns.rules:
+        if glob != "*" and not any(matches(name, (glob,)) for name in names):
+            raise NMError(f"pattern={{{glob!r}: '{pattern}'}} matches no weight; globs run over parameter names")
 
 
 def _shown(patterns: PatternMap) -> str:

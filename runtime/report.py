@@ -13,7 +13,8 @@ class Row:
     """One weight. Shares are 0 to 1, or None where they mean nothing.
 
     retained: sum |w * mask| / sum |w|; backward_kept: sum |w * B| / sum |w * F| under Bi-Mask; live: mean number of
-    live combinations a group, under LBC; nonzero: share of weights that the forward product uses.
+    live combinations a group, under LBC; nonzero: share of weights that the forward product uses;
+    runs: how often the weight ran sparse, where that is counted.
     Of a lowered model: eligible: whether the runtime has a sparse kernel for it; kernel: what runs it; dense_ms, sparse_ms:
     milliseconds a call, measured on the user's device; bytes: that the weight takes now; hint: what would change the status.
     """
@@ -34,6 +35,7 @@ class Row:
     sparse_ms: float | None = None
     bytes: int | None = None
     hint: str | None = None
+    runs: int | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -117,13 +119,13 @@ class Report:
 
 
 _COLUMNS = (
-    "name", "op", "shape", "pattern", "status", "retained", "backward_kept", "live", "nonzero", "dense_ms", "sparse_ms",
-    "speedup", "reason", "hint",
+    "name", "op", "shape", "pattern", "status", "retained", "backward_kept", "live", "nonzero", "runs", "dense_ms",
+    "sparse_ms", "speedup", "reason", "hint",
 )  # fmt: skip
 _ALWAYS = ("name", "op", "shape", "pattern", "status", "reason")
 _HEADINGS: Mapping[str, str] = {
     "name": "weight", "op": "op", "shape": "shape", "pattern": "pattern", "status": "status", "retained": "retained",
-    "backward_kept": "backward kept", "live": "live", "nonzero": "non-zero", "reason": "why",
+    "backward_kept": "backward kept", "live": "live", "nonzero": "non-zero", "reason": "why", "runs": "ran sparse",
     "dense_ms": "dense ms", "sparse_ms": "sparse ms", "speedup": "speed-up", "hint": "what would help",
 }  # fmt: skip
 _SHARES = ("retained", "backward_kept", "nonzero")

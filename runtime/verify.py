@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nm_compiler.carrier import carrier_of
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern, PatternLike
-from nm_compiler.solvers.check import worst_group
+from nm_compiler.solvers.check import nonzeros, worst_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,8 @@ class Verification:
 def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternLike = "2:4") -> Verification:
     """Check every floating tensor of two or more axes for at most N non-zeros in each group of M.
 
-    target: a module (a compiled one with its masks applied), a state_dict,
-    or the path of a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file (loaded with
+    target: a module (a compiled one with its masks applied), a state_dict, a checkpoint folder with ``.safetensors`` shards,
+    or the path of a ``.safetensors`` file (both read a tensor at a time), of a ``.pt``, ``.pth`` or ``.bin`` file (loaded with
     ``weights_only``), or of an ``.onnx`` file, of which only what Conv, MatMul and Gemm multiply with is checked, along the
     axis that they reduce. A weight that is zero altogether satisfies any pattern; its share of non-zeros tells.
     Raises NMError for a file that is missing, truncated or of another kind.
@@ -69,12 +70,12 @@ def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternL
     if isinstance(target, (str, Path)) and Path(target).suffix == ".onnx":
         return Verification(wanted, _of_onnx(Path(target), wanted))
     found = []
-    for name, tensor in _tensors(target).items():
+    for name, tensor in _named(target):
         if tensor.ndim < 2 or not tensor.dtype.is_floating_point or tensor.is_meta:
             continue
         axes = [axis for axis in range(tensor.ndim) if tensor.shape[axis] and tensor.shape[axis] % wanted.m == 0]
         kept = tuple(axis for axis in axes if worst_group(tensor, wanted.m, axis) <= wanted.n)
-        nonzero = float((tensor != 0).sum()) / max(1, tensor.numel())
+        nonzero = nonzeros(tensor) / max(1, tensor.numel())
         found.append(Checked(name, tuple(tensor.shape), kept, nonzero))
     return Verification(wanted, tuple(found))
 
@@ -97,11 +98,39 @@ def _of_onnx(path: Path, wanted: Pattern) -> tuple[Checked, ...]:
     return tuple(rows)
 
 
+def _named(target: nn.Module | Mapping[str, Any] | str | Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a target; those of .safetensors files one after the other, so that no two are in memory."""
+    path = Path(target) if isinstance(target, (str, Path)) else None
+    if path is not None and path.is_dir():
+        from nm_compiler.streaming.folder import read_folder
+
+        for shard in read_folder(path).shards:
+            yield from _one_by_one(shard.path)
+    elif path is not None and path.is_file() and path.suffix == ".safetensors":
+        yield from _one_by_one(path)
+    else:
+        yield from _tensors(target).items()
+
+
+def _one_by_one(path: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            for name in names:
+                yield name, file.get_tensor(name)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if not names:
+        raise NMError(f"{path} holds no state_dict: pass a module, a mapping of names to tensors, or a checkpoint file")
+
+
 def _tensors(target: nn.Module | Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
     if isinstance(target, nn.Module):
         found = {name: parameter.detach() for name, parameter in target.named_parameters()}
         for path, module in target.named_modules():
-            masked = getattr(module, "masked_parameters", None)
+            masked = getattr(carrier_of(module) or module, "masked_parameters", None)
             if masked:  # a compiled model, here or inside: its weights as their masks leave them
                 prefix = f"{path}." if path else ""
                 found = {name: value for name, value in found.items() if not name.startswith(prefix)}
@@ -121,18 +150,17 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise NMError(f"{path}: no such file")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
         if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        size = path.stat().st_size
-        raise NMError(
-            f"{path} ({size} bytes) cannot be read: {first}. The file is truncated, damaged or holds more than tensors: "
-            "save it again, as model.state_dict()"
-        ) from error
+        raise _unreadable(path, error) from error
     kind = path.suffix or "a file without a suffix"
     raise NMError(f"{path}: verify reads .safetensors, .onnx, .pt, .pth, .bin and .ckpt, not {kind}")
+
+
+def _unreadable(path: Path, error: Exception) -> NMError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return NMError(
+        f"{path} ({path.stat().st_size} bytes) cannot be read: {first}. The file is truncated, damaged or holds more than "
+        "tensors: save it again, as model.state_dict()"
+    )

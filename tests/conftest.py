@@ -13,8 +13,6 @@ import torch
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # its disk cache does not see changes in an op's backward
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
-collect_ignore = ["nets.py"]  # it imports the zoo, an extra: doctests would look for it where it is not
-
 GOLDEN = Path(__file__).parent / "golden"
 
 

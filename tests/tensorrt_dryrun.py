@@ -120,6 +120,14 @@ def image_model(model: nn.Module, **options: Any) -> Found:
     return lowered(model, torch.randn(2, 3, 64, 64), options=options)[0]
 
 
+def small_mobilenet() -> nn.Module:
+    """MobileNetV2 with four of its seventeen blocks: its stem and head, blocks with and without expansion, stride and sum."""
+    import torchvision
+
+    blocks = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]  # expansion, channels, how many, stride
+    return torchvision.models.mobilenet_v2(inverted_residual_setting=blocks)
+
+
 def small_vit(layers: int) -> nn.Module:
     """ViT-B/16 with fewer of its twelve layers, for small images."""
     import torchvision
@@ -183,8 +191,8 @@ def profiles(module: nn.Module) -> list[list[list[int]]]:
 
 MODELS: dict[str, Callable[[], Found]] = {
     "resnet50": partial(torchvision_model, "resnet50"),
-    "mobilenet_v2": partial(torchvision_model, "mobilenet_v2"),
-    "vit": lambda: image_model(small_vit(3)),
+    "mobilenet_v2": lambda: image_model(small_mobilenet()),
+    "vit": lambda: image_model(small_vit(1)),
     "vit_1x1": lambda: image_model(small_vit(1), linear_as_conv=["encoder.*"]),
     "bert": bert,
     "llama": llama,

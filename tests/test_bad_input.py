@@ -107,7 +107,7 @@ def test_compiling_twice_is_refused_for_the_result_the_model_and_a_model_around_
 
 def test_without_example_inputs_the_way_to_give_them_is_shown() -> None:
     with pytest.raises(nm.NMError, match=r"give inputs to capture the model with, such as \(x,\)"):
-        nm.compile(MLP())
+        nm.permute(MLP(), None)
 
 
 def test_models_that_share_a_compiled_submodule_are_refused_so_that_freezing_one_cannot_break_the_other() -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from models import ConvNet, example
+from precompiled import precompiled
 
 import nm_compiler as nm
 
 
 def parts(method: Any, total: int = 8) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = ConvNet()
-    sparse = nm.compile(model, example(model), method=method)
+    sparse, _ = precompiled(ConvNet(), method)
     optimizer = torch.optim.SGD(nm.parameter_groups(sparse), lr=0.05, momentum=0.9)
     scheduler = nm.SparsityScheduler(sparse, total_steps=total, optimizer=optimizer)
     return {"model": sparse, "optimizer": optimizer, "scheduler": scheduler}

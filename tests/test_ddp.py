@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import ConvNet, example
+from ranks import run_two
 from torch import Tensor, nn
 
 import nm_compiler as nm
@@ -45,7 +46,7 @@ def worker(rank: int, store: str, method: Any, out: str) -> None:
 
 @pytest.mark.parametrize("method", [nm.LBC(t_f=0.5), nm.BiMask(interval=4, moves=40)], ids=["LBC", "BiMask"])
 def test_two_processes_agree_on_weights_masks_and_orders_at_every_step_across_t_f(method: Any, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(worker, (str(tmp_path / "store"), method, str(tmp_path / "out")), nprocs=2)
+    run_two(worker, str(tmp_path / "store"), method, str(tmp_path / "out"))
     first, second = (torch.load(tmp_path / f"out.{rank}") for rank in (0, 1))
     for step, (one, two) in enumerate(zip(first["history"], second["history"], strict=True)):
         for name, value in one.items():

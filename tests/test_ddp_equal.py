@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import MLP
+from ranks import run_two
 from torch import Tensor, nn
 
 import nm_compiler as nm
@@ -66,9 +67,9 @@ def worker(rank: int, store: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What both ranks found, all methods in one pair of processes: starting them is what takes long."""
+    """What both ranks found, all methods in one pair of processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (str(folder / "store"), str(folder)), nprocs=2)
+    run_two(worker, str(folder / "store"), str(folder))
     return folder
 
 
@@ -105,7 +106,7 @@ def dying(rank: int, store: str, folder: str) -> None:
 
 def test_a_rank_that_dies_leaves_a_checkpoint_from_which_the_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
-        torch.multiprocessing.spawn(dying, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+        run_two(dying, str(tmp_path / "store"), str(tmp_path))
     sparse, optimizer = parts(nm.LBC())
     scheduler = nm.SparsityScheduler(sparse, total_steps=STEPS)
     nm.load_checkpoint(tmp_path / "run.pt", model=sparse, optimizer=optimizer, scheduler=scheduler)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from exporting import read_operators_once
 
 import nm_compiler as nm
 from nm_compiler.graph import getattr_path
@@ -38,6 +39,7 @@ def test_every_planned_weight_is_an_n_m_constant_of_a_product_and_the_numbers_st
 
 @pytest.mark.parametrize("net", [nets.mobilenet_v2, nets.bert], ids=["mobilenet_v2", "bert"])
 def test_the_file_that_onnx_lowering_writes_verifies(net: Any, tmp_path: Path) -> None:
+    read_operators_once()
     torch.manual_seed(0)
     model, x = net()
     model, sites = nets.pruned(model, x)

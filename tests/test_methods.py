@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import MLP, ConvNet, Grouped, example
+from precompiled import precompiled
 from torch import Tensor, nn
 
 import nm_compiler as nm
@@ -21,10 +22,9 @@ NEW = [nm.Gradual(), nm.SSTE(), nm.LBCBiMask(backward=nm.BiMask(interval=2, move
 each_method = pytest.mark.parametrize("method", NEW, ids=["Gradual", "SSTE", "LBCBiMask", "LBC-quartic", "BiMask-folded"])
 
 
-def compiled(kind: Callable[[], nn.Module], method: Any, **options: Any) -> tuple[nm.SparseModule, nn.Module]:
+def compiled(kind: Callable[[], nn.Module], method: Any) -> tuple[nm.SparseModule, nn.Module]:
     torch.manual_seed(0)
-    model = kind()
-    return nm.compile(model, example(model), method=method, **options), model
+    return precompiled(kind(), method)
 
 
 def trained(kind: Callable[[], nn.Module], method: Any, steps: int = 8, total: int = 8) -> tuple[nm.SparseModule, nn.Module]:

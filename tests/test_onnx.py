@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exporting import read_operators_once
 from models import ConvNet
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ pytest.importorskip("onnxscript", reason="ONNX is an extra: pip install -e '.[on
 pytest.importorskip("zoo.shim", reason="the zoo is an extra: pip install -e '.[zoo]'").declare_missing_operators()
 nets = pytest.importorskip("nets", reason="the zoo is an extra: pip install -e '.[zoo]'", exc_type=ImportError)
 pytestmark = pytest.mark.required
+read_operators_once()
 
 BATCH = torch.export.Dim.DYNAMIC
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import ConvNet, Grouped, example
+from models import ConvNet, Grouped
+from precompiled import precompiled
 
 import nm_compiler as nm
 from nm_compiler.telemetry import flat
@@ -14,8 +15,7 @@ from nm_compiler.telemetry import flat
 
 def compiled(method: Any, kind: Any = ConvNet) -> tuple[nm.SparseModule, Any]:
     torch.manual_seed(0)
-    model = kind()
-    return nm.compile(model, example(model), method=method), model
+    return precompiled(kind(), method)
 
 
 def test_a_row_comes_every_so_many_steps_and_is_plain_numbers() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import MLP, ConvNet, example
+from precompiled import precompiled
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,8 +21,7 @@ SPARSE = {"conv1.weight", "conv2.weight"}
 
 def compiled(method: Any, **options: Any) -> tuple[nm.SparseModule, nn.Module]:
     torch.manual_seed(0)
-    model = ConvNet(**options)
-    return nm.compile(model, example(model), method=method), model
+    return precompiled(ConvNet(**options), method, **options)
 
 
 def batch(model: nn.Module, step: int) -> Tensor:

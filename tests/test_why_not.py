@@ -35,6 +35,7 @@ from nm_compiler.layout import Layout
 from nm_compiler.lowering import _sparse_sites
 from nm_compiler.methods import bimask as bimask_method
 from nm_compiler.pattern import Pattern, PatternMap
+from nm_compiler.prepared import loaded_dense, not_yet, too_late
 from nm_compiler.runtime.backends import cpu as cpu_backend
 from nm_compiler.runtime.backends import cusparselt as cusparselt_backend
 from nm_compiler.runtime.backends.choosing import _hint, _short, choose_backend
@@ -51,6 +52,8 @@ from nm_compiler.runtime.products import Product as Planned
 from nm_compiler.runtime.tensorrt.eligible import reasons as of_tensorrt
 from nm_compiler.runtime.tensorrt.log import SparsityLog
 from nm_compiler.sites import Plan, Site, find
+from nm_compiler.streaming.planning import plan_tensors
+from nm_compiler.streaming.tensor_file import Entry
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "why-not-sparse.md"
@@ -60,6 +63,26 @@ PAGE = ROOT / "docs" / "why-not-sparse.md"
 
 def site(*shape: int, pattern: str = "2:4", conv_groups: int = 1, blocks: int = 1) -> Site:
     return Site("w", "linear", shape or (256, 256), Layout(1, 0), Pattern.parse(pattern), conv_groups, blocks)
+
+
+def unpruned(name: str, *shape: int, dtype: str = "BF16", **options: Any) -> str:
+    """Why nm-compiler prune leaves a tensor dense, beside one that it prunes."""
+    entries = {"last.weight": Entry("last.weight", "F32", (8, 8), 0, 0), name: Entry(name, dtype, shape or (8, 8), 0, 0)}
+    model = options.get("model")
+    if model is not None:
+        model.last = nn.Linear(8, 8, bias=False)
+    elif "model_type" in options:  # of such a model only a tensor that the built model has is pruned
+        with pytest.raises(nm.NMError, match="can be 2:4") as error:
+            plan_tensors(entries, PatternMap.parse("2:4"), **options)
+        return str(error.value).splitlines()[2].partition(": ")[2]
+    plan = plan_tensors(entries, PatternMap.parse("2:4"), **options)
+    return next(refusal.reason for refusal in plan.refusals if refusal.where == name)
+
+
+def matrix_of_a_bilinear() -> nn.Module:
+    model = nn.Sequential(nn.Bilinear(8, 8, 1))
+    model[0].weight = nn.Parameter(torch.zeros(8, 8))
+    return model
 
 
 @functools.cache
@@ -192,9 +215,9 @@ def kernels(*files: str, handle: Any = None, off: str = "") -> str:
         return found.replace(folder, "native")
 
 
-def processor(*sets: int) -> str:
+def processor(*sets: int, isa: str | None = None) -> str:
     with patch.object(platform, "machine", lambda: "x86_64"):
-        return native._chosen(SimpleNamespace(nm_isa_name=lambda number: b"" if number in sets else None), None)
+        return native._chosen(SimpleNamespace(nm_isa_name=lambda number: b"" if number in sets else None), isa)
 
 
 OTHER: Any = SimpleNamespace(nm_version=lambda: 0, nm_job_bytes=lambda: 0)
@@ -244,6 +267,9 @@ PLANNING: list[tuple[str, Callable[[], Any]]] = [
 ]  # fmt: skip
 TRAINING: list[tuple[str, Callable[[], Any]]] = [
     ("first used after nm.compile, on a path that the example inputs did not take: give inputs that take it", late),
+    ("not read by any call so far", lambda: not_yet("w").reason),
+    ("its scores were needed before the optimizer: name it in include=['w'] of nm.compile", lambda: too_late("w").reason),
+    ("dense in the state_dict that was loaded before the first call", lambda: loaded_dense("w").reason),
     ("backward mask = forward mask: 6 output channels, not a multiple of 4", lambda: remark(nm.BiMask(), site(6, 8))),
     ("backward mask = forward mask: 6 output channels in each conv group, not a multiple of 4", lambda: remark(nm.BiMask(), site(12, 8, 1, conv_groups=2, blocks=2))),
     ("backward mask = forward mask: 6 output channels in each slice that a product reads, not a multiple of 4", lambda: remark(nm.BiMask(), site(12, 8, blocks=2))),
@@ -284,6 +310,7 @@ CPU: list[tuple[str, Callable[[], Any]]] = [
     ("the CPU kernels were not built: the compiler's words are in native/_kernels.log", lambda: kernels("_kernels.log")),
     ("the CPU kernels cannot be loaded (file too short): reinstall nm_compiler", lambda: kernels("_kernels.so")),
     ("the CPU kernels were built from another version: reinstall nm_compiler", lambda: kernels("_kernels.so", handle=OTHER)),
+    ("the processor has no avx512", lambda: processor(0, 1, isa="avx512")),
     ("the processor has no AVX2: dense kernels are faster there", lambda: processor(0)),
 ]  # fmt: skip
 TENSORRT: list[tuple[str, Callable[[], Any]]] = [
@@ -324,7 +351,19 @@ ONNX: list[tuple[str, Callable[[], Any]]] = [
     ("the file reads it with Add, for which no runtime has N:M kernels", lambda: onnx_reason(("Add", ["x", "w"], ["y"], {}))),
     ("the file computes another constant from it: no Conv, MatMul or Gemm reads it as it is", lambda: onnx_reason(("MatMul", ["x", "v"], ["y"], {}))),
 ]  # fmt: skip
-REASONS = [*PLANNING, *TRAINING, *LOWERING, *CPU, *TENSORRT, *CUSPARSELT, *ONNX]
+PRUNE: list[tuple[str, Callable[[], Any]]] = [
+    ("3 axes: only linears are pruned here; nm.compile(method=nm.Magnitude()) takes the others", lambda: unpruned("up.weight", 8, 8, 8)),
+    ("I8: only F16, BF16, F32 and F64 can be pruned; dequantise it first", lambda: unpruned("up.weight", dtype="I8")),
+    ("not called *.weight", lambda: unpruned("up.qweight")),
+    ("an embedding", lambda: unpruned("0.weight", model=nn.Sequential(nn.Embedding(8, 8)))),
+    ("of a Bilinear, which is no linear", lambda: unpruned("0.weight", 8, 8, model=matrix_of_a_bilinear())),
+    ("linears of gpt2 lie as [in, out], which only the model can tell: pip install 'nm_compiler[hf]'", lambda: unpruned("up.weight", model_type="gpt2")),
+    ("an embedding, by its name (include= takes it in)", lambda: unpruned("embed_tokens.weight")),
+    ("a head, by its name (include= takes it in)", lambda: unpruned("lm_head.weight")),
+    ("a router, by its name (include= takes it in)", lambda: unpruned("mlp.gate.weight")),
+    ("a norm, by its name (include= takes it in)", lambda: unpruned("input_layernorm.weight")),
+]  # fmt: skip
+REASONS = [*PLANNING, *TRAINING, *LOWERING, *CPU, *TENSORRT, *CUSPARSELT, *ONNX, *PRUNE]
 
 
 @pytest.mark.parametrize(("words", "trigger"), REASONS, ids=[words for words, _ in REASONS])
@@ -373,8 +412,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "nm_compiler/views.py": EVERYTHING,
     "nm_compiler/equations.py": EVERYTHING,
     "nm_compiler/dynamo.py": ("_tell",),
+    "nm_compiler/prepared.py": ("not_yet", "too_late", "loaded_dense"),
     "nm_compiler/lowering.py": ("_sparse_sites",),
     "nm_compiler/reporting.py": ("_plain",),
+    "nm_compiler/streaming/planning.py": ("plan_tensors", "_impossible", "_by_globs", "_by_name"),
     "runtime/products.py": ("_unread",),
     "runtime/backends/choosing.py": ("_auto", "_short", "_hint"),
     "runtime/backends/cpu.py": ("missing", "_decide"),
@@ -394,8 +435,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         for path in sorted((ROOT / "nm_compiler" / "methods").glob("*.py"))
     },
 }
-NO_REASON = {" along axis ", ", checked for ", "Not used, ", "%s stays dense: %s", "the processor has no "}
-"""Of a sparse row, titles, notes, the log, and of an instruction set that was asked for."""
+NO_REASON = {" along axis ", ", checked for ", "Not used, ", "%s stays dense: %s"}  # of a sparse row, titles, notes, the log
 _SKIPPED = (ast.Raise, ast.Assert)
 
 

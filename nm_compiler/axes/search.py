@@ -56,19 +56,20 @@ class Gain:
 
 def search_orders(
     model: nn.Module, axes: Axes, plan: Plan, *, seed: int, budget_s: float | None, backward: float = 0.0,
-    importance: Importance | None = None,
+    importance: Importance | None = None, workers: int | None = None,
 ) -> tuple[dict[str, Tensor], tuple[Gain, ...]]:  # fmt: skip
     """An order, int64 ``[*rows, size]``, for every free class whose N:M groups it can improve, and what each gains.
 
     plan: which weights are N:M, and with which pattern; budget_s: seconds in all, on all cores; None: seconds' worth of work.
     backward: how much a weight that the backward mask keeps counts beside one that the forward mask keeps.
-    importance: what to keep instead of magnitude, see `nm_compiler.importance`. Raises NMError.
+    importance: what to keep instead of magnitude, see `nm_compiler.importance`. workers: searches at a time, with the weights
+    of each in memory; one a core if None. Raises NMError.
     """
     check_budget(budget_s, None, 1)
     if not (isinstance(backward, (int, float)) and 0 <= backward < float("inf")):
         raise NMError(f"backward={backward!r}: how much the backward mask counts beside the forward mask, a number >= 0")
     system = _Model(model, axes, plan, float(backward), importance)
-    found = search_coupled(system, budget_s=budget_s, seed=seed)
+    found = search_coupled(system, budget_s=budget_s, seed=seed, workers=workers)
     moved = {
         name: order
         for name, order in system.orders.items()

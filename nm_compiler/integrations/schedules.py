@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nm_compiler.errors import NMError
-from nm_compiler.module import SparseModule
+from nm_compiler.module import is_compiled
 from nm_compiler.scheduler import SparsityScheduler
 from nm_compiler.telemetry import Row, Telemetry
 
@@ -44,7 +44,7 @@ class Schedules:
         every: int | None = None,
         write: Write | None = None,
     ) -> None:
-        found = {name: module for name, module in model.named_modules() if isinstance(module, SparseModule)}
+        found = {name: module for name, module in model.named_modules() if is_compiled(module)}
         if not found:
             raise NMError(
                 f"{type(model).__name__} holds nothing that nm.compile returned: compile the model, or a part of it "

@@ -21,16 +21,21 @@ def wanda(weight: Tensor, squares: Tensor) -> Tensor:
     return _wide(weight).abs() * _norms(weight, squares)
 
 
-def ria(weight: Tensor, squares: Tensor, *, out_axis: int, row_axes: Sequence[int], power: float = 0.5) -> Tensor:
+def ria(
+    weight: Tensor, squares: Tensor, *, out_axis: int, row_axes: Sequence[int], power: float = 0.5,
+    sums: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """``(|W| / sum of its row + |W| / sum of its column) * ||x|| ** power``. Ref: Zhang et al., *RIA*, ICLR 2024, eq. 4.
 
     row_axes: all that one output sums over, the taps of a convolution included; a column lies along ``out_axis``. power: of
-    the norm; 0 leaves the inputs out. Returns as `wanda`.
+    the norm; 0 leaves the inputs out. sums: of magnitudes by row and by column, axes kept, where ``weight`` is but a part of
+    the whole. Returns as `wanda`.
     """
     magnitude = _wide(weight).abs()
     tiny = torch.finfo(magnitude.dtype).tiny
-    by_row = magnitude / magnitude.sum(tuple(row_axes), keepdim=True).clamp_min(tiny)
-    by_column = magnitude / magnitude.sum(out_axis, keepdim=True).clamp_min(tiny)
+    row, column = sums or (magnitude.sum(tuple(row_axes), keepdim=True), magnitude.sum(out_axis, keepdim=True))
+    by_row = magnitude / row.clamp_min(tiny)
+    by_column = magnitude / column.clamp_min(tiny)
     return (by_row + by_column) * _norms(weight, squares) ** power
 
 

@@ -15,6 +15,7 @@ from nm_compiler.evaluate import value_of
 from nm_compiler.graph import getattr_path, run, standalone
 from nm_compiler.passes.fuse_epilogues import fuse_epilogues
 from nm_compiler.passes.lower_cpu import lower_cpu
+from nm_compiler.passes.pool_channels_last import pool_channels_last
 from nm_compiler.pattern import matches
 from nm_compiler.runtime.backends.base import Backend, Job, Result, hint_of
 from nm_compiler.runtime.choose import Choices, Timing, key_of
@@ -56,7 +57,7 @@ class Cpu(Backend):
         decisions = {each.node: _decide(job, each, nodes[each.node], choices, values) for each in found}
         chosen = [each for each in found if decisions[each.node].kernel]
         lower = partial(lower_cpu, chosen=chosen, values={} if values is None else dict.fromkeys(DTYPES, values))
-        gm = standalone(run(job.gm, [lower, fuse_epilogues]))
+        gm = standalone(run(job.gm, [lower, fuse_epilogues, pool_channels_last]))
         library = load()
         notes = (f"CPU kernels for {getattr(library, 'isa', library)}, {torch.get_num_threads()} threads.",)
         return Result(gm, decisions, found, notes, rough=0.0 if values is None else ROUGH.get(values, 0.0))

@@ -9,8 +9,10 @@
 
 #include "few.h"
 
+#include "limits.h"
+
 static int64_t tasks(const nm_job *j) { return j->few ? few_tasks(j) : panel_tasks(j); }
 static int64_t scratch(const nm_job *j) { return j->few ? 64 : panel_scratch(j); }
 static int run(const nm_job *j, int64_t task, char *room) { return j->few ? run_few(j, task) : run_panel(j, task, room); }
 
-const nm_isa TABLE = {NAME, tasks, scratch, run};
+const nm_isa TABLE = {NAME, tasks, scratch, run, multiply_adds, read_all};

@@ -43,6 +43,8 @@ typedef struct {
     int64_t (*tasks)(const nm_job *);
     int64_t (*scratch)(const nm_job *); /* bytes a worker */
     int (*run)(const nm_job *, int64_t task, char *scratch);
+    int64_t (*multiply_adds)(int64_t rounds);
+    void (*read_all)(const float *from, int64_t count);
 } nm_isa;
 
 extern const nm_isa nm_avx512, nm_avx2, nm_portable;

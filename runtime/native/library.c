@@ -54,6 +54,10 @@ NM_EXPORT const char *nm_isa_name(int64_t number) {
     return isa ? isa->name : 0;
 }
 
+/* for benchmarks: limits.h */
+NM_EXPORT int64_t nm_multiply_adds(int64_t isa, int64_t rounds) { return isa_of(isa)->multiply_adds(rounds); }
+NM_EXPORT void nm_read_all(int64_t isa, const float *from, int64_t count) { isa_of(isa)->read_all(from, count); }
+
 /* bytes of scratch for the whole job */
 NM_EXPORT int64_t nm_scratch_bytes(int64_t isa, const nm_job *job) {
     return nm_up(isa_of(isa)->scratch(job), 64) * 64 * nm_max(1, job->threads);

@@ -46,6 +46,14 @@ class Library:
         if found == _BAD_CODE:
             raise NMError("a packed weight names a position beyond its group: its buffers were changed. Lower the model again")
 
+    def multiply_adds(self, rounds: int) -> int:
+        """Compute in registers; how many floating-point operations that was. For benchmarks: the peak of one thread."""
+        return int(self._handle.nm_multiply_adds(self._number, rounds))
+
+    def read_all(self, data: Tensor) -> None:
+        """Read a float32 tensor once, on one thread. For benchmarks: the memory's speed."""
+        self._handle.nm_read_all(self._number, data.data_ptr(), data.numel())
+
     def _grown(self, need: int) -> tuple[Tensor, int, int]:
         """Scratch of the calling thread: what keeps it, where it starts, and its size."""
         kept = torch.empty(need + 64, dtype=torch.uint8)
@@ -60,7 +68,8 @@ class Library:
 
 @cache
 def load(isa: str | None = None) -> Library | str:
-    """The kernels for ``isa``, by default the best that the processor has; or why there are none."""
+    """The kernels for ``isa``, by default ``NM_COMPILER_ISA`` or the best that the processor has; or why there are none."""
+    isa = isa or os.environ.get("NM_COMPILER_ISA")
     if os.environ.get("NM_COMPILER_NATIVE") == "0":
         return "switched off by NM_COMPILER_NATIVE=0"
     path = Path(__file__).with_name("_kernels.so")
@@ -72,15 +81,22 @@ def load(isa: str | None = None) -> Library | str:
         handle = ctypes.CDLL(str(path))
         handle.nm_version.restype = handle.nm_job_bytes.restype = ctypes.c_int64
         found = handle.nm_version(), handle.nm_job_bytes()
+        if found != (VERSION, BYTES):
+            return "the CPU kernels were built from another version: reinstall nm_compiler"
+        _declare(handle)
     except (OSError, AttributeError) as error:
         return f"the CPU kernels cannot be loaded ({error}): reinstall nm_compiler"
-    if found != (VERSION, BYTES):
-        return "the CPU kernels were built from another version: reinstall nm_compiler"
+    return _chosen(handle, isa)
+
+
+def _declare(handle: Any) -> None:
+    """What the functions take. Raises AttributeError for one that is not there."""
     handle.nm_scratch_bytes.argtypes = [ctypes.c_int64, ctypes.c_char_p]
     handle.nm_scratch_bytes.restype = ctypes.c_int64
     handle.nm_run.argtypes = [ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p]
+    handle.nm_multiply_adds.argtypes, handle.nm_multiply_adds.restype = [ctypes.c_int64, ctypes.c_int64], ctypes.c_int64
+    handle.nm_read_all.argtypes, handle.nm_read_all.restype = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64], None
     handle.nm_isa_name.argtypes, handle.nm_isa_name.restype = [ctypes.c_int64], ctypes.c_char_p
-    return _chosen(handle, isa)
 
 
 def _chosen(handle: Any, isa: str | None) -> Library | str:

@@ -70,51 +70,59 @@ static int64_t runs_under(const nm_job *j, int64_t tap, int64_t token0, int64_t 
 
 static inline void copy_run(float *to, const float *from, int64_t count, int64_t stride) {
     int64_t i = 0;
-    if (stride == 1) {
-        for (; i + V <= count; i += V) store(to + i, load(from + i));
-        if (i < count) store_some(to + i, load_some(from + i, count - i), count - i);
-    } else {
-        if (stride == 2)
-            for (; i + V <= count; i += V) {
-                const vf a = load(from + 2 * i), b = load(from + 2 * i + V - 1); /* the second ends at the last one needed */
-                store(to + i, EVEN(a, b));
-            }
-        for (; i < count; i++) to[i] = from[i * stride];
-    }
+    if (stride == 2)
+        for (; i + V <= count; i += V) {
+            const vf a = load(from + 2 * i), b = load(from + 2 * i + V - 1); /* the second ends at the last one needed */
+            store(to + i, EVEN(a, b));
+        }
+    for (; i < count; i++) to[i] = from[i * stride];
 }
 
-/* What no run covers of a row of ``room`` tokens, as runs without a source. */
-static int64_t gaps_between(const run_of_tokens *runs, int64_t found, int64_t room, run_of_tokens *gaps) {
-    int64_t count = 0, end = 0;
-    for (int64_t r = 0; r <= found; r++) {
-        const int64_t place = r < found ? runs[r].place : room;
-        if (place > end) gaps[count++] = (run_of_tokens){end, place - end, 0};
-        if (r < found) end = place + runs[r].count;
+/* A row of ``room`` tokens in pieces of up to V lanes, each from one run: masked lanes are read, the others are zero. A piece
+ * ends early where the next run begins; it may be stored whole before the next one is, which mends what it overwrote. */
+typedef struct { int64_t place, source; uint32_t mask; } piece;
+
+static int64_t pieces_of(const run_of_tokens *runs, int64_t found, int64_t room, piece *pieces) {
+    int64_t count = 0, r = 0;
+    for (int64_t place = 0, size; place < room; place += size) {
+        size = nm_min(V, room - place);
+        while (r < found && runs[r].place + runs[r].count <= place) r++;
+        piece now = {place, 0, 0};
+        if (r < found && runs[r].place < place + size) {
+            if (r + 1 < found) size = nm_min(size, nm_max(runs[r + 1].place - place, 1));
+            const int64_t low = nm_max(0, runs[r].place - place), high = nm_min(size, runs[r].place + runs[r].count - place);
+            now.source = runs[r].source + place - runs[r].place;
+            now.mask = (uint32_t)((1ull << high) - (1ull << low));
+        }
+        pieces[count++] = now;
     }
     return count;
 }
 
-static void pack_channels_first(const nm_job *j, const float *planes, const run_of_tokens *runs, int64_t found, int64_t count,
-                                int64_t room, float *panel) {
-    const int64_t area = j->in_h * j->in_w;
-    run_of_tokens gaps[MOST * V + 1];
-    const int64_t empty = gaps_between(runs, found, room, gaps);
-    for (int64_t c = 0; c < count; c++) {
-        float *row = panel + c * room;
-        for (int64_t g = 0; g < empty; g++) {
-            float *gap = row + gaps[g].place;
-            int64_t i = 0;
-            for (; i + V <= gaps[g].count; i += V) store(gap + i, splat(0));
-            if (i < gaps[g].count) store_some(gap + i, splat(0), gaps[g].count - i);
+static void pack_in_pieces(const float *planes, int64_t area, const piece *pieces, int64_t found, int64_t count, int64_t room, float *panel) {
+    for (int64_t c = 0; c < count; c++, planes += area, panel += room)
+        for (int64_t i = 0; i < found; i++) {
+            const vf lanes = load_lanes(planes + pieces[i].source, pieces[i].mask);
+            float *to = panel + pieces[i].place;
+            if (pieces[i].place + V <= room) store(to, lanes);
+            else store_some(to, lanes, room - pieces[i].place);
         }
-        for (int64_t r = 0; r < found; r++) copy_run(row + runs[r].place, planes + c * area + runs[r].source, runs[r].count, j->stride_w);
+}
+
+/* with a stride along the width: lanes are gathered */
+static void pack_strided(const float *planes, int64_t area, const run_of_tokens *runs, int64_t found, int64_t stride, int64_t count,
+                         int64_t room, float *panel) {
+    for (int64_t c = 0; c < count; c++, planes += area, panel += room) {
+        for (int64_t t = 0; t < room; t += V) *(vf *)(panel + t) = splat(0);
+        for (int64_t r = 0; r < found; r++) copy_run(panel + runs[r].place, planes + runs[r].source, runs[r].count, stride);
     }
 }
 
 static void pack(const nm_job *j, int64_t group, int64_t k0, int64_t k1, int64_t token0, int64_t tokens, int64_t nv, float *panel) {
     const float *from[MOST * V];
     run_of_tokens runs[MOST * V];
-    const int64_t room = nv * V;
+    piece pieces[MOST * V];
+    const int64_t room = nv * V, area = j->in_h * j->in_w;
     for (int64_t k = k0; k < k1;) {
         const int64_t tap = k / j->inputs, c0 = k % j->inputs, count = nm_min(j->inputs - c0, k1 - k);
         float *rows = panel + (k - k0) * room;
@@ -122,9 +130,10 @@ static void pack(const nm_job *j, int64_t group, int64_t k0, int64_t k1, int64_t
             pixels_under(j, group, tap, token0, tokens, room, from);
             pack_channels_last(from, c0, count, room, rows);
         } else {
-            const float *planes = j->x + (group * j->inputs + c0) * j->in_h * j->in_w;
+            const float *planes = j->x + (group * j->inputs + c0) * area;
             const int64_t found = runs_under(j, tap, token0, tokens, runs);
-            pack_channels_first(j, planes, runs, found, count, room, rows);
+            if (j->stride_w == 1) pack_in_pieces(planes, area, pieces, pieces_of(runs, found, room, pieces), count, room, rows);
+            else pack_strided(planes, area, runs, found, j->stride_w, count, room, rows);
         }
         k += count;
     }

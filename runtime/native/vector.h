@@ -10,11 +10,12 @@ static inline void store(float *p, vf v) { *(vfu *)p = v; }
 static inline vf splat(float x) { return x - (vf){0}; }
 static inline vf pick(vi where, vf a, vf b) { return (vf)((where & (vi)a) | (~where & (vi)b)); } /* a where true */
 
-/* The first ``count`` < V floats; nothing beyond them is read or written. */
+/* The first ``count`` < V floats, or the lanes of a mask (others are zero); nothing else is read or written. */
 #if V == 16
 #define MASK(count) ((__mmask16)((1u << (count)) - 1))
 static inline vf load_some(const float *p, int64_t count) { return (vf)_mm512_maskz_loadu_ps(MASK(count), p); }
 static inline void store_some(float *p, vf v, int64_t count) { _mm512_mask_storeu_ps(p, MASK(count), (__m512)v); }
+static inline vf load_lanes(const float *p, uint32_t mask) { return (vf)_mm512_maskz_loadu_ps((__mmask16)mask, p); }
 #else
 static inline vf load_some(const float *p, int64_t count) {
     vf v = {0};
@@ -22,6 +23,19 @@ static inline vf load_some(const float *p, int64_t count) {
     return v;
 }
 static inline void store_some(float *p, vf v, int64_t count) { memcpy(p, &v, (size_t)count * 4); }
+#if V == 8
+static inline vf load_lanes(const float *p, uint32_t mask) {
+    const vi bit = {1, 2, 4, 8, 16, 32, 64, 128};
+    return (vf)_mm256_maskload_ps(p, (__m256i)(((int32_t)mask & bit) == bit));
+}
+#else
+static inline vf load_lanes(const float *p, uint32_t mask) {
+    vf v = {0};
+    for (int i = 0; i < V; i++)
+        if (mask >> i & 1) v[i] = p[i];
+    return v;
+}
+#endif
 #endif
 
 #if V == 16

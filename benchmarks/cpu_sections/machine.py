@@ -1,0 +1,23 @@
+"""The machine's own limits, on one thread: multiply-adds in registers and reading from memory."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from nm_compiler.runtime.native.library import Library
+
+
+def limits(library: Library) -> dict[str, float]:
+    """GFLOP/s and GB/s, the best of a few tries: these are limits."""
+    rounds, data = 5_000_000, torch.ones(48_000_000)
+    flops, reads = [], []
+    for _ in range(5):
+        begin = time.perf_counter()
+        done = library.multiply_adds(rounds)
+        flops.append(done / (time.perf_counter() - begin))
+        begin = time.perf_counter()
+        library.read_all(data)
+        reads.append(data.nbytes / (time.perf_counter() - begin))
+    return {"gflops": max(flops) / 1e9, "gbytes": max(reads) / 1e9}

@@ -1,0 +1,89 @@
+"""How calls of a live model reach its carrier: through ``Module._compiled_call_impl``, which `nn.Module.compile` sets too.
+
+    model(x) ──► Entry ──► carrier.call(model, x) ──TorchDynamo──► model._call_impl(x) ──► fragments
+    model.encoder(x), from outside ──► Entry of the encoder, likewise
+
+Every module above a planned weight has an entry, so that a part that is called by itself, as `generate` calls an encoder,
+does not run dense. Entries follow deepcopy and pickle, which drop ``_compiled_call_impl``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from nm_compiler.errors import NMError
+
+if TYPE_CHECKING:
+    from nm_compiler.prepared import Prepared
+
+_ENTRY = "_nm_entry"  # where deepcopy and pickle find it
+
+
+class Entry:
+    """Runs a module through its carrier, or, inside the carrier, as it is."""
+
+    def __init__(self, module: nn.Module, carrier: Prepared) -> None:
+        self.module, self.carrier = module, carrier
+        module.__dict__["_compiled_call_impl"] = module.__dict__[_ENTRY] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's result."""
+        if self.carrier.active:
+            return self.module._call_impl(*args, **kwargs)
+        return self.carrier.call(self.module, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
+        carrier = copy.deepcopy(self.carrier, memo)
+        return Entry(copy.deepcopy(self.module, memo), carrier)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Entry, (self.module, self.carrier)
+
+
+def entered(module: nn.Module, args: Any) -> None:
+    """A hook that finds nothing to do inside the carrier. Raises NMError where a call went past it.
+
+    Without a hook TorchDynamo, compiling the code around, would itself go past ``_compiled_call_impl``.
+    """
+    if not module.__dict__[_ENTRY].carrier.active:
+        _refuse(module)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse(module: nn.Module) -> None:
+    module.__dict__["_compiled_call_impl"] = module.__dict__[_ENTRY]
+    raise NMError(
+        f"this {type(module).__name__} was prepared by nm.compile, and compile() on it now would run its weights dense: "
+        "its calls are compiled already (nm.compile(model, then=...) says by what), so leave that line out"
+    )
+
+
+def install(carrier: Prepared, names: Iterable[str]) -> None:
+    """Give the root and every module above one of the weights ``names`` an entry."""
+    root = carrier.origin
+    paths = {""}
+    for name in names:
+        atoms = name.split(".")[:-1]
+        paths.update(".".join(atoms[:count]) for count in range(1, len(atoms) + 1))
+    for path in sorted(paths):
+        module = root.get_submodule(path)
+        if _ENTRY not in module.__dict__:
+            Entry(module, carrier)
+            module.register_forward_pre_hook(entered)
+
+
+def remove(root: nn.Module) -> None:
+    """Take all entries off again."""
+    for module in root.modules():
+        if module.__dict__.pop(_ENTRY, None) is not None:
+            module.__dict__.pop("_compiled_call_impl", None)
+            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is entered]:
+                handle = RemovableHandle(module._forward_pre_hooks)
+                handle.id = key
+                handle.remove()

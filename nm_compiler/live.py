@@ -1,0 +1,262 @@
+"""Fragments of a live model: rewritten when TorchDynamo hands them over, compiled by inductor or run as they are.
+
+    fragment ──lower──► aten ──decide──► plan ──passes──► program ──lift──► AOTAutograd / inductor
+
+The first fragment that is a whole call plans the weights it reads. If the call comes in several, it is first run once to
+be looked at (`Undecided`), as `nm.compile` does with example inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from nm_compiler.bodies import programs
+from nm_compiler.dynamo import (
+    PRODUCTS,
+    Fragments,
+    Variant,
+    entry_of,
+    outside_text,
+    program_text,
+    python_line,
+    store_of,
+    weakly,
+)
+from nm_compiler.errors import NMError
+from nm_compiler.fragments import bind_inputs, lower
+from nm_compiler.graph import reads, run
+from nm_compiler.lifting import Lifted, form_of, lift
+from nm_compiler.ops.weights import MASKED
+from nm_compiler.recipe import pipeline
+from nm_compiler.uses import Blocked, uses
+
+if TYPE_CHECKING:
+    from nm_compiler.prepared import Prepared
+
+_log = logging.getLogger(__name__)
+
+
+class Undecided(NMError):
+    """A fragment reads weights that no plan is there for, and it is not the whole call."""
+
+
+class Broken(NMError):
+    """A call that nobody watches comes in parts: what runs between them has to be watched."""
+
+
+class Live(Fragments):
+    """The fragments of a `Prepared` model, all modes and modules together."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__(prepared.origin, {})
+        self.prepared = prepared
+        self.at_once = False  # whether the caller knows that the next fragment is a whole call
+        self.parts = False  # whether a fragment that is not a whole call may be planned on
+        self.pieces: list[LiveFragment] = []
+        self.ran = False  # whether a fragment has run in this call
+        self._watched: set[int] = set()
+        self._watching = False
+        self._entries: dict[int, tuple[nn.Module, Callable[..., Any], Any]] = {}
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run ``module``, the model or a part of it, compiled."""
+        known = self._entries.get(id(module))
+        if known is None:
+            known = (module, *entry_of(module, self))
+            if not torch._dynamo.config.disable:  # with which torch.compile gives back what it was given
+                self._entries[id(module)] = known
+        if id(module) not in self._watched:
+            self.ran = self._watching = False
+            try:
+                result = self.guarded(known[1], args, kwargs, watched=False)
+                if self.ran:  # one fragment, and nothing outside it
+                    return result
+            except Broken:
+                pass
+            self._watched.add(id(module))
+        self._watching = True
+        return self.guarded(known[1], args, kwargs)
+
+    def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The backend that TorchDynamo calls."""
+        refuse_rewritten(gm, self.model)
+        complete = self._called(gm)
+        if complete is None and not self._watching and not self.prepared.bare:
+            raise Broken(type(self.model).__name__)
+        fragment = LiveFragment(self, gm, complete is self.model or self.at_once)
+        fragment.variant(self.names_of(inputs))
+        self.pieces.append(fragment)
+        return weakly(fragment)
+
+    def _called(self, gm: GraphModule) -> nn.Module | None:
+        """The module of whose call the fragment is all, or None: it is a part."""
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        if reason is None or reason.graph_break:
+            return None
+        code = frame_code()
+        return next((module for module, _, known in self._entries.values() if known is code), None)
+
+    # -- rewriting ---------------------------------------------------------------------------------------------------
+
+    def text(self) -> str:
+        """All programs so far, numbered; one alone is shown without a number."""
+        return next(iter(self.seen)) if len(self.seen) == 1 else super().text()
+
+    def rewritten(self, program: GraphModule, *, whole: bool) -> GraphModule:
+        """Plan what the program reads for the first time, and apply the passes. Raises `Undecided`."""
+        prepared, bodies = self.prepared, list(programs(program))
+        read = {str(node.target) for each in bodies for node in each.graph.nodes if node.op == "get_attr"}
+        missing = prepared.undecided(read)
+        if not whole and not self.parts and (missing or not prepared.looked):
+            raise Undecided(f"{', '.join(missing) or type(self.model).__name__}: read in part of a call")
+        if missing:
+            prepared.decide(program, whole=whole)
+        sites = [site for name, site in prepared.sites.items() if name in read]
+        for site in sites:
+            self._check(site.name, bodies)
+        passes = pipeline(prepared.method, sites)
+        for each in bodies:
+            run(each, passes)
+            for site in sites:
+                dense = [user for node in reads(each, site.name) for user in node.users if user.target not in MASKED]
+                assert not dense, f"{site.name} is planned, but {dense[0].format_node()} reads it without a mask"
+        self.seen.setdefault(program_text(program), program)
+        return program
+
+    def _check(self, name: str, bodies: Sequence[GraphModule]) -> None:
+        """A later path has to use a planned weight as the first one did."""
+        site, shape = self.prepared.sites[name], tuple(self.model.get_parameter(name).shape)
+        if shape != site.shape:
+            raise NMError(
+                f"{name} has shape {list(shape)} now, it was prepared with {list(site.shape)}: its state does not fit. "
+                "nm.freeze the model before layers are replaced, then nm.compile it again"
+            )
+        for use in (use for each in bodies for node in reads(each, name) for use in uses(node)):
+            if isinstance(use, Blocked) or use.layout != site.layout:
+                how = use.reason if isinstance(use, Blocked) else "used along another axis"
+                raise NMError(
+                    f"{name} of shape {list(shape)} was planned as {site.pattern}, but another path has it {how}: "
+                    f"leave it dense with exclude={name!r}"
+                )
+
+    def note_outside(self, name: str, func: Any) -> None:
+        """A planned weight, or one that may become planned, was read by Python outside fragments. Raises NMError."""
+        maybe = name in self.prepared.candidates and getattr(func, "__name__", "") in PRODUCTS
+        if maybe or name in self.prepared.sites:
+            raise NMError(outside_text(name, python_line()))
+
+
+class LiveFragment:
+    """What runs in place of one Dynamo graph: equal layers share it, so it has a variant for each set of weights."""
+
+    def __init__(self, live: Live, gm: GraphModule, whole: bool) -> None:
+        self._live, self.whole = weakref.ref(live), whole
+        self.examples = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
+        self.lowered = lower(gm)
+        self.variants: dict[tuple[str | None, ...], LiveVariant] = {}
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    @property
+    def live(self) -> Live:
+        """The carrier of the fragment."""
+        live = self._live()
+        assert live is not None
+        return live
+
+    def variant(self, names: tuple[str | None, ...]) -> LiveVariant:
+        """The fragment over the weights ``names``; compiled when it is new."""
+        if names not in self.variants:
+            live = self.live
+            program = live.rewritten(bind_inputs(self.lowered, names, live.model), whole=self.whole)
+            self.variants[names] = LiveVariant(self, program, names)
+        return self.variants[names]
+
+    def compiled(self, lifted: Lifted, inputs: Sequence[Any]) -> Callable[..., Any] | None:
+        """The lifted program compiled, once for all variants of the same form. None for one that is new at run time."""
+        form = form_of(lifted.gm)
+        if form not in self._compiled:
+            if torch._guards.TracingContext.try_get() is None:
+                return None
+            self._compiled[form] = compile_lifted(lifted, self.live.model, inputs, self.live.prepared.then)
+        return self._compiled[form]
+
+    def __call__(self, *args: Any) -> Any:
+        self.live.ran = True
+        with torch._C.DisableTorchFunction():  # the watch is for Python outside fragments
+            found = next((variant for variant in self.variants.values() if variant.fits(args)), None)
+            found = found or self.variant(self.live.names_of(args))
+            return found.run(args)
+
+
+class LiveVariant(Variant):
+    """A fragment bound to certain weights, and what runs it."""
+
+    def __init__(self, fragment: LiveFragment, program: GraphModule, names: Sequence[str | None]) -> None:
+        live = fragment.live
+        super().__init__(program, names, live.model)
+        read = {str(node.target) for each in programs(program) for node in each.graph.nodes if node.op == "get_attr"}
+        self.planned = tuple(name for name in live.prepared.sites if name in read)
+        self.calls = 0
+        self._fast: Callable[..., Any] | None = None
+        if live.prepared.then != "eager":
+            lifted = lift(program)
+            self._fast = fragment.compiled(lifted, [fragment.examples[index] for index in self.kept])
+            self._stores = [_getter(live.model, read) for read in lifted.reads]
+
+    def run(self, args: Sequence[Any]) -> Any:
+        """Run on the fragment's inputs."""
+        self.calls += 1
+        inputs = [args[index] for index in self.kept]
+        if self._fast is None:
+            return self.program(*inputs)
+        return self._fast(*[store[leaf] for store, leaf in self._stores], *inputs)
+
+
+def _getter(model: nn.Module, read: Any) -> tuple[Any, Any]:
+    """Where the value of a read is looked up at every call: a module's own dict, or a list of one constant."""
+    return ([read.constant], 0) if read.constant is not None else store_of(model, read.name)
+
+
+def compile_lifted(lifted: Lifted, model: nn.Module, inputs: Sequence[Any], then: str) -> Callable[..., Any]:
+    """Hand a lifted graph to the compiler ``then``, inside the tracing context of its fragment."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    context = torch._guards.TracingContext.try_get()
+    mode: Any = context.fake_mode if context is not None else None
+    states = []
+    for read in lifted.reads:
+        store, leaf = _getter(model, read)
+        value: Tensor = store[leaf]
+        states.append(value if mode is None else mode.from_tensor(value, static_shapes=True))
+    backend: Any = lookup_backend(then)
+    compiled: Callable[..., Any] = backend(lifted.gm, [*states, *inputs])
+    return compiled
+
+
+def frame_code() -> Any:
+    """The code object of the frame that TorchDynamo is compiling."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output.root_tx.f_code
+    except AttributeError:
+        return None
+
+
+def refuse_rewritten(gm: GraphModule, model: nn.Module) -> None:
+    """Raise NMError for a graph that nm.compile has rewritten already."""
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "nm":
+            raise NMError(
+                f"{type(model).__name__} was compiled by nm.compile already, its graph is sparse: "
+                'torch.compile it with backend="inductor"'
+            )

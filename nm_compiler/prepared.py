@@ -1,0 +1,479 @@
+"""Prepared: the carrier of a live model. Its weights have their state now, its graphs come from TorchDynamo at its calls.
+
+    nm.compile(model)  ──►  candidates get state, modules get entries
+    model(x)           ──►  fragments, planned (`decide`) and rewritten as they come
+    nm.freeze(model)   ──►  zeros in the weights, state and entries gone
+
+The model stays the user's own object: its methods, its hooks and its control flow are what they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule
+from torch.utils import _pytree as pytree
+
+from nm_compiler.candidates import candidates
+from nm_compiler.capture import bind
+from nm_compiler.carrier import CARRIER
+from nm_compiler.entries import install, remove
+from nm_compiler.errors import NMError, Refusal
+from nm_compiler.evaluate import effective_weights
+from nm_compiler.graph import propagate_shapes
+from nm_compiler.loading import check_values, compare, start_afresh
+from nm_compiler.methods.base import Method
+from nm_compiler.outline import outline
+from nm_compiler.pattern import PatternMap
+from nm_compiler.recipe import pipeline
+from nm_compiler.sites import UNREAD, Plan, Site, find
+from nm_compiler.state import MARK, RECIPE, Weight, mark, read_recipe, register, unmark, unregister, write_recipe
+
+_log = logging.getLogger(__name__)
+
+
+class Prepared:
+    """A model that trains with N:M weights while it stays an ordinary module.
+
+    sites: the weights that a graph has planned; candidates: those that no graph has read yet; refused: the rest.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        patterns: PatternMap,
+        *,
+        include: tuple[str, ...] = (),
+        exclude: tuple[str, ...] = (),
+        seed: int = 0,
+        then: str = "inductor",
+    ) -> None:
+        self.origin, self.method, self.patterns, self.seed, self.then = model, method, patterns, seed, then
+        self.include, self.exclude = include, exclude
+        self.notes: tuple[str, ...] = ()
+        self.frozen = self.active = self.looked = self.bare = False
+        self.calls = 0
+        self.sites: dict[str, Site] = {}
+        self.refused: dict[str, Refusal] = {}
+        self.ops: dict[str, str] = {}
+        self.candidates = candidates(model, patterns, include=include, exclude=exclude)
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim >= 2}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._live: Any = None
+        self._weights_graph: GraphModule | None = None
+        self._links: list[tuple[dict[str, Any], str, nn.Module, str]] | None = None
+
+    @property
+    def live(self) -> Any:
+        """The fragments; TorchDynamo is imported at the first call."""
+        if self._live is None:
+            from nm_compiler.live import Live
+
+            self._live = Live(self)
+        return self._live
+
+    # -- state beside the weights --------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Register the state of all candidates, the recipe and the entries on the model. All or nothing."""
+        extras: dict[str, Tensor] = {}
+        for weight in self.weights:
+            for suffix, value in self.method.state(weight.site, weight.param.detach()).items():
+                extras[f"{weight.site.name}_{suffix}"] = value
+        extras[RECIPE] = self._recipe()
+        register(self.origin, extras)
+        mark(self.origin, self.candidates.values())
+        self.origin.__dict__[CARRIER] = self
+        self._hook = self.origin.register_load_state_dict_pre_hook(load_hook)
+        install(self, self.candidates)
+        self._check_modules()
+
+    def _recipe(self) -> Tensor:
+        device = next((p.device for p in self.origin.parameters()), torch.device("cpu"))
+        return write_recipe(self.method.layout(), self.plan.sites).to(device)
+
+    def _drop(self, names: Collection[str]) -> None:
+        """Take the state of candidates off that stay dense after all."""
+        gone = [(name, self.candidates.pop(name)) for name in names if name in self.candidates]
+        for name, site in gone:
+            weight = Weight(site, self.origin)
+            unregister(self.origin, [f"{name}_{suffix}" for suffix in self.method.suffixes(site)])
+            marked = weight.owner.__dict__.get(MARK, set())
+            marked.discard(weight.leaf)
+            if not marked:
+                weight.owner.__dict__.pop(MARK, None)
+
+    def retire(self) -> None:
+        """Take everything off the model: state, marks, entries."""
+        planned = list(self.plan.sites)
+        self._live = self._weights_graph = None
+        unregister(self.origin, self.state_names())
+        unmark(self.origin, planned)
+        remove(self.origin)
+        if not self.bare:
+            self._hook.remove()
+        self.origin.__dict__.pop(CARRIER, None)
+        self.frozen = True
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the model, or a part of it that is called by itself. Raises NMError where a weight would be dense."""
+        from nm_compiler.live import Undecided
+
+        self._check_modules()
+        self._check_options()
+        with self._inside():
+            try:
+                result = self.live.call(module, args, kwargs)
+            except Undecided:
+                if module is self.origin:
+                    self._look(args, kwargs)
+                self.live.parts = True
+                try:
+                    result = self.live.call(module, args, kwargs)
+                finally:
+                    self.live.parts = False
+        self.calls += 1
+        self.looked = True
+        if self.calls == 1:
+            self._tell_unread()
+        return result
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+
+    def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Run the call once, dense and without a trace, to plan on all of its fragments together."""
+        from nm_compiler.dynamo import Fragments
+        from nm_compiler.routes import check_outside, untouched
+
+        carrier = Fragments(self.origin, {})
+        copies = _copies(args), {name: _copies(value) for name, value in kwargs.items()}
+        with untouched(self.origin):
+            carrier.record(*copies)
+        undecided = {name: line for name, line in carrier.outside.items() if name in self.candidates}
+        carrier.outside = undecided
+        check_outside(self.origin, {self.origin.training: carrier}, self.patterns, self.exclude)
+        self.decide(carrier.whole, whole=True)
+        self.looked = True
+
+    def _check_modules(self) -> None:
+        """Raise NMError if a layer that owns prepared weights is another one now."""
+        if self._links is None:
+            for name in (*self.sites, *self.candidates):
+                path, _, leaf = name.rpartition(".")
+                if leaf not in _owner(self.origin, path).__dict__.get(MARK, ()) and not self.bare:
+                    raise NMError(_replaced(path))
+            self._links = list(_links(self.origin, [*self.sites, *self.candidates]))
+        for children, key, expected, path in self._links:
+            if children.get(key) is not expected:
+                raise NMError(_replaced(path))
+
+    def _check_options(self) -> None:
+        """Raise NMError if a torch.compile around says other things than `nm.compile` did."""
+        from nm_compiler.backend import check_same, outer_options
+
+        said = outer_options(self.origin)
+        if said is not None:
+            check_same(self, said)
+
+    def _tell_unread(self) -> None:
+        if self.candidates:
+            names = list(self.candidates)
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            _log.warning(
+                "%s%s: prepared, but not read by the first call; each becomes sparse in the first call that reads it",
+                ", ".join(names[:3]), more,
+            )  # fmt: skip
+
+    # -- planning ----------------------------------------------------------------------------------------------------
+
+    def undecided(self, names: Collection[str]) -> list[str]:
+        """Which of the parameters ``names`` no graph has been planned on yet."""
+        return [name for name in self.shapes if name in names and name not in self.sites and name not in self.refused]
+
+    def decide(self, program: GraphModule, *, whole: bool) -> None:
+        """Plan the undecided weights that ``program`` reads: all of a call, or (not ``whole``) a part of one.
+
+        In a part a weight counts as stem or head only if it is the model's first or last as well; as stem also in later calls,
+        which may go on from what an earlier one computed, as a decoder does from an encoder.
+        """
+        graph = _flat(self.origin, program)
+        plan = find(self.origin, [graph], self.patterns, include=self.include, exclude=self.exclude, may_be_empty=True)
+        doubtful = [*(("stem:",) if self.sites or not whole else ()), *(() if whole else ("head:",))]
+        ends = [r.where for r in plan.refusals if r.reason.startswith(tuple(doubtful)) and not self._is_end(r.where)]
+        if ends:
+            more = (*self.include, *ends)
+            plan = find(self.origin, [graph], self.patterns, include=more, exclude=self.exclude, may_be_empty=True)
+        self.ops.update({name: op for name, op in plan.ops.items() if op != "-" or name not in self.ops})
+        fresh = {site.name: site for site in plan.sites if site.name in self.undecided({site.name})}
+        refused = [r for r in plan.refusals if r.reason != UNREAD and r.where in self.shapes and self.undecided({r.where})]
+        lost = [refusal.where for refusal in refused if refusal.where in self.candidates]
+        self._check_ddp(lost)
+        late = {name for name, site in fresh.items() if name not in self.candidates and self._learns(site)}
+        for refusal in refused:
+            self.refused[refusal.where] = refusal
+        for name in late:
+            self.refused[name] = too_late(name)
+            _log.warning("%s stays dense: %s", name, self.refused[name].reason)
+        self._drop(lost)
+        for name, site in fresh.items():
+            if name not in late:
+                self._settle(site)
+        self.sites = {name: self.sites[name] for name in self.shapes if name in self.sites}
+        self._weights_graph = None
+        if RECIPE in self.origin._buffers:
+            self.origin._buffers[RECIPE] = self._recipe()
+        if whole and not self.sites and not self.candidates:
+            shown = "\n  ".join(
+                f"{r.where} {list(self.shapes[r.where])}: {r.reason}" for r in list(self.refused.values())[:12]
+            )
+            raise NMError(
+                f"no weight of this {type(self.origin).__name__} can be {self.patterns}:\n  {shown or 'it has no weights'}\n"
+                "take stem or head in with include=[...], or choose a pattern whose M divides the input channels"
+            )
+
+    def _is_end(self, name: str) -> bool:
+        return name in (next(iter(self.shapes), None), next(reversed(self.shapes), None))
+
+    def _learns(self, site: Site) -> bool:
+        weight = Weight(site, self.origin).param.detach()
+        return any(isinstance(value, nn.Parameter) for value in self.method.state(site, weight).values())
+
+    def _check_ddp(self, lost: Collection[str]) -> None:
+        active = nn.parallel.DistributedDataParallel._active_ddp_module
+        learned = [name for name in lost if self._learns(self.candidates[name])]
+        if active is not None and learned:
+            raise NMError(
+                f"{', '.join(learned)}: turns out to stay dense now, but DistributedDataParallel waits for gradients of its "
+                f"scores already. Run one batch through the model before wrapping it, or exclude={learned}"
+            )
+
+    def _settle(self, site: Site) -> None:
+        """A candidate is planned: keep its state where it fits, make it anew where the layout was guessed wrongly."""
+        name = site.name
+        self.method.check(site)
+        known = self.candidates.pop(name, None)
+        if known is None or (known.layout, known.blocks) != (site.layout, site.blocks):
+            weight = Weight(site, self.origin)
+            for suffix, value in self.method.state(site, weight.param.detach()).items():
+                here = getattr(weight.owner, f"{weight.leaf}_{suffix}", None)
+                if here is None:
+                    register(self.origin, {f"{name}_{suffix}": value})
+                elif isinstance(value, nn.Parameter) and here.shape == value.shape:
+                    continue
+                elif isinstance(value, nn.Parameter):
+                    raise NMError(
+                        f"{name} of shape {list(site.shape)} is summed over axis {site.in_axis}, unlike what was guessed: "
+                        "give nm.compile example inputs, or use LBC(scores='position')"
+                    )
+                elif here.shape != value.shape or (known is not None and known.layout != site.layout):
+                    weight.owner._buffers[f"{weight.leaf}_{suffix}"] = value.to(weight.param.device)
+            mark(self.origin, [site])
+        self.sites[name] = site
+
+    # -- what a carrier is asked -------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """Planned weights and those that will be when a call reads them; refusals of the others."""
+        both = {**self.candidates, **self.sites}
+        sites = tuple(both[name] for name in self.shapes if name in both)
+        refusals = tuple(self.refused.get(name, not_yet(name)) for name in self.shapes if name not in both)
+        ops = {name: self.ops.get(name, both[name].op if name in both else "-") for name in self.shapes}
+        return Plan(sites, refusals, self.shapes, ops)
+
+    @property
+    def weights(self) -> list[Weight]:
+        """All weights with state, in the model's order."""
+        return [Weight(site, self.origin) for site in self.plan.sites]
+
+    @property
+    def late(self) -> Mapping[str, str]:
+        """Candidates that no call has read."""
+        return {name: not_yet(name).reason for name in self.candidates}
+
+    def ready(self) -> list[Weight]:
+        """The weights that graphs were planned on; others are dropped. Raises NMError before the first call."""
+        if not self.sites:
+            raise NMError(
+                f"this {type(self.origin).__name__} has not run since nm.compile, so no graph is known: call it once first"
+            )
+        return [Weight(site, self.origin) for site in self.sites.values()]
+
+    def runs(self, name: str) -> int:
+        """How many times a rewritten fragment that reads the weight has run."""
+        if self._live is None:
+            return 0
+        return sum(v.calls for piece in self._live.pieces for v in piece.variants.values() if name in v.planned)
+
+    def programs(self, training: bool | None = None) -> list[GraphModule]:
+        """One graph that computes every weight that a call has read, as it is multiplied with."""
+        return [_weights_graph(self.origin, self.method, list(self.sites.values()))]
+
+    def text(self, training: bool) -> str:
+        """All programs so far, of both modes. Raises NMError before the first call."""
+        self.ready()
+        text: str = self.live.text()
+        return text
+
+    def masked(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """What the planned weight ``name`` is multiplied with now: forward, and backward under Bi-Mask."""
+        if self._weights_graph is None:
+            self._weights_graph = _weights_graph(self.origin, self.method, list(self.plan.sites))
+        forward, backward = effective_weights(self._weights_graph, name)
+        assert forward is not None, f"{name} is not planned"
+        return forward, backward
+
+    def masked_parameters(self) -> dict[str, Tensor]:
+        """The model's own parameters by name, planned weights as their masks leave them; what `verify` looks at."""
+        state = set(self.state_names())
+        own = {name: p.detach() for name, p in self.origin.named_parameters() if name not in state}
+        return {name: self.masked(name)[0] if name in self.sites else p for name, p in own.items()}
+
+    def state_names(self) -> list[str]:
+        """The names of everything that was registered on the model."""
+        own = [f"{site.name}_{suffix}" for site in self.plan.sites for suffix in self.method.suffixes(site)]
+        return [*own, RECIPE]
+
+    # -- loading and copying -----------------------------------------------------------------------------------------
+
+    def fit(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Check the state below ``prefix`` before any of it is written; a dense state_dict gets fresh state."""
+        tag = state_dict.get(prefix + RECIPE)
+        if tag is None:
+            start_afresh(self, state_dict, prefix)
+        else:
+            theirs = read_recipe(tag)
+            gone = [name for name in self.candidates if name not in theirs["weights"]]
+            self._drop(gone)
+            self.refused.update({name: loaded_dense(name) for name in gone})
+            self.origin._buffers[RECIPE] = self._recipe()
+            compare(self, theirs, read_recipe(self._recipe()))
+            check_values(self, state_dict, prefix)
+        state_dict[prefix + RECIPE] = self.origin._buffers[RECIPE]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(self.__getstate__())
+        twin.sites, twin.candidates, twin.refused = dict(self.sites), dict(self.candidates), dict(self.refused)
+        twin.origin, twin._hook = copy.deepcopy(self.origin, memo), copy.deepcopy(self._hook, memo)
+        twin._begin()
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        left = ("_live", "_weights_graph", "_links")
+        return {key: value for key, value in self.__dict__.items() if key not in left} | {"active": False, "looked": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+
+def not_yet(name: str) -> Refusal:
+    """Of a weight that has state, or none, and that no graph has shown."""
+    return Refusal(name, "not read by any call so far")
+
+
+def too_late(name: str) -> Refusal:
+    """Of a weight that nothing told before the first graph, where the method learns something beside it."""
+    return Refusal(name, f"its scores were needed before the optimizer: name it in include=[{name!r}] of nm.compile")
+
+
+def loaded_dense(name: str) -> Refusal:
+    """Of a weight that has no state in a state_dict that came before the first call."""
+    return Refusal(name, "dense in the state_dict that was loaded before the first call")
+
+
+def load_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Before a live model loads a state_dict."""
+    module.__dict__[CARRIER].fit(state_dict, prefix)
+
+
+def _weights_graph(model: nn.Module, method: Method, sites: list[Site]) -> GraphModule:
+    """Reads of the weights, each behind what the method puts there. Not tidied: nobody reads backward weights here."""
+    gm = bind(Graph(), model, {})
+    results, mode = [], FakeTensorMode()
+    for site in sites:
+        node = gm.graph.create_node("get_attr", site.name, name=site.name.replace(".", "_"))
+        node.meta["val"] = mode.from_tensor(model.get_parameter(site.name).detach(), static_shapes=True)
+        results.append(node)
+    gm.graph.output(tuple(results))
+    for each in pipeline(method, sites):
+        gm = each(gm)
+        propagate_shapes(gm)
+    return gm
+
+
+def _flat(model: nn.Module, program: GraphModule) -> GraphModule:
+    """A program with the bodies in it opened up, so that first and last weights are told apart inside them too."""
+    from nm_compiler.bodies import programs
+    from nm_compiler.outline import Run
+
+    if len(list(programs(program))) == 1:
+        return program
+    count = sum(node.op == "placeholder" for node in program.graph.nodes)
+    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
+    results: Any = output.args[0]
+    return outline(model, [Run(program, (None,) * count, (None,) * len(results))], ())
+
+
+def _copies(values: Any) -> Any:
+    """Inputs for a run that must not be noticed: copies of tensors, and of other things where they can be copied."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().clone().requires_grad_(value.requires_grad)
+        if isinstance(value, (int, float, complex, str, bytes, bool, type(None), nn.Module)):
+            return value
+        try:
+            return copy.deepcopy(value)
+        except Exception:
+            return value
+
+    return pytree.tree_map(one, values)
+
+
+def _replaced(path: str) -> str:
+    return (
+        f"{path} was replaced after nm.compile: its weights have no state and would run dense. "
+        "Replace layers first, or nm.freeze the model, replace them, and nm.compile it again"
+    )
+
+
+def _owner(root: nn.Module, path: str) -> nn.Module:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        raise NMError(_replaced(path)) from None
+
+
+def _links(root: nn.Module, names: list[str]) -> Iterator[tuple[dict[str, Any], str, nn.Module, str]]:
+    """Every step from the root to the owners of the weights ``names``: where a module lies, and which it is."""
+    seen = set()
+    for name in names:
+        atoms, module = name.split(".")[:-1], root
+        for depth, atom in enumerate(atoms):
+            path, parent = ".".join(atoms[: depth + 1]), module
+            module = parent._modules[atom]  # type: ignore[assignment]
+            if path not in seen:
+                seen.add(path)
+                yield parent._modules, atom, module, path

@@ -1,0 +1,260 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""nm.compile(model): the user's own model, its state made at once, its graphs taken by TorchDynamo when it is called."""
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from models import MLP, ConvNet, example
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import nm_compiler as nm
+from nm_compiler.module import unwrap
+
+METHODS = [nm.LBC(), nm.BiMask(interval=2, moves=40), nm.Magnitude()]
+each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+each_then = pytest.mark.parametrize("then", ["eager", "aot_eager"])
+
+
+@pytest.fixture(autouse=True)
+def _no_memory() -> None:
+    torch._dynamo.reset()  # it remembers which sizes changed, in other tests
+
+
+class Branching(nn.Module):
+    """Which of two weights runs is decided by the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.down, self.last = (nn.Linear(8, 8) for _ in range(4))
+        self.norm, self.dropout = nn.BatchNorm1d(8), nn.Dropout(0.25)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.stem(x))
+        y = self.up(y) if x.sum() > 0 else self.down(-y)
+        return self.head(self.dropout(torch.tanh(self.last(y))))
+
+
+def positive(batch: int = 4) -> Tensor:
+    return torch.rand(batch, 8) + 0.1
+
+
+def dense_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The model without its carrier, planned weights replaced by what they are multiplied with now."""
+    carrier = unwrap(model)
+    values = {name: carrier.masked(name)[0].detach() for name in carrier.sites}
+    carrier.active = True
+    try:
+        return functional_call(model, values, args, kwargs)
+    finally:
+        carrier.active = False
+
+
+def train(model: nn.Module, x: Tensor, count: int, scheduler: Any = None) -> list[float]:
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), []
+    for _ in range(count):
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler:
+            scheduler.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_the_model_is_the_users_own_with_its_state_there_before_the_first_call() -> None:
+    model = MLP()
+    assert nm.compile(model, method=nm.LBC(), then="eager") is model
+    assert type(model) is MLP
+    assert isinstance(model.fc2.weight_scores, nn.Parameter)
+    assert model.fc2.weight_live.dtype == torch.uint8
+    model(example(model))
+    assert not hasattr(model.fc1, "weight_scores")  # the stem: the first graph says so
+    assert nm.report(model).totals["sparse"] == 1
+    assert [row.reason.split(":")[0] for row in nm.report(model).rows] == ["stem", "training", "head"]
+
+
+@each_method
+def test_schedule_report_verify_telemetry_and_freeze_work_on_it(method: nm.Method) -> None:
+    model = nm.compile(ConvNet(), method=method, then="aot_eager")
+    x = example(model)
+    scheduler = nm.SparsityScheduler(model, total_steps=4)
+    train(model, x, 4, scheduler)
+    expected = model.eval()(x)
+    torch.testing.assert_close(expected, dense_call(model, x))
+    assert set(nm.Telemetry(model).measure()["weights"]) == {"conv1.weight", "conv2.weight"}
+    assert 1 in nm.verify(model).satisfied["conv1.weight"]
+    assert "nm." in nm.show(model)
+    frozen = nm.freeze(model)
+    assert frozen is model
+    assert set(frozen.state_dict()) == set(ConvNet().state_dict())
+    assert not any(
+        key.startswith("_nm") or key == "_compiled_call_impl" for module in model.modules() for key in module.__dict__
+    )
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    torch.testing.assert_close(frozen(x), expected)
+    nm.compile(frozen, method=method, then="eager")  # and again
+
+
+def test_inductor_runs_it_with_changing_batches_and_without_gradients() -> None:
+    model = nm.compile(MLP(), method=nm.BiMask())
+    losses = train(model, example(model, 4), 2, nm.SparsityScheduler(model, total_steps=9))
+    assert losses[1] < losses[0]
+    for batch in (4, 6):
+        torch.testing.assert_close(model(example(model, batch)), dense_call(model, example(model, batch)))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(example(model, 6)), dense_call(model, example(model, 6)))
+
+
+@each_then
+def test_control_flow_on_data_is_planned_as_a_whole_and_both_branches_are_sparse(then: str) -> None:
+    model = nm.compile(Branching(), method=nm.SRSTE(), then=then).eval()
+    x = positive()
+    torch.testing.assert_close(model(x), dense_call(model, x))
+    reasons = {row.name: row.reason for row in nm.report(model).rows}
+    assert reasons["stem.weight"].startswith("stem: ")
+    assert reasons["head.weight"].startswith("head: ")
+    assert reasons["down.weight"] == "not read by any call so far"
+    torch.testing.assert_close(model(-x), dense_call(model, -x))
+    assert {row.name: row.runs for row in nm.report(model).rows if row.runs} == {
+        "up.weight": 1, "down.weight": 1, "last.weight": 2,
+    }  # fmt: skip
+    model.train()(x).sum().backward()
+    assert model.up.weight.grad is not None
+    assert int(model.norm.num_batches_tracked) == 1
+
+
+@each_then
+def test_weights_under_checkpointing_and_in_branches_of_cond_are_sparse(then: str) -> None:
+    class Bodies(Branching):
+        recompute = True
+
+        def block(self, y: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.stem(y)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = checkpoint(self.block, x, use_reentrant=False) if self.recompute else self.block(x)
+            return self.head(torch.cond(x.sum() > 0, lambda y: self.up(y), lambda y: self.down(y) * 2, (y,)))
+
+    model, found = nm.compile(Bodies(), method=nm.LBC(), then=then), []
+    x = positive()
+    for recompute in (True, False):
+        model.recompute = recompute
+        torch.testing.assert_close(model(x), dense_call(model, x))
+        model(x).square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    assert found[0].keys() == found[1].keys() >= {"last.weight_scores", "up.weight_scores"}
+    torch.testing.assert_close(found[0], found[1])
+    assert "bodies.checkpointed" in nm.show(model)
+
+
+def test_copies_and_saved_files_go_on_alone() -> None:
+    model = nm.compile(MLP(), method=nm.LBC(), then="eager")
+    x = example(model)
+    expected = model(x)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        torch.testing.assert_close(twin(x), expected)
+        assert unwrap(twin).origin is twin
+        assert nm.report(twin).rows[1].runs == 1
+        nm.SparsityScheduler(twin, total_steps=2).step()
+        assert (nm.report(twin).rows[1].live, nm.report(model).rows[1].live) == (1.0, 6.0)
+        nm.freeze(twin)
+
+
+def test_state_dicts_go_between_live_models_and_from_dense_ones() -> None:
+    model, other = (nm.compile(MLP(), method=nm.LBC(), then="eager") for _ in range(2))
+    x = example(model)
+    train(model, x, 3, nm.SparsityScheduler(model, total_steps=6))
+    other.load_state_dict(model.state_dict())  # has not run yet: what the other one refused is refused
+    torch.testing.assert_close(other(x), model(x))
+    dense = MLP()
+    other.load_state_dict(dense.state_dict())
+    torch.testing.assert_close(other(x), dense(x))
+    sparse = nm.compile(MLP(), (x,), method=nm.LBC())
+    sparse.load_state_dict(model.state_dict())  # and between the two carriers
+    torch.testing.assert_close(sparse(x), model(x))
+    with pytest.raises(nm.NMError, match="was trained with Magnitude"):
+        other.load_state_dict(nm.compile(MLP(), method=nm.Magnitude(), then="eager").state_dict())
+
+
+def test_parts_that_are_called_by_themselves_are_sparse_too() -> None:
+    model = nm.compile(MLP(), method=nm.SRSTE(), include="*", then="eager")
+    x = torch.randn(2, 16)
+    expected = nn.functional.linear(x, unwrap(model).masked("fc2.weight")[0], model.fc2.bias)
+    torch.testing.assert_close(model.fc2(x), expected)
+    torch.testing.assert_close(model.forward(example(model)), dense_call(model, example(model)))
+
+
+def test_a_compile_around_it_leaves_it_to_run_its_own_fragments() -> None:
+    model = nm.compile(MLP(), method=nm.SRSTE(), then="eager")
+    x = example(model)
+    expected = 2 * dense_call(model(x) is not None and model, x)
+    torch.testing.assert_close(torch.compile(lambda x: 2 * model(x), backend="eager")(x), expected)
+    torch.testing.assert_close(2 * torch.compile(model, backend="eager")(x), expected)
+
+
+def test_two_live_models_inside_a_third_module_are_each_their_own() -> None:
+    first = nm.compile(MLP(), method=nm.LBC(), then="eager")
+    second = nm.compile(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)), pattern="1:4", then="eager")
+    both = nn.Sequential(first, second)
+    both(torch.randn(2, 8)).sum().backward()
+    assert first.fc2.weight_scores.grad is not None
+    assert {row.pattern for model in both for row in nm.report(model).rows} == {"2:4", "1:4", None}
+
+
+def test_keywords_dicts_and_optional_arguments_pass_through() -> None:
+    class Keywords(MLP):
+        def forward(  # type: ignore[override]
+            self, x: Tensor, *, scale: float = 1.0, extra: dict[str, Tensor] | None = None
+        ) -> dict[str, Any]:
+            y = super().forward(x) * scale
+            return {"y": y if extra is None else y + extra["bias"], "none": None}
+
+    model = nm.compile(Keywords(), then="eager")
+    x = example(model)
+    for given in ({}, {"scale": 2.0}, {"extra": {"bias": torch.ones(4)}}):
+        output = model(x, **given)
+        assert output["none"] is None
+        torch.testing.assert_close(output["y"], dense_call(model, x, **given)["y"])
+
+
+def test_a_raw_parameter_is_found_by_the_graph_and_what_is_none_loses_its_state() -> None:
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(8, 12), nn.Linear(8, 2)
+            self.right, self.table = nn.Parameter(torch.randn(12, 8)), nn.Parameter(torch.randn(4, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.stem(x) + self.table) @ self.right)
+
+    model = nm.compile(Raw(), method=nm.Magnitude(), then="eager")
+    assert {"right_mask", "table_mask"} <= set(model.state_dict())
+    x = torch.randn(4, 8)
+    model(x)
+    assert {name for name in model.state_dict() if name.endswith("_mask")} == {"right_mask"}
+    assert nm.report(model).totals["sparse"] == 1
+    assert nm.verify(nm.freeze(model)).satisfied["right"] == (0,)  # x @ W: groups run along axis 0
+
+
+def test_carriers_and_their_models_are_freed() -> None:
+    import gc
+    import weakref
+
+    model = nm.compile(Branching(), method=nm.SRSTE(), then="aot_eager")
+    model(positive()).sum().backward()
+    gone = weakref.ref(model)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None

@@ -1,0 +1,122 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""Live Hugging Face models: trainer, generate, adapters on a frozen base, save_pretrained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nm_compiler as nm
+
+pytest.importorskip("zoo.shim", reason="the zoo is an extra: pip install -e '.[zoo]'").declare_missing_operators()
+transformers = pytest.importorskip("transformers", reason="the zoo is an extra: pip install -e '.[zoo]'", exc_type=ImportError)
+pytestmark = pytest.mark.required
+
+
+@pytest.fixture(autouse=True)
+def _no_memory() -> None:
+    torch._dynamo.reset()
+
+
+def llama() -> tuple[nn.Module, dict[str, Any]]:
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=32,
+        pad_token_id=0,
+    )  # fmt: skip
+    tokens = torch.randint(3, 32, (2, 5))
+    return transformers.LlamaForCausalLM(config), {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def t5() -> tuple[nn.Module, dict[str, Any]]:
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=32, decoder_start_token_id=0, dropout_rate=0.0
+    )
+    return transformers.T5ForConditionalGeneration(config), {"input_ids": torch.randint(3, 32, (2, 5))}
+
+
+def whisper() -> tuple[nn.Module, dict[str, Any]]:
+    config = transformers.WhisperConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=32,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=10, max_target_positions=16,
+        decoder_start_token_id=1, pad_token_id=0, bos_token_id=1, eos_token_id=2, suppress_tokens=[], begin_suppress_tokens=[],
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config), {"input_features": torch.randn(2, 8, 20)}
+
+
+@pytest.mark.parametrize("make", [llama, *(pytest.param(make, marks=pytest.mark.slow) for make in (t5, whisper))])
+def test_generate_runs_every_weight_sparse_and_gives_the_tokens_of_the_frozen_model(make: Any) -> None:
+    model, inputs = make()
+    model = nm.compile(model.eval(), method=nm.BiMask(), then="eager")
+    options = {"max_new_tokens": 3, "do_sample": False}
+    tokens = model.generate(**inputs, **options)
+    rows = [row for row in nm.report(model).rows if row.status == "sparse"]
+    assert len(rows) >= 7
+    assert all(row.runs for row in rows)
+    allowed = ("stem:", "head:", "an embedding", "shared with an embedding", "read by aten.add")
+    assert all(row.reason.startswith(allowed) for row in nm.report(model).rows if row.status == "dense")
+    assert torch.equal(nm.freeze(model).generate(**inputs, **options), tokens)
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Sixteen sequences."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        tokens = torch.randint(3, 32, (5,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def test_the_trainer_takes_the_model_itself_and_the_frozen_one_goes_through_save_pretrained(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from nm_compiler.integrations.transformers import SparsityCallback
+
+    model = nm.compile(llama()[0], method=nm.LBC(), then="aot_eager")
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=4, use_cpu=True, report_to=[], seed=0,
+        save_strategy="no", learning_rate=0.01, disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    callback = SparsityCallback()
+    transformers.Trainer(model, arguments, train_dataset=Rows(), callbacks=[callback]).train()
+    assert callback.schedules.tracked[0].scheduler.last_step == 4
+    planned = {row.name for row in nm.report(model).rows if row.status == "sparse"}
+    assert len(planned) == 7
+    assert all(row.runs == 4 and row.nonzero == 0.5 for row in nm.report(model).rows if row.status == "sparse")
+    frozen = nm.freeze(model)
+    frozen.save_pretrained(tmp_path / "frozen")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "frozen")
+    assert set(again.state_dict()) == set(llama()[0].state_dict())
+    assert planned <= set(nm.verify(again).satisfied)
+
+
+class Adapted(nn.Module):
+    """A linear layer that stays, and a low-rank one beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_adapters_on_a_frozen_base_leave_its_zeros_zero() -> None:
+    model, inputs = llama()
+    model = nm.compile(model, method=nm.Magnitude(), then="eager")
+    model(**inputs)
+    planned = {row.name for row in nm.report(model).rows if row.status == "sparse"}
+    frozen = nm.freeze(model)
+    for layer in frozen.model.layers:
+        layer.mlp.up_proj, layer.self_attn.q_proj = Adapted(layer.mlp.up_proj), Adapted(layer.self_attn.q_proj)
+    optimizer = torch.optim.AdamW(
+        [p for p in frozen.parameters() if (p.requires_grad and p.ndim == 1) or p.shape[0] == 2], lr=0.1
+    )
+    for _ in range(2):
+        frozen(**inputs).logits.square().mean().backward()
+        optimizer.step()
+    satisfied = set(nm.verify(frozen).satisfied)
+    assert {name.replace("up_proj.", "up_proj.base.").replace("q_proj.", "q_proj.base.") for name in planned} <= satisfied

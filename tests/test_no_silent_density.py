@@ -1,0 +1,180 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""Every way in which TorchDynamo could run a prepared weight dense, and what the user is told instead."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import MLP, example
+from test_live import Branching, dense_call, positive
+from torch import Tensor, nn
+
+import nm_compiler as nm
+
+
+@pytest.fixture(autouse=True)
+def _no_memory() -> None:
+    torch._dynamo.reset()
+
+
+def live(model: nn.Module, **options: Any) -> Any:
+    return nm.compile(model, **{"method": nm.SRSTE(), "then": "eager", **options})
+
+
+class Disabled(Branching):
+    """A weight that runs in a function TorchDynamo is told to leave alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.left_alone(self.up(self.stem(x))))
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def left_alone(self, y: Tensor) -> Tensor:
+        return nn.functional.linear(y, self.last.weight)  # dense here
+
+
+def test_a_disabled_function_that_reads_a_weight_is_an_error_with_its_line() -> None:
+    model = live(Disabled())
+    with pytest.raises(nm.NMError, match=r"last.weight is read by code that TorchDynamo does not compile[\s\S]*# dense here"):
+        model(positive())
+    told = live(Disabled(), exclude="last.weight")
+    told(positive())
+    assert {row.name for row in nm.report(told).rows if row.status == "sparse"} == {"up.weight"}
+
+
+def test_a_disabled_function_that_calls_a_layer_is_an_error_too() -> None:
+    class Calls(Disabled):
+        @torch._dynamo.disable  # type: ignore[untyped-decorator]
+        def left_alone(self, y: Tensor) -> Tensor:
+            return self.last(y)
+
+    with pytest.raises(nm.NMError, match="last.weight is read by code"):
+        live(Calls())(positive())
+
+
+def test_a_frame_that_dynamo_skips_is_an_error() -> None:
+    class Skipped(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    torch._dynamo.eval_frame.skip_code(Skipped.forward.__code__)
+    model = live(Skipped())
+    try:
+        found = model(example(model))
+    except nm.NMError as error:
+        assert "is read by code that TorchDynamo does not compile" in str(error)  # noqa: PT017
+    else:  # or what it calls was compiled after all
+        torch.testing.assert_close(found, dense_call(model, example(model)))
+        assert nm.report(model).rows[1].runs
+
+
+@pytest.mark.parametrize("switch", [lambda: torch.compiler.set_stance("force_eager"),
+                                    lambda: torch._dynamo.config.patch(disable=True)], ids=["stance", "config"])  # fmt: skip
+def test_with_dynamo_switched_off_there_is_an_error(switch: Callable[[], Any]) -> None:
+    model = live(MLP())
+    with switch(), pytest.raises(nm.NMError, match=r"fc\d.weight is read by code that TorchDynamo"):
+        model(example(model))
+    x, expected = example(model), model(example(model))  # and on again
+    with switch():
+        try:
+            torch.testing.assert_close(model(x), expected)  # what was compiled before may still run
+        except nm.NMError as error:
+            assert "is read by code that TorchDynamo" in str(error)  # noqa: PT017
+
+
+def test_past_the_recompile_limit_there_is_an_error_and_the_users_settings_stay(monkeypatch: Any) -> None:
+    class Named(MLP):
+        def forward(self, x: Tensor, name: str = "a") -> Tensor:
+            return super().forward(x) + len(name) if name != "b" else super().forward(x)
+
+    monkeypatch.setattr("nm_compiler.dynamo._LIMIT", 3)
+    config = torch._dynamo.config
+    before = (config.fail_on_recompile_limit_hit, config.suppress_errors, config.optimize_ddp)
+    model = live(Named())
+    with config.patch(recompile_limit=3), pytest.raises(nm.NMError, match="would run it without masks"):
+        _ = [model(example(model), name) for name in "abcdefgh"]
+    assert (config.fail_on_recompile_limit_hit, config.suppress_errors, config.optimize_ddp) == before
+
+
+def test_suppressed_errors_are_not_suppressed_for_a_live_model() -> None:
+    with torch._dynamo.config.patch(suppress_errors=True):
+        with pytest.raises(nm.NMError, match="last.weight is read by code"):
+            live(Disabled())(positive())
+        assert torch._dynamo.config.suppress_errors
+
+
+def test_a_graph_break_leaves_nothing_dense() -> None:
+    class Breaking(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.fc2(torch.relu(self.fc1(x))))
+            torch._dynamo.graph_break()
+            return self.fc3(y)
+
+    model = live(Breaking())
+    torch.testing.assert_close(model(example(model)), dense_call(model, example(model)))
+    assert [row.runs for row in nm.report(model).rows] == [None, 1, None]
+
+
+def test_a_weight_that_the_first_call_does_not_read_is_told_and_sparse_when_it_is_read(caplog: Any) -> None:
+    model = live(Branching()).eval()
+    with caplog.at_level(logging.WARNING, "nm_compiler"):
+        model(positive())
+        model(positive())
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("nm_compiler")] == [
+        "down.weight: prepared, but not read by the first call; each becomes sparse in the first call that reads it"
+    ]
+    torch.testing.assert_close(model(-positive()), dense_call(model, -positive()), check_stride=False, rtol=1e9, atol=1e9)
+    assert {row.name: row.runs for row in nm.report(model).rows}["down.weight"] == 1
+
+
+def test_a_path_that_uses_a_planned_weight_in_another_way_is_an_error() -> None:
+    class Other(MLP):
+        def forward(self, x: Tensor, penalty: bool = False) -> Tensor:
+            y = super().forward(x)
+            return y + self.fc2.weight.sum() if penalty else y
+
+    model = live(Other())
+    model(example(model))
+    with pytest.raises(
+        nm.NMError, match=r"fc2.weight of shape \[16, 16\] was planned as 2:4, but another path has it read by"
+    ):
+        model(example(model), penalty=True)
+
+
+def test_layers_and_weights_that_were_replaced_are_an_error_or_taken_up() -> None:
+    model = live(MLP(), method=nm.LBC())
+    model(example(model))
+    model.fc2.weight = nn.Parameter(torch.randn(16, 16))  # of the same shape: the state beside it still fits
+    torch.testing.assert_close(model(example(model)), dense_call(model, example(model)))
+    assert not torch.equal(model.fc2.weight, nm.verify(model) and model.fc1.weight)
+    model.fc2 = nn.Linear(16, 16)
+    with pytest.raises(nm.NMError, match=r"fc2 was replaced after nm.compile[\s\S]*nm.freeze"):
+        model(example(model))
+
+
+def test_an_optimizer_built_before_preparation_is_found_out() -> None:
+    model = MLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    live(model, method=nm.LBC())
+    with pytest.raises(nm.NMError, match="does not hold"):
+        nm.SparsityScheduler(model, total_steps=3, optimizer=optimizer)
+    scheduler = nm.SparsityScheduler(model, total_steps=3)
+    model(example(model)).sum().backward()
+    optimizer.step()
+    with pytest.raises(nm.NMError, match=r"changed the weights, but not fc2.weight_scores"):
+        scheduler.step()
+
+
+def test_freezing_before_the_first_call_says_that_no_graph_is_known() -> None:
+    with pytest.raises(nm.NMError, match="has not run since nm.compile"):
+        nm.freeze(live(MLP()))
+
+
+def test_a_weight_that_no_call_ever_read_stays_dense_when_the_model_is_frozen() -> None:
+    model = live(Branching(), method=nm.Magnitude()).eval()
+    model(positive())
+    before = model.down.weight.clone()
+    frozen = nm.freeze(model)
+    assert torch.equal(frozen.down.weight, before)
+    assert set(frozen.state_dict()) == set(Branching().state_dict())
