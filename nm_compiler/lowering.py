@@ -58,8 +58,9 @@ def lower(
 
     model: what `freeze` returned, or any model whose weights are N:M; on the device it shall run on. It stays as it is.
     example_inputs, kwargs: as for `compile`; batch and dtype are those that speed is measured with.
-    backend: ``"tensorrt"``, ``"cusparselt"``, ``"onnx"``, ``"dense"`` (the same graph without sparse kernels), or ``"auto"``:
-    the first of TensorRT and cuSPARSELt that works here, else dense, with the reasons in the report.
+    backend: ``"tensorrt"``, ``"cusparselt"``, ``"cpu"``, ``"onnx"``, ``"dense"`` (the same graph without sparse kernels), or
+    ``"auto"``: the CPU kernels for a model on a CPU, else the first of TensorRT and cuSPARSELt that works here, else dense,
+    with the reasons in the report.
     pattern: which weights to look for, as for `compile`; those that are not N:M stay dense, and the report says so.
     dtype: cast the copy to it; TensorRT and cuSPARSELt have sparse kernels for float16 and bfloat16 only.
     exclude, force: globs over parameter names: leave dense; run sparse without measuring that it is faster.

@@ -7,6 +7,7 @@
 
 An addition of the same shape first, then an activation, each only where nobody else reads what comes before it. Reshapes in
 between are looked through: additions and activations do not care for the shape. Dropouts of evaluation are nothing.
+The product moves to where it is activated, so nothing on the way may write into a tensor: it could be one that it reads.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def fuse_epilogues(gm: GraphModule) -> GraphModule:
 def _fuse(gm: GraphModule, product: Node) -> bool:
     """Take one more step into the product; False if there is none to take."""
     between, step = _next(product)
-    if step is None or product.args[-1] != "":
+    if step is None or product.args[-1] != "" or _written(product, between, step):
         return False
     name = _activation(step)
     other = product.args[_RESIDUAL] if name else _added(product, between, step)
@@ -60,6 +61,16 @@ def _next(product: Node) -> tuple[list[Node], Node | None]:
         between.append(user)
         at = user
     return between, None
+
+
+def _written(product: Node, between: list[Node], step: Node) -> bool:
+    """Whether anything writes into a tensor after the product and before the step."""
+    at = product.next
+    while at is not step:
+        if at not in between and isinstance(at.target, torch._ops.OpOverload) and at.target._schema.is_mutable:
+            return True
+        at = at.next
+    return False
 
 
 def _nothing(node: Node) -> bool:
@@ -84,7 +95,8 @@ def _added(product: Node, between: list[Node], step: Node) -> Node | None:
         return None
     mine, theirs = last.meta["val"], other.meta.get("val")
     fits = isinstance(theirs, torch.Tensor) and theirs.dtype == mine.dtype and tuple(theirs.shape) == tuple(mine.shape)
-    return other if fits else None
+    dynamic = sum(not isinstance(size, int) for size in product.meta["val"].shape)
+    return other if fits and (dynamic < 2 or not any(each.target in RESHAPES for each in between)) else None
 
 
 def _taken(gm: GraphModule, product: Node, between: list[Node], step: Node, residual: Any, activation: str) -> None:

@@ -22,6 +22,7 @@ from nm_compiler.lowering import cast, passes
 from nm_compiler.passes.flatten_tokens import flatten_tokens
 from nm_compiler.passes.fold_weights import fold_weights
 from nm_compiler.passes.products_to_linear import products_to_linear
+from nm_compiler.runtime.backends import cpu as cpu_backend
 from nm_compiler.runtime.products import products
 
 Golden = Callable[[str, str], None]
@@ -192,8 +193,9 @@ def test_a_model_whose_weights_are_n_m_without_having_been_compiled_can_be_lower
 # -- the report -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_has_a_row_for_every_weight_with_a_reason_and_what_would_help() -> None:
+def test_the_report_has_a_row_for_every_weight_with_a_reason_and_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = views()
+    monkeypatch.setattr(cpu_backend, "load", lambda: "the CPU kernels were not built")
     lowered = nm.lower(model, (x,), backend="auto")
     report = nm.report(lowered)
     assert [row.name for row in report.rows] == [
@@ -201,13 +203,12 @@ def test_the_report_has_a_row_for_every_weight_with_a_reason_and_what_would_help
     ]  # fmt: skip
     by_name = {row.name: row for row in report.rows}
     assert by_name["turned"].status == "dense"
-    assert by_name["turned"].reason == "no sparse kernels for cpu in this release"
-    assert by_name["turned"].hint == "an NVIDIA GPU, and dtype=torch.float16 or bfloat16"
+    assert by_name["turned"].reason == "no CPU kernels here"
+    assert by_name["turned"].hint == "what the notes say about the CPU kernels, or an NVIDIA GPU"
     assert by_name["turned"].bytes == 16 * 16 * 4
     assert by_name["head.weight"].reason.startswith("not 2:4")
     text = str(report)
-    assert "Not used, tensorrt: " in text
-    assert "Not used, cusparselt: the weight is on cpu: move the model to an NVIDIA GPU" in text
+    assert "Not used, cpu: the CPU kernels were not built" in text
     assert "Checked against the model" in text
     json.dumps(report.to_dict())
     assert "<table>" in report.to_html()
@@ -314,7 +315,10 @@ def refusals() -> dict[str, tuple[Callable[[], Any], str]]:
         "no module": (lambda: nm.lower({}, x), "takes a torch.nn.Module, not dict"),
         "meta": (lambda: nm.lower(meta, x), "on the meta device"),
         "unknown backend": (lambda: nm.lower(model, x, backend="trt"), "backend='trt': choose one of auto, tensorrt"),
-        "cpu": (lambda: nm.lower(model, x, backend="cpu"), "packed kernels for CPUs are not in this release"),
+        "cpu": (
+            lambda: nm.lower(model, x, backend="cpu", dtype=torch.float16),
+            "cannot be used here: float16: the CPU kernels",
+        ),
         "cusparselt on a CPU": (lambda: nm.lower(model, x, backend="cusparselt"), "cannot be used here: the weight is on cpu"),
         "tensorrt": (lambda: nm.lower(model, x, backend="tensorrt"), r"backend='tensorrt' cannot be used here: .*pip install"),
         "dtype": (lambda: nm.lower(model, x, dtype=torch.int8), "8-bit needs scales"),

@@ -7,8 +7,12 @@ A new reason without a row here or a sentence there fails: `written` reads them 
 from __future__ import annotations
 
 import ast
+import ctypes
 import functools
+import os
+import platform
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,14 +36,17 @@ from nm_compiler.lowering import _sparse_sites
 from nm_compiler.methods import bimask as bimask_method
 from nm_compiler.pattern import Pattern, PatternMap
 from nm_compiler.prepared import loaded_dense, not_yet, too_late
+from nm_compiler.runtime.backends import cpu as cpu_backend
 from nm_compiler.runtime.backends import cusparselt as cusparselt_backend
-from nm_compiler.runtime.backends.choosing import _short, choose_backend
+from nm_compiler.runtime.backends.choosing import _hint, _short, choose_backend
 from nm_compiler.runtime.backends.dense import Dense
 from nm_compiler.runtime.backends.tensorrt import _decided
 from nm_compiler.runtime.choose import Timing
 from nm_compiler.runtime.cusparselt.candidates import candidates
 from nm_compiler.runtime.cusparselt.eligible import Machine, Product, int8_reasons, reasons
 from nm_compiler.runtime.cusparselt.unfold import Geometry
+from nm_compiler.runtime.native import library as native
+from nm_compiler.runtime.native.eligible import reasons as of_cpu
 from nm_compiler.runtime.products import Decision, unread
 from nm_compiler.runtime.products import Product as Planned
 from nm_compiler.runtime.tensorrt.eligible import reasons as of_tensorrt
@@ -168,6 +175,54 @@ def unfrozen_candidate() -> str:
     return found.reasons[0]
 
 
+def on_cpu(
+    op: Any = torch.ops.aten.linear.default, axes: int = 0, dtype: torch.dtype = torch.float32, pattern: str = "2:4"
+) -> str:
+    value = SimpleNamespace(meta={"val": torch.empty([4] * (axes + 2), device="meta")})
+    name = "conv3d" if axes == 3 else "linear"
+    (found,) = of_cpu(
+        Planned(name, "w", replace(site(pattern=pattern), op=name), dtype), SimpleNamespace(target=op, args=(value, value))
+    )
+    return found
+
+
+def measured_on_cpu(model: nn.Module, x: Tensor, name: str) -> Decision:
+    """Of a product that was twice as slow sparse."""
+    gm = capture_mode(model, (x,), {}, training=False)[0]
+    node = next(each for each in gm.graph.nodes if len(each.args) > 1 and getattr(each.args[1], "target", None) == name)
+    at = site(*model.get_parameter(name).shape)
+    each = Planned(node.name, name, replace(at, op="linear" if len(at.shape) == 2 else "conv2d"), torch.float32)
+    job = SimpleNamespace(gm=gm, force=())
+    choices = SimpleNamespace(find=lambda key, measure: Timing(1e-3, 2e-3))
+    with patch.object(cpu_backend, "pack", lambda *_, **__: SimpleNamespace(nbytes=1)):
+        return cpu_backend._decide(job, each, node, choices, None)
+
+
+def kernels(*files: str, handle: Any = None, off: str = "") -> str:
+    """Why there are no kernels in a folder that holds ``files``. handle: what loading gives, an error by default."""
+
+    def loaded(path: str) -> Any:
+        if handle is None:
+            raise OSError("file too short")
+        return handle
+
+    with tempfile.TemporaryDirectory() as folder:
+        for file in files:
+            Path(folder, file).touch()
+        there = patch.object(native, "__file__", str(Path(folder, "library.py")))
+        with there, patch.object(ctypes, "CDLL", loaded), patch.dict(os.environ, {"NM_COMPILER_NATIVE": off}):
+            found = native.load.__wrapped__()
+        return found.replace(folder, "native")
+
+
+def processor(*sets: int) -> str:
+    with patch.object(platform, "machine", lambda: "x86_64"):
+        return native._chosen(SimpleNamespace(nm_isa_name=lambda number: b"" if number in sets else None), None)
+
+
+OTHER: Any = SimpleNamespace(nm_version=lambda: 0, nm_job_bytes=lambda: 0)
+
+
 def tensorrt(at: Site, dtype: torch.dtype = torch.float16) -> tuple[str, str]:
     """(reason, hint); no reason where it may be sparse."""
     found, hint = of_tensorrt(Planned("linear", "w", at, dtype))
@@ -234,10 +289,28 @@ LOWERING: list[tuple[str, Callable[[], Any]]] = [
     ("read by bmm, for which no runtime here has sparse kernels: write the product as a linear", lambda: unread_by("w")),
     ("no product reads it in evaluation mode, so nothing would get faster", lambda: unread_by("v")),
     ('backend="dense" was asked for', lambda: of_dense(Dense()).reasons[0]),
-    ("no sparse kernels for cpu in this release", lambda: _short(torch.float16, torch.device("cpu"))),
-    ("an NVIDIA GPU, and dtype=torch.float16 or bfloat16", lambda: of_dense(choose_backend("auto", torch.float16, torch.device("cpu"))).hint),
+    ("no sparse kernels for mps in this release", lambda: _short(torch.float16, torch.device("mps"))),
+    ("no CPU kernels here", lambda: of_dense(choose_backend("auto", torch.float16, torch.device("cpu"))).reasons[0]),
+    ("what the notes say about the CPU kernels, or an NVIDIA GPU", lambda: _hint(torch.device("cpu"))),
+    ("an NVIDIA GPU, and dtype=torch.float16 or bfloat16", lambda: of_dense(choose_backend("auto", torch.float16, torch.device("mps"))).hint),
     ("float32: sparse kernels need float16 or bfloat16", lambda: _short(torch.float32, torch.device("cuda"))),
     ("neither TensorRT nor cuSPARSELt works here", lambda: _short(torch.float16, torch.device("cuda"))),
+]  # fmt: skip
+CPU: list[tuple[str, Callable[[], Any]]] = [
+    ("M = 64: the CPU kernels take M up to 32", lambda: on_cpu(pattern="2:64")),
+    ("float64: the CPU kernels take float32 and bfloat16, say dtype=torch.float32", lambda: on_cpu(dtype=torch.float64)),
+    ("conv3d with this padding or number of axes: the CPU kernels take one or two axes, padded evenly", lambda: on_cpu(torch.ops.aten.conv3d.default, 3)),
+    ("measured 0.50x of dense at 2 tokens", lambda: measured_on_cpu(MLP(), example(MLP()), "fc2.weight").reasons[0]),
+    ("measured 0.50x of dense at inputs of [2, 4, 3, 3]", lambda: measured_on_cpu(nn.Conv2d(4, 8, 1), torch.randn(2, 4, 3, 3), "weight").reasons[0]),
+    ("fewer kept weights (1:4, 1:8), a larger layer, or force=[...]", lambda: measured_on_cpu(MLP(), example(MLP()), "fc2.weight").hint),
+    ("the model is on cuda: model.cpu()", lambda: cpu_backend.Cpu().missing(torch.float32, torch.device("cuda"))),
+    ("float16: the CPU kernels take float32 and bfloat16, say dtype=torch.float32", lambda: cpu_backend.Cpu().missing(torch.float16, torch.device("cpu"))),
+    ("switched off by NM_COMPILER_NATIVE=0", lambda: kernels(off="0")),
+    ("the CPU kernels were not built: pip install nm_compiler, with a C compiler at hand", kernels),
+    ("the CPU kernels were not built: the compiler's words are in native/_kernels.log", lambda: kernels("_kernels.log")),
+    ("the CPU kernels cannot be loaded (file too short): reinstall nm_compiler", lambda: kernels("_kernels.so")),
+    ("the CPU kernels were built from another version: reinstall nm_compiler", lambda: kernels("_kernels.so", handle=OTHER)),
+    ("the processor has no AVX2: dense kernels are faster there", lambda: processor(0)),
 ]  # fmt: skip
 TENSORRT: list[tuple[str, Callable[[], Any]]] = [
     ("1:4: sparse tensor cores multiply 2:4", lambda: tensorrt(site(pattern="1:4"))[0]),
@@ -289,7 +362,7 @@ PRUNE: list[tuple[str, Callable[[], Any]]] = [
     ("a router, by its name (include= takes it in)", lambda: unpruned("mlp.gate.weight")),
     ("a norm, by its name (include= takes it in)", lambda: unpruned("input_layernorm.weight")),
 ]  # fmt: skip
-REASONS = [*PLANNING, *TRAINING, *LOWERING, *TENSORRT, *CUSPARSELT, *ONNX, *PRUNE]
+REASONS = [*PLANNING, *TRAINING, *LOWERING, *CPU, *TENSORRT, *CUSPARSELT, *ONNX, *PRUNE]
 
 
 @pytest.mark.parametrize(("words", "trigger"), REASONS, ids=[words for words, _ in REASONS])
@@ -343,13 +416,16 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "nm_compiler/reporting.py": ("_plain",),
     "nm_compiler/streaming/planning.py": ("plan_tensors", "_impossible", "_by_globs", "_by_name"),
     "runtime/products.py": ("_unread",),
-    "runtime/backends/choosing.py": ("_auto", "_short"),
+    "runtime/backends/choosing.py": ("_auto", "_short", "_hint"),
+    "runtime/backends/cpu.py": ("missing", "_decide"),
     "runtime/backends/cusparselt.py": ("_decide",),
     "runtime/backends/dense.py": ("__init__", "lower"),
     "runtime/backends/onnx.py": ("_decided",),
     "runtime/backends/tensorrt.py": ("_decided",),
     "runtime/cusparselt/candidates.py": ("_judged",),
     "runtime/cusparselt/eligible.py": EVERYTHING,
+    "runtime/native/eligible.py": EVERYTHING,
+    "runtime/native/library.py": ("load", "_chosen"),
     "runtime/onnx_files/found.py": EVERYTHING,
     "runtime/tensorrt/eligible.py": EVERYTHING,
     "passes/train_cusparselt.py": ("reasons_of",),
@@ -358,7 +434,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
         for path in sorted((ROOT / "nm_compiler" / "methods").glob("*.py"))
     },
 }
-NO_REASON = {" along axis ", ", checked for ", "Not used, ", "%s stays dense: %s"}  # of a sparse row, titles, notes, the log
+NO_REASON = {" along axis ", ", checked for ", "Not used, ", "%s stays dense: %s", "the processor has no "}
+"""Of a sparse row, titles, notes, the log, and of an instruction set that was asked for."""
 _SKIPPED = (ast.Raise, ast.Assert)
 
 

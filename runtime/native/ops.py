@@ -28,6 +28,8 @@ from nm_compiler.runtime.native.packing import LANES, sizes
 
 FEW = 24
 """Tokens up to which the weights' way through memory is what takes time."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Of x and of what is added."""
 
 _ops = torch.library.Library("nm", "FRAGMENT")
 _TAIL = "Tensor values, Tensor codes, Tensor? scales, Tensor? bias, Tensor? residual, int[] pattern, int rows"
@@ -48,13 +50,15 @@ def packed_linear(
     residual: of the result's shape; pattern: ``[n, m]``; activation: "", "relu", "gelu", "gelu_tanh" or "silu".
     Returns ``[..., rows]``, contiguous, of x's dtype. Raises NMError for operands that do not fit, before any is read.
     """
-    width = x.shape[-1]
+    width = x.shape[-1] if x.ndim else 0
     _check("packed_linear", x, values, codes, scales, bias, residual, pattern, rows, (rows, width), 1, activation)
+    sizes_ = (*x.shape[:-1], rows)
+    _check_residual("packed_linear", residual, sizes_)
     data = _float(x).contiguous()
-    y = data.new_empty((*x.shape[:-1], rows))
+    y = data.new_empty(sizes_)
     if y.numel() == 0:
         return y.to(x.dtype)
-    tokens = data.numel() // width if width else math.prod(x.shape[:-1])
+    tokens = data.numel() // width
     added = None if residual is None else _float(residual).contiguous()
     _library().run(Job(
         address(data), address(y), address(added), address(bias), address(values), address(codes), address(scales),
@@ -75,14 +79,18 @@ def packed_conv2d(
     zeros; the rest as for `packed_linear`. Returns ``[batch, rows, ...]`` in the memory format of x, of x's dtype.
     Raises NMError for operands that do not fit, before any is read.
     """
-    if x.ndim != 4 or x.shape[1] % groups:
-        raise NMError(f"nm::packed_conv2d takes x [batch, in, height, width], channels in {groups} groups; not {_shown(x)}")
+    if x.ndim != 4 or groups < 1 or x.shape[1] % groups or rows % groups:
+        raise NMError(
+            f"nm::packed_conv2d takes x [batch, in, height, width], its channels and {rows} rows in {groups} groups; "
+            f"not {_shown(x)}"
+        )
+    sizes_ = _checked_sizes(x, kernel, stride, padding, dilation)
     shape = (rows, x.shape[1] // groups, *kernel)
     _check("packed_conv2d", x, values, codes, scales, bias, residual, pattern, rows, shape, groups, activation)
+    _check_residual("packed_conv2d", residual, (x.shape[0], rows, *sizes_))
     form = _format(x)
     data = _float(x).contiguous(memory_format=form)
     batch, channels, height, width = data.shape
-    sizes_ = _out_sizes(x, kernel, stride, padding, dilation)
     y = torch.empty((batch, rows, *sizes_), dtype=torch.float32, memory_format=form)
     if y.numel() == 0:
         return y.to(x.dtype)
@@ -120,14 +128,32 @@ def _out_sizes(x: Any, kernel: list[int], stride: list[int], padding: list[int],
     return found[0], found[1]
 
 
+def _checked_sizes(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
+    """Height and width of the result."""
+    given = f"nm::packed_conv2d: kernel {kernel}, stride {stride}, padding {padding}, dilation {dilation}"
+    for numbers, least in ((kernel, 1), (stride, 1), (padding, 0), (dilation, 1)):
+        if len(numbers) != 2 or min(numbers) < least:
+            raise NMError(f"{given}: two numbers each, padding from 0 on, the others from 1 on")
+    found = _out_sizes(x, kernel, stride, padding, dilation)
+    if min(found) < 1:
+        raise NMError(f"{given}: the images of x {_shown(x)} are too small")
+    return list(found)
+
+
+def _check_residual(name: str, residual: Tensor | None, shape: tuple[int, ...]) -> None:
+    if residual is not None and not (residual.shape == shape and residual.dtype in FLOATS and residual.is_cpu):
+        raise NMError(f"nm::{name} adds a residual of the result's shape {list(shape)}, on the CPU, not {_shown(residual)}")
+
+
 def _check(
     name: str, x: Tensor, values: Tensor, codes: Tensor, scales: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     pattern: list[int], rows: int, shape: tuple[int, ...], groups: int, activation: str,
 ) -> None:  # fmt: skip
     """Everything that C takes on trust."""
-    wanted = _wanted(shape, pattern[0], pattern[1], groups)
+    wanted = _wanted(shape, tuple(pattern), groups)
     fits = (
-        values.shape == wanted[0]
+        math.prod(shape[1:]) > 0
+        and values.shape == wanted[0]
         and codes.shape == wanted[1]
         and values.dtype in DTYPES
         and codes.dtype == torch.int32
@@ -139,21 +165,24 @@ def _check(
     )
     if not fits:
         raise NMError(
-            f"nm::{name}: x of {_shown(x)} and a weight {list(shape)} of {pattern[0]}:{pattern[1]} do not fit packed values "
+            f"nm::{name}: x of {_shown(x)} and a weight {list(shape)} of {Pattern(*pattern)} do not fit packed values "
             f"of {_shown(values)}, codes of {_shown(codes)} or the bias: pack again, or feed {shape[1] * groups} channels"
         )
-    if not (x.is_cpu and values.is_cpu and codes.is_cpu):
-        raise NMError(f"nm::{name} runs on the CPU: x of {_shown(x)}, packed values of {_shown(values)}. Move them there")
-    if not x.is_floating_point() or x.dtype == torch.float64:
+    others = (bias is None or bias.is_cpu) and (scales is None or scales.is_cpu)
+    if not (x.is_cpu and values.is_cpu and codes.is_cpu and others):
+        raise NMError(f"nm::{name} runs on the CPU: x of {_shown(x)}, packed values of {_shown(values)}. Move all there")
+    if x.dtype not in FLOATS:
         raise NMError(f"nm::{name} takes float32, bfloat16 or float16: x of {_shown(x)}")
     if activation not in ACTIVATIONS:
         raise NMError(f"nm::{name}: activation={activation!r}; choose one of {', '.join(map(repr, ACTIVATIONS))}")
 
 
 @cache
-def _wanted(shape: tuple[int, ...], n: int, m: int, groups: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of values, codes and scales."""
-    tiles, steps, words = sizes(shape, Pattern(n, m), groups)
+def _wanted(shape: tuple[int, ...], pattern: tuple[int, ...], groups: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of values, codes and scales. Raises NMError for a pattern that is none."""
+    if len(pattern) != 2:
+        raise NMError(f"a packed weight has a pattern [n, m], not {list(pattern)}")
+    tiles, steps, words = sizes(shape, Pattern(*pattern), groups)
     return (groups, tiles, steps, LANES), (groups, tiles, words, LANES), (groups, tiles, LANES)
 
 

@@ -1,0 +1,540 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""nm.lower(backend="cpu"): packed products, what is fused into them, what is measured, reported and refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import Attention, ConvNet, Grouped, Matmuls, example
+from torch import Tensor, nn
+from torch.nn import functional
+
+import nm_compiler as nm
+from nm_compiler.graph import run, show_graph
+from nm_compiler.pattern import Pattern
+from nm_compiler.runtime.backends import cpu
+from nm_compiler.runtime.choose import Timing
+from nm_compiler.runtime.native import library as library_module
+from nm_compiler.runtime.native.eligible import Conv
+from nm_compiler.runtime.native.library import Library, load
+from nm_compiler.runtime.native.measuring import _conv_ways, _linear_ways, _sparse, timed
+from nm_compiler.runtime.native.ops import CONV2D, LINEAR
+from nm_compiler.runtime.native.packing import pack, unpack
+from nm_compiler.solvers.masks import masked
+
+Golden = Callable[[str, str], None]
+ROOT = Path(__file__).parents[1]
+needs_kernels = pytest.mark.skipif(isinstance(load(), str), reason=f"no CPU kernels here: {load()}")
+
+
+@pytest.mark.required
+def test_the_kernels_were_built_and_load() -> None:
+    if isinstance(load(), str):
+        pytest.skip(str(load()))
+    assert load().isa in ("avx512", "avx2", "portable")
+
+
+def frozen(model: nn.Module, x: Any, pattern: str = "2:4", **options: Any) -> nn.Module:
+    return nm.freeze(nm.compile(model, (x,), pattern=pattern, method=nm.Magnitude(), **options)).eval()
+
+
+def forced(model: nn.Module, x: Any, **options: Any) -> Any:
+    return nm.lower(model, (x,), backend="cpu", force=["*"], **options)
+
+
+def packed_nodes(lowered: Any) -> list[Any]:
+    return [node for node in lowered.run.graph.nodes if node.target in (LINEAR, CONV2D)]
+
+
+def rows(lowered: Any) -> dict[str, Any]:
+    return {row.name: row for row in nm.report(lowered).rows}
+
+
+# -- the graph --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Any]]:
+    """What the backend's passes make of the graph, one by one: the pass, the graph as text, and its outputs."""
+    found = []
+
+    def recorded(gm: Any, passes: list[Any]) -> Any:
+        for each in passes:
+            gm = run(gm, [each])
+            found.append((getattr(each, "func", each).__name__, show_graph(gm), gm))
+        return gm
+
+    monkeypatch.setattr(cpu, "run", recorded)
+    return found
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", [ConvNet, Attention, Grouped, Matmuls], ids=lambda kind: kind.__name__.lower())
+def test_the_passes_of_the_backend_compute_the_same_and_look_as_read(kind: Any, stages: Any, golden: Golden) -> None:
+    model = kind()
+    x = example(model)
+    model = frozen(model, x)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lowered = forced(model, x)
+    assert lowered.error < 1e-5
+    for name, text, _ in stages:
+        golden(f"{name}_{kind.__name__.lower()}", text)
+    assert [name for name, _, _ in stages] == ["lower_cpu", "fuse_epilogues"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the model is not touched"
+    for batch in (1, 5):
+        torch.testing.assert_close(lowered(example(model, batch, 1)), model(example(model, batch, 1)), rtol=1e-5, atol=1e-5)
+
+
+class Net(nn.Module):
+    """A sparse linear in the middle of whatever a case does."""
+
+    def __init__(self, then: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.fc, self.other, self.then = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16), then
+        self.drop, self.conv = nn.Dropout(0.5), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(self, self.stem(x))
+
+
+def added_in_place(net: Any, h: Tensor) -> Tensor:
+    y = net.fc(h)
+    y += h
+    return torch.relu_(y)
+
+
+def read_twice(net: Any, h: Tensor) -> Tensor:
+    y = net.fc(h)
+    return torch.relu(y) * y
+
+
+def written_before_the_activation(net: Any, h: Tensor) -> Tensor:
+    y = net.fc(h)
+    h.mul_(2)
+    return torch.relu(y) * h
+
+
+def written_between_addition_and_activation(net: Any, h: Tensor) -> Tensor:
+    r = torch.tanh(h)
+    y = net.fc(h) + r
+    r.mul_(2)
+    return torch.relu(y) * r
+
+
+def turned(net: Any, h: Tensor) -> Tensor:
+    return torch.relu(net.fc(h).view(-1, 4, 4) + h.view(-1, 4, 4))
+
+
+FUSED: dict[str, tuple[Any, bool, str]] = {  # forward, whether a residual is added, the activation
+    "nothing": (lambda net, h: net.fc(h), False, ""),
+    "relu": (lambda net, h: torch.relu(net.fc(h)), False, "relu"),
+    "relu in place": (lambda net, h: functional.relu(net.fc(h), inplace=True), False, "relu"),
+    "silu": (lambda net, h: functional.silu(net.fc(h)), False, "silu"),
+    "gelu": (lambda net, h: functional.gelu(net.fc(h)), False, "gelu"),
+    "gelu of tanh": (lambda net, h: functional.gelu(net.fc(h), approximate="tanh"), False, "gelu_tanh"),
+    "an addition": (lambda net, h: net.fc(h) + h, True, ""),
+    "an addition from the other side": (lambda net, h: h + net.fc(h), True, ""),
+    "an addition in place, then relu": (added_in_place, True, "relu"),
+    "dropout, an addition, silu": (lambda net, h: functional.silu(net.drop(net.fc(h)) + h), True, "silu"),
+    "a shape, an addition, relu": (turned, True, "relu"),
+    "relu, and then an addition": (lambda net, h: torch.relu(net.fc(h)) + h, False, "relu"),
+    "tanh": (lambda net, h: torch.tanh(net.fc(h)), False, ""),
+    "a number": (lambda net, h: net.fc(h) + 1.0, False, ""),
+    "a row for all": (lambda net, h: net.fc(h) + h[:1], False, ""),
+    "its one row for all": (lambda net, h: net.fc(h[:1]) + h, False, ""),
+    "alpha": (lambda net, h: torch.add(net.fc(h), h, alpha=2), False, ""),
+    "into the other operand": (lambda net, h: h.add_(net.fc(h)), False, ""),
+    "itself": (lambda net, h: (lambda y: y + y)(net.fc(h)), False, ""),
+    "another dtype": (lambda net, h: net.fc(h) + h.double(), False, ""),
+    "read twice": (read_twice, False, ""),
+    "its input is written before the activation": (written_before_the_activation, False, ""),
+    "what is added is written before the activation": (written_between_addition_and_activation, True, ""),
+    "one of two products": (lambda net, h: torch.relu(net.fc(h) + net.other(h)), True, "relu"),
+}  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", list(FUSED))
+def test_what_follows_a_product_is_fused_where_that_changes_nothing(case: str, stages: Any) -> None:
+    forward, residual, activation = FUSED[case]
+    model, x = Net(forward), torch.randn(6, 8)
+    model = frozen(model, x, include=["*"])
+    lowered = forced(model, x)
+    assert lowered.error < 1e-5
+    for batch in (2, 7):
+        given = torch.randn(batch, 8)
+        plain, wanted = stages[0][2](given)[0], model(given)
+        torch.testing.assert_close(plain, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lowered(given), wanted, rtol=1e-5, atol=1e-5)
+    kept = [node for node in packed_nodes(lowered) if str(node.args[1].target) != "stem_weight_values"]
+    with_residual = [node for node in kept if node.args[5] is not None]
+    assert len(with_residual) == residual, "one of them at most"
+    assert {node.args[-1] for node in with_residual or kept} == {activation}
+
+
+@needs_kernels
+def test_a_residual_behind_a_shape_of_two_dynamic_axes_is_left_where_it_is() -> None:
+    model = Net(lambda net, h: torch.relu(net.conv(h.unflatten(1, (4, -1))).flatten(2) + h.unflatten(1, (4, -1)).flatten(2)))
+    model.stem = nn.Identity()
+    x = torch.randn(2, 4 * 5, 6)
+    model = frozen(model, x, include=["conv*"], dynamic_shapes=None)
+    lowered = nm.lower(
+        model, (x,), backend="cpu", force=["*"], dynamic_shapes={"x": {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}}
+    )
+    for shape in ((2, 20, 6), (3, 20, 9)):
+        given = torch.randn(shape)
+        torch.testing.assert_close(lowered(given), model(given), rtol=1e-5, atol=1e-5)
+
+
+# -- whole nets -------------------------------------------------------------------------------------------------------------
+
+pytest.importorskip("zoo.shim", reason="the zoo is an extra: pip install -e '.[zoo]'").declare_missing_operators()
+nets = pytest.importorskip("nets", reason="the zoo is an extra: pip install -e '.[zoo]'", exc_type=ImportError)
+
+
+@functools.cache
+def net_of(make: Any) -> tuple[nn.Module, Tensor, set[str], Any]:
+    """The model, its input, the names of its sparse weights, and the model lowered."""
+    torch.manual_seed(0)
+    model, x = make()
+    model, sites = nets.pruned(model, x)
+    return model, x, set(sites), forced(model, x)
+
+
+@needs_kernels
+@pytest.mark.required
+@pytest.mark.parametrize("make", nets.NETS, ids=lambda make: make.__name__)
+def test_a_net_runs_on_packed_weights_and_its_numbers_stay(make: Any) -> None:
+    model, x, sites, lowered = net_of(make)
+    assert lowered.error < 1e-5
+    assert {name.partition(" ")[0] for name, row in rows(lowered).items() if row.status == "sparse"} == sites
+    assert len(packed_nodes(lowered)) == len(lowered.result.products)
+    many = torch.cat([x, x, x])
+    wanted = model(many)
+    torch.testing.assert_close(lowered(many), wanted, rtol=1e-4, atol=1e-4)
+    if x.ndim == 4:
+        torch.testing.assert_close(lowered(many.contiguous(memory_format=torch.channels_last)), wanted, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_a_resnet_adds_and_activates_inside_its_products() -> None:
+    lowered = net_of(nets.resnet18)[-1]
+    targets = [str(node.target) for node in lowered.run.graph.nodes]
+    assert sum("relu" in target for target in targets) == 1, "of the stem, which is dense"
+    assert not any("add" in target for target in targets)
+
+
+@needs_kernels
+@pytest.mark.parametrize("make", [nets.mobilenet_v2, nets.llama], ids=lambda make: make.__name__)
+def test_a_net_in_bfloat16_stays_in_bfloat16(make: Any) -> None:
+    model, x, sites, _ = net_of(make)
+    lowered = forced(model, x, dtype=torch.bfloat16)
+    assert lowered.error < 6e-2
+    assert lowered(x).dtype == torch.bfloat16
+    assert {row.kernel for row in rows(lowered).values() if row.status == "sparse"} == {"CPU packed 2:4 bfloat16"}
+    assert {node.meta["val"].dtype for node in packed_nodes(lowered)} == {torch.bfloat16}
+    assert len(packed_nodes(lowered)) >= len(sites)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("values", "bound"), [("bfloat16", 2e-2), ("int8", 1e-1)])
+def test_rounded_values_take_less_memory_and_stay_within_what_the_report_allows(values: str, bound: float) -> None:
+    model, x, _, full = net_of(nets.bert)
+    lowered, before = forced(model, x, options={"values": values}), rows(full)
+    assert 0 < lowered.error < bound
+    for name, row in rows(lowered).items():
+        if row.status == "sparse":
+            assert row.kernel == f"CPU packed 2:4 {values}"
+            assert row.bytes < before[name].bytes
+
+
+# -- the module that comes back ---------------------------------------------------------------------------------------------
+
+
+def convs() -> tuple[nn.Module, Tensor]:
+    net = nn.Sequential(
+        nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Conv1d(8, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv1d(16, 8, 2, groups=2, dilation=2),
+        nn.Conv1d(8, 8, 3, padding="same"), nn.Conv1d(8, 8, 2, padding="same"), nn.Conv1d(8, 4, 1),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 30)
+    return frozen(net, x), x
+
+
+@needs_kernels
+def test_convolutions_along_one_axis_are_packed_with_all_that_they_are_called_with() -> None:
+    model, x = convs()
+    lowered = forced(model, x)
+    torch.testing.assert_close(lowered(x), model(x), rtol=1e-5, atol=1e-5)
+    found = rows(lowered)
+    assert {name for name, row in found.items() if row.status == "sparse"} == {"2.weight", "4.weight", "5.weight"}
+    assert found["6.weight"].reason.startswith("conv1d with this padding or number of axes")
+
+
+@needs_kernels
+def test_a_state_dict_holds_the_packed_weights_and_comes_back_and_no_dense_one_is_kept(tmp_path: Path) -> None:
+    model, x = convs()
+    lowered = forced(model, x)
+    names = set(lowered.state_dict())
+    assert {"run.2_weight_values", "run.2_weight_codes"} <= {name.replace("run._", "run.") for name in names}, names
+    assert "run.2.weight" not in names
+    wanted = lowered(x)
+    torch.save(lowered.state_dict(), tmp_path / "state.pt")
+    again = forced(model, x)
+    with torch.no_grad():
+        for value in again.state_dict().values():
+            value.zero_()
+    assert not torch.equal(again(x), wanted)
+    again.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert torch.equal(again(x), wanted)
+
+
+@needs_kernels
+def test_packed_2_4_weights_in_float32_take_at_most_0_54_of_dense() -> None:
+    net = nn.Sequential(
+        nn.Linear(8, 256),
+        nn.Linear(256, 256),
+        nn.Unflatten(1, (64, 2, 2)),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(256, 8),
+    )
+    x = torch.randn(3, 8)
+    model = frozen(net, x)
+    lowered = forced(model, x)
+    dense = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    found = rows(lowered)
+    for name in ("1.weight", "3.weight"):
+        assert found[name].bytes <= 0.54 * dense[name]
+    held = sum(value.nbytes for value in lowered.state_dict().values())
+    saved = sum(dense[name] - found[name].bytes for name in ("1.weight", "3.weight"))
+    assert held == sum(dense.values()) - saved, "nothing beside them"
+
+
+@needs_kernels
+def test_a_weight_that_two_products_share_is_packed_once() -> None:
+    model, x = Net(lambda net, h: net.fc(torch.tanh(net.fc(h)))), torch.randn(4, 8)
+    model = frozen(model, x)
+    lowered = forced(model, x)
+    torch.testing.assert_close(lowered(x), model(x), rtol=1e-5, atol=1e-5)
+    held = [value.data_ptr() for name, value in lowered.state_dict().items() if name.endswith("values")]
+    assert len(set(held)) == 1
+    assert [name for name, row in rows(lowered).items() if row.status == "sparse"] == ["fc.weight", "fc.weight [1]"]
+
+
+@needs_kernels
+def test_a_lowered_model_compiles_whole_and_can_be_exported() -> None:
+    model, x = ConvNet(), example(ConvNet())
+    model = frozen(model, x)
+    lowered = forced(model, x)
+    with torch.no_grad():
+        compiled = torch.compile(lowered, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), lowered(x))
+        program = torch.export.export(lowered, (x,))
+        torch.testing.assert_close(program.module()(x), lowered(x))
+    assert any("packed_conv2d" in str(node.target) for node in program.graph.nodes)
+
+
+# -- what is chosen, and what is said ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[int, ...]]:
+    """Products with 32 outputs are twice as fast sparse, others half as fast: no clock is read. Gives what was measured."""
+    found: list[tuple[int, ...]] = []
+
+    def fake(weight: Tensor, packed: Any, x: Tensor, bias: Any, conv: Any) -> Timing:
+        found.append((*weight.shape, *x.shape))
+        return Timing(2e-3, 1e-3) if weight.shape[0] == 32 else Timing(1e-3, 2e-3)
+
+    monkeypatch.setattr(cpu, "timed", fake)
+    monkeypatch.setenv("NM_COMPILER_CACHE", str(tmp_path))
+    return found
+
+
+def choices() -> tuple[nn.Module, Tensor]:
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 16, 1), nn.Flatten(),
+        nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 24), nn.Linear(24, 4),
+    )  # fmt: skip
+    x = torch.randn(3, 3, 8, 8)
+    return frozen(net, x), x
+
+
+@needs_kernels
+def test_each_distinct_product_is_measured_once_and_the_faster_way_runs(measured: Any, tmp_path: Path) -> None:
+    model, x = choices()
+    lowered = nm.lower(model, (x,), backend="cpu")
+    assert sorted(measured) == [
+        (16, 32, 1, 1, 3, 32, 2, 2), (24, 32, 3, 32), (32, 32, 3, 3, 3, 32, 4, 4), (32, 32, 3, 3, 3, 32, 6, 6), (32, 32, 3, 32), (32, 64, 3, 64),
+    ]  # fmt: skip
+    found = rows(lowered)
+    fast, slow = found["7.weight"], found["9.weight"]
+    assert (fast.status, fast.kernel, fast.reason) == ("sparse", "CPU packed 2:4", "CPU packed 2:4")
+    assert (fast.dense_ms, fast.sparse_ms, fast.speedup) == (2.0, 1.0, 2.0)
+    assert fast.bytes == 32 * 32 * 4 * 17 // 32
+    assert (slow.status, slow.kernel, slow.eligible) == ("dense", None, True)
+    assert slow.reason == "measured 0.50x of dense at 3 tokens"
+    assert slow.hint == "fewer kept weights (1:4, 1:8), a larger layer, or force=[...]"
+    assert slow.bytes == 24 * 32 * 4
+    assert (slow.dense_ms, slow.sparse_ms) == (1.0, 2.0)
+    assert found["4.weight"].reason == "measured 0.50x of dense at inputs of [3, 32, 2, 2]"
+    assert found["0.weight"].reason == "3 input channels, groups of 2:4 need a multiple of 4"
+    assert "CPU kernels for " in str(nm.report(lowered))
+    torch.testing.assert_close(lowered(x), model(x), rtol=1e-5, atol=1e-5)
+    before = len(measured)
+    again = nm.lower(model, (x,), backend="auto")
+    assert again.backend == "cpu"
+    assert rows(again)["7.weight"].speedup == 2.0
+    assert len(measured) == before, "known from the file"
+    known = json.loads((tmp_path / "choices.json").read_text())
+    assert len(known) == before
+    assert all("isa=" in key and "threads" in key and "torch=" in key for key in known)
+    nm.lower(
+        model, (x.contiguous(memory_format=torch.channels_last),), backend="cpu", options={"cache": tmp_path / "other.json"}
+    )
+    assert len(measured) == 2 * before
+
+
+@needs_kernels
+def test_forced_weights_are_not_measured_and_without_choose_none_is(measured: Any) -> None:
+    model, x = choices()
+    lowered = nm.lower(model, (x,), backend="cpu", force=["4.*", "9.weight"])
+    assert not [each for each in measured if each[0] in (16, 24)]
+    assert {name for name, row in rows(lowered).items() if row.status == "dense"} == {"0.weight", "10.weight"}
+    assert rows(lowered)["9.weight"].dense_ms is None
+    del measured[:]
+    lowered = nm.lower(model, (x,), backend="cpu", options={"choose": False})
+    assert not measured
+    assert rows(lowered)["4.weight"].status == "sparse"
+
+
+@needs_kernels
+def test_options_that_there_are_not_are_refused() -> None:
+    model, x = choices()
+    with pytest.raises(nm.NMError, match="'values': 'int4'.*choose one of float32, bfloat16, int8"):
+        forced(model, x, options={"values": "int4"})
+    with pytest.raises(nm.NMError, match="has no option 'tokens'; it has values, choose, cache"):
+        forced(model, x, options={"tokens": 1})
+    with pytest.raises(nm.NMError, match="float16: the CPU kernels take float32 and bfloat16"):
+        forced(model, x, dtype=torch.float16)
+
+
+@needs_kernels
+def test_all_ways_that_are_measured_compute_the_same() -> None:
+    torch.manual_seed(0)
+    at, bias = Pattern(2, 4), torch.randn(32)
+    for shape, size, conv in (
+        ((32, 16), (2, 5, 16), None),
+        ((32, 8, 3, 3), (2, 16, 7, 6), Conv((2, 1), (1, 1), (1, 1), 2, False)),
+        ((32, 16, 3), (2, 16, 9), Conv((1, 2), (0, 1), (1, 1), 1, True)),
+    ):
+        weight, x = masked(torch.randn(shape), pattern=at, axis=1), torch.randn(size)
+        packed = pack(weight, at, conv_groups=1 if conv is None else conv.groups)
+        assert torch.equal(unpack(packed), weight)
+        ways = _linear_ways(weight, x, bias) if conv is None else _conv_ways(weight, x, bias, conv)
+        wanted = _sparse(packed, x, bias, conv)()
+        found = list(ways)
+        assert len(found) >= 2
+        for way in found:
+            torch.testing.assert_close(way().reshape(wanted.shape), wanted, rtol=1e-4, atol=1e-4)
+    assert timed(weight, packed, x, bias, conv).dense_s > 0
+
+
+# -- without kernels --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unloaded() -> Iterator[None]:
+    """Nobody remembers which kernels there are, neither now nor afterwards."""
+    load.cache_clear()
+    yield
+    load.cache_clear()
+
+
+def no_library(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(library_module, "__file__", str(folder / "library.py"))
+
+
+def a_log(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    no_library(monkeypatch, folder)
+    (folder / "_kernels.log").write_text("error: no stdint.h")
+
+
+def no_library_at_all(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    no_library(monkeypatch, folder)
+    (folder / "_kernels.so").write_text("not a library")
+
+
+WITHOUT: dict[str, tuple[Any, str]] = {
+    "not built": (no_library, "the CPU kernels were not built: pip install nm_compiler, with a C compiler at hand"),
+    "not compiled": (a_log, "the CPU kernels were not built: the compiler's words are in "),
+    "another file": (no_library_at_all, "the CPU kernels cannot be loaded ("),
+    "another version": (lambda patch, _: patch.setattr(library_module, "VERSION", 0), "the CPU kernels were built from another version"),
+    "other fields": (lambda patch, _: patch.setattr(library_module, "BYTES", 8), "the CPU kernels were built from another version"),
+}  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", list(WITHOUT))
+def test_without_kernels_a_model_stays_dense_and_the_report_says_why(
+    case: str, unloaded: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    change, words = WITHOUT[case]
+    model = Grouped()
+    x = example(model)
+    model = frozen(model, x)
+    change(monkeypatch, tmp_path)
+    lowered = nm.lower(model, (x,), backend="auto")
+    assert lowered.backend == "dense"
+    assert torch.equal(lowered(x), model(x))
+    assert f"Not used, cpu: {words}" in str(nm.report(lowered))
+    assert rows(lowered)["grouped.weight"].reason == "no CPU kernels here"
+    with pytest.raises(nm.NMError, match=r"backend='cpu' cannot be used here: the CPU kernels"):
+        nm.lower(model, (x,), backend="cpu")
+    packed = pack(masked(torch.randn(4, 8), pattern="2:4"), Pattern(2, 4))
+    with pytest.raises(nm.NMError, match="nm::packed ops cannot run here: "):
+        LINEAR(torch.randn(2, 8), packed.values, packed.codes, None, None, None, [2, 4], 4, "")
+
+
+OFF = """
+import torch, nm_compiler as nm
+from torch import nn
+net = nn.Sequential(nn.Linear(8, 4)).eval()
+with torch.no_grad():
+    net[0].weight[:, ::2] = 0
+print(nm.report(nm.lower(net, (torch.randn(2, 8),))))
+"""
+
+
+def test_an_environment_variable_switches_the_kernels_off() -> None:
+    environment = {**os.environ, "NM_COMPILER_NATIVE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", OFF], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert not done.returncode, done.stderr[-2000:]
+    assert "Not used, cpu: switched off by NM_COMPILER_NATIVE=0" in done.stdout
+
+
+@pytest.mark.parametrize(("has", "machine", "found"), [
+    ((0, 1, 2), "x86_64", "avx512"), ((0, 1), "x86_64", "avx2"), ((0,), "aarch64", "portable"),
+    ((0,), "AMD64", "the processor has no AVX2: dense kernels are faster there"),
+])  # fmt: skip
+def test_the_widest_vectors_that_the_processor_has_are_taken(
+    has: tuple[int, ...], machine: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = SimpleNamespace(nm_isa_name=lambda number: b"" if number in has else None)
+    monkeypatch.setattr(library_module.platform, "machine", lambda: machine)
+    chosen = library_module._chosen(handle, None)
+    assert (chosen.isa if isinstance(chosen, Library) else chosen) == found
+    if 2 not in has:
+        assert library_module._chosen(handle, "avx512") == "the processor has no avx512"
