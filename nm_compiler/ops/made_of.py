@@ -18,7 +18,7 @@ _library = torch.library.Library("nm", "IMPL")  # kept: the registrations live a
 
 
 def made_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function of the arguments of ``nm::name``, in plain torch, that returns what it returns: no kernel of ours."""
+    """Register a function of the arguments of ``nm::name``, that returns what it returns, in plain torch."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _library.impl(name, function, "CompositeImplicitAutograd")
