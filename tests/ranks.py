@@ -6,7 +6,7 @@ import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import multiprocessing as torch_multiprocessing
 
 IMPORTED = ["torch.distributed", "torch.nn.parallel", "torch._dynamo", "torch.export._trace", "nm_compiler.api"]
 
@@ -14,5 +14,5 @@ IMPORTED = ["torch.distributed", "torch.nn.parallel", "torch._dynamo", "torch.ex
 def run_two(worker: Callable[..., None], *args: Any) -> None:
     """Call ``worker(rank, *args)`` in each, and wait. Raises what torch.multiprocessing.spawn raises."""
     multiprocessing.set_forkserver_preload(IMPORTED)
-    processes: Any = torch.multiprocessing
-    processes.start_processes(worker, args, nprocs=2, start_method="forkserver")
+    start: Any = vars(torch_multiprocessing)["start_processes"]
+    start(worker, args, nprocs=2, start_method="forkserver")

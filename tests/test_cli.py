@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-import re
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -104,7 +104,9 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_report_lowers_a_model_and_prints_a_line_a_weight(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", f"{factory}:load", "--inputs", "4x16", "--dtype", "bfloat16", "--html", "page.html"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"2\.weight +linear +64x64 +2:4 +(sparse|dense) .*(CPU packed 2:4|measured [0-9.]+x of dense at 4 tokens)", said), said
+    assert re.search(
+        r"2\.weight +linear +64x64 +2:4 +(sparse|dense) .*(CPU packed 2:4|measured [0-9.]+x of dense at 4 tokens)", said
+    ), said
     assert "<table>" in Path("page.html").read_text()
 
 

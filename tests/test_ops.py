@@ -3,6 +3,7 @@
 
 import copy
 import importlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ import pytest
 import torch
 from models import Grouped, example
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nm_compiler as nm
+from nm_compiler.ops.weights import BACKWARD, MASKED
 from nm_compiler.pattern import Pattern, combination_table
 from nm_compiler.runtime.native import ops as _packed_ops  # noqa: F401 - registers them
 from nm_compiler.runtime.native.library import load
@@ -115,6 +120,60 @@ def test_the_op_passes_opcheck(name: str, index: int) -> None:
 ELSEWHERE = {  # they need the stand-in for their library
     "cslt_linear": "test_cusparselt.py", "unfold_taps": "test_cusparselt.py", "cslt_linear_int8": "test_int8.py", "cslt_train_linear": "test_train_cusparselt.py", "cslt_input_grad": "test_train_cusparselt.py",
 }  # fmt: skip
+
+
+def laid_out(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """The same values, with ``order`` as the order of axes in memory."""
+    inverse = sorted(range(tensor.ndim), key=order.__getitem__)
+    return tensor.detach().permute(order).contiguous().permute(inverse)
+
+
+@pytest.mark.parametrize("name", [str(op).split(".")[1] for op in (*MASKED, *BACKWARD)] + ["score_weight_backward"])
+def test_an_op_on_weights_computes_the_same_and_keeps_its_strides_however_its_arguments_lie(name: str) -> None:
+    """torch.compile hands them over as their neighbours left them: the ops are tagged for it."""
+    op = getattr(OPS, name).default
+    assert torch.Tag.flexible_layout in op.tags
+    for sample in SAMPLES[name]:
+        args = sample()
+        expected = op(*args)
+        for order in itertools.permutations(range(args[0].ndim)):
+            moved = [laid_out(a, order) if isinstance(a, torch.Tensor) and a.shape == args[0].shape else a for a in args]
+            if name == "score_weight_backward":
+                moved[0] = args[0]  # the gradient comes from elsewhere
+            found = op(*moved)
+            with FakeTensorMode() as mode:
+                fake = op(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in moved])
+            for one, other, told in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected, fake)), strict=True):
+                assert torch.equal(one, other)
+                assert one.stride() == told.stride()
+
+
+def graphs_of(sparse: nm.SparseModule, x: torch.Tensor) -> list[str]:
+    """What a compiler gets to see: the ops of the forward and of the backward graph."""
+    seen: list[str] = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.append(" ".join(str(node.target) for node in gm.graph.nodes))
+        return make_boxed_func(gm.forward)
+
+    fast = torch.compile(sparse, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)
+    fast(x).square().sum().backward()
+    return seen
+
+
+@pytest.mark.parametrize("method", [nm.BiMask(), nm.LBC(), nm.Magnitude()], ids=lambda method: method.name)
+def test_a_compiler_sees_torchs_own_products_and_selections_and_our_gradients(method: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 16), nn.Linear(16, 2))
+    x = torch.randn(2, 3, 6, 6)
+    sparse = nm.compile(model, x, method=method)
+    forward, backward = graphs_of(sparse, x)
+    assert forward.count("aten.convolution.default") == 2
+    assert forward.count("aten.addmm.default") == 2
+    for name in ("nm.conv", "nm.linear", "nm.score_weight", "nm.masked_weight"):
+        assert name not in forward
+    own = {"BiMask": "nm.backward_weight", "LBC": "nm.score_weight_backward", "Magnitude": "nm.unpack_mask"}[method.name]
+    assert (forward + backward).count(own) == 2
+    assert backward.count("aten.convolution_backward") == 2
 
 
 def test_every_registered_op_is_checked() -> None:

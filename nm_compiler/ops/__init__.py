@@ -3,6 +3,8 @@
 They live in `torch.library`, with fake kernels and autograd, so they survive export, AOTAutograd and inductor.
 Importing this package registers them, once per process.
 
+torch.compile is told what the products and the selections are made of (made_of), so they fuse and get its layouts.
+
 When the backward of an op changes, its schema must change too: torch.compile's disk cache keys on the schema alone and
 would go on using the old backward.
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nm_compiler.ops.made_of import made_of
+
 
 @torch.library.custom_op("nm::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, backward_weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -20,6 +22,7 @@ def linear(x: Tensor, weight: Tensor, backward_weight: Tensor, bias: Tensor | No
     return torch.nn.functional.linear(x, weight, bias)
 
 
+@made_of("linear")
 @linear.register_fake
 def _(x: Tensor, weight: Tensor, backward_weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
@@ -60,6 +63,7 @@ def conv(
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
+@made_of("conv")
 @conv.register_fake
 def _(
     x: Tensor,

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from nm_compiler.layout import as_groups, as_rows
+from nm_compiler.ops.made_of import made_of
 from nm_compiler.solvers.combinations import undecided
 from nm_compiler.solvers.live import gradients
 from nm_compiler.solvers.masks import keep_largest
 from nm_compiler.solvers.select import keep
 
+_STRIDED = (torch.Tag.flexible_layout,)  # torch.compile may lay arguments out as it likes: results follow the weight's strides
 
-@torch.library.custom_op("nm::score_weight", mutates_args=())
+
+@torch.library.custom_op("nm::score_weight", mutates_args=(), tags=_STRIDED)
 def score_weight(
     weight: Tensor, scores: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
 ) -> Tensor:
@@ -36,7 +39,7 @@ def _(
     return torch.empty_like(weight)
 
 
-@torch.library.custom_op("nm::score_weight_backward", mutates_args=())
+@torch.library.custom_op("nm::score_weight_backward", mutates_args=(), tags=_STRIDED)
 def score_weight_backward(
     grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
 ) -> tuple[Tensor, Tensor]:
@@ -84,10 +87,17 @@ def _score_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_weight, grad_scores, None, None, None, None, None, None
 
 
+@made_of("score_weight")
+def _(
+    weight: Tensor, scores: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
+) -> Tensor:
+    return torch.where(mask, weight, 0)
+
+
 score_weight.register_autograd(_score_backward, setup_context=_score_setup)
 
 
-@torch.library.custom_op("nm::srste_weight", mutates_args=())
+@torch.library.custom_op("nm::srste_weight", mutates_args=(), tags=_STRIDED)
 def srste_weight(weight: Tensor, n: int, m: int, in_axis: int, decay: float) -> Tensor:
     """W * F, F the top ``n`` magnitudes of every ``m`` along the input axis. Ref: SR-STE, eq. 5; Bi-Mask, eq. 10.
 
@@ -115,7 +125,7 @@ def _srste_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 srste_weight.register_autograd(_srste_backward, setup_context=_srste_setup)
 
 
-@torch.library.custom_op("nm::masked_weight", mutates_args=())
+@torch.library.custom_op("nm::masked_weight", mutates_args=(), tags=_STRIDED)
 def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
     """W * mask for a fixed bool mask of the weight's shape: dW = mask * g."""
     return keep(weight, mask)
@@ -135,10 +145,15 @@ def _masked_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return keep(grad, mask), None
 
 
+@made_of("masked_weight")
+def _(weight: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, weight, 0)
+
+
 masked_weight.register_autograd(_masked_backward, setup_context=_masked_setup)
 
 
-@torch.library.custom_op("nm::backward_weight", mutates_args=())
+@torch.library.custom_op("nm::backward_weight", mutates_args=(), tags=_STRIDED)
 def backward_weight(masked: Tensor, order: Tensor, n: int, m: int, rows: list[int]) -> Tensor:
     """Bi-Mask's backward weight W * B, B the top ``n`` of every ``m`` output rows, taken in ``order``.
 
@@ -155,7 +170,7 @@ def backward_weight(masked: Tensor, order: Tensor, n: int, m: int, rows: list[in
     return result
 
 
-@torch.library.custom_op("nm::backward_groups", mutates_args=())
+@torch.library.custom_op("nm::backward_groups", mutates_args=(), tags=_STRIDED)
 def backward_groups(masked: Tensor, n: int, m: int, out_axis: int) -> Tensor:
     """`backward_weight` for output rows that lie in their order: W * B, B the top ``n`` of every ``m`` along ``out_axis``."""
     return keep_largest(masked, n, m, out_axis)
