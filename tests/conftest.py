@@ -30,9 +30,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """In CI (NM_CI=1) a test marked ``required`` may not be skipped."""
+    """In CI (NM_CI=1) a test marked ``required`` may not be skipped, unless it is slow: those are run by hand."""
     report = yield
-    if report.skipped and os.environ.get("NM_CI") and item.get_closest_marker("required"):
+    needed = item.get_closest_marker("required") and (item.config.getoption("--slow") or not item.get_closest_marker("slow"))
+    if report.skipped and os.environ.get("NM_CI") and needed:
         report.outcome, report.longrepr = "failed", f"required, but skipped: {report.longrepr}"
     return report
 

@@ -76,14 +76,14 @@ def epilogues(draw: Any, product: Product) -> Product:
 
 @each_isa
 @given(product=linears(), seed=st.integers(0, 1000))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_linears_of_any_shape_pattern_layout_and_epilogue_are_what_float64_says(isa: str, product: Product, seed: int) -> None:
     product.operands(seed).check(LIBRARIES[isa])
 
 
 @each_isa
 @given(product=convolutions(), seed=st.integers(0, 1000))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_convolutions_of_any_geometry_are_what_float64_says_in_the_memory_format_of_x(
     isa: str, product: Product, seed: int
 ) -> None:
@@ -158,7 +158,7 @@ def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @given(pattern=patterns(), rows=st.integers(1, 40), blocks=st.integers(1, 5), groups=st.integers(1, 3), kernel=st.sampled_from([(), (1,), (3, 2)]), seed=st.integers(0, 99))  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_weight_comes_back_from_its_packed_form_to_the_bit(
     pattern: Pattern, rows: int, blocks: int, groups: int, kernel: Any, seed: int
 ) -> None:
