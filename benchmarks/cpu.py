@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,17 @@ def tokens(patterns: Sequence[str], library: Library, memory: float, repeats: in
     return found
 
 
-def nets(patterns: Sequence[str], repeats: int, quick: bool) -> list[dict[str, Any]]:
+def nets(patterns: Sequence[str], repeats: int, quick: bool, only: str) -> list[dict[str, Any]]:
     """Print and return one table a pattern."""
     from cpu_sections.nets import NETS, net
 
     found = []
     for text in patterns:
-        names = [name for name in NETS if not quick or "block" in name]
-        rows = [net(name, text, repeats=repeats) for name in names]
+        names = [name for name in NETS if (not quick or "block" in name) and fnmatch(name, only)]
+        rows = []
+        for name in names:
+            print(f"measuring {name}", file=sys.stderr, flush=True)
+            rows.append(net(name, text, repeats=repeats))
         print(f"\n{text}, whole networks, ms")
         head = ["network", "eager", "inductor", "packed", "over inductor", "over eager", "sparse products"]
         body = [
@@ -108,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__ or "", "cpu")
     parser.add_argument("--patterns", default="2:4,1:4,2:8,1:16", help="of layers and few tokens; networks: --nets")
     parser.add_argument("--nets", default="2:4", help="patterns of whole networks")
+    parser.add_argument("--only", default="*", help="a glob over the names of whole networks")
     parser.add_argument("--sections", default="layers,tokens,nets", help="which tables")
     parser.add_argument("--isa", default=None, help="portable, avx2 or avx512; the best by default")
     parser.add_argument("--draw", type=Path, nargs="+", help="a picture, and the results to draw")
@@ -137,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "tokens" in wanted:
         body["tokens"] = tokens(patterns[:1] if args.quick else patterns[:2], library, machine["gbytes"], repeats)
     if "nets" in wanted:
-        body["nets"] = nets(args.nets.split(","), min(repeats, 7), args.quick)
+        body["nets"] = nets(args.nets.split(","), min(repeats, 7), args.quick, args.only)
     write(Path(args.out), started, body)
     return 0
 
