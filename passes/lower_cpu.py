@@ -13,7 +13,7 @@ A convolution with one axis of space gets a second one of size 1 around it. int8
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -30,12 +30,10 @@ from nm_compiler.runtime.products import Product
 aten = torch.ops.aten
 
 
-def lower_cpu(
-    gm: GraphModule, *, chosen: Collection[Product], values: Mapping[torch.dtype, torch.dtype] | None = None
-) -> GraphModule:
+def lower_cpu(gm: GraphModule, *, chosen: Collection[Product], values: torch.dtype | None = None) -> GraphModule:
     """Lower the products in ``chosen``, none of which has a reason against it.
 
-    values: dtype of the weight -> dtype of its packed values, by default the same.
+    values: dtype of packed values, by default that of each weight.
     """
     known: dict[str, Packed] = {}
     nodes = {node.name: node for node in gm.graph.nodes}
@@ -44,8 +42,8 @@ def lower_cpu(
         read: Any = node.args[1]
         if product.read not in known:
             weight = value_of(gm, read)
-            dtype = (values or {}).get(weight.dtype, weight.dtype)
-            known[product.read] = pack(weight, product.site.pattern, conv_groups=product.site.conv_groups, dtype=dtype)
+            site, dtype = product.site, values or weight.dtype
+            known[product.read] = pack(weight, site.pattern, conv_groups=site.conv_groups, dtype=dtype)
         with gm.graph.inserting_before(node):
             result = _product(gm, node, read, known[product.read])
         result.meta = dict(node.meta)

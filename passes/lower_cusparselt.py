@@ -31,7 +31,7 @@ from torch.fx import GraphModule, Node
 from nm_compiler.evaluate import value_of
 from nm_compiler.rewrite import call, constant
 from nm_compiler.runtime.cusparselt.candidates import LINEAR, Candidate, candidates
-from nm_compiler.runtime.cusparselt.consumers import VIEWS, between
+from nm_compiler.runtime.cusparselt.consumers import between, leave_in_columns
 from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, Machine
 from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import pack
@@ -71,10 +71,7 @@ def lower_cusparselt(
         result = _rewrite(gm, candidate, read, value, algorithm, copied=not algorithm and stays is None)
         if stays is not None:
             moved.update((result, *stays))
-    for each in moved:
-        each.meta.pop("val", None)  # its strides are others now
-        if each.target in VIEWS:
-            each.target = aten.reshape.default
+    leave_in_columns(moved)
     return gm
 
 

@@ -27,7 +27,7 @@ from nm_compiler.graph import propagate_shapes
 from nm_compiler.ops.two_masks import TWO_MASKS
 from nm_compiler.ops.weights import BACKWARD
 from nm_compiler.rewrite import call, leading_sizes, masked_nodes
-from nm_compiler.runtime.cusparselt.consumers import VIEWS, between
+from nm_compiler.runtime.cusparselt.consumers import between, leave_in_columns
 from nm_compiler.runtime.cusparselt.eligible import of_pattern, of_sizes
 from nm_compiler.runtime.cusparselt.training import cslt_train_linear
 from nm_compiler.sites import Site
@@ -47,10 +47,7 @@ def train_cusparselt(gm: GraphModule, *, sites: Sequence[Site], min_tokens: int)
         if hidden is not None:
             product.args = (*product.args[:-1], True)
             moved.update((product, *hidden))
-    for node in moved:
-        node.meta.pop("val", None)  # its strides are others now
-        if node.target in VIEWS:
-            node.target = aten.reshape.default
+    leave_in_columns(moved)
     return gm
 
 

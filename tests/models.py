@@ -140,3 +140,18 @@ def example(model: nn.Module, batch: int = 2, seed: int = 0) -> Tensor:
         length = 5 if isinstance(model, Oddities) else 6
         return torch.randint(0, 10, (batch, length), generator=generator)
     return torch.randn(batch, *shape, generator=generator)
+
+
+class Branching(nn.Module):
+    """Which of two weights runs is decided by the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.down, self.last = (nn.Linear(8, 8) for _ in range(4))
+        self.norm, self.dropout = nn.BatchNorm1d(8), nn.Dropout(0.25)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.stem(x))
+        y = self.up(y) if x.sum() > 0 else self.down(-y)
+        return self.head(self.dropout(torch.tanh(self.last(y))))

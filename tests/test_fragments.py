@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from awkward import AWKWARD
+from models import Branching
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
@@ -20,21 +21,6 @@ from nm_compiler.sites import UNREAD
 
 METHODS = [nm.LBC(), nm.BiMask(interval=2, moves=40), nm.Magnitude()]
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: str(m).split(", decay")[0])
-
-
-class Branching(nn.Module):
-    """Which of two weights runs is decided by the data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.up, self.down, self.last = (nn.Linear(8, 8) for _ in range(4))
-        self.norm, self.dropout = nn.BatchNorm1d(8), nn.Dropout(0.25)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.stem(x))
-        y = self.up(y) if x.sum() > 0 else self.down(-y)
-        return self.head(self.dropout(torch.tanh(self.last(y))))
 
 
 def positive(batch: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, ConvNet, example
+from models import MLP, Branching, ConvNet, example
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -23,21 +23,6 @@ each_then = pytest.mark.parametrize("then", ["eager", "aot_eager"])
 @pytest.fixture(autouse=True)
 def _no_memory() -> None:
     torch._dynamo.reset()  # it remembers which sizes changed, in other tests
-
-
-class Branching(nn.Module):
-    """Which of two weights runs is decided by the data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.up, self.down, self.last = (nn.Linear(8, 8) for _ in range(4))
-        self.norm, self.dropout = nn.BatchNorm1d(8), nn.Dropout(0.25)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.stem(x))
-        y = self.up(y) if x.sum() > 0 else self.down(-y)
-        return self.head(self.dropout(torch.tanh(self.last(y))))
 
 
 def positive(batch: int = 4) -> Tensor:

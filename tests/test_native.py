@@ -213,7 +213,8 @@ def unpack_kept(weight: Tensor, pattern: Pattern) -> Tensor:
 def test_activations_of_extreme_sums_are_torchs(isa: str, tokens: int) -> None:
     at = Pattern(1, 2)
     packed = pack(torch.tensor([[1.0, 0.0]] * 16), at)
-    numbers = torch.tensor([0.0, -0.0, 1e-40, -1e-30, 1e-3, 5.0, -5.0, 12.0, -12.0, 90.0, -90.0, 1e6, -1e6, 1e30, torch.nan])
+    small, large = [0.0, -0.0, 1e-40, -1e-30, 1e-3, 5.0, -5.0, 12.0, -12.0], [90.0, -90.0, 1e6, -1e6, 1e30, 3e38, -1e38, -3e38]
+    numbers = torch.tensor([*small, *large, torch.inf, -torch.inf, torch.nan])
     for name, activation in ACTIVATIONS.items():
         for x in numbers.split(tokens):
             data = torch.stack([x, torch.zeros_like(x)], -1)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, example
-from test_live import Branching, dense_call, positive
+from models import MLP, Branching, example
+from test_live import dense_call, positive
 from torch import Tensor, nn
 
 import nm_compiler as nm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.runtime.native.eligible import DTYPES, geometry, reasons
 from nm_compiler.runtime.native.library import load
 from nm_compiler.runtime.native.measuring import timed
-from nm_compiler.runtime.native.packing import pack
+from nm_compiler.runtime.native.packing import pack, packed_bytes
 from nm_compiler.runtime.products import Decision, Product
 
 VALUES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -56,7 +57,7 @@ class Cpu(Backend):
         found, nodes = job.products, {node.name: node for node in job.gm.graph.nodes}
         decisions = {each.node: _decide(job, each, nodes[each.node], choices, values) for each in found}
         chosen = [each for each in found if decisions[each.node].kernel]
-        lower = partial(lower_cpu, chosen=chosen, values={} if values is None else dict.fromkeys(DTYPES, values))
+        lower = partial(lower_cpu, chosen=chosen, values=values)
         gm = standalone(run(job.gm, [lower, fuse_epilogues, pool_channels_last]))
         library = load()
         notes = (f"CPU kernels for {getattr(library, 'isa', library)}, {torch.get_num_threads()} threads.",)
@@ -76,28 +77,41 @@ def _decide(job: Job, product: Product, node: Node, choices: Choices | None, val
     if why:
         return Decision(reasons=why, hint=why[0].partition(": ")[2])
     weight: Tensor = getattr_path(job.gm, product.read).detach()
-    dtype = values or weight.dtype
-    packed = pack(weight, product.site.pattern, conv_groups=product.site.conv_groups, dtype=dtype)
-    name = f"CPU packed {product.site.pattern}" + ("" if dtype == torch.float32 else f" {str(dtype).removeprefix('torch.')}")
-    decision = Decision(name, eligible=True, bytes=packed.nbytes)
-    if choices is None or matches(product.site.name, job.force) is not None:
+    site, dtype = product.site, values or weight.dtype
+    name = f"CPU packed {site.pattern}" + ("" if dtype == torch.float32 else f" {str(dtype).removeprefix('torch.')}")
+    decision = Decision(name, eligible=True, bytes=packed_bytes(tuple(weight.shape), site.pattern, site.conv_groups, dtype))
+    if choices is None or matches(site.name, job.force) is not None:
         return decision
-    given: Any = node.args
-    bias = value_of(job.gm, given[2]).detach() if len(given) > 2 and isinstance(given[2], Node) else None
-    conv = None if product.site.op == "linear" else geometry(node)
-    x = _example(given[0], weight.dtype)
-    facts = {
-        "kernel": name, "weight": tuple(weight.shape), "input": tuple(x.shape), "strides": x.stride(), "conv": conv,
-        "bias": bias is not None, "dtype": weight.dtype, "isa": getattr(load(), "isa", ""),
-    }  # fmt: skip
-    timing: Timing = choices.find(key_of(weight.device, **facts), partial(timed, weight, packed, x, bias, conv))
+    data: Any = node.args[0]
+    x = _example(data, weight.dtype)
+    timing = choices.find(*_measurement(job, product, node, weight, x, name, dtype))
     decision = replace(decision, dense_s=timing.dense_s, sparse_s=timing.sparse_s)
     if timing.sparse_wins:
         return decision
+    size = f"{x.numel() // max(x.shape[-1], 1)} tokens" if site.op == "linear" else f"inputs of {list(x.shape)}"
     return replace(
-        decision, kernel="", bytes=None, reasons=(f"measured {timing.speedup:.2f}x of dense at {_size(x, conv)}",),
+        decision, kernel="", bytes=None, reasons=(f"measured {timing.speedup:.2f}x of dense at {size}",),
         hint="fewer kept weights (1:4, 1:8), a larger layer, or force=[...]",
     )  # fmt: skip
+
+
+def _measurement(
+    job: Job, product: Product, node: Node, weight: Tensor, x: Tensor, name: str, dtype: torch.dtype
+) -> tuple[str, Callable[[], Timing]]:
+    """What it is known under, and how it is taken. The weight is packed only if it is."""
+    given: Any = node.args
+    bias = value_of(job.gm, given[2]).detach() if len(given) > 2 and isinstance(given[2], Node) else None
+    conv = None if product.site.op == "linear" else geometry(node)
+    key = key_of(
+        weight.device, kernel=name, weight=tuple(weight.shape), input=tuple(x.shape), strides=x.stride(), conv=conv,
+        bias=bias is not None, dtype=weight.dtype, isa=getattr(load(), "isa", ""),
+    )  # fmt: skip
+
+    def measure() -> Timing:
+        packed = pack(weight, product.site.pattern, conv_groups=product.site.conv_groups, dtype=dtype)
+        return timed(weight, packed, x, bias, conv)
+
+    return key, measure
 
 
 def _example(data: Node, dtype: torch.dtype) -> Tensor:
@@ -105,7 +119,3 @@ def _example(data: Node, dtype: torch.dtype) -> Tensor:
     value = data.meta["val"]
     x = torch.randn([hint_of(size) for size in value.shape]).to(dtype)
     return x.contiguous(memory_format=torch.channels_last) if lies_in_channels_last(value) else x
-
-
-def _size(x: Tensor, conv: object) -> str:
-    return f"{x.numel() // max(x.shape[-1], 1)} tokens" if conv is None else f"inputs of {list(x.shape)}"

@@ -7,7 +7,7 @@ packed product reads it as it is: between two packed products, as in an MLP, not
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch.fx import Node
@@ -40,6 +40,14 @@ def between(product: Node, packed: Collection[Node]) -> list[Node] | None:
                 found.append(user)
                 stack.append(user)
     return found
+
+
+def leave_in_columns(nodes: Iterable[Node]) -> None:
+    """Let the strides of ``nodes`` be found anew, and their views be reshapes, which take any."""
+    for node in nodes:
+        node.meta.pop("val", None)
+        if node.target in VIEWS:
+            node.target = aten.reshape.default
 
 
 def _same(size: object, width: object) -> bool:

@@ -4,10 +4,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi,bmi2,f16c")
 #include <immintrin.h>
 #define V 16
-#ifndef MOST
-#define MOST 8
+#define MOST 8 /* with blocks of 56 the panel takes 28 of the 32 KiB of a first-level cache */
 #define BLOCK 56
-#endif
 #define MOST_THIN 4
 #define BLOCK_THIN 128
 #define MOST_TOKENS 8

@@ -58,7 +58,8 @@ def geometry(node: Node) -> Conv | None:
             given[3 + i] if len(given) > 3 + i else node.kwargs.get(name, default)
             for i, (name, default) in enumerate(zip(names, (1, 0, 1, 1), strict=True))
         )
-    kernel = node.all_input_nodes[1].meta["val"].shape[2:]
+    weight: Any = given[1]
+    kernel = weight.meta["val"].shape[2:]
     strides, dilations = _pair(stride, axes), _pair(dilation, axes)
     if isinstance(padding, str):
         total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(_each(dilation, axes), kernel, strict=True)]

@@ -54,6 +54,13 @@ def sizes(shape: tuple[int, ...], pattern: Pattern, conv_groups: int) -> tuple[i
     return -(-shape[0] // conv_groups // LANES), steps, -(-steps * code_bits(pattern.m) // 32)
 
 
+def packed_bytes(shape: tuple[int, ...], pattern: Pattern, conv_groups: int, dtype: torch.dtype) -> int:
+    """Bytes of a packed weight of ``shape``, without packing it. dtype: of its values."""
+    tiles, steps, words = sizes(shape, pattern, conv_groups)
+    scale = 4 if dtype == torch.int8 else 0
+    return conv_groups * tiles * LANES * (steps * dtype.itemsize + words * 4 + scale)
+
+
 def pack(weight: Tensor, pattern: Pattern, *, conv_groups: int = 1, dtype: torch.dtype = torch.float32) -> Packed:
     """Pack a weight ``[out, in / conv groups, *taps]`` that is N:M along axis 1; on the CPU, nothing is changed.
 

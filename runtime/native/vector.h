@@ -70,10 +70,11 @@ static inline __attribute__((always_inline)) void transpose(vf a[V]) {
     }
 }
 
-/* exp to about 2 units in the last place (Cephes' polynomial on [-ln2/2, ln2/2]); NaN stays NaN. */
+/* exp to about 2 units in the last place (Cephes' polynomial on [-ln2/2, ln2/2]); NaN stays NaN, beyond 88 it is infinite. */
 static inline vf exponential(vf x) {
-    vf high = splat(88.0f), low = splat(-87.0f);
-    x = pick(x > high, high, x);
+    const vf high = splat(88.0f), low = splat(-87.0f);
+    const vi beyond = x > high;
+    x = pick(beyond, high, x);
     x = pick(x < low, low, x);
     vf scaled = x * splat(1.44269504f);
     vi whole = __builtin_convertvector(scaled + pick(scaled < splat(0), splat(-0.5f), splat(0.5f)), vi);
@@ -86,7 +87,7 @@ static inline vf exponential(vf x) {
     p = p * r + splat(1.6666665459e-1f);
     p = p * r + splat(5.0000001201e-1f);
     p = p * r * r + r + splat(1.0f);
-    return p * (vf)((whole + 127) << 23);
+    return pick(beyond, splat(__builtin_inff()), p * (vf)((whole + 127) << 23));
 }
 
 /* erf to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26) */
