@@ -76,15 +76,17 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard runtime/native/*.[ch])
 	@touch $@
 
 # It lies apart from the environment, which has no working torch_tensorrt. Where there is no wheel, its tests are skipped.
-$(TENSORRT_STAMP): $(STAMP) constraints.txt
+$(TENSORRT_STAMP): constraints.txt | $(STAMP)
 	@rm -rf $(TENSORRT)
+	@echo "fetching the Python half of torch_tensorrt for the tests"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: -c constraints.txt \
 		--target $(TENSORRT) torch-tensorrt dllist psutil && find $(TENSORRT)/torch_tensorrt -name '*.so*' -delete && touch $@ \
 		|| echo "torch_tensorrt cannot be installed here: the tests that need it are skipped"
 
 # Apart from the environment too, so that the rest of the tests sees a torch without triton. Its compilers are not needed.
-$(TRITON_STAMP): $(STAMP)
+$(TRITON_STAMP): constraints.txt | $(STAMP)
 	@rm -rf $(TRITON)
+	@echo "fetching triton for the tests (190 MB, once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
 		--target $(TRITON) triton==$(TRITON_VERSION) && rm -rf $(TRITON)/triton/backends/nvidia/bin && touch $@ \
 		|| echo "triton cannot be installed here: the tests that need it are skipped"

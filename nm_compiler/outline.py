@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from nm_compiler.bodies import branch, checkpointed, is_body
+from nm_compiler.bodies import branch, checkpointed, is_body, programs
 from nm_compiler.capture import bind
 from nm_compiler.graph import getattr_path
 
@@ -105,3 +105,13 @@ def _either(graph: Graph, condition: Any, yes: Any, no: Any) -> Node:
 
 def _copied(values: Any, copies: dict[Node, Any]) -> list[Any]:
     return [copies[value] if isinstance(value, Node) else value for value in values]
+
+
+def opened_up(model: nn.Module, program: GraphModule) -> GraphModule:
+    """A program with the bodies in it opened up, so that first and last weights are told apart inside them too."""
+    if len(list(programs(program))) == 1:
+        return program
+    count = sum(node.op == "placeholder" for node in program.graph.nodes)
+    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
+    results: Any = output.args[0]
+    return outline(model, [Run(program, (None,) * count, (None,) * len(results))], ())

@@ -17,24 +17,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule
-from torch.utils import _pytree as pytree
+from torch.fx import GraphModule
 
 from nm_compiler.candidates import candidates
-from nm_compiler.capture import bind
 from nm_compiler.carrier import CARRIER
 from nm_compiler.entries import install, remove
 from nm_compiler.errors import NMError, Refusal
 from nm_compiler.evaluate import effective_weights
-from nm_compiler.graph import propagate_shapes
+from nm_compiler.links import Link, links, owner_at, replaced
 from nm_compiler.loading import check_values, compare, start_afresh
 from nm_compiler.methods.base import Method
-from nm_compiler.outline import outline
+from nm_compiler.outline import opened_up
 from nm_compiler.pattern import PatternMap
-from nm_compiler.recipe import pipeline
 from nm_compiler.sites import UNREAD, Plan, Site, find
 from nm_compiler.state import MARK, RECIPE, Weight, mark, read_recipe, register, unmark, unregister, write_recipe
+from nm_compiler.weights_graph import weights_graph
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +68,7 @@ class Prepared:
     def _begin(self) -> None:
         self._live: Any = None
         self._weights_graph: GraphModule | None = None
-        self._links: list[tuple[dict[str, Any], str, nn.Module, str]] | None = None
+        self._links: list[Link] | None = None
 
     @property
     def live(self) -> Any:
@@ -162,10 +159,10 @@ class Prepared:
     def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the call once, dense and without a trace, to plan on all of its fragments together."""
         from nm_compiler.dynamo import Fragments
-        from nm_compiler.routes import check_outside, untouched
+        from nm_compiler.routes import check_outside, copies_of, untouched
 
         carrier = Fragments(self.origin, {})
-        copies = _copies(args), {name: _copies(value) for name, value in kwargs.items()}
+        copies = copies_of(args), {name: copies_of(value) for name, value in kwargs.items()}
         with untouched(self.origin):
             carrier.record(*copies)
         undecided = {name: line for name, line in carrier.outside.items() if name in self.candidates}
@@ -179,12 +176,12 @@ class Prepared:
         if self._links is None:
             for name in (*self.sites, *self.candidates):
                 path, _, leaf = name.rpartition(".")
-                if leaf not in _owner(self.origin, path).__dict__.get(MARK, ()) and not self.bare:
-                    raise NMError(_replaced(path))
-            self._links = list(_links(self.origin, [*self.sites, *self.candidates]))
+                if leaf not in owner_at(self.origin, path).__dict__.get(MARK, ()) and not self.bare:
+                    raise replaced(path)
+            self._links = list(links(self.origin, [*self.sites, *self.candidates]))
         for children, key, expected, path in self._links:
             if children.get(key) is not expected:
-                raise NMError(_replaced(path))
+                raise replaced(path)
 
     def _check_options(self) -> None:
         """Raise NMError if a torch.compile around says other things than `nm.compile` did."""
@@ -215,7 +212,7 @@ class Prepared:
         In a part a weight counts as stem or head only if it is the model's first or last as well; as stem also in later calls,
         which may go on from what an earlier one computed, as a decoder does from an encoder.
         """
-        graph = _flat(self.origin, program)
+        graph = opened_up(self.origin, program)
         plan = find(self.origin, [graph], self.patterns, include=self.include, exclude=self.exclude, may_be_empty=True)
         doubtful = [*(("stem:",) if self.sites or not whole else ()), *(() if whole else ("head:",))]
         ends = [r.where for r in plan.refusals if r.reason.startswith(tuple(doubtful)) and not self._is_end(r.where)]
@@ -326,7 +323,7 @@ class Prepared:
 
     def programs(self, training: bool | None = None) -> list[GraphModule]:
         """One graph that computes every weight that a call has read, as it is multiplied with."""
-        return [_weights_graph(self.origin, self.method, list(self.sites.values()))]
+        return [weights_graph(self.origin, self.method, list(self.sites.values()))]
 
     def text(self, training: bool) -> str:
         """All programs so far, of both modes. Raises NMError before the first call."""
@@ -337,7 +334,7 @@ class Prepared:
     def masked(self, name: str) -> tuple[Tensor, Tensor | None]:
         """What the planned weight ``name`` is multiplied with now: forward, and backward under Bi-Mask."""
         if self._weights_graph is None:
-            self._weights_graph = _weights_graph(self.origin, self.method, list(self.plan.sites))
+            self._weights_graph = weights_graph(self.origin, self.method, list(self.plan.sites))
         forward, backward = effective_weights(self._weights_graph, name)
         assert forward is not None, f"{name} is not planned"
         return forward, backward
@@ -406,74 +403,3 @@ def loaded_dense(name: str) -> Refusal:
 def load_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Before a live model loads a state_dict."""
     module.__dict__[CARRIER].fit(state_dict, prefix)
-
-
-def _weights_graph(model: nn.Module, method: Method, sites: list[Site]) -> GraphModule:
-    """Reads of the weights, each behind what the method puts there. Not tidied: nobody reads backward weights here."""
-    gm = bind(Graph(), model, {})
-    results, mode = [], FakeTensorMode()
-    for site in sites:
-        node = gm.graph.create_node("get_attr", site.name, name=site.name.replace(".", "_"))
-        node.meta["val"] = mode.from_tensor(model.get_parameter(site.name).detach(), static_shapes=True)
-        results.append(node)
-    gm.graph.output(tuple(results))
-    for each in pipeline(method, sites):
-        gm = each(gm)
-        propagate_shapes(gm)
-    return gm
-
-
-def _flat(model: nn.Module, program: GraphModule) -> GraphModule:
-    """A program with the bodies in it opened up, so that first and last weights are told apart inside them too."""
-    from nm_compiler.bodies import programs
-    from nm_compiler.outline import Run
-
-    if len(list(programs(program))) == 1:
-        return program
-    count = sum(node.op == "placeholder" for node in program.graph.nodes)
-    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
-    results: Any = output.args[0]
-    return outline(model, [Run(program, (None,) * count, (None,) * len(results))], ())
-
-
-def _copies(values: Any) -> Any:
-    """Inputs for a run that must not be noticed: copies of tensors, and of other things where they can be copied."""
-
-    def one(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.detach().clone().requires_grad_(value.requires_grad)
-        if isinstance(value, (int, float, complex, str, bytes, bool, type(None), nn.Module)):
-            return value
-        try:
-            return copy.deepcopy(value)
-        except Exception:
-            return value
-
-    return pytree.tree_map(one, values)
-
-
-def _replaced(path: str) -> str:
-    return (
-        f"{path} was replaced after nm.compile: its weights have no state and would run dense. "
-        "Replace layers first, or nm.freeze the model, replace them, and nm.compile it again"
-    )
-
-
-def _owner(root: nn.Module, path: str) -> nn.Module:
-    try:
-        return root.get_submodule(path)
-    except AttributeError:
-        raise NMError(_replaced(path)) from None
-
-
-def _links(root: nn.Module, names: list[str]) -> Iterator[tuple[dict[str, Any], str, nn.Module, str]]:
-    """Every step from the root to the owners of the weights ``names``: where a module lies, and which it is."""
-    seen = set()
-    for name in names:
-        atoms, module = name.split(".")[:-1], root
-        for depth, atom in enumerate(atoms):
-            path, parent = ".".join(atoms[: depth + 1]), module
-            module = parent._modules[atom]  # type: ignore[assignment]
-            if path not in seen:
-                seen.add(path)
-                yield parent._modules, atom, module, path

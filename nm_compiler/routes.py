@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from nm_compiler.capture import capture_mode, explain, in_mode, quiet, without_cache
 from nm_compiler.errors import NMError
@@ -103,3 +105,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)
+
+
+def copies_of(values: Any) -> Any:
+    """Inputs for a run that must not be noticed: copies of tensors, and of other things where they can be copied."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().clone().requires_grad_(value.requires_grad)
+        if isinstance(value, (int, float, complex, str, bytes, bool, type(None), nn.Module)):
+            return value
+        try:
+            return copy.deepcopy(value)
+        except Exception:
+            return value
+
+    return pytree.tree_map(one, values)

@@ -13,7 +13,7 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -72,6 +72,7 @@ def test_time_goes_where_there_is_something_to_gain() -> None:
 
 
 @settings(max_examples=50, deadline=None)
+@example([2.0, 5e-324], 2.0, 1.0)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=8), st.floats(0, 1e6), st.floats(1e-3, 1e6))
 def test_shares_never_exceed_the_most_nor_the_total_and_leave_nothing_that_could_be_given(
     gains: list[float], total: float, most: float

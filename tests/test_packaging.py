@@ -104,7 +104,7 @@ def test_a_wheel_holds_every_file_once_under_nm_compiler(tmp_path: Path, links: 
         link.unlink()
         link.symlink_to(f"../{name}") if links else link.write_text(f"../{name}")
     build = "from setuptools.build_meta import build_wheel; print(build_wheel('..'))"
-    wish = {"NM_COMPILER_NATIVE": "require" if links else "0"}  # compiled once is enough
+    wish = {"NM_COMPILER_NATIVE": "require"} if links else {"CC": "false"}  # a machine without a working compiler
     built = subprocess.run(
         [sys.executable, "-c", build], cwd=tree, capture_output=True, text=True, check=False, env={**os.environ, **wish}
     )
@@ -118,5 +118,5 @@ def test_a_wheel_holds_every_file_once_under_nm_compiler(tmp_path: Path, links: 
         log = wheel.read(f"{kernels}.log").decode()
     made = {f"{kernels}.log", f"{kernels}.so"} if links else {f"{kernels}.log"}
     assert made == {name for name in names if name.startswith(kernels)}
-    assert "gcc" in log or "cc" in log if links else log == "not built: NM_COMPILER_NATIVE=0\n"
+    assert links or "CompileError" in log, "the log says why there are no kernels"
     assert sorted(name for name in set(names) - made if ".dist-info/" not in name) == files_on_disk()

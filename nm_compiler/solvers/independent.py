@@ -179,11 +179,11 @@ def shares(gains: np.ndarray, total: float, *, most: float) -> np.ndarray:
     array([5. , 2.5, 2.5, 0. ])
     """
     result = np.zeros(len(gains))
-    gains = gains / max(gains.max(initial=0.0), np.finfo(np.float64).tiny)
     open_ones = gains > 0
     while open_ones.any():
-        left = total - result.sum()
-        proposed = np.where(open_ones, left * gains / gains[open_ones].sum(), 0.0)
+        part = np.where(open_ones, gains, 0.0)
+        part /= part.max()  # those left may all be tiny
+        proposed = (total - result.sum()) * (part / part.sum())
         over = open_ones & (proposed >= most)
         if not over.any():
             return result + proposed

@@ -1,0 +1,41 @@
+"""Where the layers of a live model lie, so that one that was replaced after `nm.compile` is found out at the next call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from nm_compiler.errors import NMError
+
+Link = tuple[dict[str, nn.Module | None], str, nn.Module | None, str]
+"""The children of a module, the name of one of them, which module it is, and its path from the root."""
+
+
+def links(root: nn.Module, names: Iterable[str]) -> Iterator[Link]:
+    """Every step from the root to the owners of the weights ``names``: where a module lies, and which it is."""
+    seen = set()
+    for name in names:
+        atoms, module = name.split(".")[:-1], root
+        for depth, atom in enumerate(atoms):
+            path, parent = ".".join(atoms[: depth + 1]), module
+            module = parent._modules[atom]  # type: ignore[assignment]
+            if path not in seen:
+                seen.add(path)
+                yield parent._modules, atom, module, path
+
+
+def owner_at(root: nn.Module, path: str) -> nn.Module:
+    """The module at ``path``. Raises NMError if there is none any more."""
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        raise replaced(path) from None
+
+
+def replaced(path: str) -> NMError:
+    """What to say of a layer at ``path`` that is another one now."""
+    return NMError(
+        f"{path} was replaced after nm.compile: its weights have no state and would run dense. "
+        "Replace layers first, or nm.freeze the model, replace them, and nm.compile it again"
+    )
