@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,6 +72,15 @@ def pruned(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, dict
     sparse = nm.compile(model, (x,), method=nm.Magnitude(), **options)
     sites = {site.name: site for site in sparse.plan.sites}
     return nm.freeze(sparse).eval(), sites
+
+
+@functools.cache
+def frozen_net(make: Callable[[], tuple[nn.Module, Tensor]]) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    """One of `NETS` `pruned`, its input and its planned weights: once a process, so nobody may change it."""
+    torch.manual_seed(0)
+    model, x = make()
+    model, sites = pruned(model, x)
+    return model, x, sites
 
 
 NETS = (resnet18, mobilenet_v2, vit, bert, llama)

@@ -238,6 +238,7 @@ def test_what_comes_back_is_counted() -> None:
     assert flips.as_json() == {"revived": 100, "restored": 100, "removed": 200, "returned_won": 1.0, "lowest": -0.25}
 
 
+@pytest.mark.slow
 def test_the_ablations_table_shows_means_and_spreads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "ablation.json"
     ablation.main(["--quick", "--only", "retirement", "--patterns", "1:4", "--threads", "1", "--out", str(out)])

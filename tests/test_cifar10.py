@@ -149,7 +149,7 @@ def test_a_run_of_every_method_ends_exactly_n_m_and_writes_its_json(method: str,
     assert not run.checkpoint.exists()
 
 
-@pytest.mark.parametrize("method", ["dense", "magnitude", "lbc", "bimask"])
+@pytest.mark.parametrize("method", ["dense", pytest.param("magnitude", marks=pytest.mark.slow), "lbc", "bimask"])
 def test_a_run_that_was_stopped_ends_at_the_same_weights(
     method: str, tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

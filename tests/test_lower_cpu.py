@@ -224,9 +224,7 @@ nets = pytest.importorskip("nets", reason="the zoo is an extra: pip install -e '
 @functools.cache
 def net_of(make: Any) -> tuple[nn.Module, Tensor, set[str], Any]:
     """The model, its input, the names of its sparse weights, and the model lowered."""
-    torch.manual_seed(0)
-    model, x = make()
-    model, sites = nets.pruned(model, x)
+    model, x, sites = nets.frozen_net(make)
     return model, x, set(sites), forced(model, x)
 
 

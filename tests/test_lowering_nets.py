@@ -18,9 +18,7 @@ pytestmark = pytest.mark.required
 
 @pytest.mark.parametrize("net", nets.NETS, ids=lambda net: net.__name__)
 def test_every_planned_weight_is_an_n_m_constant_of_a_product_and_the_numbers_stay(net: Any) -> None:
-    torch.manual_seed(0)
-    model, x = net()
-    model, sites = nets.pruned(model, x)
+    model, x, sites = nets.frozen_net(net)
     for dtype in (torch.float32, torch.bfloat16):
         lowered = nm.lower(model, (x,), backend="dense", dtype=dtype)
         assert not lowered.unread
@@ -37,12 +35,12 @@ def test_every_planned_weight_is_an_n_m_constant_of_a_product_and_the_numbers_st
         )
 
 
-@pytest.mark.parametrize("net", [nets.mobilenet_v2, nets.bert], ids=["mobilenet_v2", "bert"])
+@pytest.mark.parametrize(
+    "net", [pytest.param(nets.mobilenet_v2, marks=pytest.mark.slow), nets.bert], ids=lambda net: net.__name__
+)
 def test_the_file_that_onnx_lowering_writes_verifies(net: Any, tmp_path: Path) -> None:
     read_operators_once()
-    torch.manual_seed(0)
-    model, x = net()
-    model, sites = nets.pruned(model, x)
+    model, x, sites = nets.frozen_net(net)
     lowered = nm.lower(model, (x,), backend="onnx", dtype=torch.float16, options={"path": tmp_path / "net.onnx"})
     assert set(nm.verify(tmp_path / "net.onnx").satisfied) >= set(sites)
     assert {weight.name for weight in lowered.result.artifact.weights} == set(sites)

@@ -75,8 +75,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def test_an_architecture_is_written_with_zeros_along_the_reduction_axis_and_the_numbers_of_eager(
     make: Callable[[], tuple[nn.Module, Tensor]], tmp_path: Path
 ) -> None:
-    model, x = make()
-    model, sites = nets.pruned(model, x)
+    model, x, sites = nets.frozen_net(make)
     assert sites
     path = tmp_path / "model.onnx"
     for dtype, allowed in ((torch.float32, 1e-5), (torch.float16, 5e-3)):

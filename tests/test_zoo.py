@@ -34,6 +34,8 @@ NOT_ONE_GRAPH = {
     "returns_unregistered": "the output hides its tensors from pytree",
 }
 """Models that no single exported graph holds."""
+SLOW = {"opt", "distilbert", "albert"}
+"""Near relatives of others in the sample: --slow runs them."""
 PINNED = {
     "keywords": ["head.weight[1]"],  # the hidden state is an output too
     "nested_containers": ["head.weight[1]"],
@@ -70,7 +72,14 @@ def check(entry: zoo.Entry) -> None:
 
 
 @pytest.mark.required
-@pytest.mark.parametrize(("library", "name"), [(library, name) for library, names in SAMPLE.items() for name in names.split()])
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        pytest.param(library, name, marks=pytest.mark.slow if name in SLOW else ())
+        for library, names in SAMPLE.items()
+        for name in names.split()
+    ],
+)
 def test_a_model_of_the_zoo_is_captured_in_both_modes_and_computes_the_same_to_the_bit(library: str, name: str) -> None:
     check(entry(library, name))
 
