@@ -186,7 +186,8 @@ def shares(gains: np.ndarray, total: float, *, most: float) -> np.ndarray:
         proposed = (total - result.sum()) * (part / part.sum())
         over = open_ones & (proposed >= most)
         if not over.any():
-            return result + proposed
+            result += proposed
+            break
         result[over] = most
         open_ones &= ~over
     return result
