@@ -54,49 +54,71 @@ static int64_t panel_scratch(const nm_job *j) {
     return panel + sums + steps * NM_LANES * 6 + 4 * LINE;
 }
 
-/* One tile: 16 rows, ``count`` steps, NV vectors of tokens. Rows go R at a time, so that short ones fill the pipeline. */
-#define TILE(NV, R)                                                                                                           \
-    static void tile_##NV(const char *panel, float *sums, const float *values, const uint16_t *at, int64_t count,            \
-                          const float *start, int first, const char *next, int64_t lines) {                                  \
+/* One tile: 16 rows, ``count`` steps, NV vectors of tokens, the last of which may be HALF a vector. Rows go R at a time, so that
+ * short ones fill the pipeline. */
+#define TILE(NAME, NV, R, HALF)                                                                                              \
+    static void NAME(const char *panel, float *sums, const float *values, const uint16_t *at, int64_t count,                 \
+                     const float *start, int first, const char *next, int64_t lines) {                                       \
         for (int row = 0; row < NM_LANES; row += R) {                                                                         \
             for (int64_t l = row * lines / NM_LANES; l < (row + R) * lines / NM_LANES; l++) __builtin_prefetch(next + l * LINE); \
+            float *to = sums + row * NV * V;                                                                                  \
             vf sum[R][NV];                                                                                                    \
-            _Pragma("GCC unroll 8") for (int r = 0; r < R; r++)                                                               \
-                _Pragma("GCC unroll 16") for (int i = 0; i < NV; i++)                                                         \
-                    sum[r][i] = first ? splat(start[row + r]) : *(vf *)(sums + (row + r) * NV * V + i * V);                   \
+            vh half[R];                                                                                                       \
+            _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {                                                             \
+                _Pragma("GCC unroll 16") for (int i = 0; i < NV - HALF; i++)                                                  \
+                    sum[r][i] = first ? splat(start[row + r]) : *(vf *)(to + (r * NV + i) * V);                               \
+                if (HALF) half[r] = first ? LOWER(splat(start[row + r])) : *(vh *)(to + (r * NV + NV - 1) * V);                \
+            }                                                                                                                 \
             for (int64_t s = 0; s < count; s++) {                                                                             \
                 _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {                                                         \
                     const vf weight = splat(values[s * NM_LANES + row + r]);                                                  \
                     const char *from = panel + at[s * NM_LANES + row + r];                                                    \
-                    _Pragma("GCC unroll 16") for (int i = 0; i < NV; i++) sum[r][i] += weight * *(const vf *)(from + i * 4 * V); \
+                    _Pragma("GCC unroll 16") for (int i = 0; i < NV - HALF; i++) sum[r][i] += weight * *(const vf *)(from + i * 4 * V); \
+                    if (HALF) half[r] += LOWER(weight) * *(const vh *)(from + (NV - 1) * 4 * V);                              \
                 }                                                                                                             \
             }                                                                                                                 \
-            _Pragma("GCC unroll 8") for (int r = 0; r < R; r++)                                                               \
-                _Pragma("GCC unroll 16") for (int i = 0; i < NV; i++) *(vf *)(sums + (row + r) * NV * V + i * V) = sum[r][i]; \
+            _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {                                                             \
+                _Pragma("GCC unroll 16") for (int i = 0; i < NV - HALF; i++) *(vf *)(to + (r * NV + i) * V) = sum[r][i];       \
+                if (HALF) *(vh *)(to + (r * NV + NV - 1) * V) = half[r];                                                      \
+            }                                                                                                                 \
         }                                                                                                                     \
     }
 
 typedef void (*tile_fn)(const char *, float *, const float *, const uint16_t *, int64_t, const float *, int, const char *, int64_t);
 
-TILE(1, 4)
-TILE(2, 4)
-TILE(3, 2)
-TILE(4, 2)
-TILE(5, 1)
-TILE(6, 1)
-TILE(7, 1)
-#if MOST > 7
-TILE(8, 1)
-TILE(9, 1)
-TILE(10, 1)
+#if V == 16 /* half of a smaller vector takes as long as the whole */
+#define TILES(NV, R) TILE(tile_##NV, NV, R, 0) TILE(tile_##NV##_half, NV, R, 1)
+#define NAMES(NV) {tile_##NV, tile_##NV##_half}
+#else
+#define TILES(NV, R) TILE(tile_##NV, NV, R, 0)
+#define NAMES(NV) {tile_##NV, tile_##NV}
 #endif
 
-static const tile_fn tile_of[] = {
-    0, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6, tile_7,
+TILES(1, 4)
+TILES(2, 4)
+TILES(3, 2)
+TILES(4, 2)
+TILES(5, 1)
+TILES(6, 1)
+TILES(7, 1)
 #if MOST > 7
-    tile_8, tile_9, tile_10,
+TILES(8, 1)
+#endif
+#if MOST > 8
+TILES(9, 1)
+TILES(10, 1)
+#endif
+
+static const tile_fn tile_of[][2] = { /* [vectors][the last is half] */
+    {0, 0}, NAMES(1), NAMES(2), NAMES(3), NAMES(4), NAMES(5), NAMES(6), NAMES(7),
+#if MOST > 7
+    NAMES(8),
+#endif
+#if MOST > 8
+    NAMES(9), NAMES(10),
 #endif
 };
+#undef NAMES
 
 static int run_panel(const nm_job *j, int64_t task, char *scratch) {
     const plan p = plan_of(j);
@@ -112,6 +134,7 @@ static int run_panel(const nm_job *j, int64_t task, char *scratch) {
     float *sums = (float *)(panel + (p.keep ? k : p.block) * p.most * V * 4);
     float *wide = sums + nm_min(p.chunk, ROW_BLOCK) * p.most * V;
     uint16_t *at = (uint16_t *)(wide + block_steps * NM_LANES);
+    const tile_fn tile = tile_of[nv][tokens <= nv * V - V / 2];
     int wrong = 0;
 
     for (int64_t top = row0; top < row1; top += ROW_BLOCK) {
@@ -121,17 +144,17 @@ static int run_panel(const nm_job *j, int64_t task, char *scratch) {
             char *here = p.keep ? panel + k0 * width : panel;
             if (!p.keep || top == row0) pack(j, group, k0, k1, token0, tokens, nv, (float *)here);
             for (int64_t row = top; row < bottom; row += NM_LANES) {
-                const int64_t tile = group * nm_tiles(j) + row / NM_LANES;
-                const char *values = (const char *)j->values + tile * steps * NM_LANES * nm_value_bytes(j);
+                const int64_t place = group * nm_tiles(j) + row / NM_LANES;
+                const char *values = (const char *)j->values + place * steps * NM_LANES * nm_value_bytes(j);
                 const char *next = values + (steps + step0) * NM_LANES * nm_value_bytes(j);
-                __builtin_prefetch(j->codes + (tile + 1) * words * NM_LANES + step0 * nm_bits(j->m) / 32 * NM_LANES);
-                __builtin_prefetch(j->codes + (tile + 1) * words * NM_LANES + step0 * nm_bits(j->m) / 32 * NM_LANES + NM_LANES);
-                const float *scales = j->scales ? j->scales + tile * NM_LANES : 0;
+                __builtin_prefetch(j->codes + (place + 1) * words * NM_LANES + step0 * nm_bits(j->m) / 32 * NM_LANES);
+                __builtin_prefetch(j->codes + (place + 1) * words * NM_LANES + step0 * nm_bits(j->m) / 32 * NM_LANES + NM_LANES);
+                const float *scales = j->scales ? j->scales + place * NM_LANES : 0;
                 float start[NM_LANES] = {0}, *tile_sums = sums + (row - top) * nv * V;
                 if (j->bias && !k0) memcpy(start, j->bias + group * j->rows + row, (size_t)nm_min(NM_LANES, j->rows - row) * 4);
-                wrong |= expand_codes(j, j->codes + tile * words * NM_LANES, step0, count, width, at);
+                wrong |= expand_codes(j, j->codes + place * words * NM_LANES, step0, count, width, at);
                 const float *floats = expand_values(j, values, scales, step0, count, wide);
-                tile_of[nv](here, tile_sums, floats, at, count, start, !k0, next, count * NM_LANES * nm_value_bytes(j) / LINE);
+                tile(here, tile_sums, floats, at, count, start, !k0, next, count * NM_LANES * nm_value_bytes(j) / LINE);
                 if (k1 == k) unpack(j, group, row, token0, tokens, nv, tile_sums);
             }
         }
