@@ -30,6 +30,7 @@ from nm_compiler.runtime.native.library import Library, load
 from nm_compiler.runtime.native.measuring import _conv_ways, _linear_ways, _sparse, timed
 from nm_compiler.runtime.native.ops import CONV2D, LINEAR
 from nm_compiler.runtime.native.packing import pack, unpack
+from nm_compiler.runtime.native.whole import Whole, compared
 from nm_compiler.solvers.masks import masked
 
 Golden = Callable[[str, str], None]
@@ -374,6 +375,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[int,
         return Timing(2e-3, 1e-3) if weight.shape[0] == 32 else Timing(1e-3, 2e-3)
 
     monkeypatch.setattr(cpu, "timed", fake)
+    monkeypatch.setattr(cpu, "compared", lambda *graphs, inductor: Whole({"eager": 2e-3, "packed": 1e-3}))
     monkeypatch.setenv("NM_COMPILER_CACHE", str(tmp_path))
     return found
 
@@ -436,12 +438,52 @@ def test_forced_weights_are_not_measured_and_without_choose_none_is(measured: An
 
 
 @needs_kernels
+def test_a_graph_whose_products_win_and_which_loses_as_a_whole_stays_dense(measured: Any, monkeypatch: Any) -> None:
+    model, x = choices()
+    times = {"eager": 1.0e-3, "packed": 1.25e-3, "inductor": 0.9e-3, "packed, inductor": 0.6e-3}
+    asked: list[bool] = []
+
+    def fake(dense: nn.Module, packed: nn.Module, flat: Any, *, inductor: bool) -> Whole:
+        asked.append(inductor)
+        torch.testing.assert_close(dense(*flat), packed(*flat), rtol=1e-4, atol=1e-5)
+        return Whole(times if inductor else {way: times[way] for way in ("eager", "packed")})
+
+    monkeypatch.setattr(cpu, "compared", fake)
+    lowered = nm.lower(model, (x,), backend="cpu")
+    row = rows(lowered)["7.weight"]
+    assert (row.status, row.reason) == ("dense", "measured 0.80x of dense in the whole graph")
+    assert rows(lowered)["9.weight"].reason == "measured 0.50x of dense at 3 tokens"
+    assert not [node for node in lowered.run.graph.nodes if "packed" in str(node.target)]
+    assert "Whole graph: eager 1 ms, packed 1.25 ms: 0.80x of dense." in str(nm.report(lowered))
+    torch.testing.assert_close(lowered(x), model(x))
+    lowered = nm.lower(model, (x,), backend="cpu", options={"against": "inductor"})
+    assert rows(lowered)["7.weight"].status == "sparse"
+    assert asked == [False, True]
+    nm.lower(model, (x,), backend="cpu", force=["9.weight"])
+    nm.lower(model, (x,), backend="cpu", options={"choose": False})
+    assert len(asked) == 2, "what the user forces is not undone"
+
+
+@needs_kernels
+def test_whole_graphs_are_timed_in_every_way() -> None:
+    model, _ = choices()
+    flat = (torch.randn(3, 3, 8, 8),)
+    lowered = nm.lower(model, flat, backend="cpu", force=["*"])
+    assert list(compared(lowered.run, lowered.run, flat, inductor=False).seconds) == ["eager", "packed"]
+    every = compared(lowered.run, lowered.run, flat, inductor=True)
+    assert list(every.seconds) == ["eager", "packed", "inductor", "packed, inductor"]
+    assert min(every.seconds.values()) > 0
+
+
+@needs_kernels
 def test_options_that_there_are_not_are_refused() -> None:
     model, x = choices()
     with pytest.raises(nm.NMError, match="'values': 'int4'.*choose one of float32, bfloat16, int8"):
         forced(model, x, options={"values": "int4"})
-    with pytest.raises(nm.NMError, match="has no option 'tokens'; it has values, choose, cache"):
+    with pytest.raises(nm.NMError, match="has no option 'tokens'; it has values, choose, cache, against"):
         forced(model, x, options={"tokens": 1})
+    with pytest.raises(nm.NMError, match="'against': 'jit'.*choose eager or inductor"):
+        forced(model, x, options={"against": "jit"})
     with pytest.raises(nm.NMError, match="float16: the CPU kernels take float32 and bfloat16"):
         forced(model, x, dtype=torch.float16)
 

@@ -47,6 +47,7 @@ from nm_compiler.runtime.cusparselt.eligible import Machine, Product, int8_reaso
 from nm_compiler.runtime.cusparselt.unfold import Geometry
 from nm_compiler.runtime.native import library as native
 from nm_compiler.runtime.native.eligible import reasons as of_cpu
+from nm_compiler.runtime.native.whole import Whole
 from nm_compiler.runtime.products import Decision, unread
 from nm_compiler.runtime.products import Product as Planned
 from nm_compiler.runtime.tensorrt.eligible import reasons as of_tensorrt
@@ -302,6 +303,7 @@ CPU: list[tuple[str, Callable[[], Any]]] = [
     ("conv3d with this padding or number of axes: the CPU kernels take one or two axes, padded evenly", lambda: on_cpu(torch.ops.aten.conv3d.default, 3)),
     ("measured 0.50x of dense at 2 tokens", lambda: measured_on_cpu(MLP(), example(MLP()), "fc2.weight").reasons[0]),
     ("measured 0.50x of dense at inputs of [2, 4, 3, 3]", lambda: measured_on_cpu(nn.Conv2d(4, 8, 1), torch.randn(2, 4, 3, 3), "weight").reasons[0]),
+    ("measured 0.50x of dense in the whole graph", lambda: cpu_backend._undone(Decision("CPU packed 2:4"), Whole({"eager": 1.0, "packed": 2.0})).reasons[0]),
     ("fewer kept weights (1:4, 1:8), a larger layer, or force=[...]", lambda: measured_on_cpu(MLP(), example(MLP()), "fc2.weight").hint),
     ("the model is on cuda: model.cpu()", lambda: cpu_backend.Cpu().missing(torch.float32, torch.device("cuda"))),
     ("float16: the CPU kernels take float32 and bfloat16, say dtype=torch.float32", lambda: cpu_backend.Cpu().missing(torch.float16, torch.device("cpu"))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
@@ -25,6 +26,7 @@ from nm_compiler.runtime.native.eligible import DTYPES, geometry, reasons
 from nm_compiler.runtime.native.library import load
 from nm_compiler.runtime.native.measuring import timed
 from nm_compiler.runtime.native.packing import pack, packed_bytes
+from nm_compiler.runtime.native.whole import Whole, compared
 from nm_compiler.runtime.products import Decision, Product
 
 VALUES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -34,9 +36,9 @@ ROUGH = {torch.bfloat16: 2e-2, torch.int8: 1e-1}
 
 class Cpu(Backend):
     """Options: values, "bfloat16" or "int8" to store rounded weights (float32 sums); choose, False to lower without measuring;
-    cache, another file for what was measured.
+    cache, another file for what was measured; against, "inductor" to time the whole graph against torch.compile as well.
 
-    By default every distinct product is timed against torch's best dense way, and the faster stays.
+    By default every distinct product is timed against torch's best dense way, then the whole graph, and the faster stays.
     """
 
     name = "cpu"
@@ -51,17 +53,34 @@ class Cpu(Backend):
         return found if isinstance(found, str) else None
 
     def lower(self, job: Job) -> Result:
-        options = self.take(job, "values", "choose", "cache")
-        values = _values(options.get("values"))
+        options = self.take(job, "values", "choose", "cache", "against")
+        values, against = _values(options.get("values")), options.get("against", "eager")
+        if against not in ("eager", "inductor"):
+            raise NMError(f"options={{'against': {against!r}}}: choose eager or inductor")
         choices = Choices(options.get("cache")) if options.get("choose", True) else None
         found, nodes = job.products, {node.name: node for node in job.gm.graph.nodes}
         decisions = {each.node: _decide(job, each, nodes[each.node], choices, values) for each in found}
         chosen = [each for each in found if decisions[each.node].kernel]
         lower = partial(lower_cpu, chosen=chosen, values=values)
+        dense = standalone(GraphModule(job.gm, copy.deepcopy(job.gm.graph)))
         gm = standalone(run(job.gm, [lower, fuse_epilogues, pool_channels_last]))
         library = load()
-        notes = (f"CPU kernels for {getattr(library, 'isa', library)}, {torch.get_num_threads()} threads.",)
-        return Result(gm, decisions, found, notes, rough=0.0 if values is None else ROUGH.get(values, 0.0))
+        notes = [f"CPU kernels for {getattr(library, 'isa', library)}, {torch.get_num_threads()} threads."]
+        kernels = [each for each in decisions.values() if each.kernel]
+        if choices is not None and kernels and all(each.dense_s is not None for each in kernels):  # none is forced
+            whole = compared(dense, gm, job.flat, inductor=against == "inductor")
+            notes.append(str(whole))
+            if not whole.packed_wins:
+                gm, decisions = dense, {name: _undone(each, whole) for name, each in decisions.items()}
+        return Result(gm, decisions, found, tuple(notes), rough=0.0 if values is None else ROUGH.get(values, 0.0))
+
+
+def _undone(decision: Decision, whole: Whole) -> Decision:
+    """A product that won by itself, in a graph that lost."""
+    if not decision.kernel:
+        return decision
+    reason, hint = f"measured {whole.speedup:.2f}x of dense in the whole graph", 'force=[...], or options={"choose": False}'
+    return replace(decision, kernel="", bytes=None, reasons=(reason,), hint=hint)
 
 
 def _values(name: Any) -> torch.dtype | None:

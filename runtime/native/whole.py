@@ -1,0 +1,62 @@
+"""A whole graph, packed against dense: products that win one by one can lose together.
+
+What lies between products (layouts, fused additions, a pass over memory saved) is not seen by timing each of them. So the
+graph is timed once more as a whole, against eager torch, or also against inductor, which takes long to compile a large model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from nm_compiler.runtime.choose import side_by_side
+
+ENOUGH = 0.98
+"""Packed stays unless it is slower than this times dense: below lies more than noise."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Seconds a call by way: "eager" and "inductor" are dense, "packed" and "packed, inductor" are not."""
+
+    seconds: dict[str, float]
+
+    @property
+    def speedup(self) -> float:
+        """The best packed way over the best dense one."""
+        packed = min(value for way, value in self.seconds.items() if way.startswith("packed"))
+        return min(value for way, value in self.seconds.items() if not way.startswith("packed")) / packed
+
+    @property
+    def packed_wins(self) -> bool:
+        """Or is as fast, within noise."""
+        return self.speedup >= ENOUGH
+
+    def __str__(self) -> str:
+        ways = ", ".join(f"{way} {value * 1e3:.3g} ms" for way, value in self.seconds.items())
+        return f"Whole graph: {ways}: {self.speedup:.2f}x of dense."
+
+
+def compared(dense: GraphModule, packed: GraphModule, flat: Sequence[Any], *, inductor: bool) -> Whole:
+    """Both graphs on the example inputs, in turn."""
+    device = next((value.device for value in flat if isinstance(value, Tensor)), torch.device("cpu"))
+    with torch.no_grad():
+        found = side_by_side(lambda: dense(*flat), lambda: packed(*flat), device, rounds=5)
+        seconds = {"eager": found.dense_s, "packed": found.sparse_s}
+        if inductor:
+            found = side_by_side(_compiled(dense, flat), _compiled(packed, flat), device, rounds=5)
+            seconds |= {"inductor": found.dense_s, "packed, inductor": found.sparse_s}
+    return Whole(seconds)
+
+
+def _compiled(graph: GraphModule, flat: Sequence[Any]) -> Callable[[], object]:
+    """As a user would compile it for inference: constants are folded and laid out once."""
+    with torch._inductor.config.patch(freezing=True):
+        made: Any = torch.compile(graph)
+        made(*flat)
+    return lambda: made(*flat)
