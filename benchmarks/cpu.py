@@ -95,11 +95,22 @@ def nets(patterns: Sequence[str], repeats: int, quick: bool, only: str) -> list[
             print(f"measuring {name}", file=sys.stderr, flush=True)
             rows.append(net(name, text, repeats=repeats))
         print(f"\n{text}, whole networks, ms")
-        head = ["network", "eager", "inductor", "packed", "over inductor", "over eager", "sparse products"]
+        head = [
+            "network",
+            "eager",
+            "inductor",
+            "packed",
+            "and compiled",
+            "over inductor",
+            "and compiled",
+            "over eager",
+            "packed products",
+        ]
         body = [
             [row["net"], f"{min(v for k, v in row['ms'].items() if k.startswith('eager')):.1f}",
-             f"{row['ms']['inductor']:.1f}", f"{row['ms']['packed']:.1f}", f"{row['over inductor']:.2f}x",
-             f"{row['over eager']:.2f}x", f"{row['sparse']} of {row['products']}"]
+             *(f"{row['ms'][way]:.1f}" for way in ("inductor", "packed", "packed, inductor")),
+             *(f"{row[over]:.2f}x" for over in ("over inductor", "compiled over inductor", "over eager")),
+             f"{row['sparse']} of {row['products']}"]
             for row in rows
         ]  # fmt: skip
         print(table(head, body))
