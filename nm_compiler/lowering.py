@@ -91,7 +91,7 @@ def lower(
     for name in sites:
         for node in gm.graph.find_nodes(op="get_attr", target=name):
             node.meta["weight"] = name
-    for each in passes(exact):
+    for each in passes(exact, own=twin is not model):
         gm = _checked(run(gm, [each]), sites, each)
     gm = standalone(gm)
     job = Job(gm, signature, sites, tuple(signature.flatten(*given)), globs(force), dict(options or {}))
@@ -105,9 +105,15 @@ def lower(
     return lowered
 
 
-def passes(exact: Mapping[str, Tensor]) -> list[Pass]:
-    """What every backend gets, in order. exact: values to fold batch norms with before rounding."""
-    return [partial(fold_batchnorm, exact=exact), fold_weights, products_to_linear, flatten_tokens]
+def passes(exact: Mapping[str, Tensor], *, own: bool = False) -> list[Pass]:
+    """What every backend gets, in order. exact: values to fold batch norms with before rounding.
+
+    own: the graph reads a copy that only it has: weights that a pass replaces are let go one by one.
+    """
+    return [
+        partial(fold_batchnorm, exact=exact, own=own), partial(fold_weights, own=own), partial(products_to_linear, own=own),
+        flatten_tokens,
+    ]  # fmt: skip
 
 
 def cast(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

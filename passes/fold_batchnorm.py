@@ -19,22 +19,25 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import is_constant, value_of
-from nm_compiler.rewrite import constant, weight_of
+from nm_compiler.rewrite import constant, discard, weight_of
 from nm_compiler.uses import CONVS
 
 aten = torch.ops.aten
+_AT_ONCE = 1 << 17  # weights that are there in float64 at a time: a megabyte
 
 
-def fold_batchnorm(gm: GraphModule, *, exact: Mapping[str, Tensor] | None = None) -> GraphModule:
+def fold_batchnorm(gm: GraphModule, *, exact: Mapping[str, Tensor] | None = None, own: bool = False) -> GraphModule:
     """Fold where the batch norm has constant statistics and is the convolution's only reader.
 
     exact: parameters and buffers by name in a wider dtype than the graph's, to fold with before rounding.
+    own: the graph's state belongs to nobody else, so that what was folded is let go at once.
     """
     exact = exact or {}
     for norm in [node for node in gm.graph.nodes if node.target is aten.batch_norm.default]:
         product = norm.args[0]
         if isinstance(product, Node) and _foldable(norm, product):
             _fold(gm, norm, product, exact)
+            discard(gm, norm, own=own)
     return gm
 
 
@@ -59,10 +62,9 @@ def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor
     scale = scale if gain is None else scale * gain.double()
     offset = (0 if bias is None else bias.double()) - mean.double()
     offset = offset * scale + (0 if shift is None else shift.double())
-    folded = weight.to(torch.float64, copy=True).mul_(scale.view(-1, *[1] * (weight.ndim - 1)))
     name, dtype, source = f"{product.args[1]}_folded", _dtype(product.args[1]), weight_of(product.args[1])  # type: ignore[arg-type]
     with gm.graph.inserting_before(product):
-        new_weight = constant(gm, name, folded.to(dtype))
+        new_weight = constant(gm, name, _scaled(weight, scale, dtype))
         new_bias = constant(gm, f"{name}_bias", offset.to(dtype))
         rest = product.args[3:]
         new = gm.graph.call_function(product.target, (product.args[0], new_weight, new_bias, *rest), product.kwargs)  # type: ignore[arg-type]
@@ -70,8 +72,15 @@ def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor
         new_weight.meta["weight"] = source
     new.meta = dict(norm.meta)
     norm.replace_all_uses_with(new)
-    gm.graph.erase_node(norm)
-    gm.graph.erase_node(product)
+
+
+def _scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` times a factor for each row, in float64, rounded once; no more than some rows are there in float64."""
+    scaled = torch.empty_like(weight, dtype=dtype)
+    rows = max(1, _AT_ONCE // max(1, weight[:1].numel()))
+    for into, part, factor in zip(scaled.split(rows), weight.split(rows), scale.split(rows), strict=True):
+        into.copy_(part.double().mul_(factor.view(-1, *[1] * (weight.ndim - 1))))
+    return scaled
 
 
 def _dtype(node: Any) -> torch.dtype:
