@@ -346,7 +346,7 @@ def test_outputs_that_differ_after_lowering_are_an_error_with_a_way_out(monkeypa
         return gm
 
     model, x = frozen(ConvNet)
-    monkeypatch.setattr(lowering, "passes", lambda exact: [wrong])
+    monkeypatch.setattr(lowering, "passes", lambda exact, own: [wrong])
     with pytest.raises(nm.NMError, match=r"lowered to dense, the outputs differ from the model's by .*exclude=\[\.\.\.\]"):
         nm.lower(model, x, backend="dense")
     assert nm.lower(model, x, backend="dense", check=False).error is None
@@ -363,7 +363,7 @@ def test_a_pass_that_spoils_the_zeros_is_caught_and_named(monkeypatch: pytest.Mo
 
     model, x = frozen(ConvNet)
     sites = nm.lower(model, x, backend="dense").sites
-    monkeypatch.setattr(lowering, "passes", lambda exact: [spoiling])
+    monkeypatch.setattr(lowering, "passes", lambda exact, own: [spoiling])
     with pytest.raises(
         nm.NMError, match=r"after spoiling: conv1\.weight of shape \[8, 8, 3, 3\] has 4 non-zeros in a group of 4"
     ):

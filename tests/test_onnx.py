@@ -27,6 +27,7 @@ from nm_compiler.graph import run as run_passes
 from nm_compiler.passes.fold_batchnorm import fold_batchnorm
 from nm_compiler.runtime.onnx_files import commands, packages
 from nm_compiler.runtime.onnx_files.export import Written, write
+from nm_compiler.runtime.onnx_files.outline import outline
 from nm_compiler.runtime.onnx_files.reading import operands
 from nm_compiler.runtime.onnx_files.streaming import write_streamed
 
@@ -457,22 +458,23 @@ def test_a_streamed_file_is_the_model_and_its_outline_finds_the_weights_inside(t
 
     shapes = {"none": (0, 3), "one": (1,), "small": (4, 5), "large": (300, 7), "larger": (130, 130)}
     model = exported_model({name: torch.randn(shape).to(dtype) for name, shape in shapes.items()})
-    path, outline, plain = tmp_path / "m.onnx", tmp_path / "o.onnx", tmp_path / "plain.onnx"
-    write_streamed(model, path, outline)
+    path, structure, plain = tmp_path / "m.onnx", tmp_path / "o.onnx", tmp_path / "plain.onnx"
+    write_streamed(model, path)
+    structure.write_bytes(outline(path).SerializeToString())
     ir.save(model, plain)
     wanted = {tensor.name: tensor.SerializeToString() for tensor in onnx.load(plain).graph.initializer}
     streamed = onnx.load(path)
     assert {tensor.name: tensor.SerializeToString() for tensor in streamed.graph.initializer} == wanted
     assert sorted(streamed.graph.node, key=str) == sorted(onnx.load(plain).graph.node, key=str)
-    told = onnx.load(outline, load_external_data=False)
+    told = onnx.load(structure, load_external_data=False)
     outside = [tensor for tensor in told.graph.initializer if tensor.external_data]
     assert {tensor.name for tensor in outside} == {"large", "larger"}
-    assert outline.stat().st_size < 2000
+    assert structure.stat().st_size < 2000
     external_data_helper.load_external_data_for_model(told, str(tmp_path))
     assert {tensor.name: tensor.raw_data for tensor in told.graph.initializer} == {
         tensor.name: tensor.raw_data for tensor in streamed.graph.initializer
     }
-    for each in (path, outline):
+    for each in (path, structure):
         onnx.checker.check_model(str(each), full_check=True)
     assert all(value.const_value.numpy().shape == shapes[name] for name, value in model.graph.initializers.items())
 
