@@ -42,7 +42,7 @@ class Numerics:
 def compare(program: ExportedProgram, inputs: tuple[Tensor, ...], outline: Path, tolerance: float | None = None) -> Numerics:
     """Compare a file with ``program`` on ``inputs``, and on twice the batch where the program leaves it free.
 
-    outline: of the file, its large weights as external data; it is run part by part, see `nm_compiler.runtime.onnx_files.parts`.
+    outline: of the file, its large weights as external data. It is run part by part: `nm_compiler.runtime.onnx_files.parts`.
     tolerance: None is 1e-5 for float32, 5e-3 where any weight or input is float16.
     Raises NMError if an output differs by more, or is NaN where the program's is not. What onnxruntime has no CPU kernel
     for (bfloat16, as of 1.32) is not compared, and the result says so.

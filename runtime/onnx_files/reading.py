@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from nm_compiler.errors import NMError
-from nm_compiler.runtime.onnx_files.outline import outline
 from nm_compiler.runtime.onnx_files.moves import is_move, moved
+from nm_compiler.runtime.onnx_files.outline import outline
 from nm_compiler.runtime.onnx_files.packages import require
 
 
@@ -145,8 +145,9 @@ def _mapped(tensor: Any, path: Path) -> np.ndarray | None:
     shape, dtype = tuple(tensor.dims), helper.tensor_dtype_to_np_dtype(tensor.data_type)
     if int(told["length"]) != dtype.itemsize * int(np.prod(shape, dtype=np.int64)) or not int(told["length"]):
         return None
-    data = np.memmap(path, np.uint8, "r", int(told.get("offset", 0)), int(told["length"]))
-    return np.asarray(data).view(dtype).reshape(shape)
+    data = np.memmap(path, np.uint8, "c", int(told.get("offset", 0)), int(told["length"]))
+    found: np.ndarray = np.asarray(data).view(dtype).reshape(shape)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
