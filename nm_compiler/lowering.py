@@ -9,6 +9,7 @@ checked to be N:M along their reduction axis. The model itself is not touched.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from nm_compiler.capture import capture_mode, in_mode
+from nm_compiler.capture import capture_mode, in_mode, without_cache
 from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass, run, standalone
 from nm_compiler.module import is_compiled
@@ -29,7 +30,7 @@ from nm_compiler.passes.fold_weights import fold_weights
 from nm_compiler.passes.products_to_linear import products_to_linear
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.preparing import arguments, check_model, globs
-from nm_compiler.routes import untouched
+from nm_compiler.routes import copies_of, untouched
 from nm_compiler.runtime.backends import Job, choose_backend
 from nm_compiler.runtime.lowered import Lowered, relative_error
 from nm_compiler.runtime.products import check_zeros, unread
@@ -74,6 +75,7 @@ def lower(
     _check_frozen(model)
     args, named = arguments(example_inputs, kwargs, "nm.lower"), dict(kwargs or {})
     chosen = choose_backend(backend, dtype or _dtype(model), _device(model))
+    wanted = _wanted(model, args, named) if check else None
     twin = cast(model, dtype)
     given = pytree.tree_map_only(Tensor, partial(_as, dtype=dtype), (args, named))
     with untouched(twin):
@@ -91,7 +93,7 @@ def lower(
     for name in sites:
         for node in gm.graph.find_nodes(op="get_attr", target=name):
             node.meta["weight"] = name
-    for each in passes(exact):
+    for each in passes(exact, own=twin is not model):
         gm = _checked(run(gm, [each]), sites, each)
     gm = standalone(gm)
     job = Job(gm, signature, sites, tuple(signature.flatten(*given)), globs(force), dict(options or {}))
@@ -101,13 +103,22 @@ def lower(
         dense=dense, unread=lost, dtype=dtype, notes=chosen.notes,
     )  # fmt: skip
     if check:
-        _check(lowered, model, (args, named), given, dtype or _dtype(model))
+        if wanted is None:
+            with in_mode(model, False), torch.no_grad():
+                wanted = model(*args, **{**signature.hidden, **named})
+        _check(lowered, wanted, given, dtype or _dtype(model))
     return lowered
 
 
-def passes(exact: Mapping[str, Tensor]) -> list[Pass]:
-    """What every backend gets, in order. exact: values to fold batch norms with before rounding."""
-    return [partial(fold_batchnorm, exact=exact), fold_weights, products_to_linear, flatten_tokens]
+def passes(exact: Mapping[str, Tensor], *, own: bool = False) -> list[Pass]:
+    """What every backend gets, in order. exact: values to fold batch norms with before rounding.
+
+    own: the graph reads a copy that only it has: weights that a pass replaces are let go one by one.
+    """
+    return [
+        partial(fold_batchnorm, exact=exact, own=own), partial(fold_weights, own=own), partial(products_to_linear, own=own),
+        flatten_tokens,
+    ]  # fmt: skip
 
 
 def cast(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -163,9 +174,16 @@ def _checked(gm: GraphModule, sites: Mapping[str, Site], done: Pass) -> GraphMod
     return gm
 
 
-def _check(lowered: Lowered, model: nn.Module, plain: Any, given: Any, dtype: torch.dtype) -> None:
-    with in_mode(model, False), torch.no_grad():
-        wanted, found = model(*plain[0], **{**lowered.signature.hidden, **plain[1]}), lowered(*given[0], **given[1])
+def _wanted(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The model's outputs, before there is a copy of anything; None if it does not run: capture says why, with the line."""
+    with untouched(model), in_mode(model, False), torch.no_grad(), contextlib.suppress(Exception):
+        return model(*copies_of(args), **{**without_cache(model, kwargs), **copies_of(dict(kwargs))})
+    return None
+
+
+def _check(lowered: Lowered, wanted: Any, given: Any, dtype: torch.dtype) -> None:
+    with torch.no_grad():
+        found = lowered(*given[0], **given[1])
     error = relative_error(found, wanted)
     bound = max(TOLERANCE.get(dtype, 6e-2), lowered.result.rough)
     if not error <= bound:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from nm_compiler.graph import reads
+from nm_compiler.graph import getattr_path, reads
 from nm_compiler.ops.two_masks import TWO_MASKS
 from nm_compiler.ops.weights import stands_for_weight
 
@@ -36,6 +36,26 @@ def constant(gm: GraphModule, name: str, value: Tensor) -> Node:
     """Read the constant ``name`` at the insertion point; a constant of that name is there once a graph."""
     gm.__dict__[name] = gm.__dict__["extras"].setdefault(name, value)
     return gm.graph.create_node("get_attr", name)
+
+
+def discard(gm: GraphModule, node: Node, *, own: bool) -> None:
+    """Erase a node that nobody reads, and what nobody reads then.
+
+    own: also drop parameters, buffers and constants that the graph does not read any more, so that their memory is free:
+    only where they belong to nobody else.
+    """
+    if node.users or node.op not in ("call_function", "get_attr"):
+        return
+    operands = node.all_input_nodes
+    gm.graph.erase_node(node)
+    if node.op == "get_attr" and own and not reads(gm, str(node.target)):
+        owner, _, leaf = str(node.target).rpartition(".")
+        held: Any = getattr_path(gm, owner) if owner else gm
+        for values in (held._parameters, held._buffers, gm.__dict__["extras"] if held is gm else {}):
+            values.pop(leaf, None)
+        held.__dict__.pop(leaf, None)
+    for operand in operands:
+        discard(gm, operand, own=own)
 
 
 def weight_of(node: Node) -> str | None:

@@ -19,22 +19,26 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import is_constant, value_of
-from nm_compiler.rewrite import constant, weight_of
+from nm_compiler.graph import reads
+from nm_compiler.rewrite import constant, discard, weight_of
 from nm_compiler.uses import CONVS
 
 aten = torch.ops.aten
+_AT_ONCE = 1 << 17  # weights that are there in float64 at a time: a megabyte
 
 
-def fold_batchnorm(gm: GraphModule, *, exact: Mapping[str, Tensor] | None = None) -> GraphModule:
+def fold_batchnorm(gm: GraphModule, *, exact: Mapping[str, Tensor] | None = None, own: bool = False) -> GraphModule:
     """Fold where the batch norm has constant statistics and is the convolution's only reader.
 
     exact: parameters and buffers by name in a wider dtype than the graph's, to fold with before rounding.
+    own: the graph's state belongs to nobody else, so that what was folded is let go at once.
     """
     exact = exact or {}
     for norm in [node for node in gm.graph.nodes if node.target is aten.batch_norm.default]:
         product = norm.args[0]
         if isinstance(product, Node) and _foldable(norm, product):
-            _fold(gm, norm, product, exact)
+            _fold(gm, norm, product, exact, own=own)
+            discard(gm, norm, own=own)
     return gm
 
 
@@ -48,7 +52,7 @@ def _foldable(norm: Node, product: Node) -> bool:
     return all(is_constant(node) for node in constants)
 
 
-def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor]) -> None:
+def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor], *, own: bool) -> None:
     weight = _value(gm, product.args[1], exact)
     bias = _value(gm, product.args[2] if len(product.args) > 2 else None, exact)
     gain, shift, mean, variance = (_value(gm, arg, exact) for arg in norm.args[1:5])
@@ -59,10 +63,10 @@ def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor
     scale = scale if gain is None else scale * gain.double()
     offset = (0 if bias is None else bias.double()) - mean.double()
     offset = offset * scale + (0 if shift is None else shift.double())
-    folded = weight.to(torch.float64, copy=True).mul_(scale.view(-1, *[1] * (weight.ndim - 1)))
     name, dtype, source = f"{product.args[1]}_folded", _dtype(product.args[1]), weight_of(product.args[1])  # type: ignore[arg-type]
     with gm.graph.inserting_before(product):
-        new_weight = constant(gm, name, folded.to(dtype))
+        room = _room(gm, product.args[1], exact if own else {}, dtype)
+        new_weight = constant(gm, name, _scaled(weight, scale, room))
         new_bias = constant(gm, f"{name}_bias", offset.to(dtype))
         rest = product.args[3:]
         new = gm.graph.call_function(product.target, (product.args[0], new_weight, new_bias, *rest), product.kwargs)  # type: ignore[arg-type]
@@ -70,8 +74,24 @@ def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor
         new_weight.meta["weight"] = source
     new.meta = dict(norm.meta)
     norm.replace_all_uses_with(new)
-    gm.graph.erase_node(norm)
-    gm.graph.erase_node(product)
+
+
+def _room(gm: GraphModule, arg: Any, exact: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Where the folded weight goes: into the place of the rounded one if that is a copy which this product alone reads."""
+    value: Tensor = value_of(gm, arg)
+    origin = exact.get(arg.target) if arg.op == "get_attr" else None
+    alone = len(arg.users) == 1 and len(reads(gm, arg.target)) == 1
+    if origin is None or not alone or value.untyped_storage().data_ptr() == origin.untyped_storage().data_ptr():
+        return torch.empty_like(value, dtype=dtype)
+    return value.detach()
+
+
+def _scaled(weight: Tensor, scale: Tensor, into: Tensor) -> Tensor:
+    """``weight`` times a factor for each row, in float64, rounded once; no more than some rows are there in float64."""
+    rows = max(1, _AT_ONCE // max(1, weight[:1].numel()))
+    for place, part, factor in zip(into.split(rows), weight.split(rows), scale.split(rows), strict=True):
+        place.copy_(part.double() * factor.view(-1, *[1] * (weight.ndim - 1)))
+    return into
 
 
 def _dtype(node: Any) -> torch.dtype:

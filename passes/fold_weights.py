@@ -16,12 +16,15 @@ from torch.fx import GraphModule, Node
 
 from nm_compiler.equations import PRODUCTS
 from nm_compiler.evaluate import is_constant, value_of
-from nm_compiler.rewrite import constant, weight_of
+from nm_compiler.rewrite import constant, discard, weight_of
 from nm_compiler.uses import CONVS
 
 
-def fold_weights(gm: GraphModule) -> GraphModule:
-    """Replace every operand of a product or convolution that is computed from parameters and constants by its value."""
+def fold_weights(gm: GraphModule, *, own: bool = False) -> GraphModule:
+    """Replace every operand of a product or convolution that is computed from parameters and constants by its value.
+
+    own: the graph's state belongs to nobody else, so that what was folded is let go as soon as nothing reads it.
+    """
     made: dict[Node, Node] = {}
     for node in [node for node in gm.graph.nodes if node.target in CONVS or node.target in PRODUCTS]:
         for operand in node.all_input_nodes:
@@ -29,6 +32,7 @@ def fold_weights(gm: GraphModule) -> GraphModule:
                 if operand not in made:
                     made[operand] = _folded(gm, operand)
                 node.replace_input_with(operand, made[operand])
+                discard(gm, operand, own=own)
     return gm
 
 

@@ -16,13 +16,16 @@ import torch
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import is_constant, value_of
-from nm_compiler.rewrite import constant, weight_of
+from nm_compiler.rewrite import constant, discard, weight_of
 
 aten = torch.ops.aten
 
 
-def products_to_linear(gm: GraphModule) -> GraphModule:
-    """Rewrite where the right operand is a matrix that depends on nothing but parameters and constants."""
+def products_to_linear(gm: GraphModule, *, own: bool = False) -> GraphModule:
+    """Rewrite where the right operand is a matrix that depends on nothing but parameters and constants.
+
+    own: the graph's state belongs to nobody else, so that what was transposed is let go as soon as nothing reads it.
+    """
     made: dict[Node, Node] = {}
     for node in [node for node in gm.graph.nodes if node.target in _KINDS]:
         bias, data, weight = _operands(node)
@@ -34,7 +37,7 @@ def products_to_linear(gm: GraphModule) -> GraphModule:
             new = gm.graph.call_function(aten.linear.default, (data, made[weight], bias))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
+        discard(gm, node, own=own)
     return gm
 
 

@@ -3,6 +3,7 @@
 
 import copy
 import functools
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -125,6 +126,53 @@ def test_a_cast_copy_shares_nothing_with_the_model_and_keeps_ties() -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters())
     with pytest.raises(nm.NMError, match="8-bit needs scales"):
         cast(model, torch.int8)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------------
+
+
+def held() -> dict[int, int]:
+    """Bytes of every storage that a live tensor has, by its address."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor) and type(each) in (Tensor, nn.Parameter)]
+    storages = [each.untyped_storage() for each in tensors if each.layout == torch.strided and each.device.type == "cpu"]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "models"),
+    [
+        (MLP, None, 0.0),  # shared with the model
+        (functools.partial(ConvNet, channels=64), None, 1.0),  # another weight, folded with its batch norm
+        (functools.partial(ConvNet, channels=64), torch.float16, 0.5),  # folded in the place of the cast one
+        (functools.partial(Matmuls), torch.float16, 0.5),  # transposed, the cast one let go
+    ],
+    ids=["MLP", "ConvNet", "ConvNet float16", "Matmuls float16"],
+)
+def test_when_the_check_runs_no_weight_is_there_twice(
+    kind: Any, dtype: Any, models: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nm_compiler.lowering as lowering
+
+    model, x = frozen(kind)
+    small = 1 << 10
+    own = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    before, during = held(), dict[int, int]()
+    monkeypatch.setattr(lowering, "_check", lambda *_: during.update(held()))
+    lowered = nm.lower(model, x, backend="dense", dtype=dtype)
+    new = sum(size for place, size in during.items() if place not in before)
+    assert new <= models * own + small * (len(lowered.run.state_dict()) + 8), (new, own)
+
+
+def test_a_cast_that_changes_no_dtype_shares_the_models_weights_and_folding_leaves_them_alone() -> None:
+    model, x = frozen(ConvNet)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lowered = nm.lower(model, x, backend="dense", dtype=torch.float32)
+    assert any("folded" in name for name in lowered.run.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    again = nm.lower(model, x, backend="dense", dtype=torch.float16)
+    assert again.error < 1e-2
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 # -- the module that comes back ---------------------------------------------------------------------------------------------
@@ -346,7 +394,7 @@ def test_outputs_that_differ_after_lowering_are_an_error_with_a_way_out(monkeypa
         return gm
 
     model, x = frozen(ConvNet)
-    monkeypatch.setattr(lowering, "passes", lambda exact: [wrong])
+    monkeypatch.setattr(lowering, "passes", lambda exact, own: [wrong])
     with pytest.raises(nm.NMError, match=r"lowered to dense, the outputs differ from the model's by .*exclude=\[\.\.\.\]"):
         nm.lower(model, x, backend="dense")
     assert nm.lower(model, x, backend="dense", check=False).error is None
@@ -363,7 +411,7 @@ def test_a_pass_that_spoils_the_zeros_is_caught_and_named(monkeypatch: pytest.Mo
 
     model, x = frozen(ConvNet)
     sites = nm.lower(model, x, backend="dense").sites
-    monkeypatch.setattr(lowering, "passes", lambda exact: [spoiling])
+    monkeypatch.setattr(lowering, "passes", lambda exact, own: [spoiling])
     with pytest.raises(
         nm.NMError, match=r"after spoiling: conv1\.weight of shape \[8, 8, 3, 3\] has 4 non-zeros in a group of 4"
     ):

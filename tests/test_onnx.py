@@ -27,8 +27,11 @@ from nm_compiler.graph import run as run_passes
 from nm_compiler.passes.fold_batchnorm import fold_batchnorm
 from nm_compiler.runtime.onnx_files import commands, packages
 from nm_compiler.runtime.onnx_files.export import Written, write
+from nm_compiler.runtime.onnx_files.outline import outline
+from nm_compiler.runtime.onnx_files.parts import parts, run_in_parts
 from nm_compiler.runtime.onnx_files.reading import operands
 from nm_compiler.runtime.onnx_files.streaming import write_streamed
+from nm_compiler.runtime.onnx_files.wide import Wide
 
 onnx = pytest.importorskip("onnx", reason="ONNX is an extra: pip install -e '.[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX is an extra: pip install -e '.[onnx]'")
@@ -457,24 +460,87 @@ def test_a_streamed_file_is_the_model_and_its_outline_finds_the_weights_inside(t
 
     shapes = {"none": (0, 3), "one": (1,), "small": (4, 5), "large": (300, 7), "larger": (130, 130)}
     model = exported_model({name: torch.randn(shape).to(dtype) for name, shape in shapes.items()})
-    path, outline, plain = tmp_path / "m.onnx", tmp_path / "o.onnx", tmp_path / "plain.onnx"
-    write_streamed(model, path, outline)
+    path, structure, plain = tmp_path / "m.onnx", tmp_path / "o.onnx", tmp_path / "plain.onnx"
+    write_streamed(model, path)
+    structure.write_bytes(outline(path).SerializeToString())
     ir.save(model, plain)
     wanted = {tensor.name: tensor.SerializeToString() for tensor in onnx.load(plain).graph.initializer}
     streamed = onnx.load(path)
     assert {tensor.name: tensor.SerializeToString() for tensor in streamed.graph.initializer} == wanted
     assert sorted(streamed.graph.node, key=str) == sorted(onnx.load(plain).graph.node, key=str)
-    told = onnx.load(outline, load_external_data=False)
+    told = onnx.load(structure, load_external_data=False)
     outside = [tensor for tensor in told.graph.initializer if tensor.external_data]
     assert {tensor.name for tensor in outside} == {"large", "larger"}
-    assert outline.stat().st_size < 2000
+    assert structure.stat().st_size < 2000
     external_data_helper.load_external_data_for_model(told, str(tmp_path))
     assert {tensor.name: tensor.raw_data for tensor in told.graph.initializer} == {
         tensor.name: tensor.raw_data for tensor in streamed.graph.initializer
     }
-    for each in (path, outline):
+    for each in (path, structure):
         onnx.checker.check_model(str(each), full_check=True)
     assert all(value.const_value.numpy().shape == shapes[name] for name, value in model.graph.initializers.items())
+
+
+@pytest.mark.parametrize("at_once", [1, 5_000, 2**30], ids=["one weight a part", "some", "whole"])
+def test_a_file_in_parts_computes_what_it_computes_whole_and_no_part_holds_all_weights(tmp_path: Path, at_once: int) -> None:
+    written = small(tmp_path / "model.onnx")
+    structure, x = tmp_path / "o.onnx", torch.randn(2, 3, 8, 8)
+    structure.write_bytes(outline(written.path).SerializeToString())
+    cut = list(parts(structure, at_once))
+    whole = outline(written.path).graph
+    assert [node.name for part in cut for node in part.model.graph.node] == [node.name for node in whole.node]
+    weights = {tensor.name for tensor in whole.initializer}
+    readers = sum(not weights.isdisjoint(node.input) for node in whole.node)
+    assert len(cut) == {1: readers, 2**30: 1}.get(at_once, len(cut))
+    held = [{tensor.name for tensor in part.model.graph.initializer} for part in cut]
+    assert set().union(*held) == {tensor.name for tensor in whole.initializer}
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(written.path), options, providers=["CPUExecutionProvider"])
+    feeds = [{"x": x.numpy()}, {"x": torch.cat([x, x]).numpy()}]
+    found = run_in_parts(structure, feeds, onnxruntime.SessionOptions(), at_once=at_once)
+    for feed, outputs in zip(feeds, found, strict=True):
+        wanted = session.run(None, feed)
+        assert list(outputs) == [value.name for value in session.get_outputs()]
+        for mine, other in zip(outputs.values(), wanted, strict=True):
+            np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_values_that_bodies_read_or_that_are_returned_as_they_are_cross_the_cuts(tmp_path: Path) -> None:
+    one, two = (onnx.helper.make_graph([node(op, ["x", "b"], [op])], op, [], [anything(op)]) for op in ("Add", "Sub"))
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("MatMul", ["a", "v"], ["b"]),
+        node("If", ["c"], ["d"], then_branch=one, else_branch=two),
+        node("MatMul", ["d", "u"], ["y"]),
+    ]
+    values = [initialiser(name, np.random.default_rng(i).normal(size=(8, 8))) for i, name in enumerate("wvu")]
+    condition = onnx.numpy_helper.from_array(np.array(True), "c")
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    typed = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4, 8]) for name in ("x", "y", "a")]
+    graph = onnx.helper.make_graph(nodes, "g", typed[:1], typed[1:], [*values, condition])
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    x = np.random.default_rng(7).normal(size=(4, 8)).astype(np.float32)
+    wanted = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    (found,) = run_in_parts(path, [{"x": x}], onnxruntime.SessionOptions(), at_once=1)
+    assert len(list(parts(path, 1))) > 1
+    for mine, other in zip(found.values(), wanted, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_wide_products_are_those_of_float32_rounded_once() -> None:
+    model, x, _, _ = convnet()
+    half = copy.deepcopy(model).half()
+    gm = exported(half, x.half()).module(check_guards=False)
+    with torch.no_grad():
+        found, plain = Wide(gm).run(x.half()), half(x.half())
+    assert found.dtype == torch.float16
+    assert relative(found, plain) <= 5e-3
+    convolution = torch.fx.symbolic_trace(nn.Conv2d(3, 4, 3).half())
+    graph = torch.export.export(convolution, (x.half(),)).module(check_guards=False)
+    weight, bias = convolution.weight.float(), convolution.bias.float()
+    assert torch.equal(Wide(graph).run(x.half()), nn.functional.conv2d(x.half().float(), weight, bias).half())
 
 
 def exported_model(tensors: dict[str, torch.Tensor]) -> Any:

@@ -121,7 +121,7 @@ def write(
             inputs=_inputs(staged.outline, program, inputs),
             weights=weights,
             refusals=refusals,
-            numerics=compare(program, inputs, staged.model, tolerance),
+            numerics=compare(program, inputs, staged.outline, tolerance),
             data=staged.data if staged.data.exists() else None,
         )
         sidecar = {"onnx": written.to_dict(), "report": dict(report) if report is not None else None}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -47,8 +48,8 @@ def planned_constants(
         if operand.moved:
             hidden[origin] = f"the file moves it before its {operand.op}, which hides its zeros"
             continue
-        kept, m = torch.from_numpy(operand.value != 0), site.pattern.m
-        if shape[operand.axis] % m or worst_group(kept, m, operand.axis) > site.pattern.n:
+        m = site.pattern.m
+        if shape[operand.axis] % m or worst_group(_tensor(operand.value), m, operand.axis) > site.pattern.n:
             raise NMError(
                 f"{site.name} became {operand.name} of shape {list(shape)}, which is not {site.pattern} along axis "
                 f"{operand.axis}, where {operand.op} reduces: the exporter changed it. Update torch and onnxscript"
@@ -67,6 +68,12 @@ def planned_constants(
         else:
             result += [replace(w, name=sites[name].name, pattern=str(sites[name].pattern)) for w in held[alike[0]]]
     return tuple(result), tuple(refusals)
+
+
+def _tensor(value: np.ndarray) -> Tensor:
+    """As torch takes it, without a copy where it knows the dtype; else where it is not zero."""
+    known = value.dtype in (np.float16, np.float32, np.float64)
+    return torch.from_numpy(np.require(value, requirements="W") if known else value != 0)
 
 
 def _equal(program: ExportedProgram, name: str, other: str) -> bool:

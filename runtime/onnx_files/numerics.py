@@ -13,6 +13,9 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
+from nm_compiler.runtime.onnx_files.parts import PartError, run_in_parts
+from nm_compiler.runtime.onnx_files.reading import load
+from nm_compiler.runtime.onnx_files.wide import Wide
 
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
@@ -36,9 +39,10 @@ class Numerics:
         return f"onnxruntime on CPU differs by {self.error:.1e} relative (at most {self.tolerance:.0e}), batch {sizes}"
 
 
-def compare(program: ExportedProgram, inputs: tuple[Tensor, ...], path: Path, tolerance: float | None = None) -> Numerics:
-    """Compare the file at ``path`` with ``program`` on ``inputs``, and on twice the batch where the program leaves it free.
+def compare(program: ExportedProgram, inputs: tuple[Tensor, ...], outline: Path, tolerance: float | None = None) -> Numerics:
+    """Compare a file with ``program`` on ``inputs``, and on twice the batch where the program leaves it free.
 
+    outline: of the file, its large weights as external data. It is run part by part: `nm_compiler.runtime.onnx_files.parts`.
     tolerance: None is 1e-5 for float32, 5e-3 where any weight or input is float16.
     Raises NMError if an output differs by more, or is NaN where the program's is not. What onnxruntime has no CPU kernel
     for (bfloat16, as of 1.32) is not compared, and the result says so.
@@ -55,16 +59,23 @@ def compare(program: ExportedProgram, inputs: tuple[Tensor, ...], path: Path, to
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # what matters comes back as an exception
     unable = onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented
+    names = _names(outline, inputs)
+    strange = any(tensor.dtype == torch.bfloat16 for tensor in inputs)
+    runs = [] if strange else [inputs, *_doubled(program, inputs)]
+    feeds = [{n: tensor.detach().cpu().contiguous().numpy() for n, tensor in zip(names, run, strict=True)} for run in runs]
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        found = run_in_parts(outline, feeds, options)
+    except PartError as error:
+        shapes = _shapes(runs[error.args[0]])
+        raise NMError(f"onnxruntime cannot run what was exported on inputs of {shapes}: {_brief(error.__cause__)}") from error
     except unable as error:
         return Numerics(None, allowed, reason=f"onnxruntime {onnxruntime.__version__} on CPU: {_brief(error)}")
     except Exception as error:
         raise NMError(f"onnxruntime {onnxruntime.__version__} does not load what was exported: {_brief(error)}") from error
-    if any(tensor.dtype == torch.bfloat16 for tensor in inputs):
+    if strange:
         return Numerics(None, allowed, reason="numpy, through which onnxruntime is fed, has no bfloat16")
-    runs = [inputs, *_doubled(program, inputs)]
-    worst = max((_run(program, values, session, allowed, dtype) for values in runs), default=0.0)
+    pairs = zip(runs, found, strict=True)
+    worst = max((_worst(program, values, list(outputs.values()), allowed, dtype) for values, outputs in pairs), default=0.0)
     return Numerics(worst, allowed, tuple(next((len(t) for t in values if t.ndim), 1) for values in runs))
 
 
@@ -97,18 +108,23 @@ def _doubled(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> list[tuple
     return [more]
 
 
-def _run(program: ExportedProgram, inputs: tuple[Tensor, ...], session: Any, allowed: float, dtype: torch.dtype) -> float:
-    with torch.no_grad():
-        outputs = pytree.tree_leaves(program.module(check_guards=False)(*inputs))
-    expected = [value.detach().cpu() for value in outputs if isinstance(value, Tensor)]
-    names = [value.name for value in session.get_inputs()]
+def _names(outline: Path, inputs: tuple[Tensor, ...]) -> list[str]:
+    """What the file calls its inputs."""
+    graph = load(outline).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    names = [value.name for value in graph.input if value.name not in weights]
     if len(names) != len(inputs):
         raise NMError(f"the file takes {len(names)} inputs ({', '.join(names)}), the program {len(inputs)}: export again")
-    fed = {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, inputs, strict=True)}
-    try:
-        found = session.run(None, fed)
-    except Exception as error:
-        raise NMError(f"onnxruntime cannot run what was exported on inputs of {_shapes(inputs)}: {_brief(error)}") from error
+    return names
+
+
+def _worst(
+    program: ExportedProgram, inputs: tuple[Tensor, ...], found: list[Any], allowed: float, dtype: torch.dtype
+) -> float:
+    """The largest difference of the outputs ``found`` from the program's. Raises NMError if it is more than ``allowed``."""
+    with torch.no_grad():
+        outputs = pytree.tree_leaves(Wide(program.module(check_guards=False)).run(*inputs))
+    expected = [value.detach().cpu() for value in outputs if isinstance(value, Tensor)]
     if len(found) != len(expected):
         raise NMError(f"the file gives {len(found)} outputs, the program {len(expected)} tensors: export again")
     errors = [_difference(torch.as_tensor(a), b) for a, b in zip(found, expected, strict=True)]
@@ -142,7 +158,7 @@ def _shapes(inputs: Sequence[Tensor]) -> str:
     return ", ".join(str(list(tensor.shape)) for tensor in inputs)
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: BaseException | None) -> str:
     """The message without onnxruntime's code in front of it."""
     text: str = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return text.rpartition(" : ")[2][:300]

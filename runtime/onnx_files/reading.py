@@ -19,6 +19,7 @@ import numpy as np
 
 from nm_compiler.errors import NMError
 from nm_compiler.runtime.onnx_files.moves import is_move, moved
+from nm_compiler.runtime.onnx_files.outline import outline
 from nm_compiler.runtime.onnx_files.packages import require
 
 
@@ -38,12 +39,15 @@ class Operand:
 
 
 def load(path: Path) -> Any:
-    """The ModelProto at ``path`` without its external data. Raises NMError if the file is missing or damaged."""
-    onnx, inliner = require("onnx", "onnx.inliner", why=f"reading {path}")
+    """The ModelProto at ``path`` without its external data, large initialisers of its own counted among those.
+
+    Raises NMError if the file is missing or damaged.
+    """
+    _, inliner = require("onnx", "onnx.inliner", why=f"reading {path}")
     if not path.is_file():
         raise NMError(f"{path}: no such file")
     try:
-        model = onnx.load_model(str(path), load_external_data=False)
+        model = outline(path)
         if model.functions:
             model = inliner.inline_local_functions(model)
     except Exception as error:
@@ -108,6 +112,9 @@ class _Reader:
 
         outside = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
         try:
+            found = None if outside is None else _mapped(tensor, self.path.parent / outside)
+            if found is not None:
+                return found
             if outside is not None:
                 copy = TensorProto()
                 copy.CopyFrom(tensor)
@@ -116,12 +123,31 @@ class _Reader:
             return np.asarray(numpy_helper.to_array(tensor))
         except Exception as error:
             where = f"{tensor.name} of shape {list(tensor.dims)}"
-            if outside is None:
+            if outside in (None, self.path.name):
                 raise NMError(f"{self.path}: {where} cannot be read, the file is damaged: export it again") from error
             raise NMError(
                 f"{self.path}: {where} cannot be read from {outside!r}, the data file that belongs beside the model: "
                 "copy both files together, or export again"
             ) from error
+
+
+def _mapped(tensor: Any, path: Path) -> np.ndarray | None:
+    """The data of a tensor in the file at ``path``, read from the disk when it is looked at; None where onnx has to read it.
+
+    It lies in memory no longer than the array is held, and only as far as it is read.
+    """
+    from onnx import helper
+
+    told = {entry.key: entry.value for entry in tensor.external_data}
+    beside = "/" not in told["location"] and "\\" not in told["location"] and not path.is_symlink() and path.is_file()
+    if not beside or "length" not in told:
+        return None
+    shape, dtype = tuple(tensor.dims), helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    if int(told["length"]) != dtype.itemsize * int(np.prod(shape, dtype=np.int64)) or not int(told["length"]):
+        return None
+    data = np.memmap(path, np.uint8, "c", int(told.get("offset", 0)), int(told["length"]))
+    found: np.ndarray = np.asarray(data).view(dtype).reshape(shape)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

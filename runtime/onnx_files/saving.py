@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from nm_compiler.errors import NMError
+from nm_compiler.runtime.onnx_files.outline import outline
 from nm_compiler.runtime.onnx_files.streaming import write_streamed
 
 
@@ -48,16 +49,16 @@ class Staged:
     def save(self, model: Any, size: int, limit: int) -> None:
         """Write an `onnx_ir.Model` of ``size`` bytes of weights; above ``limit`` bytes they go to the data file.
 
-        ``outline`` is then the model without its weights in memory, for those who read its structure; it is never committed.
+        ``outline`` is then what `outline` reads back from it: the structure without the weights; it is never committed.
         """
         import onnx_ir
 
         try:
             if size > limit:
                 onnx_ir.save(model, self.model, external_data=self.data.name)
-                self.outline.write_bytes(self.model.read_bytes())
             else:
-                write_streamed(model, self.model, self.outline)
+                write_streamed(model, self.model)
+            self.outline.write_bytes(outline(self.model).SerializeToString())
             for file in (self.model, self.data):
                 _settle(file)
         except OSError as error:

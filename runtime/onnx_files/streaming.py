@@ -14,17 +14,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-LARGE = 1 << 10  # bytes; smaller initialisers stay with the small parts
-_DELIMITED = 2  # the wire type of strings, bytes and messages
-_GRAPH, _INITIALISER, _RAW = 7, 5, 9  # fields of ModelProto, GraphProto and TensorProto
+from nm_compiler.runtime.onnx_files.outline import DELIMITED, GRAPH, INITIALISER, LARGE, RAW
 
 
-def write_streamed(model: Any, path: Path, outline: Path) -> None:
-    """Write an `onnx_ir.Model` to ``path``, and an ``outline`` beside it: the same, but large weights are "external data".
-
-    The outline names the bytes inside ``path`` that hold each weight: who reads the structure need not load the weights.
-    Raises OSError.
-    """
+def write_streamed(model: Any, path: Path) -> None:
+    """Write an `onnx_ir.Model` to ``path``. Raises OSError."""
     import onnx
 
     large = {name: value for name, value in model.graph.initializers.items() if _is_large(value.const_value)}
@@ -39,18 +33,14 @@ def write_streamed(model: Any, path: Path, outline: Path) -> None:
     heads = {name: _head(initialisers[name], value.const_value.nbytes) for name, value in large.items()}
     rest = small.SerializeToString()
     sizes = {name: len(head) + large[name].const_value.nbytes for name, head in heads.items()}
-    length = len(rest) + sum(len(_prefix(_INITIALISER, size)) + size for size in sizes.values())
+    length = len(rest) + sum(len(_prefix(INITIALISER, size)) + size for size in sizes.values())
     with path.open("wb") as file:
-        file.write(header.SerializeToString() + _prefix(_GRAPH, length) + rest)
+        file.write(header.SerializeToString() + _prefix(GRAPH, length) + rest)
         for name, value in large.items():
-            file.write(_prefix(_INITIALISER, sizes[name]) + heads[name])
+            file.write(_prefix(INITIALISER, sizes[name]) + heads[name])
             begin = file.tell()
             file.write(value.const_value.tobytes())
             assert file.tell() - begin == value.const_value.nbytes, f"{name} has another size than it says"
-            for entry in initialisers[name].external_data:
-                if entry.key == "offset":
-                    entry.value = str(begin)
-    outline.write_bytes(proto.SerializeToString())
 
 
 def _is_large(tensor: Any) -> bool:
@@ -61,7 +51,7 @@ def _is_large(tensor: Any) -> bool:
 
 
 def _without_data(model: Any, large: dict[str, Any], path: Path) -> Any:
-    """The ModelProto with the data of ``large`` said to lie in ``path``, at places that are filled in later."""
+    """The ModelProto with the data of ``large`` said to lie elsewhere."""
     import onnx_ir as ir
 
     held = {name: value.const_value for name, value in large.items()}
@@ -85,12 +75,12 @@ def _head(tensor: Any, size: int) -> bytes:
     told.CopyFrom(tensor)
     told.ClearField("external_data")
     told.ClearField("data_location")
-    return bytes(told.SerializeToString()) + _prefix(_RAW, size)
+    return bytes(told.SerializeToString()) + _prefix(RAW, size)
 
 
 def _prefix(field: int, length: int) -> bytes:
     """The tag of a field and the length of what follows, each a varint: seven bits a byte, low ones first."""
-    return _varint(field << 3 | _DELIMITED) + _varint(length)
+    return _varint(field << 3 | DELIMITED) + _varint(length)
 
 
 def _varint(number: int) -> bytes:
