@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import nm_compiler as nm
-from nm_compiler.module import unwrap
 
 pytest.importorskip("zoo.shim", reason="the zoo is an extra: pip install -e '.[zoo]'").declare_missing_operators()
 transformers = pytest.importorskip("transformers", reason="pip install -e '.[hf]'", exc_type=ImportError)
@@ -38,13 +37,25 @@ def tokens() -> dict[str, Tensor]:
     return {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows}
 
 
-def frozen_base() -> tuple[nn.Module, set[str]]:
-    """A llama whose seven projections are 2:4, and their names."""
+@pytest.fixture(scope="module")
+def made() -> tuple[nn.Module, set[str]]:
     model = nm.compile(llama(), method=nm.Magnitude(), then="eager")
     model(**tokens())
     planned = {row.name for row in nm.report(model).rows if row.status == "sparse"}
     assert len(planned) == 7
     return nm.freeze(model), planned
+
+
+@pytest.fixture
+def base(made: tuple[nn.Module, set[str]]) -> nn.Module:
+    """A frozen llama whose seven projections are 2:4."""
+    return copy.deepcopy(made[0])
+
+
+@pytest.fixture
+def planned(made: tuple[nn.Module, set[str]]) -> set[str]:
+    """The names of these projections."""
+    return made[1]
 
 
 def lora(model: nn.Module) -> Any:
@@ -70,8 +81,9 @@ def inside(name: str) -> str:
     return f"base_model.model.{name}"
 
 
-def test_adapters_train_on_a_frozen_sparse_base_whose_zeros_stay_zero_and_reload(tmp_path: Path) -> None:
-    base, planned = frozen_base()
+def test_adapters_train_on_a_frozen_sparse_base_whose_zeros_stay_zero_and_reload(
+    base: nn.Module, planned: set[str], tmp_path: Path
+) -> None:
     before = copy.deepcopy(base)
     tuned = lora(base)
     losses = train(tuned, 5)
@@ -87,39 +99,44 @@ def test_adapters_train_on_a_frozen_sparse_base_whose_zeros_stay_zero_and_reload
     assert {inside(name) for name in planned} <= set(nm.verify(again, "2:4").satisfied)
 
 
-def test_merged_adapters_fill_the_zeros_which_verify_says_and_magnitude_prunes_them_again() -> None:
-    base, planned = frozen_base()
+@pytest.mark.slow
+def test_merged_adapters_fill_the_zeros_which_verify_says_and_magnitude_prunes_them_again(
+    base: nn.Module, planned: set[str]
+) -> None:
     tuned = lora(base)
     train(tuned, 2)
     merged = tuned.merge_and_unload()
     filled = {name for name in planned if name.split(".")[-2] in ADAPTED}
     verification = nm.verify(merged, "2:4")
     assert planned - set(verification.satisfied) == filled
-    assert "model.layers.0.self_attn.q_proj.weight            16x16           100.0% non-zero  2:4: no" in " ".join(
-        str(verification).split("\n")
-    ).replace("q_proj.weight  ", "q_proj.weight            ", 1)
+    line = next(line for line in str(verification).splitlines() if "q_proj" in line)
+    assert line.endswith("100.0% non-zero  2:4: no")
     again = nm.compile(merged, method=nm.Magnitude(), then="eager")  # N:M again, the smallest of each group gone
     again(**tokens())
     assert planned <= set(nm.verify(nm.freeze(again), "2:4").satisfied)
 
 
-def test_peft_over_a_model_that_still_trains_sparse_is_an_error_until_it_is_unloaded() -> None:
-    model = nm.compile(llama(), method=nm.LBC(), then="eager")
-    expected = model(**tokens()).logits
+@pytest.mark.parametrize("live", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["live", "captured"])
+def test_peft_over_a_model_that_still_trains_sparse_is_an_error_until_it_is_unloaded(live: bool) -> None:
+    given = {name: value for name, value in tokens().items() if name != "labels"}
+    how = {"then": "eager"} if live else {"kwargs": given}
+    model = nm.compile(llama(), method=nm.SRSTE(), **how)
+    expected = model(**given).logits
     tuned = lora(model)
-    with pytest.raises(nm.NMError, match=r"q_proj was replaced after nm\.compile: .* nm\.freeze the model, replace them"):
-        tuned(**tokens())
+    with pytest.raises(nm.NMError, match=r"q_proj was replaced after nm\.compile: .* after nm\.freeze"):
+        tuned(**given)
     model = tuned.unload()
-    torch.testing.assert_close(model(**tokens()).logits, expected)
-    base = nm.freeze(model, finish=True)
+    torch.testing.assert_close(model(**given).logits, expected)
+    base = nm.freeze(model)
     assert len(nm.verify(lora(base), "2:4").satisfied) >= 7
 
 
+@pytest.mark.slow
 def test_a_model_with_adapters_trains_sparse_under_them_when_they_are_left_dense() -> None:
     tuned = nm.compile(lora(llama()), method=nm.LBC(), exclude="*lora_*", then="eager")
     train(tuned, 3)
     rows = {row.name: row for row in nm.report(tuned).rows}
     assert sum(row.status == "sparse" for row in rows.values()) == 7
-    assert all(row.reason == "excluded" for name, row in rows.items() if "lora_" in name)
+    assert all(row.reason.startswith("excluded") for name, row in rows.items() if "lora_" in name)
     assert all(tuned.get_parameter(name).any() for name in rows if "lora_B" in name)
-    assert unwrap(nm.freeze(tuned, finish=True)) is not None
+    nm.freeze(tuned, finish=True)
