@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,13 @@ def loaders(options: argparse.Namespace) -> tuple[Any, Any, int]:
     classes = 10 if options.fake else len(datasets[0].classes)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.2, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)])
     shared = {"batch_size": options.batch_size, "num_workers": options.workers}
-    train = DataLoader(
-        datasets[0], shuffle=True, drop_last=True, collate_fn=lambda rows: mix(*default_collate(rows)), **shared
-    )
+    train = DataLoader(datasets[0], shuffle=True, drop_last=True, collate_fn=partial(mixed, mix), **shared)
     return train, DataLoader(datasets[1], **shared), classes
+
+
+def mixed(mix: v2.Transform, rows: list[Any]) -> Any:
+    """A batch of ``rows``, images and labels mixed."""
+    return mix(*default_collate(rows))
 
 
 def decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
