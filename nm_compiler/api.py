@@ -179,9 +179,10 @@ def show(sparse: nn.Module, *, training: bool = False) -> str:
 
 def _check_masks(module: Carrier) -> None:
     """Every mask is exactly N:M, checked before the first weight is written."""
+    programs = module.programs()
     for weight in module.ready():
         site = weight.site
-        for gm in module.programs():
+        for gm in programs:
             for node in masked_nodes(gm, site.name):
                 fullest = worst_group(value_of(gm, node), site.pattern.m, site.in_axis)
                 if fullest > site.pattern.n:

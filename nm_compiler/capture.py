@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path, tidy
 from nm_compiler.signature import Signature, describe
+from nm_compiler.vmapped import without_vmap
 
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -85,7 +86,10 @@ def _export(
         raise NMError(explain(model, error, given, named, training)) from error
     exported = program.module(check_guards=False)
     graph = flat_copy(exported.graph)
-    gm = bind(graph, model, _extras(graph, exported, model))
+    extras = _extras(graph, exported, model)
+    mode = next((m for n in graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None)) is not None), None)
+    graph, constants = without_vmap(graph, "val", mode)
+    gm = bind(graph, model, {**extras, **constants})
     for node in list(gm.graph.nodes):
         node.meta = {key: value for key, value in node.meta.items() if key in ("val", "stack_trace")}
         if node.target is torch.ops.aten._assert_tensor_metadata.default:  # a dtype frozen at capture breaks .double()

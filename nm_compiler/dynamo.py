@@ -13,7 +13,7 @@ import inspect
 import logging
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -267,7 +267,7 @@ class _Fragment:
         found = next((variant for variant in self.variants.values() if variant.fits(args)), None)
         found = found or self.variant(self.carrier.names_of(args))
         inputs = [args[index] for index in found.kept]
-        with torch._C.DisableTorchFunction():  # the watch is for Python outside fragments
+        with unwatched():
             outputs = found.program(*inputs)
         if self.carrier.runs is not None:
             self.carrier.runs.append(Run(found.program, tuple(inputs), tuple(outputs)))
@@ -300,6 +300,17 @@ class _Watch(TorchFunctionMode):
             name = self.carrier.name_of(parameter)
             if name is not None:
                 self.carrier.note_outside(name, func)
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Without the watch, which is for Python outside fragments; modes that ops need themselves, as flex attention, stay."""
+    watch = torch.overrides._get_current_function_mode()
+    if not isinstance(watch, _Watch):
+        yield
+        return
+    with torch.overrides._pop_mode_temporarily():
+        yield
 
 
 PRODUCTS = (

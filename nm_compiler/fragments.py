@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from nm_compiler.bodies import HOSTS, open_bodies
 from nm_compiler.capture import bind, flat_copy
 from nm_compiler.graph import getattr_path, tidy
+from nm_compiler.vmapped import without_vmap
 
 
 def lower(fragment: GraphModule) -> GraphModule:
@@ -34,6 +35,11 @@ def lower(fragment: GraphModule) -> GraphModule:
     inputs = [node.meta["example_value"] for node in fragment.graph.nodes if node.op == "placeholder"]
     mode = next((m for value in inputs if (m := getattr(value, "fake_mode", None)) is not None), None)
     mode = mode or torch._guards.detect_fake_mode(_values(fragment)) or torch._subclasses.FakeTensorMode()
+    graph, constants = without_vmap(fragment.graph, "example_value", mode)
+    if graph is not fragment.graph:
+        held = [str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")]
+        own = {name: constants[name] if name in constants else getattr_path(fragment, name) for name in held}
+        fragment = GraphModule(own, graph)
     with mode:
         lowered = make_fx(_Lowering(fragment).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     for name, body in list(lowered.named_children()):

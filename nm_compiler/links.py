@@ -1,4 +1,4 @@
-"""Where the layers of a live model lie, so that one that was replaced after `nm.compile` is found out at the next call."""
+"""Where the layers of a model lie, so that one that was replaced after `nm.compile` is found out at the next call."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def owner_at(root: nn.Module, path: str) -> nn.Module:
         raise replaced(path) from None
 
 
-def replaced(path: str) -> NMError:
+def replaced(path: str, why: str = "its weights have no state and would run dense") -> NMError:
     """What to say of a layer at ``path`` that is another one now."""
     return NMError(
-        f"{path} was replaced after nm.compile: its weights have no state and would run dense. "
-        "Replace layers first, or nm.freeze the model, replace them, and nm.compile it again"
+        f"{path} was replaced after nm.compile: {why}. Put the layer back (peft's unload() does), and replace layers or add "
+        "adapters before nm.compile, or after nm.freeze"
     )

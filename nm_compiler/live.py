@@ -27,6 +27,7 @@ from nm_compiler.dynamo import (
     program_text,
     python_line,
     store_of,
+    unwatched,
     weakly,
 )
 from nm_compiler.errors import NMError
@@ -191,7 +192,7 @@ class LiveFragment:
 
     def __call__(self, *args: Any) -> Any:
         self.live.ran = True
-        with torch._C.DisableTorchFunction():  # the watch is for Python outside fragments
+        with unwatched():
             found = next((variant for variant in self.variants.values() if variant.fits(args)), None)
             found = found or self.variant(self.live.names_of(args))
             return found.run(args)

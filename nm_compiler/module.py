@@ -19,6 +19,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
 from nm_compiler.exported import Exported, moved
 from nm_compiler.graph import Pass
+from nm_compiler.links import links, replaced
 from nm_compiler.loading import check_values, compare, start_afresh
 from nm_compiler.methods.base import Method
 from nm_compiler.recipe import pipeline
@@ -62,6 +63,7 @@ class SparseModule(nn.Module):
         self.__dict__.update(
             origin=model, routes=dict(routes), training=model.training, frozen=False, _watched=list(model.modules())
         )
+        self.__dict__["_links"] = list(links(model, [name for name, _ in model.named_parameters()]))
         self.__dict__["forward"] = MethodType(_own_code(type(self).forward), self)
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -71,9 +73,17 @@ class SparseModule(nn.Module):
         if self.frozen:
             raise NMError("this model was frozen: use what nm.freeze returned, the plain model with zeros in its weights")
         route = self.routes[self.training]
+        if not torch.compiler.is_compiling():
+            self._check_layers()
         if isinstance(route, Exported):  # fragments follow the mode of every layer by themselves
             self._check_modes(route.signature.modes)
         return route(args, kwargs)
+
+    def _check_layers(self) -> None:
+        """Raise NMError if a layer with parameters is another one now, as under adapters."""
+        for children, key, expected, path in self._links:
+            if children.get(key) is not expected:
+                raise replaced(path, "the captured graph knows nothing of the new layer")
 
     def _check_modes(self, modes: tuple[bool, ...]) -> None:
         for module, expected in zip(self._watched, modes, strict=True):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -69,6 +70,7 @@ class Prepared:
         self._live: Any = None
         self._weights_graph: GraphModule | None = None
         self._links: list[Link] | None = None
+        self._twins: weakref.WeakSet[Prepared] = weakref.WeakSet()
 
     @property
     def live(self) -> Any:
@@ -219,25 +221,16 @@ class Prepared:
         if ends:
             more = (*self.include, *ends)
             plan = find(self.origin, [graph], self.patterns, include=more, exclude=self.exclude, may_be_empty=True)
-        self.ops.update({name: op for name, op in plan.ops.items() if op != "-" or name not in self.ops})
         fresh = {site.name: site for site in plan.sites if site.name in self.undecided({site.name})}
         refused = [r for r in plan.refusals if r.reason != UNREAD and r.where in self.shapes and self.undecided({r.where})]
         lost = [refusal.where for refusal in refused if refusal.where in self.candidates]
         self._check_ddp(lost)
-        late = {name for name, site in fresh.items() if name not in self.candidates and self._learns(site)}
-        for refusal in refused:
-            self.refused[refusal.where] = refusal
+        late = [name for name, site in fresh.items() if name not in self.candidates and self._learns(site)]
         for name in late:
-            self.refused[name] = too_late(name)
-            _log.warning("%s stays dense: %s", name, self.refused[name].reason)
-        self._drop(lost)
-        for name, site in fresh.items():
-            if name not in late:
-                self._settle(site)
-        self.sites = {name: self.sites[name] for name in self.shapes if name in self.sites}
-        self._weights_graph = None
-        if RECIPE in self.origin._buffers:
-            self.origin._buffers[RECIPE] = self._recipe()
+            refused.append(too_late(name))
+            del fresh[name]
+            _log.warning("%s stays dense: %s", name, refused[-1].reason)
+        self._apply(fresh, refused, plan.ops)
         if whole and not self.sites and not self.candidates:
             shown = "\n  ".join(
                 f"{r.where} {list(self.shapes[r.where])}: {r.reason}" for r in list(self.refused.values())[:12]
@@ -246,6 +239,24 @@ class Prepared:
                 f"no weight of this {type(self.origin).__name__} can be {self.patterns}:\n  {shown or 'it has no weights'}\n"
                 "take stem or head in with include=[...], or choose a pattern whose M divides the input channels"
             )
+
+    def _apply(self, fresh: Mapping[str, Site], refused: Collection[Refusal], ops: Mapping[str, str]) -> None:
+        """Decisions on weights that nothing was decided on, here and in the copies that wait for their first call.
+
+        An average of the weights is such a copy, never called while the model trains: it reads the model's state in order.
+        """
+        self.ops.update({name: op for name, op in ops.items() if op != "-" or name not in self.ops})
+        self._drop([refusal.where for refusal in refused if self.undecided({refusal.where})])
+        new = {name: site for name, site in fresh.items() if self.undecided({name})}
+        self.refused.update({refusal.where: refusal for refusal in refused if self.undecided({refusal.where})})
+        for site in new.values():
+            self._settle(site)
+        self.sites = {name: self.sites[name] for name in self.shapes if name in self.sites}
+        self._weights_graph = None
+        if RECIPE in self.origin._buffers:
+            self.origin._buffers[RECIPE] = self._recipe()
+        for twin in list(self._twins):
+            twin._apply(fresh, refused, ops)
 
     def _is_end(self, name: str) -> bool:
         return name in (next(iter(self.shapes), None), next(reversed(self.shapes), None))
@@ -372,12 +383,14 @@ class Prepared:
         memo[id(self)] = twin
         twin.__dict__.update(self.__getstate__())
         twin.sites, twin.candidates, twin.refused = dict(self.sites), dict(self.candidates), dict(self.refused)
+        twin.ops = dict(self.ops)
         twin.origin, twin._hook = copy.deepcopy(self.origin, memo), copy.deepcopy(self._hook, memo)
         twin._begin()
+        self._twins.add(twin)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_live", "_weights_graph", "_links")
+        left = ("_live", "_weights_graph", "_links", "_twins")
         return {key: value for key, value in self.__dict__.items() if key not in left} | {"active": False, "looked": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

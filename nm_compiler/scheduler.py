@@ -15,7 +15,7 @@ from nm_compiler.optim import FirstStep, check_holds, drop_frozen, learned_state
 
 
 class SparsityScheduler:
-    """Like an ``lr_scheduler``: make it after `compile`, call ``step()`` after every ``optimizer.step()``.
+    """Like an ``lr_scheduler``: make it after `compile`, call ``step()`` after every ``optimizer.step()``, or `follow` one.
 
     It retires LBC's combinations, refreshes Bi-Mask's orders, and stops the training of scores at t_f. With gradient
     accumulation it counts optimizer steps, as an ``lr_scheduler`` does.
@@ -42,7 +42,7 @@ class SparsityScheduler:
         if optimizer is not None:
             check_holds(optimizer, learned_state(self._model))
         self._optimizer, self._first = optimizer, FirstStep(self._model)
-        self._looked = False
+        self._looked = self._followed = False
         self.last_step = 0
         self._begin()
 
@@ -59,6 +59,21 @@ class SparsityScheduler:
         self.last_step += 1
         self._model.method.advance(self._model.weights, self._clock())
         self._forget()
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> SparsityScheduler:
+        """Step after every ``optimizer.step()`` from now on, whoever calls it; `step` needs no call then. Returns self.
+
+        A step that a ``GradScaler`` skips is none. Raises NMError if the optimizer lacks the scores, or if one is
+        followed already.
+        """
+        if self._followed:
+            raise NMError("this scheduler follows an optimizer already; a second one would count its steps twice")
+        check_holds(optimizer, learned_state(self._model))
+        self._optimizer = optimizer
+        optimizer.register_step_post_hook(lambda *_: self.step())
+        self._followed = True
+        self._forget()
+        return self
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on; the live sets and orders are in the model's own state_dict."""

@@ -243,3 +243,25 @@ def test_carriers_and_their_models_are_freed() -> None:
     torch._dynamo.reset()
     gc.collect()
     assert gone() is None
+
+
+def test_an_average_made_before_the_first_call_follows_what_the_first_graph_decides() -> None:
+    model = nm.compile(MLP(), method=nm.LBC(), then="eager")
+    average = torch.optim.swa_utils.AveragedModel(model)  # matches parameters by their order
+    second = copy.deepcopy(average.module)
+    train(model, example(model), 1)
+    for twin in (average.module, second):
+        assert twin.state_dict().keys() == model.state_dict().keys()
+        assert [row.reason for row in nm.report(twin).rows] == [row.reason for row in nm.report(model).rows]
+    average.update_parameters(model)
+    torch.testing.assert_close(average(example(model)), model(example(model)))
+    assert set(nm.verify(nm.freeze(average.module, finish=True)).satisfied) == {"fc2.weight"}
+
+
+def test_a_copy_that_is_called_first_decides_for_itself() -> None:
+    model = nm.compile(MLP(), method=nm.LBC(), then="eager")
+    twin = copy.deepcopy(model)
+    twin(example(twin))
+    model(example(model))
+    assert twin.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(twin(example(model)), model(example(model)))

@@ -165,3 +165,31 @@ def test_a_method_prints_the_same_in_every_process() -> None:
         "decoupled=False, fold=False, products='dense', min_tokens=16384)"
     )
     assert "0x" not in str(nm.BiMask(search=lambda *a, **k: a[1]))
+
+
+def test_a_scheduler_that_follows_an_optimizer_steps_by_itself_and_only_after_real_steps() -> None:
+    followed, called = (nm.compile(MLP(), (torch.randn(4, 8),), method=nm.LBC()) for _ in range(2))
+    called.load_state_dict(followed.state_dict())
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (followed, called)]
+    schedules = [nm.SparsityScheduler(followed, 6).follow(optimizers[0]), nm.SparsityScheduler(called, 6)]
+    scaler = torch.amp.GradScaler("cpu")
+    for step in range(5):
+        x = torch.randn(4, 8)
+        for model in (followed, called):
+            loss = model(x).square().mean()
+            (scaler.scale(loss) if model is followed else loss).backward()
+        if step == 2:
+            followed.fc2.weight.grad.fill_(float("inf"))
+        else:
+            optimizers[1].step()
+            schedules[1].step()
+        scaler.step(optimizers[0])
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    assert schedules[0].last_step == schedules[1].last_step == 4
+    assert torch.equal(followed.fc2.weight_live, called.fc2.weight_live)
+    with pytest.raises(nm.NMError, match="follows an optimizer already"):
+        schedules[0].follow(optimizers[0])
+    with pytest.raises(nm.NMError, match="fc2.weight_scores"):
+        nm.SparsityScheduler(called, 6).follow(torch.optim.SGD([called.fc1.weight], lr=0.1))

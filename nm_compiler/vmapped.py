@@ -1,0 +1,113 @@
+"""torch.vmap in a graph becomes the batched ops that it stands for, so that passes find the weights inside it.
+
+    _vmap_increment_nesting(8)
+    %b = _add_batch_dim(%x, 0, 1)
+    %y = aten.linear(%b, %w)                    ->      %v = aten.mm(%x, aten.t(%w))
+    %v = _remove_batch_dim(%y, 1, 8, 0)
+    _vmap_decrement_nesting()
+
+Each outermost region is run once on fake values under `make_fx`, below torch.vmap, and what it did takes its place. A tensor
+inside the region means nothing outside of it, so the graph cannot be kept as it is and lowered op by op.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+
+def without_vmap(graph: Graph, key: str, mode: Any) -> tuple[Graph, dict[str, Tensor]]:
+    """A graph without torch.vmap, and the constants that it reads by name; ``graph`` itself where there is none.
+
+    key: where nodes keep their fake value (``val`` or ``example_value``); mode: the fake mode of these values.
+    Raises whatever the ops in it raise on fake values.
+    """
+    enter, leave = _marks()
+    if not any(node.target in enter for node in graph.nodes):
+        return graph, {}
+    made, copies, constants = Graph(), dict[Node, Node](), dict[str, Tensor]()
+    region: list[Node] = []
+    depth, casts = 0, list[Any]()
+    for node in graph.nodes:
+        depth += node.target in enter
+        if depth and node.op != "get_attr":
+            region.append(node)
+        else:
+            copies[node] = made.node_copy(node, copies.__getitem__)
+            casts = _open_casts(casts, node)
+        depth -= node.target in leave
+        if region and not depth:
+            program, inputs, outputs = _batched(region, key, mode, casts)
+            _splice(made, program, [copies[each] for each in inputs], outputs, copies, constants)
+            region = []
+    return made, constants
+
+
+def _marks() -> tuple[Sequence[Any], Sequence[Any]]:
+    from torch._C import _functorch as plain
+
+    try:  # torch 2.9 on: what a graph holds in place of the functions in C
+        from torch._functorch import predispatch as wrapped
+    except ImportError:
+        return (plain._vmap_increment_nesting,), (plain._vmap_decrement_nesting,)
+    both = (plain, wrapped)
+    return [each._vmap_increment_nesting for each in both], [each._vmap_decrement_nesting for each in both]
+
+
+def _open_casts(casts: list[Any], node: Node) -> list[Any]:
+    """The arguments of each ``with torch.autocast`` that is open after ``node``."""
+    if node.target is torch.amp.autocast_mode._enter_autocast:
+        return [*casts, node.args]
+    return casts[:-1] if node.target is torch.amp.autocast_mode._exit_autocast else casts
+
+
+def _batched(region: list[Node], key: str, mode: Any, casts: list[Any]) -> tuple[GraphModule, list[Node], list[Node]]:
+    """What the region does, as a program without vmap; the nodes it reads; the nodes of it that are read later."""
+    inside = set(region)
+    inputs = list(dict.fromkeys(arg for node in region for arg in node.all_input_nodes if arg not in inside))
+    outputs = [node for node in region if any(user not in inside for user in node.users)]
+    graph = Graph()
+    copies = {node: graph.placeholder(node.name) for node in inputs}
+    for node in region:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output([copies[node] for node in outputs])
+    run: Callable[..., Any] = GraphModule(nn.Module(), graph)
+    values = [node.meta[key] for node in inputs]
+    with contextlib.ExitStack() as stack:
+        for cast in casts:
+            stack.enter_context(torch.autocast(*cast))
+        stack.enter_context(mode)
+        stack.enter_context(torch.no_grad())
+        return make_fx(run)(*[v.detach() if isinstance(v, Tensor) else v for v in values]), inputs, outputs
+
+
+def _splice(
+    graph: Graph,
+    program: GraphModule,
+    inputs: Sequence[Node],
+    outputs: Sequence[Node],
+    copies: dict[Node, Node],
+    constants: dict[str, Tensor],
+) -> None:
+    """Append ``program``, its inputs given, and enter what it returns into ``copies`` in the place of ``outputs``."""
+    given = iter(inputs)
+    inner: dict[Node, Node] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            inner[node] = next(given)
+        elif node.op == "get_attr":
+            name = f"_vmap_constant{len(constants)}"
+            constants[name] = getattr(program, str(node.target))
+            inner[node] = graph.create_node("get_attr", name)
+            inner[node].meta = dict(node.meta)
+        elif node.op == "output":
+            results: Any = node.args[0]
+            copies.update({old: inner[new] for old, new in zip(outputs, results, strict=True)})
+        else:
+            inner[node] = graph.node_copy(node, inner.__getitem__)

@@ -1,0 +1,79 @@
+# mypy: disable-error-code="arg-type,attr-defined,no-any-return,no-untyped-call,operator,union-attr"
+"""torch.vmap in a model: the weights inside it are found, both carriers compute what the model did."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nm_compiler as nm
+
+
+@pytest.fixture(autouse=True)
+def _no_memory() -> None:
+    torch._dynamo.reset()
+
+
+class Mapped(nn.Module):
+    """A stem, what ``inner`` makes of it, a head."""
+
+    def __init__(self, inner: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.middle, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.middle, self.stem(x)))
+
+
+def on_rows(layer: nn.Linear, x: Tensor) -> Tensor:
+    return torch.vmap(lambda row: layer(row).tanh())(x)
+
+
+def on_tables(layer: nn.Linear, x: Tensor) -> Tensor:
+    table = torch.vmap(lambda i: torch.vmap(lambda j: i * 2 + j + torch.tensor([1, 2]).sum())(torch.arange(16)))
+    return layer(x) * table(torch.arange(5)).sum(0)
+
+
+def under_autocast(layer: nn.Linear, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return torch.vmap(layer)(x).float()
+
+
+@pytest.mark.parametrize(
+    ("inner", "then"),
+    [
+        (on_rows, "eager"),
+        *(
+            pytest.param(inner, then, marks=pytest.mark.slow)
+            for inner in (on_tables, under_autocast)
+            for then in ("eager", "aot_eager")
+        ),
+        pytest.param(on_rows, "aot_eager", marks=pytest.mark.slow),
+    ],
+)
+def test_a_live_model_runs_the_weight_inside_sparse_for_any_batch(inner: Callable[..., Tensor], then: str) -> None:
+    model = Mapped(inner)
+    batches = [torch.randn(size, 8) for size in (4, 6, 6)]
+    dense = [model(x) for x in batches]
+    model = nm.compile(model, method=nm.LBC(), then=then)
+    for x, expected in zip(batches, dense, strict=True):
+        torch.testing.assert_close(model(x), expected)
+    model(batches[0]).sum().backward()
+    assert model.middle.weight_scores.grad.any()
+    assert {row.name: row.runs for row in nm.report(model).rows if row.status == "sparse"} == {"middle.weight": 4}
+    assert "vmap" not in nm.show(model)
+
+
+@pytest.mark.parametrize("method", [nm.LBC(), nm.BiMask()], ids=["LBC", "BiMask"])
+def test_a_captured_model_masks_the_weight_inside(method: nm.Method) -> None:
+    model, x = Mapped(on_rows), torch.randn(4, 8)
+    sparse = nm.compile(model, (x,), method=method)
+    frozen_values = {name: value.detach().clone() for name, value in sparse.masked_parameters().items()}
+    expected = torch.func.functional_call(model, frozen_values, (x,))
+    torch.testing.assert_close(sparse(x), expected)
+    sparse(x).sum().backward()
+    assert model.middle.weight.grad.any()
+    assert nm.report(sparse).totals["sparse"] == 1
+    assert "vmap" not in nm.show(sparse)
