@@ -22,7 +22,8 @@ from nm_compiler.solvers.magnitude import magnitude_mask
 LAYOUTS = ("linear", "transposed", "conv", "channels_last", "experts", "experts_turned")
 HALF = (torch.float16, torch.bfloat16)
 REAL = (torch.float32, torch.float64)
-Place = Callable[[Tensor], Tensor]
+Place = Callable[[str, Tensor], Tensor]
+"""Where an operand lies, by its name: weight, grad, mask or out."""
 
 
 @contextmanager
@@ -93,20 +94,29 @@ def any_case(pick: random.Random) -> Case:
     )  # fmt: skip
 
 
+def check_any(case: Case, library: Library, place: Place = lambda _, t: t) -> None:
+    """All that a case can be asked."""
+    check_masks(case, library, place)
+    if case.dtype in REAL:
+        check_decay(case, library, place)
+        if case.pattern.combinations <= 500:
+            check_live(case, library, place)
+
+
 def bits(tensor: Tensor) -> Tensor:
     """So that NaN equals NaN and -0 is not 0."""
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(whole[tensor.element_size()])
 
 
-def check_masks(case: Case, library: Library, place: Place = lambda t: t) -> None:
+def check_masks(case: Case, library: Library, place: Place = lambda _, t: t) -> None:
     """The mask, the masked weight, and the masked weight by ordered rows."""
-    weight, pattern = place(case.weight()), case.pattern
+    weight, pattern = place("weight", case.weight()), case.pattern
     expected = magnitude_mask(weight, pattern.n, pattern.m, case.in_axis)
-    mask, kept = torch.empty_like(expected), torch.empty_like(weight)
+    mask, kept = place("mask", torch.empty_like(expected)), place("out", torch.empty_like(weight))
     with swept_by(library):
         done = sweeps.largest(weight, pattern, case.in_axis, mask) and sweeps.largest(weight, pattern, case.in_axis, kept)
-        ours = place(torch.empty_like(weight))
+        ours = place("grad", torch.empty_like(weight))
         assert sweeps.keep(weight, expected, ours)
     none = bits(weight.new_zeros(()))
     wanted = torch.where(expected, bits(weight), none)
@@ -125,19 +135,19 @@ def check_masks(case: Case, library: Library, place: Place = lambda t: t) -> Non
             assert torch.equal(bits(by_row), torch.where(ordered, bits(weight), none))
 
 
-def check_live(case: Case, library: Library, place: Place = lambda t: t) -> None:
+def check_live(case: Case, library: Library, place: Place = lambda _, t: t) -> None:
     """Everything that training with live sets does."""
-    weight, grad, pattern = place(case.weight()), case.weight(1), case.pattern
+    weight, grad, pattern = place("weight", case.weight()), place("grad", case.weight(1)), case.pattern
     live, table, at = case.live(), byte_table(pattern), case.rows
     expected = torch.empty(weight.shape, dtype=torch.bool)
     rows = as_rows(expected, at)
     rows.copy_(union(live, table).view(rows.shape))
-    mask = torch.zeros_like(expected)
+    mask = place("mask", torch.zeros_like(expected))
     with swept_by(library):
         if sweeps.cover(live, table, as_rows(mask, at)):
             assert torch.equal(mask, expected)
-    mask = torch.empty_like(weight, dtype=torch.bool).copy_(expected)
-    results = torch.empty_like(weight), torch.empty_like(weight)
+    mask = place("mask", torch.empty_like(weight, dtype=torch.bool).copy_(expected))
+    results = place("out", torch.empty_like(weight)), torch.empty_like(weight)
     with swept_by(library):
         g, w, seen, dw, ds = (as_rows(t, at) for t in (grad, weight, mask, *results))
         assert sweeps.gradients(g, w, live, seen, (dw, ds), pattern.m)
@@ -159,8 +169,8 @@ def check_live(case: Case, library: Library, place: Place = lambda t: t) -> None
         assert not bool((kept & ~live).any())
 
 
-def check_decay(case: Case, library: Library, place: Place = lambda t: t) -> None:
-    weight, grad = place(case.weight()), place(case.weight(1).clone())
+def check_decay(case: Case, library: Library, place: Place = lambda _, t: t) -> None:
+    weight, grad = place("weight", case.weight()), place("grad", case.weight(1))
     masked = torch.where(magnitude_mask(weight, case.pattern.n, case.pattern.m, case.in_axis), weight, weight.new_zeros(()))
     masked = torch.empty_like(weight).copy_(masked)
     with swept_by(library):

@@ -61,9 +61,26 @@ static inline __attribute__((always_inline)) void cover_all(const nm_sweep *s, i
         }
 }
 
+/* M = 8, groups side by side: a union is one word. */
+static void cover_eight(const nm_sweep *s, int64_t first, int64_t last) {
+    const int64_t bytes = s->bytes;
+    const uint8_t *restrict table = s->table, *restrict live = s->live + first * bytes;
+    uint8_t *restrict out = (uint8_t *)s->out + first * 8;
+    for (int64_t unit = first; unit < last; unit++, live += bytes, out += 8) {
+        uint64_t found, other;
+        memcpy(&found, table + live[0] * 8, 8);
+        if (found != 0x0101010101010101u)
+            for (int64_t b = 1; b < bytes; b++) {
+                memcpy(&other, table + (b * 256 + live[b]) * 8, 8);
+                found |= other;
+            }
+        memcpy(out, &found, 8);
+    }
+}
+
 static void cover(const nm_sweep *s, int64_t first, int64_t last) {
     if (s->m == 4 && s->bytes == 1 && s->inner == 1 && (uintptr_t)s->out % 4 == 0) cover_four(s, first, last);
-    else if (s->m == 8) cover_all(s, first, last, 8, 1);
+    else if (s->m == 8 && s->inner == 1) cover_eight(s, first, last);
     else if (s->m == 16) cover_all(s, first, last, 16, 2);
     else cover_all(s, first, last, s->m, NM_WIDEST / 8);
 }
