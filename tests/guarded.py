@@ -14,9 +14,11 @@ import os
 import random
 import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
 from packed_products import Operands, Product, any_product, libraries
+from sweep_cases import any_case, check_any
 from torch import Tensor
 
 from nm_compiler.pattern import Pattern
@@ -62,6 +64,17 @@ def sweep(library: Library, places: dict[str, Guarded], products: int) -> None:
             assert torch.equal(there.result(library), wanted), product
 
 
+def sweep_weights(library: Library, places: dict[str, Guarded], cases: int) -> None:
+    """Masks and what training does with them, of weights that lie at a page: each is read, and written, in one pass."""
+    pick = random.Random(0)
+    for number in range(cases):
+        check_any(any_case(pick), library, partial(lying_at, places, number % 2 == 0))
+
+
+def lying_at(places: dict[str, Guarded], at_end: bool, name: str, operand: Tensor) -> Tensor:
+    return places[name].holding(operand, at_end)
+
+
 def fork(library: Library) -> int:
     """The child's exit status: 0 if it computed the same."""
     operands = Product(pattern=Pattern(2, 4), rows=100, inputs=64, lead=(300,)).operands(0)
@@ -80,6 +93,7 @@ def main(products: int = 80) -> None:
     places = {name: Guarded(4 << 20) for name in ("x", "values", "codes", "scales", "bias", "residual")}
     for isa, library in libraries().items():
         sweep(library, places, products)
+        sweep_weights(library, {name: Guarded(4 << 20) for name in ("weight", "grad", "mask", "out")}, products)
         sys.stdout.write(f"{isa}\n")
     status = fork(library)
     sys.stdout.write("fork\n")

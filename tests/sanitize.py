@@ -1,5 +1,5 @@
 # mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
-"""Build the CPU kernels with AddressSanitizer and UBSan and sweep over random products: `make sanitize`, not part of pytest.
+"""Build the CPU kernels with AddressSanitizer and UBSan and run random products and masks: `make sanitize`, not part of pytest.
 
     python tests/sanitize.py [products]
 
@@ -42,6 +42,7 @@ def runtime(name: str) -> str:
 def sweep(folder: str, products: int) -> None:
     import torch
     from packed_products import any_product, libraries
+    from sweep_cases import any_case, check_any
 
     from nm_compiler.errors import NMError
     from nm_compiler.runtime.native import library
@@ -61,7 +62,12 @@ def sweep(folder: str, products: int) -> None:
                 operands.result(kernels)
             except NMError:
                 refused += 1
-        sys.stdout.write(f"{isa}: {products} products, {refused} refused with codes beyond their group: clean\n")
+        for number in range(products):
+            torch.set_num_threads(1 + number % 2)
+            check_any(any_case(pick), kernels)
+        sys.stdout.write(
+            f"{isa}: {products} products, {refused} refused with codes beyond their group, as many masks: clean\n"
+        )
         sys.stdout.flush()
 
 

@@ -13,6 +13,7 @@ from nm_compiler.layout import as_rows
 from nm_compiler.pattern import Pattern, combination_table
 from nm_compiler.solvers import live as live_module
 from nm_compiler.solvers import select as select_module
+from nm_compiler.solvers import sweeps
 from nm_compiler.solvers.combinations import byte_table, pack, union
 from nm_compiler.solvers.combinations import retire as retire_by_torch
 from nm_compiler.solvers.live import cover, gradients, retire
@@ -32,8 +33,10 @@ layouts = st.sampled_from(["linear", "transposed", "conv", "channels_last", "con
 
 @pytest.fixture(autouse=True)
 def _every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By numba: tests/test_sweeps.py has the kernels in C."""
     monkeypatch.setattr(live_module, "_SMALL", 0)
     monkeypatch.setattr(select_module, "_SMALL", 0)
+    monkeypatch.setattr(sweeps, "kernels", lambda: None)
 
 
 def weight(layout: str, m: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, list[int]]:

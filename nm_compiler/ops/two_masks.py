@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nm_compiler.solvers.select import decayed
 from nm_compiler.solvers.two_masks import two_masks as masked_and_turned
 
 
@@ -39,8 +40,7 @@ def _backward(ctx: Any, grad: Tensor | None, _turned: Tensor | None) -> tuple[Te
     if grad is None:
         return None, None, None, None, None
     weight, masked = ctx.saved_tensors
-    # not add(alpha=): inductor (torch 2.13) drops alpha where it fuses the addition into the product before it
-    return (weight - masked).mul_(ctx.decay).add_(grad), None, None, None, None
+    return decayed(grad, weight, masked, ctx.decay), None, None, None, None
 
 
 two_masks.register_autograd(_backward, setup_context=_setup)

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from nm_compiler.layout import as_groups, as_rows
 from nm_compiler.ops.made_of import made_of
+from nm_compiler.pattern import Pattern
 from nm_compiler.solvers.combinations import undecided
 from nm_compiler.solvers.live import gradients
 from nm_compiler.solvers.masks import keep_largest
-from nm_compiler.solvers.select import keep
+from nm_compiler.solvers.select import decayed, keep
+from nm_compiler.solvers.sweeps import largest_rows
 
 _STRIDED = (torch.Tag.flexible_layout,)  # torch.compile may lay arguments out as it likes: results follow the weight's strides
 
@@ -118,8 +120,7 @@ def _srste_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _srste_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, masked = ctx.saved_tensors
-    # not add(alpha=): inductor (torch 2.13) drops alpha where it fuses the addition into the product before it
-    return (weight - masked).mul_(ctx.decay).add_(grad), None, None, None, None
+    return decayed(grad, weight, masked, ctx.decay), None, None, None, None
 
 
 srste_weight.register_autograd(_srste_backward, setup_context=_srste_setup)
@@ -164,9 +165,12 @@ def backward_weight(masked: Tensor, order: Tensor, n: int, m: int, rows: list[in
     out_axis -= sum(axis < out_axis for axis in batch)
     result = torch.empty_like(masked)
     for index in itertools.product(*map(range, order.shape[:-1])):
-        ordered = _at(masked, batch, index).index_select(out_axis, order[index])
+        own, place = _at(masked, batch, index), _at(result, batch, index)
+        if out_axis == 0 and largest_rows(own, order[index], Pattern(n, m), place):
+            continue
+        ordered = own.index_select(out_axis, order[index])
         kept = keep_largest(ordered, n, m, out_axis)
-        _at(result, batch, index).copy_(kept.index_select(out_axis, order[index].argsort()))
+        place.copy_(kept.index_select(out_axis, order[index].argsort()))
     return result
 
 

@@ -1,4 +1,4 @@
-"""What LBC does with packed live sets in every step, by compiled kernels on the CPU; None where there is no kernel.
+"""What LBC does with packed live sets in every step, by kernels in C or compiled ones on the CPU; None where there is none.
 
 The callers have torch operations for everything else: other devices, dtypes and layouts, small weights, graphs of fake
 tensors. Both agree, but where scores of combinations differ by less than their sums round.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nm_compiler.pattern import Pattern, combination_table
+from nm_compiler.solvers import sweeps
 from nm_compiler.solvers.search_members import Array
 from nm_compiler.solvers.select import as_arrays, flattened
 from nm_compiler.solvers.threads import in_threads
@@ -29,6 +30,8 @@ def cover(live: Tensor, table: Tensor, mask: Tensor) -> bool:
 
     live: uint8 ``[*batch, out, groups per row, ceil(C / 8)]``; table: from `byte_table`.
     """
+    if sweeps.cover(live, table, mask):
+        return True
     m = table.shape[-1]
     target = _parts(mask, live, m)
     if target is None or table.ndim != 3 or m not in _SIZES:
@@ -52,6 +55,8 @@ def cover(live: Tensor, table: Tensor, mask: Tensor) -> bool:
 
 def gradients(grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, results: tuple[Tensor, Tensor], m: int) -> bool:
     """Write dW = mask * g and dS = W * dW to ``results``, all rows ``[*batch, out, *taps, in]``. Returns whether it did."""
+    if sweeps.gradients(grad, weight, live, mask, results, m):
+        return True
     tensors = (grad, weight, mask, *results)
     parts = [_parts(tensor, live, m) for tensor in tensors]
     if any(part is None for part in parts) or m > 16 or grad.dtype != weight.dtype:
@@ -72,6 +77,9 @@ def gradients(grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, results:
 
 def retire(scores: Tensor, live: Tensor, pattern: Pattern, keep: int) -> Tensor | None:
     """The live sets with the ``keep`` best combinations left; scores: by position, rows ``[*batch, out, *taps, in]``."""
+    done = sweeps.retire(scores, live, pattern, keep)
+    if done is not None:
+        return done
     parts, kept = _parts(scores, live, pattern.m), torch.empty_like(live)
     if parts is None:
         return None

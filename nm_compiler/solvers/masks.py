@@ -1,7 +1,8 @@
 """Magnitude masks as fast as memory allows: the N largest of every M along any axis.
 
-On the CPU a compiled kernel (the first call for a pattern compiles it, about a second, kept on disk), on CUDA a Triton
-kernel where triton is installed; else the torch operations of `nm_compiler.solvers.magnitude`. All agree to the bit.
+On the CPU a kernel in C, or where there is none one compiled by numba (the first call for a pattern takes about a second,
+kept on disk), on CUDA a Triton kernel where triton is installed; else the torch operations of
+`nm_compiler.solvers.magnitude`. All agree to the bit.
 Ref for the comparison: benchmarks/solvers.py.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern
+from nm_compiler.solvers import sweeps
 from nm_compiler.solvers.combinations import pack
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.solvers.search_members import Array
@@ -139,10 +141,10 @@ def _triton() -> Any:
 
 def _compiled(weight: Tensor, pattern: Pattern, axis: int, result: Tensor) -> Tensor:
     """Write the mask (of one byte) or the masked weight (of the weight's dtype) to ``result``, which has no gaps."""
+    if not weight.numel() or sweeps.largest(weight, pattern, axis, result):
+        return result
     from nm_compiler.solvers.masks_kernels import kernel
 
-    if not weight.numel():
-        return result
     values = result.dtype == weight.dtype
     in_memory = sorted(range(weight.ndim), key=result.stride, reverse=True)
     ordered = weight.detach().permute(in_memory).contiguous()  # a copy only where memory is in another order

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nm_compiler.solvers import sweeps
 from nm_compiler.solvers.search_members import Array
 from nm_compiler.solvers.threads import in_threads
 
@@ -18,13 +19,26 @@ def keep(values: Tensor, mask: Tensor) -> Tensor:
     if flat is None:
         kept = torch.where(mask, values, values.new_zeros(()))
         return kept if kept.stride() == values.stride() else torch.empty_like(values).copy_(kept)
+    out = torch.empty_like(values)
+    if sweeps.keep(values, mask, out):
+        return out
     from nm_compiler.solvers.select_kernels import select
 
-    out, bits = torch.empty_like(values), _BITS[values.dtype.itemsize]
+    bits = _BITS[values.dtype.itemsize]
     order = sorted(range(values.ndim), key=values.stride, reverse=True)
     arrays = [flat[0].view(bits).numpy(), flat[1].view(torch.uint8).numpy(), out.permute(order).view(-1).view(bits).numpy()]
     in_threads(lambda part: select(*(array[part] for array in arrays)), len(arrays[0]), values.numel())
     return out
+
+
+def decayed(grad: Tensor, weight: Tensor, masked: Tensor, decay: float) -> Tensor:
+    """``grad + decay * (weight - masked)``: SR-STE's pull of the pruned weights to zero. All of one shape and dtype."""
+    if not torch.is_grad_enabled():  # the kernel cannot be differentiated
+        done = sweeps.decay(grad, weight, masked, decay)
+        if done is not None:
+            return done
+    # not add(alpha=): inductor (torch 2.13) drops alpha where it fuses the addition into the product before it
+    return (weight - masked).mul_(decay).add_(grad)
 
 
 def flattened(*tensors: Tensor) -> list[Tensor] | None:

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from nm_compiler.errors import NMError
+from nm_compiler.runtime.native import sweep as sweeps
 from nm_compiler.runtime.native.job import BYTES, Job, packed
 
 VERSION = 1
 """Of the library's interface; `library.c` has the same number."""
 INSTRUCTION_SETS = {"portable": 0, "avx2": 1, "avx512": 2}
 _BAD_CODE, _SCRATCH = 1, 2
+_WORTH_A_THREAD = 1 << 19  # numbers that are swept over
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,11 @@ class Library:
             found = self._handle.nm_run(self._number, packed(job, threads, scratch[1:]), parallel)
         if found == _BAD_CODE:
             raise NMError("a packed weight names a position beyond its group: its buffers were changed. Lower the model again")
+
+    def sweep(self, sweep: sweeps.Sweep, numel: int) -> None:
+        """Work on weights of ``numel`` numbers whose operands were checked."""
+        threads = min(self._threads(), numel // _WORTH_A_THREAD + 1)
+        self._handle.nm_run_sweep(self._number, sweeps.packed(sweep, threads), _parallel() if threads > 1 else None)
 
     def multiply_adds(self, rounds: int) -> int:
         """Compute in registers; how many floating-point operations that was. For benchmarks: the peak of one thread."""
@@ -79,9 +86,9 @@ def load(isa: str | None = None) -> Library | str:
         return f"the CPU kernels were not built: {why}"
     try:
         handle = ctypes.CDLL(str(path))
-        handle.nm_version.restype = handle.nm_job_bytes.restype = ctypes.c_int64
-        found = handle.nm_version(), handle.nm_job_bytes()
-        if found != (VERSION, BYTES):
+        handle.nm_version.restype = handle.nm_job_bytes.restype = handle.nm_sweep_bytes.restype = ctypes.c_int64
+        found = handle.nm_version(), handle.nm_job_bytes(), handle.nm_sweep_bytes()
+        if found != (VERSION, BYTES, sweeps.BYTES):
             return "the CPU kernels were built from another version: reinstall nm_compiler"
         _declare(handle)
     except (OSError, AttributeError) as error:
@@ -94,6 +101,8 @@ def _declare(handle: Any) -> None:
     handle.nm_scratch_bytes.argtypes = [ctypes.c_int64, ctypes.c_char_p]
     handle.nm_scratch_bytes.restype = ctypes.c_int64
     handle.nm_run.argtypes = [ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p]
+    handle.nm_run_sweep.argtypes = [ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p]
+    handle.nm_run_sweep.restype = None
     handle.nm_multiply_adds.argtypes, handle.nm_multiply_adds.restype = [ctypes.c_int64, ctypes.c_int64], ctypes.c_int64
     handle.nm_read_all.argtypes, handle.nm_read_all.restype = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64], None
     handle.nm_isa_name.argtypes, handle.nm_isa_name.restype = [ctypes.c_int64], ctypes.c_char_p

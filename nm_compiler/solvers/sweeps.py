@@ -1,0 +1,180 @@
+"""Masks, live sets and their gradients by the C kernels of `nm_compiler.runtime.native`, each one pass over memory.
+
+Every function says whether it did the work: False or None where there are no kernels, for other devices, dtypes and layouts,
+for M beyond 32 and where numba is faster. The callers have numba and torch for those; all agree to the bit.
+
+    [outer, groups, M, inner]     a weight in the order of memory: the M of a group are ``inner`` numbers apart
+    [outer, inner, groups, ..]    live sets
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nm_compiler.pattern import Pattern, combination_table
+from nm_compiler.runtime.native import sweep
+from nm_compiler.runtime.native.library import Library, load
+from nm_compiler.runtime.native.sweep import Sweep
+
+_REAL = (torch.float32, torch.float64)
+
+
+class Lying(NamedTuple):
+    """How a weight lies."""
+
+    outer: int
+    groups: int
+    inner: int
+
+
+def kernels() -> Library | None:
+    """Those of this processor, if there are any."""
+    found = load()
+    return found if isinstance(found, Library) else None
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether all have an address on the CPU: no fake tensors, no subclasses."""
+    return all(
+        type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.layout == torch.strided for t in tensors
+    )
+
+
+def has_no_gaps(tensor: Tensor) -> bool:
+    """Whether its numbers fill memory, in whatever order of the axes."""
+    step = 1
+    axes = sorted(axis for axis in zip(tensor.stride(), tensor.shape, strict=True) if axis[1] != 1)
+    for stride, size in axes:
+        if stride != step:
+            return False
+        step *= size
+    return True
+
+
+def lying(rows: Tensor, m: int) -> Lying | None:
+    """Of a weight seen as ``[*batch, out, *taps, in]``; None where it has gaps, or other axes than the last are exchanged."""
+    last = rows.ndim - 1
+    there = [axis for axis in range(rows.ndim) if rows.shape[axis] != 1 or axis == last]
+    in_memory = sorted(there, key=lambda axis: rows.stride(axis) if rows.shape[axis] != 1 else 0, reverse=True)
+    others = [axis for axis in in_memory if axis != last]
+    if not rows.numel() or not has_no_gaps(rows) or others != sorted(others) or rows.shape[last] % m or m > sweep.WIDEST:
+        return None
+    inner = math.prod(rows.shape[axis] for axis in in_memory[in_memory.index(last) + 1 :])
+    groups = rows.shape[last] // m
+    return Lying(rows.numel() // (groups * m * inner), groups, inner)
+
+
+def keep(values: Tensor, mask: Tensor, out: Tensor) -> bool:
+    """``out = values where mask else 0``, all lying alike without gaps. mask: bool."""
+    found = kernels()
+    if found is None or values.element_size() not in (2, 4, 8):
+        return False
+    _run(found, sweep.KEEP, values, {"weight": values, "mask": mask, "out": out}, {"outer": values.numel()})
+    return True
+
+
+def decay(grad: Tensor, weight: Tensor, masked: Tensor, amount: float) -> Tensor | None:
+    """``(weight - masked) * amount + grad``, in the strides of the weight."""
+    found, tensors = kernels(), (grad, weight, masked)
+    if found is None or not is_plain(*tensors) or weight.dtype not in _REAL or not _alike(*tensors) or not has_no_gaps(weight):
+        return None
+    out = torch.empty_like(weight)
+    operands = {"weight": weight, "grad": grad, "masked": masked, "out": out}
+    _run(found, sweep.DECAY, weight, operands, {"outer": weight.numel()}, amount)
+    return out
+
+
+def gradients(grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, results: tuple[Tensor, Tensor], m: int) -> bool:
+    """Write dW = mask * g and dS = W * dW, the latter zero where a group is decided; rows as in `lying`, packed live sets."""
+    found, tensors = kernels(), (weight, grad, *results)
+    if found is None or not is_plain(*tensors, mask, live) or weight.dtype not in _REAL or not _alike(*tensors):
+        return False
+    at = lying(weight, m) if mask.stride() == weight.stride() and live.is_contiguous() else None
+    if at is None:
+        return False
+    operands = {"weight": weight, "grad": grad, "mask": mask, "live": live, "out": results[0], "second": results[1]}
+    _run(found, sweep.GRADIENTS, weight, operands, {**at._asdict(), "m": m, "bytes": live.shape[-1]})
+    return True
+
+
+def cover(live: Tensor, table: Tensor, mask: Tensor) -> bool:
+    """Write the union of live combinations to bool rows as in `lying`. live: packed; table: from `byte_table`."""
+    found, m = kernels(), table.shape[-1]
+    if found is None or table.ndim != 3 or not is_plain(live, table, mask):
+        return False
+    at = lying(mask, m) if live.is_contiguous() and table.is_contiguous() else None
+    if at is None:
+        return False
+    operands = {"live": live, "table": table, "out": mask}
+    _run(found, sweep.COVER, mask, operands, {**at._asdict(), "m": m, "bytes": live.shape[-1]})
+    return True
+
+
+def retire(scores: Tensor, live: Tensor, pattern: Pattern, left: int) -> Tensor | None:
+    """The live sets with the ``left`` best combinations of every group; scores: rows as in `lying`."""
+    found = kernels()
+    if found is None or not is_plain(scores, live) or scores.dtype not in _REAL or not pattern.has_table:
+        return None
+    at = lying(scores, pattern.m) if live.is_contiguous() else None
+    if at is None:
+        return None
+    kept = torch.empty_like(live)
+    operands = {"weight": scores, "live": live, "table": _members(pattern), "out": kept}
+    sizes = {"n": pattern.n, "m": pattern.m, "bytes": live.shape[-1], "combinations": pattern.combinations, "keep": left}
+    _run(found, sweep.RETIRE, scores, operands, {**at._asdict(), **sizes})
+    return kept
+
+
+def largest(weight: Tensor, pattern: Pattern, axis: int, out: Tensor) -> bool:
+    """Write the mask (to one byte a weight) or the masked weight (to the weight's dtype); both lie alike, without gaps."""
+    found = kernels()
+    if found is None or not is_plain(weight, out) or weight.stride() != out.stride() or not has_no_gaps(weight):
+        return False
+    if weight.element_size() not in (2, 4, 8) or pattern.m > sweep.WIDEST or not weight.numel():
+        return False
+    step = weight.stride(axis)
+    inner = math.prod(size for size, stride in zip(weight.shape, weight.stride(), strict=True) if size != 1 and stride < step)
+    if inner == 1 and pattern.m in (3, 5, 6, 7):  # numba's way with them is faster
+        return False
+    sizes = {"groups": weight.numel() // (pattern.m * inner), "inner": inner, "n": pattern.n, "m": pattern.m}
+    kind = sweep.LARGEST if out.dtype == weight.dtype else sweep.MASK
+    _run(found, kind, weight, {"weight": weight, "out": out}, sizes)
+    return True
+
+
+def largest_rows(weight: Tensor, order: Tensor, pattern: Pattern, out: Tensor) -> bool:
+    """Write the masked weight, groups being M rows of axis 0 as they follow in ``order``, int64; rows stay where they are."""
+    found, item, inner = kernels(), weight.element_size(), weight[:1].numel()
+    if found is None or not is_plain(weight, order, out) or weight.dtype != out.dtype or pattern.m > sweep.WIDEST:
+        return False
+    lie = weight.is_contiguous() and out.is_contiguous() and order.is_contiguous() and order.dtype == torch.int64
+    if not lie or item not in (2, 4, 8) or inner * item < sweep.VECTOR or len(order) != len(weight):
+        return False
+    if not 0 <= int(order.min()) <= int(order.max()) < len(weight):
+        return False
+    sizes = {"groups": len(weight) // pattern.m, "inner": inner, "n": pattern.n, "m": pattern.m}
+    _run(found, sweep.LARGEST, weight, {"weight": weight, "order": order, "out": out}, sizes)
+    return True
+
+
+def _run(
+    found: Library, kind: int, like: Tensor, operands: Mapping[str, Tensor], sizes: Mapping[str, int], amount: float = 0.0
+) -> None:
+    addresses = {name: tensor.data_ptr() for name, tensor in operands.items()}
+    found.sweep(Sweep(kind, like.element_size(), **addresses, **sizes, decay=amount), like.numel())
+
+
+def _alike(first: Tensor, *others: Tensor) -> bool:
+    return all(t.dtype == first.dtype and t.shape == first.shape and t.stride() == first.stride() for t in others)
+
+
+@cache
+def _members(pattern: Pattern) -> Tensor:
+    table = combination_table(pattern)
+    return table.nonzero()[:, 1].view(len(table), pattern.n).to(torch.uint8)
