@@ -93,7 +93,7 @@ def measure(entry: Entry, *, quick: bool, capture_only: bool, undo: int) -> Iter
     except nm.NMError as error:
         yield {"planned": 0, "plan_error": str(error)}
         return
-    yield {"planned": len(plan.sites), "reasons": _histogram([refusal.reason for refusal in plan.refusals])}
+    yield {"planned": len(plan.sites), "reasons": histogram([refusal.reason for refusal in plan.refusals])}
     if capture_only:
         return
     yield axes_row(entry, model, captured)
@@ -115,7 +115,7 @@ def second_way(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         yield {"compile_error": str(error)}
         return
     yield {"way": "fragments", "planned": len(sparse.plan.sites), "compile_seconds": time.perf_counter() - start}
-    yield {"reasons": _histogram([refusal.reason for refusal in sparse.plan.refusals])}
+    yield {"reasons": histogram([refusal.reason for refusal in sparse.plan.refusals])}
 
 
 def difference(model: nn.Module, captured: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
@@ -149,6 +149,6 @@ def _keep_mode(model: nn.Module, mode: bool, asked: bool = True) -> nn.Module:
     return type(model).train(model, mode)
 
 
-def _histogram(reasons: Sequence[str]) -> Row:
+def histogram(reasons: Sequence[str]) -> Row:
     """Reasons by how often they occur, numbers left out so that equal reasons are equal."""
     return dict(Counter("".join("#" if c.isdigit() else c for c in reason) for reason in reasons).most_common())

@@ -86,6 +86,8 @@ class _Lowering(Interpreter):
     """
 
     def run_node(self, n: Node) -> Any:
+        if n.target is torch._C._autograd._get_data_attr:  # type: ignore[attr-defined]
+            return self.fetch_args_kwargs_from_env(n)[0][0].detach()  # the tracer does not see `x.data`, and would lose x
         if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             if any(isinstance(arg, GraphModule) for arg in args):
