@@ -35,6 +35,7 @@ from nm_compiler.graph import reads, run
 from nm_compiler.lifting import Lifted, form_of, lift
 from nm_compiler.ops.weights import MASKED
 from nm_compiler.recipe import pipeline
+from nm_compiler.sharding import is_sharded, parallel
 from nm_compiler.uses import Blocked, uses
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Live(Fragments):
     def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The backend that TorchDynamo calls."""
         refuse_rewritten(gm, self.model)
+        self._refuse_shards(inputs)
         complete = self._called(gm)
         if complete is None and not self._watching and not self.prepared.bare:
             raise Broken(type(self.model).__name__)
@@ -147,6 +149,14 @@ class Live(Fragments):
                     f"{name} of shape {list(shape)} was planned as {site.pattern}, but another path has it {how}: "
                     f"leave it dense with exclude={name!r}"
                 )
+
+    def _refuse_shards(self, inputs: Sequence[Any]) -> None:
+        """Raise NMError for a weight that is in shards even while it is multiplied with, as a tensor-parallel plan has it."""
+        prepared = self.prepared
+        for name, value in zip(self.names_of(inputs), inputs, strict=True):
+            site = prepared.sites.get(name or "") or prepared.candidates.get(name or "")
+            if site is not None and is_sharded(value):
+                raise parallel(site, value)
 
     def note_outside(self, name: str, func: Any) -> None:
         """A planned weight, or one that may become planned, was read by Python outside fragments. Raises NMError."""

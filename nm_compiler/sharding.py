@@ -1,0 +1,103 @@
+"""Weights and state in shards, as FSDP2's `fully_shard` leaves them between calls: gathered to be read, cut to be written.
+
+During a call FSDP2 puts whole tensors in the place of shards, so fragments and masks never see one. Everything else, the
+scheduler's step, reports and checks, goes through here. To gather is a collective: every rank has to ask.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nm_compiler.errors import NMError
+
+if TYPE_CHECKING:
+    from nm_compiler.sites import Site
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor: a part of it on every rank."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, without gradient if it had to be gathered; a tensor in one piece is given back as it is."""
+    if not is_sharded(tensor):
+        return tensor
+    gathered: Any = tensor.detach()
+    full: Tensor = gathered.full_tensor()
+    return full
+
+
+def cut_like(value: Tensor, model: Tensor) -> Tensor:
+    """``value``, the same on all ranks, in shards as ``model`` is; itself where that is in one piece."""
+    if not is_sharded(model) or is_sharded(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    its: Any = model
+    return distribute_tensor(value, its.device_mesh, its.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def write(target: Tensor, value: Tensor) -> None:
+    """Copy ``value``, whole and the same on all ranks, into ``target``: each rank its shard."""
+    if is_sharded(target):
+        mine, here = (each.to_local() for each in (cut_like(value, target), target))  # type: ignore[attr-defined]
+        here.copy_(mine)
+    else:
+        target.copy_(value)
+
+
+def parts(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` was called on."""
+    made = sys.modules.get("torch.distributed.fsdp")
+    return [] if made is None else [module for module in model.modules() if isinstance(module, made.FSDPModule)]
+
+
+def in_shards(model: nn.Module, name: str) -> bool:
+    """Whether `fully_shard` took the parameter ``name``, also while a call has it whole."""
+    made, module = parts(model), model
+    path = [module]
+    for atom in name.split(".")[:-1]:
+        module = module.get_submodule(atom)
+        path.append(module)
+    return any(module is each for module in path for each in made)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the shards back in the place of what the last call left whole, as an evaluation leaves FSDP2's root."""
+    for module in parts(model):
+        module.reshard()
+
+
+def parallel(site: Site, weight: Tensor) -> NMError:
+    """What to say of a weight that a tensor-parallel plan has cut, and of what that does to its groups."""
+    its: Any = weight
+    cut = [
+        (placement.dim, its.device_mesh.size(axis)) for axis, placement in enumerate(its.placements) if placement.is_shard()
+    ]
+    across = [ranks for axis, ranks in cut if axis == site.in_axis]
+    inputs, m = site.shape[site.in_axis], site.pattern.m
+    if across and inputs % (across[0] * m):
+        how = f"cut along its {inputs} inputs over {across[0]} ranks, through groups of {m}"
+    elif across:
+        how = f"cut along its {inputs} inputs over {across[0]} ranks; groups of {m} stay whole, but no mask is made of parts"
+    else:
+        how = "cut by output rows or repeated; groups stay whole, but no mask is made of parts"
+    return NMError(
+        f"{site.name} of shape {list(site.shape)} is tensor-parallel, {list(map(str, its.placements))}: {how}. Shard it with "
+        f"fully_shard (FSDP2) instead, or leave it dense with exclude={site.name!r}"
+    )
+
+
+def sharded_freeze(site: Site) -> NMError:
+    """What to say to nm.freeze under FSDP2, which would go on to hold state that is gone."""
+    return NMError(
+        f"{site.name} of shape {list(site.shape)} is in shards, and nm.freeze writes whole weights: save with "
+        "torch.distributed.checkpoint, load that in one process into nm.compile(model) of an unsharded model that has been "
+        "called once, and nm.freeze it"
+    )
