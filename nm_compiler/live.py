@@ -33,7 +33,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.fragments import bind_inputs, lower
 from nm_compiler.graph import reads, run
 from nm_compiler.lifting import Lifted, form_of, lift
-from nm_compiler.ops.weights import MASKED
+from nm_compiler.ops.weights import stands_for_weight
 from nm_compiler.recipe import pipeline
 from nm_compiler.sharding import is_sharded, parallel
 from nm_compiler.uses import Blocked, uses
@@ -129,7 +129,7 @@ class Live(Fragments):
         for each in bodies:
             run(each, passes)
             for site in sites:
-                dense = [user for node in reads(each, site.name) for user in node.users if user.target not in MASKED]
+                dense = [user for node in reads(each, site.name) for user in node.users if not stands_for_weight(user.target)]
                 assert not dense, f"{site.name} is planned, but {dense[0].format_node()} reads it without a mask"
         self.seen.setdefault(program_text(program), program)
         return program
