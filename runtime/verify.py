@@ -75,7 +75,7 @@ def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternL
     for name, tensor in _named(target):
         if tensor.ndim < 2 or not tensor.dtype.is_floating_point or tensor.is_meta:
             continue
-        tensor = whole(tensor)  # noqa: PLW2901  one at a time
+        tensor = whole(tensor)
         axes = [axis for axis in range(tensor.ndim) if tensor.shape[axis] and tensor.shape[axis] % wanted.m == 0]
         kept = tuple(axis for axis in axes if worst_group(tensor, wanted.m, axis) <= wanted.n)
         nonzero = nonzeros(tensor) / max(1, tensor.numel())

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 import nm_compiler as nm
 from nm_compiler.carrier import carrier_of
 from nm_compiler.integrations.fsdp import state_as_parameters
-from nm_compiler.sharding import whole
+from nm_compiler.sharding import cut_like, whole
 
 STEPS = 6
 METHODS = {
@@ -201,11 +201,8 @@ def from_meta(rank: int, folder: str) -> dict[str, Any]:
         model(torch.empty(3, 8, dtype=torch.float64))
     sharded(state_as_parameters(model)).to_empty(device="cpu")
     torch.manual_seed(0)
-    torch.distributed.checkpoint.state_dict.set_model_state_dict(
-        model,
-        Net().double().state_dict(),
-        options=torch.distributed.checkpoint.state_dict.StateDictOptions(full_state_dict=True, strict=False),
-    )
+    dense = Net().double().state_dict()
+    model.load_state_dict({name: cut_like(value, model.get_parameter(name)) for name, value in dense.items()})
     optimizer = torch.optim.SGD(nm.parameter_groups(model, weight_decay=1e-4), lr=0.1, momentum=0.9)
     parts = (model, optimizer, nm.SparsityScheduler(model, total_steps=STEPS, optimizer=optimizer))
     return {"history": train(parts, rank, range(STEPS))}
