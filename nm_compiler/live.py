@@ -151,12 +151,11 @@ class Live(Fragments):
                 )
 
     def _refuse_shards(self, inputs: Sequence[Any]) -> None:
-        """Raise NMError for a weight that is in shards even while it is multiplied with, as a tensor-parallel plan has it."""
+        """Raise NMError for a parameter that is in shards even in a call, as a tensor-parallel plan has it."""
         prepared = self.prepared
         for name, value in zip(self.names_of(inputs), inputs, strict=True):
-            site = prepared.sites.get(name or "") or prepared.candidates.get(name or "")
-            if site is not None and is_sharded(value):
-                raise parallel(site, value)
+            if name is not None and is_sharded(value):
+                raise parallel(name, value, prepared.sites.get(name) or prepared.candidates.get(name))
 
     def note_outside(self, name: str, func: Any) -> None:
         """A planned weight, or one that may become planned, was read by Python outside fragments. Raises NMError."""

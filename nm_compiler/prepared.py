@@ -29,7 +29,7 @@ from nm_compiler.loading import check_values, compare, start_afresh
 from nm_compiler.methods.base import Method
 from nm_compiler.outline import opened_up
 from nm_compiler.pattern import PatternMap
-from nm_compiler.sharding import cut_like, in_shards, reshard
+from nm_compiler.sharding import cut_like, in_shards, parts, reshard
 from nm_compiler.sites import UNREAD, Plan, Site, find
 from nm_compiler.state import MARK, RECIPE, Weight, learns, mark, read_recipe, register, unmark, unregister, write_recipe
 from nm_compiler.weights_graph import weights_graph
@@ -133,6 +133,11 @@ class Prepared:
 
         self._check_modules()
         self._check_options()
+        if not self.sites and parts(self.origin):  # FSDP2's hooks break the graph: stem and head could not be told
+            raise NMError(
+                f"this {type(self.origin).__name__} was in shards before its first call, which plans it: run one batch "
+                "through the model after nm.compile and before fully_shard (on the meta device if it is large)"
+            )
         with self._inside():
             try:
                 result = self.live.call(module, args, kwargs)
@@ -265,8 +270,8 @@ class Prepared:
             )
         if held:
             raise NMError(
-                f"{', '.join(held)}: turns out to stay dense now, but fully_shard holds its state already. Run one batch "
-                f"through the model before fully_shard (on the meta device if it is large), or exclude={held}"
+                f"{', '.join(held)}: read for the first time now and stays dense, but fully_shard holds its state already. "
+                f"Run what reads it once before fully_shard, or exclude={held}"
             )
 
     def _is_held(self, name: str, ddp: bool) -> bool:
@@ -379,10 +384,9 @@ class Prepared:
             gone = [name for name in self.candidates if name not in theirs["weights"]]
             self._drop(gone)
             self.refused.update({name: loaded_dense(name) for name in gone})
-            self.origin._buffers[RECIPE] = self._recipe()
             compare(self, theirs, read_recipe(self._recipe()))
             check_values(self, state_dict, prefix)
-        state_dict[prefix + RECIPE] = self.origin._buffers[RECIPE]
+        self.origin._buffers[RECIPE] = state_dict[prefix + RECIPE] = self._recipe()  # also after to_empty, which forgets it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
         twin = type(self).__new__(type(self))

@@ -74,23 +74,20 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def parallel(site: Site, weight: Tensor) -> NMError:
-    """What to say of a weight that a tensor-parallel plan has cut, and of what that does to its groups."""
+def parallel(name: str, weight: Tensor, site: Site | None) -> NMError:
+    """What to say of a parameter that a tensor-parallel plan has cut; site: of one with groups, and what becomes of them."""
     its: Any = weight
-    cut = [
-        (placement.dim, its.device_mesh.size(axis)) for axis, placement in enumerate(its.placements) if placement.is_shard()
-    ]
-    across = [ranks for axis, ranks in cut if axis == site.in_axis]
-    inputs, m = site.shape[site.in_axis], site.pattern.m
-    if across and inputs % (across[0] * m):
-        how = f"cut along its {inputs} inputs over {across[0]} ranks, through groups of {m}"
-    elif across:
-        how = f"cut along its {inputs} inputs over {across[0]} ranks; groups of {m} stay whole, but no mask is made of parts"
-    else:
-        how = "cut by output rows or repeated; groups stay whole, but no mask is made of parts"
+    cut = [(each.dim, its.device_mesh.size(axis)) for axis, each in enumerate(its.placements) if each.is_shard()]
+    how = "graphs over parts are not rewritten"
+    if site is not None:
+        across = next((ranks for axis, ranks in cut if axis == site.in_axis), 1)
+        inputs, m = site.shape[site.in_axis], site.pattern.m
+        along = f"along its {inputs} inputs over {across} ranks" if across > 1 else "not along its inputs"
+        groups = f"through groups of {m}" if inputs % (across * m) else f"groups of {m} stay whole"
+        how = f"cut {along}, {groups}; no mask is made of parts"
     return NMError(
-        f"{site.name} of shape {list(site.shape)} is tensor-parallel, {list(map(str, its.placements))}: {how}. Shard it with "
-        f"fully_shard (FSDP2) instead, or leave it dense with exclude={site.name!r}"
+        f"{name} of shape {list(weight.shape)} is tensor-parallel, {list(map(str, its.placements))}: {how}. "
+        "Leave parallelize_module out and shard the model with fully_shard (FSDP2)"
     )
 
 
