@@ -7,7 +7,8 @@
 nm_recipe        uint8       on the root: what the state belongs to (method, layout, patterns), as JSON text
 
 Where a weight holds several, such as experts [expert, out, in] or [expert, in, out], [out, ..] is [expert, out, ..]: the
-state can then be sharded along its leading axis together with the weight.
+state can then be sharded along its leading axis together with the weight, by FSDP2 once integers are parameters without
+gradient as well (`nm_compiler.integrations.fsdp`).
 """
 
 from __future__ import annotations
