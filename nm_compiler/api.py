@@ -23,8 +23,10 @@ from nm_compiler.preparing import check_model, globs, prepared
 from nm_compiler.recipe import freezing, pipeline
 from nm_compiler.rewrite import masked_nodes
 from nm_compiler.routes import check_outside
+from nm_compiler.sharding import is_sharded, sharded_freeze
 from nm_compiler.sites import Plan, check_globs, find
 from nm_compiler.solvers.check import worst_group
+from nm_compiler.state import learns
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -135,13 +137,16 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
 
     sparse: what `compile` returned, also inside DDP or ``torch.compile``; it cannot be used afterwards.
     finish: decide at once what training has not decided yet (LBC before t_f).
-    Raises NMError, nothing changed, if masks are undecided and not ``finish``, or if a weight is not finite.
+    Raises NMError, nothing changed, if masks are undecided and not ``finish``, or if a weight is in shards or not finite.
     """
     module = unwrap(sparse)
     if module.frozen:
         raise NMError("this model is frozen already: use what the first nm.freeze returned")
-    _check_finite({weight.site.name: weight.param for weight in module.ready()})
     weights = module.ready()
+    cut = next((weight for weight in weights if is_sharded(weight.param)), None)
+    if cut is not None:
+        raise sharded_freeze(cut.site)
+    _check_finite({weight.site.name: weight.param for weight in weights})
     open_ones = [weight for weight in weights if not module.method.is_settled(weight)]
     if open_ones and not finish:
         first = open_ones[0].site
@@ -150,14 +155,15 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
             f"{list(first.shape)}): combinations are still live before t_f. Train on to t_f, or nm.freeze(sparse, "
             "finish=True) keeps the best-scored combination of every group now and costs accuracy"
         )
-    before = {name: tensor.clone() for name, tensor in module.origin.named_buffers() if name in module.state_names()}
+    state = [weight[suffix] for weight in weights for suffix in module.method.suffixes(weight.site)]
+    before = [(tensor, tensor.detach().clone()) for tensor in state if not learns(tensor)]
     for weight in open_ones:
         module.method.settle(weight)
     try:
         _check_masks(module)
     except NMError:
-        for name, tensor in before.items():
-            module.origin.get_buffer(name).copy_(tensor)
+        for tensor, value in before:
+            tensor.copy_(value)
         raise
     values: dict[int, Tensor] = {}
     for gm in module.programs():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nm_compiler.errors import NMError
+from nm_compiler.sharding import is_sharded
 
 
 def save_checkpoint(path: str | Path, **parts: Any) -> None:
@@ -21,11 +22,18 @@ def save_checkpoint(path: str | Path, **parts: Any) -> None:
     parts: whatever has a ``state_dict()`` is saved as that, the rest (numbers, tensors, dicts) as it is. Every rank of a
     distributed training may call it; rank 0 writes. The file is written beside its place, flushed to the disk and then put
     there in one step: a process that dies, or a disk that fills up, leaves the old checkpoint as it was.
-    Raises NMError, the old file intact, if it cannot be written.
+    Raises NMError, the old file intact, if it cannot be written, and for a model in shards.
     """
+    file = Path(path)
+    for name, part in parts.items():
+        cut = next((n for n, p in part.named_parameters() if is_sharded(p)), None) if isinstance(part, nn.Module) else None
+        if cut is not None:
+            raise NMError(
+                f"{file} would hold the shards of one rank: {cut} of {name}= is in shards. Save with "
+                "torch.distributed.checkpoint, which writes those of all ranks"
+            )
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
-    file = Path(path)
     state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
     half = file.with_name(f".{file.name}.{os.getpid()}.half")
     try:

@@ -31,7 +31,7 @@ from nm_compiler.exported import copied
 from nm_compiler.fragments import bind_inputs, lower, state_names
 from nm_compiler.graph import Pass, reads, run, show_graph
 from nm_compiler.ops.two_masks import TWO_MASKS
-from nm_compiler.ops.weights import MASKED
+from nm_compiler.ops.weights import stands_for_weight
 from nm_compiler.outline import Run, outline
 from nm_compiler.sites import UNREAD, Plan
 from nm_compiler.uses import Use, uses
@@ -179,7 +179,8 @@ class Fragments:
             self._note_late(each)
             run(each, self.passes)
             for name in self.planned:
-                dense = [user for read in reads(each, name) for user in read.users if user.target not in (*MASKED, TWO_MASKS)]
+                users = [user for read in reads(each, name) for user in read.users]
+                dense = [user for user in users if user.target is not TWO_MASKS and not stands_for_weight(user.target)]
                 assert not dense, f"{name} is planned, but {dense[0].format_node()} reads it without a mask"
         self.seen[program_text(program)] = program
         return program

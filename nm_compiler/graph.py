@@ -13,6 +13,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from nm_compiler.sharding import is_sharded
+
 Pass = Callable[[GraphModule], GraphModule]
 
 _SHORT = {
@@ -88,13 +90,22 @@ def propagate_shapes(gm: GraphModule) -> None:
             if node.op == "get_attr":
                 value = getattr_path(gm, node.target)
                 if isinstance(value, torch.Tensor):
-                    node.meta["val"] = mode.from_tensor(value, static_shapes=True)
+                    node.meta["val"] = fake_of(mode, value)
                 continue
             flat = [n for n in node.all_input_nodes if "val" not in n.meta]
             if flat or not callable(node.target):
                 continue
             args, kwargs = pytree.tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
             node.meta["val"] = node.target(*args, **kwargs)
+
+
+def fake_of(mode: Any, value: torch.Tensor) -> torch.Tensor:
+    """A tensor without values as ``value`` is; of a sharded one as the whole is."""
+    if is_sharded(value):
+        with mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    fake: torch.Tensor = mode.from_tensor(value, static_shapes=True)
+    return fake
 
 
 def standalone(gm: GraphModule) -> GraphModule:

@@ -34,8 +34,9 @@ from nm_compiler.errors import NMError
 from nm_compiler.fragments import bind_inputs, lower
 from nm_compiler.graph import reads, run
 from nm_compiler.lifting import Lifted, form_of, lift
-from nm_compiler.ops.weights import MASKED
+from nm_compiler.ops.weights import stands_for_weight
 from nm_compiler.recipe import pipeline
+from nm_compiler.sharding import is_sharded, parallel
 from nm_compiler.uses import Blocked, uses
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Live(Fragments):
     def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The backend that TorchDynamo calls."""
         refuse_rewritten(gm, self.model)
+        self._refuse_shards(inputs)
         complete = self._called(gm)
         if complete is None and not self._watching and not self.prepared.bare:
             raise Broken(type(self.model).__name__)
@@ -128,7 +130,7 @@ class Live(Fragments):
         for each in bodies:
             run(each, passes)
             for site in sites:
-                dense = [user for node in reads(each, site.name) for user in node.users if user.target not in MASKED]
+                dense = [user for node in reads(each, site.name) for user in node.users if not stands_for_weight(user.target)]
                 assert not dense, f"{site.name} is planned, but {dense[0].format_node()} reads it without a mask"
         self.seen.setdefault(program_text(program), program)
         return program
@@ -148,6 +150,13 @@ class Live(Fragments):
                     f"{name} of shape {list(shape)} was planned as {site.pattern}, but another path has it {how}: "
                     f"leave it dense with exclude={name!r}"
                 )
+
+    def _refuse_shards(self, inputs: Sequence[Any]) -> None:
+        """Raise NMError for a parameter that is in shards even in a call, as a tensor-parallel plan has it."""
+        prepared = self.prepared
+        for name, value in zip(self.names_of(inputs), inputs, strict=True):
+            if name is not None and is_sharded(value):
+                raise parallel(name, value, prepared.sites.get(name) or prepared.candidates.get(name))
 
     def note_outside(self, name: str, func: Any) -> None:
         """A planned weight, or one that may become planned, was read by Python outside fragments. Raises NMError."""

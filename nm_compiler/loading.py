@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nm_compiler.errors import NMError
-from nm_compiler.state import RECIPE
+from nm_compiler.sharding import cut_like, whole
+from nm_compiler.state import RECIPE, learns
 
 if TYPE_CHECKING:
     from nm_compiler.carrier import Carrier
@@ -38,16 +39,15 @@ def compare(carrier: Carrier, theirs: Mapping[str, Any], ours: Mapping[str, Any]
 
 def check_values(carrier: Carrier, state_dict: Mapping[str, Any], prefix: str) -> None:
     """Raise NMError where the state has a wrong shape or values that the method cannot have made."""
-    fresh = fresh_state(carrier, state_dict, prefix)
     for weight in carrier.weights:
         state = {}
         for suffix in carrier.method.suffixes(weight.site):
             name = f"{weight.site.name}_{suffix}"
             value = state_dict.get(prefix + name)
-            if not isinstance(value, Tensor) or value.shape != fresh[name].shape:
+            if not isinstance(value, Tensor) or value.shape != weight[suffix].shape:
                 found = "missing" if value is None else f"of shape {list(value.shape)}"
-                raise NMError(f"{name} is {found} in this state_dict, {list(fresh[name].shape)} is needed")
-            state[suffix] = value
+                raise NMError(f"{name} is {found} in this state_dict, {list(weight[suffix].shape)} is needed")
+            state[suffix] = value if learns(weight[suffix]) else whole(value)
         problem = carrier.method.problem(weight.site, state)
         if problem:
             raise NMError(f"{weight.site.name} of shape {list(weight.site.shape)}: {problem}; this state_dict is damaged")
@@ -67,7 +67,7 @@ def start_afresh(carrier: Carrier, state_dict: dict[str, Any], prefix: str) -> N
             value = fresh[f"{weight.site.name}_{suffix}"]
             for path in (path for path, module in owners if module is weight.owner):
                 state_dict[f"{prefix}{path}{'.' if path else ''}{weight.leaf}_{suffix}"] = value
-            if isinstance(weight[suffix], nn.Parameter):
+            if learns(weight[suffix]):
                 weight[suffix].requires_grad_(True)  # it learns again, whatever the schedule had settled
 
 
@@ -77,9 +77,9 @@ def fresh_state(carrier: Carrier, values: Mapping[str, Any], prefix: str = "") -
     for weight in carrier.weights:
         name = weight.site.name
         given = values.get(prefix + name)
-        base = given.detach() if isinstance(given, Tensor) and given.shape == weight.param.shape else weight.param.detach()
+        base = whole(given.detach()) if isinstance(given, Tensor) and given.shape == weight.param.shape else weight.value
         for suffix, value in carrier.method.state(weight.site, base).items():
-            fresh[f"{name}_{suffix}"] = value.detach()
+            fresh[f"{name}_{suffix}"] = cut_like(value.detach(), weight[suffix])
     return fresh
 
 

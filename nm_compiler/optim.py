@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
 from nm_compiler.module import unwrap
+from nm_compiler.state import learns
 
 
 def parameter_groups(
@@ -54,7 +55,7 @@ def learned_state(module: Carrier) -> dict[str, nn.Parameter]:
     for weight in module.weights:
         for suffix in module.method.suffixes(weight.site):
             value = weight[suffix]
-            if isinstance(value, nn.Parameter):
+            if learns(value):
                 found[f"{weight.site.name}_{suffix}"] = value
     return found
 

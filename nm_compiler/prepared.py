@@ -30,8 +30,9 @@ from nm_compiler.loading import check_values, compare, start_afresh
 from nm_compiler.methods.base import Method
 from nm_compiler.outline import opened_up
 from nm_compiler.pattern import PatternMap
+from nm_compiler.sharding import cut_like, in_shards, parts, reshard
 from nm_compiler.sites import UNREAD, Plan, Site, find
-from nm_compiler.state import MARK, RECIPE, Weight, mark, read_recipe, register, unmark, unregister, write_recipe
+from nm_compiler.state import MARK, RECIPE, Weight, learns, mark, read_recipe, register, unmark, unregister, write_recipe
 from nm_compiler.weights_graph import weights_graph
 
 _log = logging.getLogger(__name__)
@@ -64,9 +65,10 @@ class Prepared:
         self.ops: dict[str, str] = {}
         self.candidates = candidates(model, patterns, include=include, exclude=exclude)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim >= 2}
-        self._begin()
+        self.begin()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Forget what was compiled: the graphs of the next call are new, of the same plan."""
         self._live: Any = None
         self._weights_graph: GraphModule | None = None
         self._links: list[Link] | None = None
@@ -87,7 +89,7 @@ class Prepared:
         """Register the state of all candidates, the recipe and the entries on the model. All or nothing."""
         extras: dict[str, Tensor] = {}
         for weight in self.weights:
-            for suffix, value in self.method.state(weight.site, weight.param.detach()).items():
+            for suffix, value in self.method.state(weight.site, weight.value).items():
                 extras[f"{weight.site.name}_{suffix}"] = value
         extras[RECIPE] = self._recipe()
         register(self.origin, extras)
@@ -133,6 +135,11 @@ class Prepared:
 
         self._check_modules()
         self._check_options()
+        if not self.sites and parts(self.origin):  # FSDP2's hooks break the graph: stem and head could not be told
+            raise NMError(
+                f"this {type(self.origin).__name__} was in shards before its first call, which plans it: run one batch "
+                "through the model after nm.compile and before fully_shard (on the meta device if it is large)"
+            )
         with self._inside():
             try:
                 result = self.live.call(module, args, kwargs)
@@ -224,7 +231,7 @@ class Prepared:
         fresh = {site.name: site for site in plan.sites if site.name in self.undecided({site.name})}
         refused = [r for r in plan.refusals if r.reason != UNREAD and r.where in self.shapes and self.undecided({r.where})]
         lost = [refusal.where for refusal in refused if refusal.where in self.candidates]
-        self._check_ddp(lost)
+        self._check_wrapped(lost)
         late = [name for name, site in fresh.items() if name not in self.candidates and self._learns(site)]
         for name in late:
             refused.append(too_late(name))
@@ -262,17 +269,29 @@ class Prepared:
         return name in (next(iter(self.shapes), None), next(reversed(self.shapes), None))
 
     def _learns(self, site: Site) -> bool:
-        weight = Weight(site, self.origin).param.detach()
-        return any(isinstance(value, nn.Parameter) for value in self.method.state(site, weight).values())
+        return any(learns(value) for value in self.method.state(site, Weight(site, self.origin).value).values())
 
-    def _check_ddp(self, lost: Collection[str]) -> None:
-        active = nn.parallel.DistributedDataParallel._active_ddp_module
-        learned = [name for name in lost if self._learns(self.candidates[name])]
-        if active is not None and learned:
+    def _check_wrapped(self, lost: Collection[str]) -> None:
+        ddp = nn.parallel.DistributedDataParallel._active_ddp_module is not None
+        held = [name for name in lost if self._is_held(name, ddp)]
+        if held and ddp:
             raise NMError(
-                f"{', '.join(learned)}: turns out to stay dense now, but DistributedDataParallel waits for gradients of its "
-                f"scores already. Run one batch through the model before wrapping it, or exclude={learned}"
+                f"{', '.join(held)}: turns out to stay dense now, but DistributedDataParallel waits for gradients of its "
+                f"scores already. Run one batch through the model before wrapping it, or exclude={held}"
             )
+        if held:
+            raise NMError(
+                f"{', '.join(held)}: read for the first time now and stays dense, but fully_shard holds its state already. "
+                f"Run what reads it once before fully_shard, or exclude={held}"
+            )
+
+    def _is_held(self, name: str, ddp: bool) -> bool:
+        """Whether a wrapper holds the state of a candidate, so that it cannot go any more."""
+        weight = Weight(self.candidates[name], self.origin)
+        if ddp:
+            return self._learns(weight.site)
+        state = [weight[suffix] for suffix in self.method.suffixes(weight.site)]
+        return in_shards(self.origin, name) and any(isinstance(value, nn.Parameter) for value in state)
 
     def _settle(self, site: Site) -> None:
         """A candidate is planned: keep its state where it fits, make it anew where the layout was guessed wrongly."""
@@ -281,7 +300,7 @@ class Prepared:
         known = self.candidates.pop(name, None)
         if known is None or (known.layout, known.blocks) != (site.layout, site.blocks):
             weight = Weight(site, self.origin)
-            for suffix, value in self.method.state(site, weight.param.detach()).items():
+            for suffix, value in self.method.state(site, weight.value).items():
                 here = getattr(weight.owner, f"{weight.leaf}_{suffix}", None)
                 if here is None:
                     register(self.origin, {f"{name}_{suffix}": value})
@@ -311,6 +330,7 @@ class Prepared:
     @property
     def weights(self) -> list[Weight]:
         """All weights with state, in the model's order."""
+        reshard(self.origin)
         return [Weight(site, self.origin) for site in self.plan.sites]
 
     @property
@@ -324,6 +344,7 @@ class Prepared:
             raise NMError(
                 f"this {type(self.origin).__name__} has not run since nm.compile, so no graph is known: call it once first"
             )
+        reshard(self.origin)
         return [Weight(site, self.origin) for site in self.sites.values()]
 
     def runs(self, name: str) -> int:
@@ -352,9 +373,10 @@ class Prepared:
 
     def masked_parameters(self) -> dict[str, Tensor]:
         """The model's own parameters by name, planned weights as their masks leave them; what `verify` looks at."""
+        reshard(self.origin)
         state = set(self.state_names())
         own = {name: p.detach() for name, p in self.origin.named_parameters() if name not in state}
-        return {name: self.masked(name)[0] if name in self.sites else p for name, p in own.items()}
+        return {name: cut_like(self.masked(name)[0], p) if name in self.sites else p for name, p in own.items()}
 
     def state_names(self) -> list[str]:
         """The names of everything that was registered on the model."""
@@ -373,10 +395,9 @@ class Prepared:
             gone = [name for name in self.candidates if name not in theirs["weights"]]
             self._drop(gone)
             self.refused.update({name: loaded_dense(name) for name in gone})
-            self.origin._buffers[RECIPE] = self._recipe()
             compare(self, theirs, read_recipe(self._recipe()))
             check_values(self, state_dict, prefix)
-        state_dict[prefix + RECIPE] = self.origin._buffers[RECIPE]
+        self.origin._buffers[RECIPE] = state_dict[prefix + RECIPE] = self._recipe()  # also after to_empty, which forgets it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
         twin = type(self).__new__(type(self))
@@ -385,7 +406,7 @@ class Prepared:
         twin.sites, twin.candidates, twin.refused = dict(self.sites), dict(self.candidates), dict(self.refused)
         twin.ops = dict(self.ops)
         twin.origin, twin._hook = copy.deepcopy(self.origin, memo), copy.deepcopy(self._hook, memo)
-        twin._begin()
+        twin.begin()
         self._twins.add(twin)
         return twin
 
@@ -395,7 +416,7 @@ class Prepared:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._begin()
+        self.begin()
 
 
 def not_yet(name: str) -> Refusal:

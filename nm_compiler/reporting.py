@@ -82,7 +82,7 @@ def _planned(module: Carrier, weight: Weight) -> Row:
             site.name, site.op, site.shape, str(site.pattern), "sparse", f"{site.pattern} along the input axis; no values yet"
         )
     forward, backward = module.masked(site.name)
-    total, kept = _magnitude(weight.param.detach()), _magnitude(forward)
+    total, kept = _magnitude(weight.value), _magnitude(forward)
     return Row(
         site.name, site.op, site.shape, str(site.pattern), "sparse",
         module.method.remark(weight) or f"{site.pattern} along the input axis",

@@ -7,7 +7,8 @@
 nm_recipe        uint8       on the root: what the state belongs to (method, layout, patterns), as JSON text
 
 Where a weight holds several, such as experts [expert, out, in] or [expert, in, out], [out, ..] is [expert, out, ..]: the
-state can then be sharded along its leading axis together with the weight.
+state can then be sharded along its leading axis together with the weight, by FSDP2 once integers are parameters without
+gradient as well (`nm_compiler.integrations.fsdp`).
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
+from nm_compiler.sharding import whole, write
 from nm_compiler.sites import Site
 
 RECIPE = "nm_recipe"
@@ -50,11 +52,29 @@ class Weight:
         assert isinstance(found, nn.Parameter)
         return found
 
+    @property
+    def value(self) -> Tensor:
+        """The weight without gradient. Gathered where it is sharded: then every rank has to ask."""
+        return whole(self.param.detach())
+
     def __getitem__(self, suffix: str) -> Tensor:
-        """The state ``<param>_<suffix>``."""
+        """The state ``<param>_<suffix>``, maybe a shard of it."""
         found = getattr(self.owner, f"{self.leaf}_{suffix}")
         assert isinstance(found, Tensor)
         return found
+
+    def read(self, suffix: str) -> Tensor:
+        """The state without gradient. Gathered where it is sharded: then every rank has to ask."""
+        return whole(self[suffix].detach())
+
+    def write(self, suffix: str, value: Tensor) -> None:
+        """Copy ``value``, the same on all ranks, into the state."""
+        write(self[suffix], value)
+
+
+def learns(state: Tensor) -> TypeGuard[nn.Parameter]:
+    """Whether an optimizer moves it. Integers may be parameters too, so that they are sharded, but get no gradient."""
+    return isinstance(state, nn.Parameter) and state.is_floating_point()
 
 
 MARK = "_nm_weights"  # on a module that owns planned weights: their names; state or none, it is compiled

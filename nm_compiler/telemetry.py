@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
 from nm_compiler.module import unwrap
+from nm_compiler.sharding import whole
 from nm_compiler.solvers.combinations import pack, unpack
 
 Row = dict[str, Any]
@@ -56,7 +57,7 @@ class Telemetry:
     def _sums(self, name: str) -> dict[str, float]:
         """All that is needed of a weight, in one transfer from its device. NaN stands for what there is not."""
         forward, backward = self._model.masked(name)
-        weight = self._model.origin.get_parameter(name).detach()
+        weight = whole(self._model.origin.get_parameter(name).detach())
         mask, missing = forward != 0, weight.new_tensor(torch.nan, dtype=torch.float64)
         before = self._before.get(name)
         self._before[name] = pack(mask.flatten())

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
 from nm_compiler.capture import bind
-from nm_compiler.graph import propagate_shapes
+from nm_compiler.graph import fake_of, propagate_shapes
 from nm_compiler.methods.base import Method
 from nm_compiler.recipe import pipeline
 from nm_compiler.sites import Site
@@ -21,7 +21,7 @@ def weights_graph(model: nn.Module, method: Method, sites: Sequence[Site]) -> Gr
     results, mode = [], FakeTensorMode()
     for site in sites:
         node = gm.graph.create_node("get_attr", site.name, name=site.name.replace(".", "_"))
-        node.meta["val"] = mode.from_tensor(model.get_parameter(site.name).detach(), static_shapes=True)
+        node.meta["val"] = fake_of(mode, model.get_parameter(site.name).detach())
         results.append(node)
     gm.graph.output(tuple(results))
     for each in pipeline(method, sites):

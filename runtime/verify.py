@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nm_compiler.carrier import carrier_of
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern, PatternLike
+from nm_compiler.sharding import whole
 from nm_compiler.solvers.check import nonzeros, worst_group
 
 
@@ -64,6 +65,7 @@ def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternL
     or the path of a ``.safetensors`` file (both read a tensor at a time), of a ``.pt``, ``.pth`` or ``.bin`` file (loaded with
     ``weights_only``), or of an ``.onnx`` file, of which only what Conv, MatMul and Gemm multiply with is checked, along the
     axis that they reduce. A weight that is zero altogether satisfies any pattern; its share of non-zeros tells.
+    Weights that are sharded are gathered one at a time, so every rank has to call it.
     Raises NMError for a file that is missing, truncated or of another kind.
     """
     wanted = Pattern.parse(pattern)
@@ -73,6 +75,7 @@ def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternL
     for name, tensor in _named(target):
         if tensor.ndim < 2 or not tensor.dtype.is_floating_point or tensor.is_meta:
             continue
+        tensor = whole(tensor)
         axes = [axis for axis in range(tensor.ndim) if tensor.shape[axis] and tensor.shape[axis] % wanted.m == 0]
         kept = tuple(axis for axis in axes if worst_group(tensor, wanted.m, axis) <= wanted.n)
         nonzero = nonzeros(tensor) / max(1, tensor.numel())

@@ -108,6 +108,9 @@ class State(dict[str, Tensor]):
         super().__init__(method.state(at, torch.randn(at.shape)))
         self.site = at
 
+    def read(self, suffix: str) -> Tensor:
+        return self[suffix]
+
 
 def remark(method: nm.Method, at: Site) -> str | None:
     return method.remark(State(method, at))

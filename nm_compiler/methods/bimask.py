@@ -136,11 +136,12 @@ class BiMask(Method):
                     self._refresh(weight, clock.seed + 7919 * clock.step + index, forward_mask)
 
     def _refresh(self, weight: Weight, seed: int, forward_mask: Callable[[Weight], Tensor]) -> None:
-        order = weight["order"]
+        order, value, mask = weight.read("order"), weight.value, forward_mask(weight)  # all ranks, which may have to gather
         if _rank() == 0:
-            order.copy_(self._searched(weight.site, weight.param.detach(), forward_mask(weight), order, seed))
+            order = self._searched(weight.site, value, mask, order, seed)
         if torch.distributed.is_initialized():  # one search for all ranks, so that masks agree to the bit
             torch.distributed.broadcast(order, 0)
+        weight.write("order", order)
 
     def _searched(self, site: Site, weight: Tensor, mask: Tensor, order: Tensor, seed: int) -> Tensor:
         n, m = site.pattern.n, site.pattern.m
@@ -154,7 +155,7 @@ class BiMask(Method):
 
 def _largest(weight: Weight) -> Tensor:
     site = weight.site
-    return magnitude_mask(weight.param.detach(), site.pattern.n, site.pattern.m, site.in_axis)
+    return magnitude_mask(weight.value, site.pattern.n, site.pattern.m, site.in_axis)
 
 
 def _rank() -> int:

@@ -48,7 +48,7 @@ class Gradual(Magnitude):
         return None if self.is_settled(weight) else "training: more than N of a group are still kept"
 
     def is_settled(self, weight: Weight) -> bool:
-        return bool((self._kept(weight.site, weight["mask"]) == weight.site.pattern.n).all())
+        return bool((self._kept(weight.site, weight.read("mask")) == weight.site.pattern.n).all())
 
     def settle(self, weight: Weight) -> None:
         self._prune(weight, weight.site.pattern.n)
@@ -75,8 +75,8 @@ class Gradual(Magnitude):
 
     def _prune(self, weight: Weight, keep: int) -> None:
         """Keep the largest of those that are still there; the lower index among equals."""
-        site, mask = weight.site, self._unpacked(weight.site, weight["mask"])
-        magnitudes = as_groups(weight.param.detach().abs().masked_fill(~mask, -1.0), site.rows, site.pattern.m)
+        site, mask = weight.site, self._unpacked(weight.site, weight.read("mask"))
+        magnitudes = as_groups(weight.value.abs().masked_fill(~mask, -1.0), site.rows, site.pattern.m)
         best = magnitudes.argsort(dim=-1, descending=True, stable=True)[..., :keep]
         as_groups(mask.zero_(), site.rows, site.pattern.m).scatter_(-1, best, True)
-        weight["mask"].copy_(pack(mask.flatten(1)))
+        weight.write("mask", pack(mask.flatten(1)))

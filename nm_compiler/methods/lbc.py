@@ -97,7 +97,7 @@ class LBC(Method):
         return None if self.is_settled(weight) else "training: combinations are still live"
 
     def _count(self, weight: Weight) -> Tensor:
-        return count(weight["live"], packed=self.is_packed(weight.site))
+        return count(weight.read("live"), packed=self.is_packed(weight.site))
 
     def _all_live(self, site: Site) -> Tensor:
         entry = self._one_live(site)
@@ -148,7 +148,7 @@ class LBC(Method):
 
     def forward_mask(self, weight: Weight) -> Tensor:
         """1 where some live combination covers the position: bool of the weight's shape."""
-        site, live = weight.site, weight["live"]
+        site, live = weight.site, weight.read("live")
         table = table_of(site.pattern, self.by_position)[1]().to(live.device)
         mask: Tensor = torch.ops.nm.live_mask(live, table, list(site.shape), site.rows)
         return mask
@@ -160,16 +160,16 @@ class LBC(Method):
         self._retire(weight, _last(weight.site))
 
     def _retire(self, weight: Weight, keep: int) -> None:
-        site, scores, live = weight.site, weight["scores"].detach(), weight["live"]
+        site, scores, live = weight.site, weight.read("scores"), weight.read("live")
         pattern = site.pattern
         table = combination_table(pattern) if pattern.has_table else torch.eye(pattern.m, dtype=torch.uint8)
         rows = as_rows(scores, site.rows) if self.by_position else scores
         kept = retire_packed(rows, live, pattern, keep) if self.is_packed(site) else None
         if kept is not None:
-            live.copy_(kept)
+            weight.write("live", kept)
             return
         wide = rows if rows.dtype == torch.float64 else rows.float()
-        live.copy_(retire(wide, live, table.to(live.device), keep=keep, by_position=self.by_position))
+        weight.write("live", retire(wide, live, table.to(live.device), keep=keep, by_position=self.by_position))
 
 
 def _entries(site: Site) -> int:

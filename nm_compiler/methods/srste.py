@@ -14,6 +14,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass
 from nm_compiler.methods.base import Clock, Method
 from nm_compiler.passes.insert_srste import insert_srste
+from nm_compiler.sharding import write
 from nm_compiler.sites import Site
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.state import Weight
@@ -56,11 +57,11 @@ def pull(weights: Sequence[Weight], clock: Clock, decay: float) -> None:
     assert clock.rate is not None
     with torch.no_grad():
         for weight in weights:
-            site, param = weight.site, weight.param
-            share = clock.rate(param) * decay
+            site, value = weight.site, weight.value
+            share = clock.rate(weight.param) * decay
             if share:
-                mask = magnitude_mask(param, site.pattern.n, site.pattern.m, site.in_axis)
-                param.copy_(torch.where(mask, param, param * (1 - share)))
+                mask = magnitude_mask(value, site.pattern.n, site.pattern.m, site.in_axis)
+                write(weight.param, torch.where(mask, value, value * (1 - share)))
 
 
 def check_rate(clock: Clock, method: SRSTE | BiMask) -> None:
