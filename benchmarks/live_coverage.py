@@ -27,7 +27,19 @@ from zoo import LIBRARIES, entries
 
 import nm_compiler as nm
 
-HEAD = ["model", "trains", "planned", "refused", "unread", "fragments", "breaks", "differs", "first step s", "step s", "peak MiB"]
+HEAD = [
+    "model",
+    "trains",
+    "planned",
+    "refused",
+    "unread",
+    "fragments",
+    "breaks",
+    "differs",
+    "first step s",
+    "step s",
+    "peak MiB",
+]
 
 
 def cells(row: Row) -> list[str]:
@@ -60,7 +72,9 @@ def summary(rows: Sequence[Row]) -> str:
 def warm_up(then: str) -> None:
     """Import once, before the first fork, what every model needs."""
     with torch.random.fork_rng(devices=[]):
-        nm.compile(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)), then=then)(torch.randn(2, 8)).sum().backward()
+        nm.compile(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)), then=then)(
+            torch.randn(2, 8)
+        ).sum().backward()
     torch._dynamo.reset()
 
 

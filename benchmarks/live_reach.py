@@ -37,6 +37,9 @@ def train(entry: Entry, *, method: str, then: str) -> Iterator[Row]:
     scheduler = nm.SparsityScheduler(live, total_steps=2 * STEPS, optimizer=optimizer)
     yield {"compile_seconds": time.perf_counter() - start}
     counters.clear()
+    torch._dynamo.config.use_numpy_random_stream = (
+        True  # else what numpy draws in a fragment is not what the frozen model draws
+    )
     before: dict[str, int] = {}
     for step in range(STEPS):
         start = time.perf_counter()
@@ -56,7 +59,7 @@ def train(entry: Entry, *, method: str, then: str) -> Iterator[Row]:
         before = runs
     yield {"step_seconds": time.perf_counter() - start, "fragments": len(unwrap(live).live.pieces)}
     expected = outputs(live, args, kwargs, seed=STEPS)
-    yield {"difference": frozen_difference(live, expected, args, kwargs)}
+    yield {"difference": frozen_difference(live, expected, args, kwargs, exact=then != "inductor")}
 
 
 def outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, seed: int) -> list[Tensor]:
@@ -91,8 +94,13 @@ def check_gradients(live: nn.Module, step: int) -> None:
             assert gradient.isfinite().all(), f"step {step}: the gradient at {each} is not finite"
 
 
-def frozen_difference(live: nn.Module, expected: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """The largest relative difference between what the live model computed and what the frozen one does."""
+def frozen_difference(
+    live: nn.Module, expected: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], *, exact: bool
+) -> float:
+    """The largest relative difference between what the live model computed and what the frozen one does.
+
+    exact: whether both draw the same random numbers, so that it has to be small; inductor draws its own.
+    """
     planned = set(unwrap(live).sites)
     frozen = nm.freeze(live)
     satisfied = set(nm.verify(frozen).satisfied)
@@ -100,7 +108,7 @@ def frozen_difference(live: nn.Module, expected: list[Tensor], args: tuple[Any, 
     found = outputs(frozen.train(), args, kwargs, seed=STEPS)
     assert len(found) == len(expected), f"{len(expected)} outputs live, {len(found)} frozen"
     worst = max(relative(mine, theirs) for mine, theirs in zip(expected, found, strict=True))
-    assert worst < 1e-3, f"the frozen model computes something else: {worst:.0e}"
+    assert worst < 1e-3 or not exact, f"the frozen model computes something else: {worst:.0e}"
     return worst
 
 

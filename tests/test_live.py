@@ -243,3 +243,10 @@ def test_carriers_and_their_models_are_freed() -> None:
     torch._dynamo.reset()
     gc.collect()
     assert gone() is None
+
+
+def test_a_layer_without_weights_is_no_candidate() -> None:
+    model = MLP()
+    model.fc2.none = nn.utils.skip_init(nn.Linear, 16, 0)
+    live = nm.compile(model, method=nm.LBC(), then="eager")
+    assert [site.name for site in unwrap(live).plan.sites] == [name for name, p in MLP().named_parameters() if p.ndim == 2]
