@@ -1,6 +1,6 @@
-"""Which models train through ``nm.compile(model)``, whose graphs TorchDynamo hands over: one row for each, each in a process of its own.
+"""Which models train through ``nm.compile(model)``, whose graphs TorchDynamo hands over; each in a process of its own.
 
-    python benchmarks/live_coverage.py                                    # torchvision and transformers, an hour or two on one core
+    python benchmarks/live_coverage.py                  # torchvision and transformers, an hour on one core
     python benchmarks/live_coverage.py --library transformers --only 'b*' --resume
     python benchmarks/live_coverage.py --method BiMask --then eager
 

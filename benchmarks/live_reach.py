@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,17 @@ from zoo import Entry, seeded
 
 import nm_compiler as nm
 from nm_compiler.module import unwrap
+from nm_compiler.prepared import Prepared
 
-METHODS = {"LBC": nm.LBC, "BiMask": lambda: nm.BiMask(interval=1, moves=8)}
+METHODS: dict[str, Callable[[], nm.Method]] = {"LBC": nm.LBC, "BiMask": lambda: nm.BiMask(interval=1, moves=8)}
 STEPS = 2
 
 
 def train(entry: Entry, *, method: str, then: str) -> Iterator[Row]:
-    """Train two steps, in parts as they are known. Raises AssertionError for what does not hold, NMError and the model's own.
+    """Train two steps, in parts as they are known. Raises AssertionError for what does not hold, and what training raises.
 
-    Every planned weight runs sparse in every step and gets finite gradients, scores too, is N:M to the zero when frozen, and the
-    frozen model computes in training mode what the live one computed: nothing ran dense.
+    Every planned weight runs sparse in every step and gets finite gradients, scores too, and is N:M to the zero when frozen.
+    The frozen model computes in training mode what the live one computed: nothing ran dense.
     """
     model, args, kwargs = seeded(entry.small)
     model.train()
@@ -48,7 +49,7 @@ def train(entry: Entry, *, method: str, then: str) -> Iterator[Row]:
         loss.backward()
         if step == 0:
             yield from first(live, time.perf_counter() - start)
-        runs = {row.name: row.runs for row in nm.report(live).rows if row.status == "sparse"}
+        runs = {row.name: row.runs or 0 for row in nm.report(live).rows if row.status == "sparse"}
         still = [name for name in runs if runs[name] <= before.get(name, 0)]
         assert loss.isfinite(), f"step {step}: the loss is {float(loss)}"
         assert not still, f"step {step}: did not run: {still}"
@@ -57,7 +58,7 @@ def train(entry: Entry, *, method: str, then: str) -> Iterator[Row]:
         optimizer.zero_grad()
         scheduler.step()
         before = runs
-    yield {"step_seconds": time.perf_counter() - start, "fragments": len(unwrap(live).live.pieces)}
+    yield {"step_seconds": time.perf_counter() - start, "fragments": len(carried(live).live.pieces)}
     expected = outputs(live, args, kwargs, seed=STEPS)
     yield {"difference": frozen_difference(live, expected, args, kwargs, exact=then != "inductor")}
 
@@ -74,7 +75,7 @@ def outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
 def first(live: nn.Module, seconds: float) -> Iterator[Row]:
     """What the first step says: weights planned, refused and why, never read, and where the graph broke."""
     rows = nm.report(live).rows
-    unread = list(unwrap(live).late)
+    unread = list(carried(live).late)
     yield {
         "first_seconds": seconds, "unread": unread, "breaks": {why[:300]: n for why, n in counters["graph_break"].items()},
         "planned": sum(row.status == "sparse" for row in rows),
@@ -82,10 +83,17 @@ def first(live: nn.Module, seconds: float) -> Iterator[Row]:
     }  # fmt: skip
 
 
+def carried(live: nn.Module) -> Prepared:
+    """The carrier of a live model."""
+    carrier = unwrap(live)
+    assert isinstance(carrier, Prepared)
+    return carrier
+
+
 def check_gradients(live: nn.Module, step: int) -> None:
     """Of every weight that has run, and of its scores."""
     found = dict(live.named_parameters())
-    carrier = unwrap(live)
+    carrier = carried(live)
     for name in carrier.sites:
         own = [name, *(f"{name}_{suffix}" for suffix in carrier.method.suffixes(carrier.sites[name]))]
         for each in (each for each in own if each in found and found[each].requires_grad):
@@ -101,7 +109,7 @@ def frozen_difference(
 
     exact: whether both draw the same random numbers, so that it has to be small; inductor draws its own.
     """
-    planned = set(unwrap(live).sites)
+    planned = set(carried(live).sites)
     frozen = nm.freeze(live)
     satisfied = set(nm.verify(frozen).satisfied)
     assert planned <= satisfied, f"not N:M when frozen: {sorted(planned - satisfied)}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -183,13 +183,13 @@ class Prepared:
         if moved:
             self._follow(moved)
 
-    def _follow(self, moved: Collection[str]) -> None:
+    def _follow(self, moved: Sequence[str]) -> None:
         """Containers may be others now, as models swap them in forward, if the layers in them are the same. Else NMError."""
         known = {path: module for _, _, module, path in self._links or ()}
         names = [*self.sites, *self.candidates]
         for path in {name.rpartition(".")[0] for name in names} - {""}:
             if owner_at(self.origin, path) is not known[path]:
-                raise replaced(next((at for at in moved if at == path), moved[0]))
+                raise replaced(path if path in moved else moved[0])
         if not self.bare:
             install(self, names)
         self._links = list(links(self.origin, names))

@@ -21,7 +21,7 @@ def no_view(result: Tensor) -> Tensor:
 
     A product over three axes is a view of one over two, and so is a convolution along one axis.
     """
-    return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result  # type: ignore[no-any-return]
+    return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
 
 
 @torch.library.custom_op("nm::linear", mutates_args=())
