@@ -1,6 +1,6 @@
-"""Which models train through ``nm.compile(model)``: one row for each, each in a process of its own.
+"""Which models train through ``nm.compile(model)``, whose graphs TorchDynamo hands over; each in a process of its own.
 
-    python benchmarks/live_coverage.py     # torchvision and transformers, an hour or two on one core
+    python benchmarks/live_coverage.py                  # torchvision and transformers, an hour on one core
     python benchmarks/live_coverage.py --library transformers --only 'b*' --resume
     python benchmarks/live_coverage.py --method BiMask --then eager
 
@@ -28,8 +28,18 @@ from zoo import LIBRARIES, entries
 import nm_compiler as nm
 
 HEAD = [
-    "model", "trains", "planned", "refused", "unread", "fragments", "breaks", "differs", "first step s", "step s", "peak MiB",
-]  # fmt: skip
+    "model",
+    "trains",
+    "planned",
+    "refused",
+    "unread",
+    "fragments",
+    "breaks",
+    "differs",
+    "first step s",
+    "step s",
+    "peak MiB",
+]
 
 
 def cells(row: Row) -> list[str]:
@@ -62,8 +72,9 @@ def summary(rows: Sequence[Row]) -> str:
 def warm_up(then: str) -> None:
     """Import once, before the first fork, what every model needs."""
     with torch.random.fork_rng(devices=[]):
-        small = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
-        nm.compile(small, then=then)(torch.randn(2, 8)).sum().backward()
+        nm.compile(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)), then=then)(
+            torch.randn(2, 8)
+        ).sum().backward()
     torch._dynamo.reset()
 
 

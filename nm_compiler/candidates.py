@@ -55,7 +55,7 @@ def _site(name: str, weight: Tensor, owner: nn.Module, pattern: Pattern, *, want
         layout, op = Layout(0, 1), "addmm"
     elif shape[0] > 1 or wanted:
         layout = _guess(shape, pattern)
-    if layout is None or shape[layout.in_axis] % pattern.m or not shape[layout.in_axis]:
+    if layout is None or shape[layout.in_axis] % pattern.m or not weight.numel():
         return None
     return Site(name, op, shape, layout, pattern, groups, groups)
 

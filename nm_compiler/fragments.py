@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils import _pytree as pytree
 
 from nm_compiler.bodies import HOSTS, open_bodies
 from nm_compiler.capture import bind, flat_copy
+from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path, tidy
 from nm_compiler.vmapped import without_vmap
 
@@ -30,7 +32,7 @@ from nm_compiler.vmapped import without_vmap
 def lower(fragment: GraphModule) -> GraphModule:
     """The fragment in aten, its parameters still inputs. Bodies of checkpoint and cond are lowered in turn.
 
-    Raises whatever its own ops raise under fake tensors.
+    Raises whatever its own ops raise under fake tensors, and NMError for a tensor that the tracer loses sight of.
     """
     inputs = [node.meta["example_value"] for node in fragment.graph.nodes if node.op == "placeholder"]
     mode = next((m for value in inputs if (m := getattr(value, "fake_mode", None)) is not None), None)
@@ -42,12 +44,24 @@ def lower(fragment: GraphModule) -> GraphModule:
         fragment = GraphModule(own, graph)
     with mode:
         lowered = make_fx(_Lowering(fragment).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
+    _check_nothing_lost(lowered)
     for name, body in list(lowered.named_children()):
         if isinstance(body, GraphModule) and _host_of(lowered, name) in HOSTS:
             inner = lower(body)
             inner.meta.update(body.meta)
             setattr(lowered, name, inner)
     return lowered
+
+
+def _check_nothing_lost(lowered: GraphModule) -> None:
+    """A value without data among the constants was computed by something that the tracer does not see."""
+    for node in lowered.graph.nodes:
+        value = getattr_path(lowered, node.target) if node.op == "get_attr" else None
+        if isinstance(value, FakeTensor):
+            raise NMError(
+                f"a tensor of shape {list(value.shape)} comes from code that cannot be traced, such as torch.func.grad: "
+                "move that code behind a @torch._dynamo.disable function that reads no weights"
+            )
 
 
 def bind_inputs(lowered: GraphModule, names: Sequence[str | None], model: nn.Module) -> GraphModule:

@@ -13,7 +13,7 @@ import contextlib
 import copy
 import logging
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -188,9 +188,20 @@ class Prepared:
                 if leaf not in owner_at(self.origin, path).__dict__.get(MARK, ()) and not self.bare:
                     raise replaced(path)
             self._links = list(links(self.origin, [*self.sites, *self.candidates]))
-        for children, key, expected, path in self._links:
-            if children.get(key) is not expected:
-                raise replaced(path)
+        moved = [path for children, key, expected, path in self._links if children.get(key) is not expected]
+        if moved:
+            self._follow(moved)
+
+    def _follow(self, moved: Sequence[str]) -> None:
+        """Containers may be others now, as models swap them in forward, if the layers in them are the same. Else NMError."""
+        known = {path: module for _, _, module, path in self._links or ()}
+        names = [*self.sites, *self.candidates]
+        for path in {name.rpartition(".")[0] for name in names} - {""}:
+            if owner_at(self.origin, path) is not known[path]:
+                raise replaced(path if path in moved else moved[0])
+        if not self.bare:
+            install(self, names)
+        self._links = list(links(self.origin, names))
 
     def _check_options(self) -> None:
         """Raise NMError if a torch.compile around says other things than `nm.compile` did."""

@@ -457,3 +457,56 @@ def test_both_ways_find_the_same_weights_and_compute_the_same(name: str, monkeyp
             torch.manual_seed(0)
             results.append([leaf for leaf in tree_leaves(sparse.train(mode)(*args, **kwargs)) if isinstance(leaf, Tensor)])
         torch.testing.assert_close(*results)
+
+
+class Between(nn.Module):
+    """Something between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.between(self.layer(self.stem(x))))
+
+
+class ReadsData(Between):
+    def between(self, y: Tensor) -> Tensor:
+        return y / y.data.abs().max()
+
+
+class Maps(Between):
+    def between(self, y: Tensor) -> Tensor:
+        return torch.vmap(lambda row: self.layer(row) * row.sum())(y)
+
+
+class Differentiates(Between):
+    def between(self, y: Tensor) -> Tensor:
+        return torch.func.grad(lambda z: z.square().sum())(y)
+
+
+@pytest.mark.parametrize("kind", [ReadsData, Maps])
+def test_data_of_activations_and_vmaps_in_a_fragment_compute_what_they_do_in_the_model(kind: type[Between]) -> None:
+    torch._dynamo.reset()
+    model = nm.compile(kind(), method=nm.Magnitude(), then="eager")
+    found = []
+    for batch in (3, 4):
+        x = positive(batch)
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        found.append((x, y, model.stem.weight.grad))
+    frozen = nm.freeze(model)
+    assert list(nm.verify(frozen).satisfied) == ["layer.weight"]
+    for x, y, gradient in found:
+        frozen.zero_grad()
+        torch.testing.assert_close(frozen(x), y)
+        frozen(x).square().sum().backward()
+        torch.testing.assert_close(frozen.stem.weight.grad, gradient)
+
+
+def test_a_tensor_that_the_tracer_loses_is_an_error() -> None:
+    torch._dynamo.reset()
+    model = nm.compile(Differentiates(), method=nm.Magnitude(), then="eager")
+    with pytest.raises(nm.NMError, match=r"shape \[4, 8\] comes from code that cannot be traced, such as torch.func.grad"):
+        model(positive())

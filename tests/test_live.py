@@ -265,3 +265,10 @@ def test_a_copy_that_is_called_first_decides_for_itself() -> None:
     model(example(model))
     assert twin.state_dict().keys() == model.state_dict().keys()
     torch.testing.assert_close(twin(example(model)), model(example(model)))
+
+
+def test_a_layer_without_weights_is_no_candidate() -> None:
+    model = MLP()
+    model.fc2.none = nn.utils.skip_init(nn.Linear, 16, 0)
+    live = nm.compile(model, method=nm.LBC(), then="eager")
+    assert [site.name for site in unwrap(live).plan.sites] == [name for name, p in MLP().named_parameters() if p.ndim == 2]

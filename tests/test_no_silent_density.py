@@ -1,6 +1,7 @@
 # mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
 """Every way in which TorchDynamo could run a prepared weight dense, and what the user is told instead."""
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from test_live import dense_call, positive
 from torch import Tensor, nn
 
 import nm_compiler as nm
+from nm_compiler.module import unwrap
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +152,38 @@ def test_layers_and_weights_that_were_replaced_are_an_error_or_taken_up() -> Non
     assert not torch.equal(model.fc2.weight, nm.verify(model) and model.fc1.weight)
     model.fc2 = nn.Linear(16, 16)
     with pytest.raises(nm.NMError, match=r"fc2 was replaced after nm.compile[\s\S]*nm.freeze"):
+        model(example(model))
+
+
+def test_a_container_that_forward_swaps_keeps_its_layers_sparse_and_other_layers_in_it_are_an_error() -> None:
+    class Holder(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, y: Tensor) -> Tensor:
+            return self.layer(y)
+
+    class Swaps(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc2 = Holder(self.fc2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.fc2 = Holder(self.fc2.layer)
+            return super().forward(x)
+
+    model = live(Swaps())
+    for _ in range(3):
+        model(example(model))
+    assert next(row.runs for row in nm.report(model).rows if row.name == "fc2.layer.weight") == 3
+    y = torch.randn(2, 16)
+    alone = model.fc2(y)  # a part that is called by itself
+    torch.testing.assert_close(
+        alone, nn.functional.linear(y, unwrap(model).masked("fc2.layer.weight")[0], model.fc2.layer.bias)
+    )
+    model.fc2 = Holder(copy.deepcopy(model.fc2.layer))
+    with pytest.raises(nm.NMError, match=r"fc2[.layer]* was replaced after nm.compile"):
         model(example(model))
 
 

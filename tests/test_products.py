@@ -360,3 +360,30 @@ def test_autocast_casts_an_einsum_and_keeps_the_masters_in_float32() -> None:
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), exact, rtol=0.1, atol=0.3)
     assert sparse.experts.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("call", "weight", "data"),
+    [
+        (F.linear, (4, 4), (2, 3, 4)),
+        (F.conv1d, (4, 4, 1), (2, 4, 5)),
+        (torch.bmm, (2, 4, 4), (2, 3, 4)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_a_product_with_two_weights_returns_can_be_changed_in_place(call: Any, weight: Any, data: Any) -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(weight))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return call(x, self.weight).relu_()
+
+    x = torch.randn(data, requires_grad=True)
+    sparse = nm.compile(InPlace(), (x,), method=nm.BiMask(), include="weight")
+    assert "nm." in nm.show(sparse)
+    y = sparse(x)
+    torch.testing.assert_close(y, call(x, sparse.masked("weight")[0]).relu())
+    y.sum().backward()
+    assert x.grad is not None

@@ -11,6 +11,7 @@ import pytest
 import torch
 import zoo
 from awkward import AWKWARD
+from live_reach import train
 from reach import axes_row
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -95,6 +96,26 @@ def test_a_model_of_the_zoo_is_captured_in_both_modes_and_computes_the_same_to_t
 )
 def test_an_awkward_model_is_captured_in_both_modes_and_computes_the_same_to_the_bit(name: str) -> None:
     check(zoo.Entry("awkward", name, AWKWARD[name], AWKWARD[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["LBC", "BiMask"])
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        ("torchvision", "resnet18"),
+        *(
+            ("transformers", name)
+            for name in ["bert", "bigbird_pegasus", "gpt2", "hubert", "llama", "longformer", "mamba", "mixtral"]
+        ),
+    ],
+)
+def test_a_live_model_of_the_zoo_trains_with_every_planned_weight_sparse(library: str, name: str, method: str) -> None:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(use_numpy_random_stream=True):
+        row = {key: value for part in train(entry(library, name), method=method, then="eager") for key, value in part.items()}
+    assert row["planned"]
+    assert row["difference"] < 1e-5
 
 
 def test_cutting_a_model_keeps_two_of_equal_blocks_and_all_others() -> None:

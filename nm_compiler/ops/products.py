@@ -16,10 +16,18 @@ from torch import Tensor
 from nm_compiler.ops.made_of import made_of
 
 
+def no_view(result: Tensor) -> Tensor:
+    """The same values in the same memory, for an op to return: autograd forbids to change the view that an op returned.
+
+    A product over three axes is a view of one over two, and so is a convolution along one axis.
+    """
+    return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
+
+
 @torch.library.custom_op("nm::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, backward_weight: Tensor, bias: Tensor | None) -> Tensor:
     """x: ``[*, in]``, weights ``[out, in]``, bias ``[out]`` or None. Returns ``[*, out]``."""
-    return torch.nn.functional.linear(x, weight, bias)
+    return no_view(torch.nn.functional.linear(x, weight, bias))
 
 
 @made_of("linear")
@@ -60,7 +68,7 @@ def conv(
     groups: int,
 ) -> Tensor:
     """x: ``[batch, in, *space]`` (1 to 3 space axes), weights ``[out, in / groups, *taps]``. As `aten.convolution`."""
-    return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    return no_view(torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups))
 
 
 @made_of("conv")
