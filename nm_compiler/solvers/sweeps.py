@@ -1,7 +1,8 @@
 """Masks, live sets and their gradients by the C kernels of `nm_compiler.runtime.native`, each one pass over memory.
 
 Every function says whether it did the work: False or None where there are no kernels, for other devices, dtypes and layouts,
-for M beyond 32 and where numba is faster. The callers have numba and torch for those; all agree to the bit.
+for M beyond 32 and where numba is faster. The callers have numba and torch for those; all agree to the bit, but for retirement
+of combinations whose scores differ by less than their sums round.
 
     [outer, groups, M, inner]     a weight in the order of memory: the M of a group are ``inner`` numbers apart
     [outer, inner, groups, ..]    live sets

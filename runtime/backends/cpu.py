@@ -62,12 +62,12 @@ class Cpu(Backend):
         decisions = {each.node: _decide(job, each, nodes[each.node], choices, values) for each in found}
         chosen = [each for each in found if decisions[each.node].kernel]
         lower = partial(lower_cpu, chosen=chosen, values=values)
-        dense = standalone(GraphModule(job.gm, copy.deepcopy(job.gm.graph)))
+        measured = chosen and all(decisions[each.node].dense_s is not None for each in chosen)  # none is forced
+        dense = standalone(GraphModule(job.gm, copy.deepcopy(job.gm.graph))) if measured else None
         gm = standalone(run(job.gm, [lower, fuse_epilogues, pool_channels_last]))
         library = load()
         notes = [f"CPU kernels for {getattr(library, 'isa', library)}, {torch.get_num_threads()} threads."]
-        kernels = [each for each in decisions.values() if each.kernel]
-        if choices is not None and kernels and all(each.dense_s is not None for each in kernels):  # none is forced
+        if dense is not None:
             whole = compared(dense, gm, job.flat, inductor=against == "inductor")
             notes.append(str(whole))
             if not whole.packed_wins:
