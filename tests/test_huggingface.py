@@ -44,7 +44,11 @@ def loss_of(output: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("method", "make"),
-    [(nm.BiMask(), detr), (nm.LBC(), wav2vec2), (nm.BiMask(), wav2vec2), pytest.param(nm.LBC(), detr, marks=pytest.mark.slow)],
+    [
+        (nm.LBC(), wav2vec2),
+        (nm.BiMask(), wav2vec2),
+        *(pytest.param(m, detr, marks=pytest.mark.slow) for m in (nm.BiMask(), nm.LBC())),
+    ],
     ids=lambda value: getattr(value, "name", None) or value.__name__,
 )
 def test_a_model_that_branches_on_data_in_training_trains_every_planned_weight(make: Any, method: Any) -> None:

@@ -224,7 +224,7 @@ def processor(*sets: int, isa: str | None = None) -> str:
         return native._chosen(SimpleNamespace(nm_isa_name=lambda number: b"" if number in sets else None), isa)
 
 
-OTHER: Any = SimpleNamespace(nm_version=lambda: 0, nm_job_bytes=lambda: 0)
+OTHER: Any = SimpleNamespace(nm_version=lambda: 0)  # an older library lacks functions, too
 
 
 def tensorrt(at: Site, dtype: torch.dtype = torch.float16) -> tuple[str, str]:

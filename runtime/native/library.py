@@ -18,7 +18,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.runtime.native import sweep as sweeps
 from nm_compiler.runtime.native.job import BYTES, Job, packed
 
-VERSION = 1
+VERSION = 2
 """Of the library's interface; `library.c` has the same number."""
 INSTRUCTION_SETS = {"portable": 0, "avx2": 1, "avx512": 2}
 _BAD_CODE, _SCRATCH = 1, 2
@@ -86,9 +86,8 @@ def load(isa: str | None = None) -> Library | str:
         return f"the CPU kernels were not built: {why}"
     try:
         handle = ctypes.CDLL(str(path))
-        handle.nm_version.restype = handle.nm_job_bytes.restype = handle.nm_sweep_bytes.restype = ctypes.c_int64
-        found = handle.nm_version(), handle.nm_job_bytes(), handle.nm_sweep_bytes()
-        if found != (VERSION, BYTES, sweeps.BYTES):
+        fits = handle.nm_version() == VERSION and (handle.nm_job_bytes(), handle.nm_sweep_bytes()) == (BYTES, sweeps.BYTES)
+        if not fits:
             return "the CPU kernels were built from another version: reinstall nm_compiler"
         _declare(handle)
     except (OSError, AttributeError) as error:
