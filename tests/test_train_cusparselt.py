@@ -188,7 +188,7 @@ def test_torch_compile_takes_a_step_whole_at_any_batch(calls: Any) -> None:
         assert len(calls) == (8 if batch > 2 else 0)
 
 
-def test_where_nothing_can_be_packed_training_is_that_of_masked_products_to_the_bit() -> None:
+def test_where_nothing_can_be_packed_training_is_that_of_masked_products() -> None:
     states = []
     for method in (nm.BiMask(interval=2, moves=50), packing(interval=2, moves=50)):
         torch.manual_seed(1)
