@@ -105,7 +105,8 @@ def test_report_lowers_a_model_and_prints_a_line_a_weight(factory: str, capsys: 
     assert cli.main(["report", f"{factory}:load", "--inputs", "4x16", "--dtype", "bfloat16", "--html", "page.html"]) == 0
     said = capsys.readouterr().out
     assert re.search(
-        r"2\.weight +linear +64x64 +2:4 +(sparse|dense) .*(CPU packed 2:4|measured [0-9.]+x of dense (at 4 tokens|in the whole graph))", said
+        r"2\.weight +linear +64x64 +2:4 +(sparse|dense) .*(CPU packed 2:4|measured [0-9.]+x of dense (at 4 tokens|in the whole graph))",
+        said,
     ), said
     assert "<table>" in Path("page.html").read_text()
 
