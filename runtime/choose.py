@@ -76,17 +76,24 @@ def key_of(device: torch.device, **facts: Any) -> str:
 
 
 def side_by_side(
-    dense: Callable[[], object], sparse: Callable[[], object], device: torch.device, rounds: int = _ROUNDS
+    dense: Callable[[], object],
+    sparse: Callable[[], object],
+    device: torch.device,
+    rounds: int = _ROUNDS,
+    between: Callable[[], None] | None = None,
 ) -> Timing:
-    """Time both, in turn, as often as a call needs to be longer than the clock's noise."""
+    """Time both, in turn, as often as a call needs to be longer than the clock's noise. between: called before each."""
     wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
+    between = between or _nothing
     for work in (dense, sparse, dense, sparse):
+        between()
         work()
     wait()
     calls = max(1, round(_LEAST_S / max(_once(dense, 1, wait), 1e-6)))
     taken: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds):
         for which in (0, 1) if number % 2 else (1, 0):
+            between()
             taken[which].append(_once((dense, sparse)[which], calls, wait))
     return Timing(statistics.median(taken[0]), statistics.median(taken[1]))
 
@@ -107,7 +114,7 @@ def _once(work: Callable[[], object], calls: int, wait: Callable[[], None]) -> f
 
 
 def _nothing() -> None:
-    """A CPU has done its work when the call returns."""
+    """A CPU has done its work when the call returns; and there is nothing to do in between."""
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
 from nm_compiler.graph import getattr_path, run, standalone
+from nm_compiler.memory import give_back
 from nm_compiler.passes.fuse_epilogues import fuse_epilogues
 from nm_compiler.passes.lower_cpu import lower_cpu
 from nm_compiler.passes.pool_channels_last import pool_channels_last
@@ -28,6 +29,7 @@ from nm_compiler.runtime.native.measuring import timed
 from nm_compiler.runtime.native.packing import pack, packed_bytes
 from nm_compiler.runtime.native.whole import Whole, compared
 from nm_compiler.runtime.products import Decision, Product
+from nm_compiler.scaled import value_if_scaled
 
 VALUES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 ROUGH = {torch.bfloat16: 2e-2, torch.int8: 1e-1}
@@ -42,6 +44,7 @@ class Cpu(Backend):
     """
 
     name = "cpu"
+    later = True
 
     def missing(self, dtype: torch.dtype, device: torch.device) -> str | None:
         if device.type != "cpu":
@@ -65,6 +68,7 @@ class Cpu(Backend):
         measured = chosen and all(decisions[each.node].dense_s is not None for each in chosen)  # none is forced
         dense = standalone(GraphModule(job.gm, copy.deepcopy(job.gm.graph))) if measured else None
         gm = standalone(run(job.gm, [lower, fuse_epilogues, pool_channels_last]))
+        give_back()
         library = load()
         notes = [f"CPU kernels for {getattr(library, 'isa', library)}, {torch.get_num_threads()} threads."]
         if dense is not None:
@@ -104,6 +108,7 @@ def _decide(job: Job, product: Product, node: Node, choices: Choices | None, val
     data: Any = node.args[0]
     x = _example(data, weight.dtype)
     timing = choices.find(*_measurement(job, product, node, weight, x, name, dtype))
+    give_back()
     decision = replace(decision, dense_s=timing.dense_s, sparse_s=timing.sparse_s)
     if timing.sparse_wins:
         return decision
@@ -117,7 +122,7 @@ def _decide(job: Job, product: Product, node: Node, choices: Choices | None, val
 def _measurement(
     job: Job, product: Product, node: Node, weight: Tensor, x: Tensor, name: str, dtype: torch.dtype
 ) -> tuple[str, Callable[[], Timing]]:
-    """What it is known under, and how it is taken. The weight is packed only if it is."""
+    """What it is known under, and how it is taken. The weight is computed and packed only if it is."""
     given: Any = node.args
     bias = value_of(job.gm, given[2]).detach() if len(given) > 2 and isinstance(given[2], Node) else None
     conv = None if product.site.op == "linear" else geometry(node)
@@ -127,8 +132,9 @@ def _measurement(
     )  # fmt: skip
 
     def measure() -> Timing:
-        packed = pack(weight, product.site.pattern, conv_groups=product.site.conv_groups, dtype=dtype)
-        return timed(weight, packed, x, bias, conv)
+        value = value_if_scaled(weight)
+        packed = pack(value, product.site.pattern, conv_groups=product.site.conv_groups, dtype=dtype)
+        return timed(value, packed, x, bias, conv)
 
     return key, measure
 
