@@ -27,6 +27,7 @@ from nm_compiler.runtime.native.eligible import DTYPES, geometry, reasons
 from nm_compiler.runtime.native.library import load
 from nm_compiler.runtime.native.measuring import timed
 from nm_compiler.runtime.native.packing import pack, packed_bytes
+from nm_compiler.runtime.native.pages import huge_pages
 from nm_compiler.runtime.native.whole import Whole, compared
 from nm_compiler.runtime.products import Decision, Product
 
@@ -65,7 +66,7 @@ class Cpu(Backend):
         lower = partial(lower_cpu, chosen=chosen, values=values)
         measured = chosen and all(decisions[each.node].dense_s is not None for each in chosen)  # none is forced
         dense = standalone(GraphModule(job.gm, copy.deepcopy(job.gm.graph))) if measured else None
-        gm = run(job.gm, [lower, fuse_epilogues])
+        gm = run(job.gm, [lower, fuse_epilogues, huge_pages])
         ways = {"packed": standalone(run(gm, [pool_channels_last]))}
         if dense is not None and (turned := channels_last(gm)) is not gm:
             ways["packed, channels last"] = standalone(turned)
