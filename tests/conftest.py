@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -12,6 +13,11 @@ import torch
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # its disk cache does not see changes in an op's backward
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+gc.set_threshold(20_000, 20, 20)  # tracing makes many objects that live: looking for garbage less often is a twentieth faster
+
+# pytest listens to every logger that does not propagate. torch writes megabytes to this one as soon as it has a listener.
+logging.getLogger("torch.__trace").handlers.clear()
+logging.getLogger("torch.__trace").propagate = True
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -36,6 +42,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.skipped and os.environ.get("NM_CI") and needed:
         report.outcome, report.longrepr = "failed", f"required, but skipped: {report.longrepr}"
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _guards_are_not_timed() -> None:
+    """TorchDynamo flushes the caches of the processor for every frame, to log how long its guards take: 50 ms each."""
+    import torch._dynamo.guards
+
+    vars(torch._dynamo.guards)["profile_guard_manager"] = lambda *_: 0.0
 
 
 @pytest.fixture(autouse=True)
