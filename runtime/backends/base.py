@@ -95,10 +95,15 @@ class Result:
 
 
 class Backend(ABC):
-    """A runtime. notes: what `choose_backend` has to say about why it is this one."""
+    """A runtime. notes: what `choose_backend` has to say about why it is this one.
+
+    later: whether a graph may come with folded weights that are computed when they are read (`nm_compiler.scaled`), and the
+    result may hold such weights too: they are computed for good when it has been checked.
+    """
 
     name: str = ""
     notes: tuple[str, ...] = ()
+    later: bool = False
 
     @abstractmethod
     def missing(self, dtype: torch.dtype, device: torch.device) -> str | None:
