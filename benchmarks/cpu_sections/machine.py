@@ -14,7 +14,7 @@ def limits(library: Library) -> dict[str, float]:
     """GFLOP/s, and GB/s from pages as torch gets them and from huge ones, the best of a few tries: these are limits."""
     rounds, data = 5_000_000, torch.ones(48_000_000)
     huge = tensor_in(*mapping(data.nbytes), data).copy_(data) if granted() else data
-    flops, reads, huge_reads = [], [], []
+    flops, reads, huge_reads = list[float](), list[float](), list[float]()
     for _ in range(5):
         begin = time.perf_counter()
         done = library.multiply_adds(rounds)

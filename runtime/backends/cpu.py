@@ -24,7 +24,7 @@ from nm_compiler.runtime.backends.base import Backend, Job, Result
 from nm_compiler.runtime.choose import Choices, Timing, key_of
 from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.runtime.native.eligible import DTYPES, geometry, reasons
-from nm_compiler.runtime.native.library import load
+from nm_compiler.runtime.native.library import digest, load
 from nm_compiler.runtime.native.measuring import timed
 from nm_compiler.runtime.native.packing import pack, packed_bytes
 from nm_compiler.runtime.native.pages import huge_pages
@@ -130,7 +130,7 @@ def _measurement(
     conv = None if product.site.op == "linear" else geometry(node)
     key = key_of(
         weight.device, kernel=name, weight=tuple(weight.shape), input=tuple(x.shape), strides=x.stride(), conv=conv,
-        bias=bias is not None, dtype=weight.dtype, isa=getattr(load(), "isa", ""),
+        bias=bias is not None, dtype=weight.dtype, isa=getattr(load(), "isa", ""), kernels=digest(),
     )  # fmt: skip
 
     def measure() -> Timing:

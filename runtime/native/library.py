@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import platform
 import threading
@@ -93,6 +94,12 @@ def load(isa: str | None = None) -> Library | str:
     except (OSError, AttributeError) as error:
         return f"the CPU kernels cannot be loaded ({error}): reinstall nm_compiler"
     return _chosen(handle, isa)
+
+
+@cache
+def digest() -> str:
+    """Of the library's file: what was measured with other kernels says nothing about these."""
+    return hashlib.blake2b(Path(__file__).with_name("_kernels.so").read_bytes(), digest_size=6).hexdigest()
 
 
 def _declare(handle: Any) -> None:
