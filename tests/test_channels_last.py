@@ -148,7 +148,7 @@ def test_the_layout_that_was_measured_to_be_faster_runs_and_the_report_says_so(
     model, x = Depthwise(), images()
     model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval()
     seconds = {"eager": 4e-3, "packed": 2e-3, "packed, channels last": 2e-3, best: 1e-3}
-    monkeypatch.setattr(cpu, "timed", lambda *_: cpu.Timing(2e-3, 1e-3))
+    monkeypatch.setattr(cpu, "timed", lambda *_, inductor: cpu.Timing(2e-3, 1e-3))
     monkeypatch.setattr(cpu, "compared", lambda *_, inductor: Whole(seconds, best))
     lowered = nm.lower(model, (x,), backend="cpu", options={"cache": tmp_path / "choices.json"})
     assert bool(turned(lowered.run)) == (best != "packed")

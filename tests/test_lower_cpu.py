@@ -27,7 +27,14 @@ from nm_compiler.runtime.choose import Timing
 from nm_compiler.runtime.native import library as library_module
 from nm_compiler.runtime.native.eligible import Conv
 from nm_compiler.runtime.native.library import Library, load
-from nm_compiler.runtime.native.measuring import _conv_ways, _linear_ways, _sparse, timed
+from nm_compiler.runtime.native.measuring import (
+    _conv_prepacked,
+    _conv_ways,
+    _linear_prepacked,
+    _linear_ways,
+    _sparse,
+    timed,
+)
 from nm_compiler.runtime.native.ops import CONV2D, LINEAR
 from nm_compiler.runtime.native.packing import pack, unpack
 from nm_compiler.runtime.native.whole import Whole, compared
@@ -375,7 +382,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[int,
     """Products with 32 outputs are twice as fast sparse, others half as fast: no clock is read. Gives what was measured."""
     found: list[tuple[int, ...]] = []
 
-    def fake(weight: Tensor, packed: Any, x: Tensor, bias: Any, conv: Any) -> Timing:
+    def fake(weight: Tensor, packed: Any, x: Tensor, bias: Any, conv: Any, *, inductor: bool) -> Timing:
         found.append((*weight.shape, *x.shape))
         return Timing(2e-3, 1e-3) if weight.shape[0] == 32 else Timing(1e-3, 2e-3)
 
@@ -508,13 +515,14 @@ def test_all_ways_that_are_measured_compute_the_same() -> None:
         weight, x = masked(torch.randn(shape), pattern=at, axis=1), torch.randn(size)
         packed = pack(weight, at, conv_groups=1 if conv is None else conv.groups)
         assert torch.equal(unpack(packed), weight)
-        ways = _linear_ways(weight, x, bias) if conv is None else _conv_ways(weight, x, bias, conv)
+        given = (weight, x, bias) if conv is None else (weight, x, bias, conv)
+        eager, prepacked = (_linear_ways, _linear_prepacked) if conv is None else (_conv_ways, _conv_prepacked)
         wanted = _sparse(packed, x, bias, conv)()
-        found = list(ways)
-        assert len(found) == 3, "eager two ways, and as inductor has it"
+        found = [*eager(*given), *prepacked(*given)]
+        assert len(found) == 3
         for way in found:
             torch.testing.assert_close(way().reshape(wanted.shape), wanted, rtol=1e-4, atol=1e-4)
-    assert timed(weight, packed, x, bias, conv).dense_s > 0
+        assert timed(weight, packed, x, bias, conv, inductor=True).dense_s > 0
 
 
 # -- without kernels --------------------------------------------------------------------------------------------------------

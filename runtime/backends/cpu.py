@@ -38,9 +38,9 @@ ROUGH = {torch.bfloat16: 2e-2, torch.int8: 1e-1}
 
 class Cpu(Backend):
     """Options: values, "bfloat16" or "int8" to store rounded weights (float32 sums); choose, False to lower without measuring;
-    cache, another file for what was measured; against, "inductor" to time the whole graph against torch.compile as well.
+    cache, another file for what was measured; against, "inductor" to time against what torch.compile makes of it as well.
 
-    By default every distinct product is timed against torch's best dense way, then the whole graph, and the faster stays.
+    By default every distinct product is timed against eager torch's best way, then the whole graph, and the faster stays.
     """
 
     name = "cpu"
@@ -61,20 +61,21 @@ class Cpu(Backend):
             raise NMError(f"options={{'against': {against!r}}}: choose eager or inductor")
         choices = Choices(options.get("cache")) if options.get("choose", True) else None
         found, nodes = job.products, {node.name: node for node in job.gm.graph.nodes}
-        decisions = {each.node: _decide(job, each, nodes[each.node], choices, values) for each in found}
+        inductor = against == "inductor"
+        decisions = {each.node: _decide(job, each, nodes[each.node], choices, values, inductor=inductor) for each in found}
         chosen = [each for each in found if decisions[each.node].kernel]
         lower = partial(lower_cpu, chosen=chosen, values=values)
         measured = chosen and all(decisions[each.node].dense_s is not None for each in chosen)  # none is forced
         dense = standalone(GraphModule(job.gm, copy.deepcopy(job.gm.graph))) if measured else None
         gm = run(job.gm, [lower, fuse_epilogues, huge_pages])
-        ways = {"packed": standalone(run(gm, [pool_channels_last]))}
-        if dense is not None and (turned := channels_last(gm)) is not gm:
-            ways["packed, channels last"] = standalone(turned)
+        turned = gm if dense is None else channels_last(gm)
+        ways = {} if turned is gm else {"packed, channels last": standalone(turned)}
+        ways = {"packed": standalone(run(gm, [pool_channels_last])), **ways}
         gm = ways["packed"]
         library = load()
         notes = [f"CPU kernels for {getattr(library, 'isa', library)}, {torch.get_num_threads()} threads."]
         if dense is not None:
-            whole = compared(dense, ways, job.flat, inductor=against == "inductor")
+            whole = compared(dense, ways, job.flat, inductor=inductor)
             notes.append(str(whole))
             gm = ways[whole.best]
             if not whole.packed_wins:
@@ -98,7 +99,9 @@ def _values(name: Any) -> torch.dtype | None:
     return VALUES[name]
 
 
-def _decide(job: Job, product: Product, node: Node, choices: Choices | None, values: torch.dtype | None) -> Decision:
+def _decide(
+    job: Job, product: Product, node: Node, choices: Choices | None, values: torch.dtype | None, *, inductor: bool = False
+) -> Decision:
     why = reasons(product, node)
     if why:
         return Decision(reasons=why, hint=why[0].partition(": ")[2])
@@ -110,7 +113,7 @@ def _decide(job: Job, product: Product, node: Node, choices: Choices | None, val
         return decision
     data: Any = node.args[0]
     x = _example(job, data, weight.dtype)
-    timing = choices.find(*_measurement(job, product, node, weight, x, name, dtype))
+    timing = choices.find(*_measurement(job, product, node, weight, x, name, dtype, inductor))
     decision = replace(decision, dense_s=timing.dense_s, sparse_s=timing.sparse_s)
     if timing.sparse_wins:
         return decision
@@ -122,7 +125,7 @@ def _decide(job: Job, product: Product, node: Node, choices: Choices | None, val
 
 
 def _measurement(
-    job: Job, product: Product, node: Node, weight: Tensor, x: Tensor, name: str, dtype: torch.dtype
+    job: Job, product: Product, node: Node, weight: Tensor, x: Tensor, name: str, dtype: torch.dtype, inductor: bool
 ) -> tuple[str, Callable[[], Timing]]:
     """What it is known under, and how it is taken. The weight is packed only if it is."""
     given: Any = node.args
@@ -131,11 +134,12 @@ def _measurement(
     key = key_of(
         weight.device, kernel=name, weight=tuple(weight.shape), input=tuple(x.shape), strides=x.stride(), conv=conv,
         bias=bias is not None, dtype=weight.dtype, isa=getattr(load(), "isa", ""), kernels=digest(),
+        inductor=inductor,
     )  # fmt: skip
 
     def measure() -> Timing:
         packed = pack(weight, product.site.pattern, conv_groups=product.site.conv_groups, dtype=dtype)
-        return timed(weight, packed, x, bias, conv)
+        return timed(weight, packed, x, bias, conv, inductor=inductor)
 
     return key, measure
 
