@@ -13,6 +13,7 @@ from nm_compiler.graph import getattr_path
 from nm_compiler.ops.two_masks import TWO_MASKS, turned_back
 from nm_compiler.ops.weights import BACKWARD
 from nm_compiler.rewrite import masked_nodes
+from nm_compiler.scaled import value_if_scaled
 from nm_compiler.sharding import whole
 
 
@@ -20,7 +21,7 @@ def value_of(gm: GraphModule, node: Any) -> Any:
     """Compute ``node`` without gradients. An input of the graph among its ancestors is a broken invariant."""
     if node.op == "get_attr":
         value = getattr_path(gm, node.target)
-        return whole(value) if isinstance(value, Tensor) else value
+        return value_if_scaled(whole(value)) if isinstance(value, Tensor) else value
     assert node.op == "call_function", f"%{node.name} depends on the input %{node}"
     with torch.no_grad():
         return node.target(*map_arg(node.args, lambda n: value_of(gm, n)), **map_arg(node.kwargs, lambda n: value_of(gm, n)))

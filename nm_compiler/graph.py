@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from nm_compiler.scaled import Scaled
 from nm_compiler.sharding import is_sharded
 
 Pass = Callable[[GraphModule], GraphModule]
@@ -101,7 +102,7 @@ def propagate_shapes(gm: GraphModule) -> None:
 
 def fake_of(mode: Any, value: torch.Tensor) -> torch.Tensor:
     """A tensor without values as ``value`` is; of a sharded one as the whole is."""
-    if is_sharded(value):
+    if is_sharded(value) or isinstance(value, Scaled):
         with mode:
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     fake: torch.Tensor = mode.from_tensor(value, static_shapes=True)

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from nm_compiler.capture import capture_mode, in_mode, without_cache
 from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass, run, standalone
+from nm_compiler.memory import give_back
 from nm_compiler.module import is_compiled
 from nm_compiler.passes.flatten_tokens import flatten_tokens
 from nm_compiler.passes.fold_batchnorm import fold_batchnorm
@@ -34,6 +35,7 @@ from nm_compiler.routes import copies_of, untouched
 from nm_compiler.runtime.backends import Job, choose_backend
 from nm_compiler.runtime.lowered import Lowered, relative_error
 from nm_compiler.runtime.products import check_zeros, unread
+from nm_compiler.scaled import keep
 from nm_compiler.sites import Plan, Site, find
 from nm_compiler.solvers.check import worst_group
 
@@ -76,6 +78,7 @@ def lower(
     args, named = arguments(example_inputs, kwargs, "nm.lower"), dict(kwargs or {})
     chosen = choose_backend(backend, dtype or _dtype(model), _device(model))
     wanted = _wanted(model, args, named) if check else None
+    give_back()
     twin = cast(model, dtype)
     given = pytree.tree_map_only(Tensor, partial(_as, dtype=dtype), (args, named))
     with untouched(twin):
@@ -96,17 +99,22 @@ def lower(
     for each in passes(exact, own=twin is not model):
         gm = _checked(run(gm, [each]), sites, each)
     gm = standalone(gm)
+    if not chosen.later:
+        keep(gm)
     job = Job(gm, signature, sites, tuple(signature.flatten(*given)), globs(force), dict(options or {}))
     lost = unread(gm, sites)
     lowered = Lowered(
         chosen.lower(job), title=type(model).__name__, backend=chosen.name, signature=signature, plan=plan, sites=sites,
         dense=dense, unread=lost, dtype=dtype, notes=chosen.notes,
     )  # fmt: skip
+    give_back()
     if check:
         if wanted is None:
             with in_mode(model, False), torch.no_grad():
                 wanted = model(*args, **{**signature.hidden, **named})
         _check(lowered, wanted, given, dtype or _dtype(model))
+        give_back()
+    keep(lowered)  # now that nothing else needs memory any more
     return lowered
 
 
@@ -116,8 +124,8 @@ def passes(exact: Mapping[str, Tensor], *, own: bool = False) -> list[Pass]:
     own: the graph reads a copy that only it has: weights that a pass replaces are let go one by one.
     """
     return [
-        partial(fold_batchnorm, exact=exact, own=own), partial(fold_weights, own=own), partial(products_to_linear, own=own),
-        flatten_tokens,
+        partial(fold_batchnorm, exact=exact, own=own, later=True), partial(fold_weights, own=own),
+        partial(products_to_linear, own=own), flatten_tokens,
     ]  # fmt: skip
 
 

@@ -132,6 +132,7 @@ class Prepared:
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the model, or a part of it that is called by itself. Raises NMError where a weight would be dense."""
         from nm_compiler.live import Undecided
+        from nm_compiler.routes import way_back
 
         self._check_modules()
         self._check_options()
@@ -140,10 +141,13 @@ class Prepared:
                 f"this {type(self.origin).__name__} was in shards before its first call, which plans it: run one batch "
                 "through the model after nm.compile and before fully_shard (on the meta device if it is large)"
             )
+        back = way_back(self.origin) if self.candidates or not self.looked else None
         with self._inside():
             try:
                 result = self.live.call(module, args, kwargs)
             except Undecided:
+                if back is not None:  # what ran before the weight was met is run again
+                    back()
                 if module is self.origin:
                     self._look(args, kwargs)
                 self.live.parts = True

@@ -6,7 +6,8 @@
                                                                  %z = aten.conv2d(%x, %v, %c, ...)
 
 One factor an output channel, so zeros stay zeros and an N:M weight stays N:M. The model is not touched: the folded
-weights are constants of the graph. Only a convolution that nobody else reads, with constant weights, is folded.
+weights are constants of the graph, which can wait to be computed until they are read (`nm_compiler.scaled`). Only a
+convolution that nobody else reads, with constant weights, is folded.
 """
 
 from __future__ import annotations
@@ -19,25 +20,27 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import is_constant, value_of
-from nm_compiler.graph import reads
 from nm_compiler.rewrite import constant, discard, weight_of
+from nm_compiler.scaled import Scaled
 from nm_compiler.uses import CONVS
 
 aten = torch.ops.aten
-_AT_ONCE = 1 << 17  # weights that are there in float64 at a time: a megabyte
 
 
-def fold_batchnorm(gm: GraphModule, *, exact: Mapping[str, Tensor] | None = None, own: bool = False) -> GraphModule:
+def fold_batchnorm(
+    gm: GraphModule, *, exact: Mapping[str, Tensor] | None = None, own: bool = False, later: bool = False
+) -> GraphModule:
     """Fold where the batch norm has constant statistics and is the convolution's only reader.
 
     exact: parameters and buffers by name in a wider dtype than the graph's, to fold with before rounding.
     own: the graph's state belongs to nobody else, so that what was folded is let go at once.
+    later: folded weights are `Scaled` constants, computed each time that they are read, until `nm_compiler.scaled.keep`.
     """
     exact = exact or {}
     for norm in [node for node in gm.graph.nodes if node.target is aten.batch_norm.default]:
         product = norm.args[0]
         if isinstance(product, Node) and _foldable(norm, product):
-            _fold(gm, norm, product, exact, own=own)
+            _fold(gm, norm, product, exact, later=later)
             discard(gm, norm, own=own)
     return gm
 
@@ -52,7 +55,7 @@ def _foldable(norm: Node, product: Node) -> bool:
     return all(is_constant(node) for node in constants)
 
 
-def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor], *, own: bool) -> None:
+def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor], *, later: bool) -> None:
     weight = _value(gm, product.args[1], exact)
     bias = _value(gm, product.args[2] if len(product.args) > 2 else None, exact)
     gain, shift, mean, variance = (_value(gm, arg, exact) for arg in norm.args[1:5])
@@ -65,8 +68,8 @@ def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor
     offset = offset * scale + (0 if shift is None else shift.double())
     name, dtype, source = f"{product.args[1]}_folded", _dtype(product.args[1]), weight_of(product.args[1])  # type: ignore[arg-type]
     with gm.graph.inserting_before(product):
-        room = _room(gm, product.args[1], exact if own else {}, dtype)
-        new_weight = constant(gm, name, _scaled(weight, scale, room))
+        folded = Scaled(weight, scale, dtype)
+        new_weight = constant(gm, name, folded if later else folded.value())
         new_bias = constant(gm, f"{name}_bias", offset.to(dtype))
         rest = product.args[3:]
         new = gm.graph.call_function(product.target, (product.args[0], new_weight, new_bias, *rest), product.kwargs)  # type: ignore[arg-type]
@@ -74,24 +77,6 @@ def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor
         new_weight.meta["weight"] = source
     new.meta = dict(norm.meta)
     norm.replace_all_uses_with(new)
-
-
-def _room(gm: GraphModule, arg: Any, exact: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Where the folded weight goes: into the place of the rounded one if that is a copy which this product alone reads."""
-    value: Tensor = value_of(gm, arg)
-    origin = exact.get(arg.target) if arg.op == "get_attr" else None
-    alone = len(arg.users) == 1 and len(reads(gm, arg.target)) == 1
-    if origin is None or not alone or value.untyped_storage().data_ptr() == origin.untyped_storage().data_ptr():
-        return torch.empty_like(value, dtype=dtype)
-    return value.detach()
-
-
-def _scaled(weight: Tensor, scale: Tensor, into: Tensor) -> Tensor:
-    """``weight`` times a factor for each row, in float64, rounded once; no more than some rows are there in float64."""
-    rows = max(1, _AT_ONCE // max(1, weight[:1].numel()))
-    for place, part, factor in zip(into.split(rows), weight.split(rows), scale.split(rows), strict=True):
-        place.copy_(part.double() * factor.view(-1, *[1] * (weight.ndim - 1)))
-    return into
 
 
 def _dtype(node: Any) -> torch.dtype:

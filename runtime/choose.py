@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,7 @@ def key_of(device: torch.device, **facts: Any) -> str:
     """One line that names a measurement: the machine, the versions, and ``facts``."""
     from nm_compiler import __version__
 
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} {torch.get_num_threads()} threads"
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} {torch.get_num_threads()} threads"
     parts = {"device": name, "torch": torch.__version__, "nm": __version__, **facts}
     return "; ".join(f"{key}={value}" for key, value in parts.items())
 
@@ -104,6 +101,16 @@ def _once(work: Callable[[], object], calls: int, wait: Callable[[], None]) -> f
         work()
     wait()
     return (time.perf_counter() - begin) / calls
+
+
+@cache
+def _processor() -> str:
+    """Its name, where Linux says it, and what torch finds it able to do."""
+    lines = [platform.machine()]
+    with contextlib.suppress(OSError):
+        named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        lines += [line.partition(":")[2].strip() for line in named[:1]]
+    return " ".join([*lines, torch.backends.cpu.get_cpu_capability()])
 
 
 def _nothing() -> None:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from nm_compiler.graph import getattr_path
 from nm_compiler.layout import Layout
 from nm_compiler.rewrite import weight_of
+from nm_compiler.scaled import value_if_scaled
 from nm_compiler.sites import Site
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.uses import CONVS
@@ -85,7 +86,7 @@ def check_zeros(gm: GraphModule, sites: Mapping[str, Site]) -> str | None:
     """The first constant that is no longer N:M along its reduction axis, described; None if all are."""
     for product in products(gm, sites):
         site = product.site
-        fullest = worst_group(getattr_path(gm, product.read), site.pattern.m, 1)
+        fullest = worst_group(value_if_scaled(getattr_path(gm, product.read)), site.pattern.m, 1)
         if fullest > site.pattern.n:
             return f"{site.name} of shape {list(site.shape)} has {fullest} non-zeros in a group of {site.pattern.m}"
     return None

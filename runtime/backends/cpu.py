@@ -15,17 +15,19 @@ from torch.fx import GraphModule, Node
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
 from nm_compiler.graph import getattr_path, run, standalone
+from nm_compiler.passes.channels_last import channels_last
 from nm_compiler.passes.fuse_epilogues import fuse_epilogues
 from nm_compiler.passes.lower_cpu import lower_cpu
 from nm_compiler.passes.pool_channels_last import pool_channels_last
 from nm_compiler.pattern import matches
-from nm_compiler.runtime.backends.base import Backend, Job, Result, hint_of
+from nm_compiler.runtime.backends.base import Backend, Job, Result
 from nm_compiler.runtime.choose import Choices, Timing, key_of
 from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.runtime.native.eligible import DTYPES, geometry, reasons
-from nm_compiler.runtime.native.library import load
+from nm_compiler.runtime.native.library import digest, load
 from nm_compiler.runtime.native.measuring import timed
 from nm_compiler.runtime.native.packing import pack, packed_bytes
+from nm_compiler.runtime.native.pages import huge_pages
 from nm_compiler.runtime.native.whole import Whole, compared
 from nm_compiler.runtime.products import Decision, Product
 
@@ -64,12 +66,17 @@ class Cpu(Backend):
         lower = partial(lower_cpu, chosen=chosen, values=values)
         measured = chosen and all(decisions[each.node].dense_s is not None for each in chosen)  # none is forced
         dense = standalone(GraphModule(job.gm, copy.deepcopy(job.gm.graph))) if measured else None
-        gm = standalone(run(job.gm, [lower, fuse_epilogues, pool_channels_last]))
+        gm = run(job.gm, [lower, fuse_epilogues, huge_pages])
+        ways = {"packed": standalone(run(gm, [pool_channels_last]))}
+        if dense is not None and (turned := channels_last(gm)) is not gm:
+            ways["packed, channels last"] = standalone(turned)
+        gm = ways["packed"]
         library = load()
         notes = [f"CPU kernels for {getattr(library, 'isa', library)}, {torch.get_num_threads()} threads."]
         if dense is not None:
-            whole = compared(dense, gm, job.flat, inductor=against == "inductor")
+            whole = compared(dense, ways, job.flat, inductor=against == "inductor")
             notes.append(str(whole))
+            gm = ways[whole.best]
             if not whole.packed_wins:
                 gm, decisions = dense, {name: _undone(each, whole) for name, each in decisions.items()}
         return Result(gm, decisions, found, tuple(notes), rough=0.0 if values is None else ROUGH.get(values, 0.0))
@@ -102,7 +109,7 @@ def _decide(job: Job, product: Product, node: Node, choices: Choices | None, val
     if choices is None or matches(site.name, job.force) is not None:
         return decision
     data: Any = node.args[0]
-    x = _example(data, weight.dtype)
+    x = _example(job, data, weight.dtype)
     timing = choices.find(*_measurement(job, product, node, weight, x, name, dtype))
     decision = replace(decision, dense_s=timing.dense_s, sparse_s=timing.sparse_s)
     if timing.sparse_wins:
@@ -123,7 +130,7 @@ def _measurement(
     conv = None if product.site.op == "linear" else geometry(node)
     key = key_of(
         weight.device, kernel=name, weight=tuple(weight.shape), input=tuple(x.shape), strides=x.stride(), conv=conv,
-        bias=bias is not None, dtype=weight.dtype, isa=getattr(load(), "isa", ""),
+        bias=bias is not None, dtype=weight.dtype, isa=getattr(load(), "isa", ""), kernels=digest(),
     )  # fmt: skip
 
     def measure() -> Timing:
@@ -133,8 +140,8 @@ def _measurement(
     return key, measure
 
 
-def _example(data: Node, dtype: torch.dtype) -> Tensor:
+def _example(job: Job, data: Node, dtype: torch.dtype) -> Tensor:
     """Random data as the product gets them in the example, in their layout."""
     value = data.meta["val"]
-    x = torch.randn([hint_of(size) for size in value.shape]).to(dtype)
+    x = torch.randn(job.sizes(value)).to(dtype)
     return x.contiguous(memory_format=torch.channels_last) if lies_in_channels_last(value) else x

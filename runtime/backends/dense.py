@@ -12,6 +12,7 @@ class Dense(Backend):
     """Runs everywhere."""
 
     name = "dense"
+    later = True
 
     def __init__(self, reason: str = 'backend="dense" was asked for', hint: str = "") -> None:
         self._reason, self._hint = reason, hint

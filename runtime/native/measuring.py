@@ -47,7 +47,7 @@ def _linear_ways(weight: Tensor, x: Tensor, bias: Tensor | None) -> Iterator[Way
     yield (lambda: torch.mm(flat, turned)) if bias is None else (lambda: torch.addmm(bias, flat, turned))
     with contextlib.suppress(Exception):  # torch's own packed form; not every build and dtype has it
         mkldnn: Any = torch.ops.mkldnn
-        packed = mkldnn._reorder_linear_weight(_mkldnn(weight), flat.shape[0])
+        packed = mkldnn._reorder_linear_weight(weight, flat.shape[0])
         mkldnn._linear_pointwise(flat, packed, bias, "none", [], "")
         yield lambda: mkldnn._linear_pointwise(flat, packed, bias, "none", [], "")
 
@@ -61,11 +61,7 @@ def _conv_ways(weight: Tensor, x: Tensor, bias: Tensor | None, conv: Conv) -> It
     with contextlib.suppress(Exception):
         mkldnn: Any = torch.ops.mkldnn
         sizes: Any = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        packed = mkldnn._reorder_convolution_weight(_mkldnn(kernel), *sizes, list(data.shape))
+        packed = mkldnn._reorder_convolution_weight(kernel, *sizes, list(data.shape))
         last = data.contiguous(memory_format=torch.channels_last)
         mkldnn._convolution_pointwise(last, packed, bias, *sizes, "none", [], "")
         yield lambda: mkldnn._convolution_pointwise(last, packed, bias, *sizes, "none", [], "")
-
-
-def _mkldnn(weight: Tensor) -> Any:
-    return weight.to_mkldnn()

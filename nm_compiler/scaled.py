@@ -1,0 +1,87 @@
+"""A weight times a factor a row, not computed before it is read: what a fold holds until its value has to stay.
+
+    Scaled(weight, factor, dtype)   the weight that somebody else holds, and one number for each row
+    any op on it                    computes the product, which is gone when the op has returned
+    keep(module)                    computes it once, for good
+
+So a graph can be rewritten, packed, written and checked while the only whole copy of its weights is the user's own, and the
+folded ones are there one at a time. Every time the value is the same to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from nm_compiler.memory import give_back
+
+_AT_ONCE = 1 << 15  # weights that are there in float64 at a time
+_LARGE = 1 << 20  # bytes
+
+
+class Scaled(Tensor):
+    """A tensor without memory of its own: to every op it is what `value` returns.
+
+    weight: ``[out, ...]``; factor: float64 ``[out]``; dtype: of the product, which is computed in float64 and rounded once.
+    """
+
+    weight: Tensor
+    factor: Tensor
+
+    @staticmethod
+    def __new__(cls, weight: Tensor, factor: Tensor, dtype: torch.dtype) -> Scaled:
+        like = torch.empty_like(weight, dtype=dtype, device="meta")
+        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        made = cast(Scaled, make(cls, like.shape, strides=like.stride(), dtype=dtype, device=weight.device))
+        made.weight, made.factor = weight.detach(), factor
+        return made
+
+    def value(self) -> Tensor:
+        """The product, in memory of its own, laid out as the weight is. No more than some rows are there in float64."""
+        with torch.no_grad():
+            into = torch.empty_like(self.weight, dtype=self.dtype)
+            rows = max(1, _AT_ONCE // max(1, self.weight[:1].numel()))
+            shape = (-1, *[1] * (self.weight.ndim - 1))
+            for place, part, factor in zip(*(t.split(rows) for t in (into, self.weight, self.factor)), strict=True):
+                place.copy_(part.double() * factor.view(shape))
+        return into
+
+    def stand_in(self) -> Tensor:
+        """A tensor of the same sizes, strides and dtype, for what does not look at values: no memory but where there is a cast."""
+        return self.weight if self.weight.dtype == self.dtype and self.weight.stride() == self.stride() else self.value()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Scaled({list(self.shape)}, {self.dtype})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Sequence[Any], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return Scaled(args[0].weight, args[0].factor, args[0].dtype)
+        args, kwargs = pytree.tree_map_only(Scaled, Scaled.value, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+
+def value_if_scaled(value: Tensor) -> Tensor:
+    """A plain tensor: what a `Scaled` one stands for, any other as it is."""
+    return value.value() if isinstance(value, Scaled) else value
+
+
+def keep(module: nn.Module) -> None:
+    """Give all `Scaled` buffers of a module and of its children memory of their own, one by one, in place.
+
+    What is free goes back to the system on the way: the holes that large temporaries leave would add up.
+    """
+    for each in module.modules():
+        for name, buffer in list(each._buffers.items()):
+            if isinstance(buffer, Scaled):
+                each._buffers[name] = buffer.value()
+                if buffer.nbytes >= _LARGE:
+                    give_back()
