@@ -200,8 +200,8 @@ class Prepared:
         """Containers may be others now, as models swap them in forward, if the layers in them are the same. Else NMError."""
         known = {path: module for _, _, module, path in self._links or ()}
         names = [*self.sites, *self.candidates]
-        for path in {name.rpartition(".")[0] for name in names} - {""}:
-            if owner_at(self.origin, path) is not known[path]:
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in names):  # in their order: the first is named
+            if path and owner_at(self.origin, path) is not known[path]:
                 raise replaced(path if path in moved else moved[0])
         if not self.bare:
             install(self, names)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # its disk cache does not see changes in an op's backward
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # its pool of processes would import torch once more for one small kernel
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 gc.set_threshold(20_000, 20, 20)  # tracing makes many objects that live: looking for garbage less often is a twentieth faster
 
@@ -45,11 +46,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _guards_are_not_timed() -> None:
-    """TorchDynamo flushes the caches of the processor for every frame, to log how long its guards take: 50 ms each."""
+def _compilers_do_what_is_tested_and_no_more() -> None:
+    """TorchDynamo flushes the caches of the processor for every frame, to log how long its guards take: 50 ms each.
+
+    Inductor compiles a dozen small programs to learn which vectors there are, and kernels for each of them.
+    """
     import torch._dynamo.guards
+    import torch._inductor.config
 
     vars(torch._dynamo.guards)["profile_guard_manager"] = lambda *_: 0.0
+    torch._inductor.config.cpp.simdlen = 0
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import MLP
+from ranks import run_two
 from torch import nn
 
 import nm_compiler as nm
@@ -49,7 +50,7 @@ def worker(rank: int, store: str, out: str) -> None:
 
 
 def test_two_processes_train_what_one_does_and_an_early_wrap_is_an_error(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(worker, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
+    run_two(worker, str(tmp_path / "store"), str(tmp_path / "out"))
     first, second = (torch.load(tmp_path / f"out.{rank}") for rank in (0, 1))
     alone = trained(None)
     assert first.keys() == alone.keys()

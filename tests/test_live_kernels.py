@@ -19,16 +19,15 @@ from nm_compiler.solvers.combinations import retire as retire_by_torch
 from nm_compiler.solvers.live import cover, gradients, retire
 from nm_compiler.solvers.select import keep
 
-cases = st.sampled_from(  # few of them: a kernel takes a second to compile
+LAYOUTS = ["linear", "transposed", "conv", "channels_last", "conv1d", "experts", "experts_turned"]
+FLOAT = torch.float32
+cases = st.sampled_from(  # few of them, since a kernel takes a second to compile: one pattern in every layout
     [
-        ((2, 4), torch.float32),
-        ((2, 4), torch.float64),
-        ((4, 8), torch.float32),
-        ((1, 16), torch.float32),
-        ((3, 5), torch.float32),
+        *((Pattern(2, 4), FLOAT, layout) for layout in LAYOUTS),
+        *((Pattern(n, m), FLOAT, "linear") for n, m in ((4, 8), (1, 16), (3, 5))),
+        (Pattern(2, 4), torch.float64, "linear"),
     ]
-).map(lambda case: (Pattern(*case[0]), case[1]))
-layouts = st.sampled_from(["linear", "transposed", "conv", "channels_last", "conv1d", "experts", "experts_turned"])
+)
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +66,9 @@ def live_sets(like: Tensor, rows: list[int], layout: str, pattern: Pattern, seed
 
 
 @settings(max_examples=80, deadline=None)
-@given(cases, layouts, st.integers(0, 2**31))
-def test_kernels_cover_send_gradients_and_retire_as_torch_does(case: Any, layout: str, seed: int) -> None:
-    pattern, dtype = case
+@given(cases, st.integers(0, 2**31))
+def test_kernels_cover_send_gradients_and_retire_as_torch_does(case: Any, seed: int) -> None:
+    pattern, dtype, layout = case
     value, rows = weight(layout, pattern.m, dtype, seed)
     live, table = live_sets(value, rows, layout, pattern, seed), byte_table(pattern)
     mask = torch.zeros(value.shape, dtype=torch.bool)
