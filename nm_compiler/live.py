@@ -255,8 +255,12 @@ def compile_lifted(lifted: Lifted, model: nn.Module, inputs: Sequence[Any], then
         value: Tensor = store[leaf]
         states.append(value if mode is None else mode.from_tensor(value, static_shapes=True))
     backend: Any = lookup_backend(then)
-    compiled: Callable[..., Any] = backend(lifted.gm, [*states, *inputs])
-    return compiled
+    if then == "inductor":
+        from nm_compiler.inductor import compiled
+
+        return compiled(backend, lifted.gm, [*states, *inputs])
+    made: Callable[..., Any] = backend(lifted.gm, [*states, *inputs])
+    return made
 
 
 def frame_code() -> Any:
