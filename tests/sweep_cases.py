@@ -146,12 +146,13 @@ def check_live(case: Case, library: Library, place: Place = lambda _, t: t) -> N
     with swept_by(library):
         if sweeps.cover(live, table, as_rows(mask, at)):
             assert torch.equal(mask, expected)
-    mask = place("mask", torch.empty_like(weight, dtype=torch.bool).copy_(expected))
-    results = place("out", torch.empty_like(weight)), torch.empty_like(weight)
+    results, kept = (place("out", torch.empty_like(weight)), torch.empty_like(weight)), place("out", torch.empty_like(weight))
     with swept_by(library):
-        g, w, seen, dw, ds = (as_rows(t, at) for t in (grad, weight, mask, *results))
-        assert sweeps.gradients(g, w, live, seen, (dw, ds), pattern.m)
-    through = torch.where(mask, grad, grad.new_zeros(()))
+        g, w, dw, ds, kept_rows = (as_rows(t, at) for t in (grad, weight, *results, kept))
+        assert sweeps.gradients(g, w, live, table, (dw, ds))
+        assert sweeps.covered(w, live, table, kept_rows)
+    assert torch.equal(bits(kept), torch.where(expected, bits(weight), bits(weight.new_zeros(()))))
+    through = torch.where(expected, grad, grad.new_zeros(()))
     assert torch.equal(bits(results[0]), bits(through))
     moved, choice = weight * through, undecided(live, packed=True, last=1)
     groups = as_rows(moved, at).unflatten(-1, (-1, pattern.m))

@@ -91,29 +91,41 @@ def decay(grad: Tensor, weight: Tensor, masked: Tensor, amount: float) -> Tensor
     return out
 
 
-def gradients(grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, results: tuple[Tensor, Tensor], m: int) -> bool:
-    """Write dW = mask * g and dS = W * dW, the latter zero where a group is decided; rows as in `lying`, packed live sets."""
+def gradients(grad: Tensor, weight: Tensor, live: Tensor, table: Tensor, results: tuple[Tensor, Tensor]) -> bool:
+    """Write dW = g where a live combination covers it and dS = W * dW, the latter zero where a group is decided.
+
+    Rows as in `lying`; live: packed; table: from `byte_table`.
+    """
     found, tensors = kernels(), (weight, grad, *results)
-    if found is None or not is_plain(*tensors, mask, live) or weight.dtype not in _REAL or not _alike(*tensors):
+    if found is None or weight.dtype not in _REAL or not _alike(*tensors):
         return False
-    at = lying(weight, m) if mask.stride() == weight.stride() and live.is_contiguous() else None
-    if at is None:
+    operands = {"weight": weight, "grad": grad, "live": live, "table": table, "out": results[0], "second": results[1]}
+    return _by_live(found, sweep.GRADIENTS, weight, operands)
+
+
+def covered(weight: Tensor, live: Tensor, table: Tensor, out: Tensor) -> bool:
+    """Write W where a live combination covers it, else 0; as in `gradients`, and of 2 bytes a number too."""
+    found = kernels()
+    if found is None or weight.element_size() not in (2, 4, 8) or not _alike(weight, out):
         return False
-    operands = {"weight": weight, "grad": grad, "mask": mask, "live": live, "out": results[0], "second": results[1]}
-    _run(found, sweep.GRADIENTS, weight, operands, {**at._asdict(), "m": m, "bytes": live.shape[-1]})
-    return True
+    return _by_live(found, sweep.COVERED, weight, {"weight": weight, "live": live, "table": table, "out": out})
 
 
 def cover(live: Tensor, table: Tensor, mask: Tensor) -> bool:
     """Write the union of live combinations to bool rows as in `lying`. live: packed; table: from `byte_table`."""
-    found, m = kernels(), table.shape[-1]
-    if found is None or table.ndim != 3 or not is_plain(live, table, mask):
+    found = kernels()
+    return found is not None and _by_live(found, sweep.COVER, mask, {"live": live, "table": table, "out": mask})
+
+
+def _by_live(found: Library, kind: int, like: Tensor, operands: Mapping[str, Tensor]) -> bool:
+    live, table = operands["live"], operands["table"]
+    if table.ndim != 3 or not is_plain(*operands.values()) or not live.is_contiguous() or not table.is_contiguous():
         return False
-    at = lying(mask, m) if live.is_contiguous() and table.is_contiguous() else None
+    m = table.shape[-1]
+    at = lying(like, m)
     if at is None:
         return False
-    operands = {"live": live, "table": table, "out": mask}
-    _run(found, sweep.COVER, mask, operands, {**at._asdict(), "m": m, "bytes": live.shape[-1]})
+    _run(found, kind, like, operands, {**at._asdict(), "m": m, "bytes": live.shape[-1]})
     return True
 
 
