@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from nm_compiler.runtime.native.library import Library, load
 from nm_compiler.runtime.native.sweep import Sweep
 
 _REAL = (torch.float32, torch.float64)
+_TYPES = (Tensor, torch.nn.Parameter)
 
 
 class Lying(NamedTuple):
@@ -42,16 +43,18 @@ def kernels() -> Library | None:
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether all have an address on the CPU: no fake tensors, no subclasses."""
-    return all(
-        type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.layout == torch.strided for t in tensors
-    )
+    return not any(type(t) not in _TYPES or not t.is_cpu or t.layout != torch.strided for t in tensors)
 
 
 def has_no_gaps(tensor: Tensor) -> bool:
     """Whether its numbers fill memory, in whatever order of the axes."""
+    return _has_no_gaps(tuple(tensor.shape), tensor.stride())
+
+
+@lru_cache
+def _has_no_gaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     step = 1
-    axes = sorted(axis for axis in zip(tensor.stride(), tensor.shape, strict=True) if axis[1] != 1)
-    for stride, size in axes:
+    for stride, size in sorted(axis for axis in zip(strides, shape, strict=True) if axis[1] != 1):
         if stride != step:
             return False
         step *= size
@@ -60,15 +63,21 @@ def has_no_gaps(tensor: Tensor) -> bool:
 
 def lying(rows: Tensor, m: int) -> Lying | None:
     """Of a weight seen as ``[*batch, out, *taps, in]``; None where it has gaps, or other axes than the last are exchanged."""
-    last = rows.ndim - 1
-    there = [axis for axis in range(rows.ndim) if rows.shape[axis] != 1 or axis == last]
-    in_memory = sorted(there, key=lambda axis: rows.stride(axis) if rows.shape[axis] != 1 else 0, reverse=True)
+    return _lying(tuple(rows.shape), rows.stride(), m)
+
+
+@lru_cache  # asked in every step
+def _lying(shape: tuple[int, ...], strides: tuple[int, ...], m: int) -> Lying | None:
+    last = len(shape) - 1
+    there = [axis for axis, size in enumerate(shape) if size != 1 or axis == last]
+    in_memory = sorted(there, key=lambda axis: strides[axis] if shape[axis] != 1 else 0, reverse=True)
     others = [axis for axis in in_memory if axis != last]
-    if not rows.numel() or not has_no_gaps(rows) or others != sorted(others) or rows.shape[last] % m or m > sweep.WIDEST:
+    numel = math.prod(shape)
+    if not numel or not _has_no_gaps(shape, strides) or others != sorted(others) or shape[last] % m or m > sweep.WIDEST:
         return None
-    inner = math.prod(rows.shape[axis] for axis in in_memory[in_memory.index(last) + 1 :])
-    groups = rows.shape[last] // m
-    return Lying(rows.numel() // (groups * m * inner), groups, inner)
+    inner = math.prod(shape[axis] for axis in in_memory[in_memory.index(last) + 1 :])
+    groups = shape[last] // m
+    return Lying(numel // (groups * m * inner), groups, inner)
 
 
 def keep(values: Tensor, mask: Tensor, out: Tensor) -> bool:
