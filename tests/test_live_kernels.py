@@ -82,7 +82,7 @@ def test_kernels_cover_send_gradients_and_retire_as_torch_does(case: Any, seed: 
     assert keep(value, mask).stride() == value.stride()
 
     grad, _ = weight(layout, pattern.m, dtype, seed + 1)
-    ours = torch.ops.nm.score_weight_backward(grad, value, live, mask, table, 1, rows, True)
+    ours = torch.ops.nm.score_weight_backward(grad, value, live, table, 1, rows, True)
     choice = torch.tensor([sum(int(byte).bit_count() for byte in group) > 1 for group in live.flatten(0, -2).tolist()])
     dw = grad * mask
     by_group = as_rows(value * dw, rows).unflatten(-1, (-1, pattern.m))
@@ -106,7 +106,7 @@ def test_the_usual_layouts_have_kernels_and_fake_tensors_have_none() -> None:
         mask = torch.zeros(value.shape, dtype=torch.bool)
         assert cover(live, byte_table(pattern), as_rows(mask, rows)), layout
         results = torch.empty_like(value), torch.empty_like(value)
-        assert gradients(viewed, viewed, live, as_rows(mask, rows), tuple(as_rows(r, rows) for r in results), 4), layout
+        assert gradients(viewed, viewed, live, byte_table(pattern), tuple(as_rows(r, rows) for r in results)), layout
         assert retire(viewed, live, pattern, 1) is not None, layout
     assert not cover(live.to("meta"), byte_table(pattern), torch.zeros(value.shape, dtype=torch.bool, device="meta"))
     assert retire(viewed.to("meta"), live.to("meta"), pattern, 1) is None
