@@ -10,7 +10,8 @@ folded ones are there one at a time. Every time the value is the same to the bit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from nm_compiler.memory import give_back
 
-_AT_ONCE = 1 << 15  # weights that are there in float64 at a time
+_AT_ONCE = 1 << 13  # weights that are there in float64 at a time
 _LARGE = 1 << 20  # bytes
 
 
@@ -35,7 +36,7 @@ class Scaled(Tensor):
     @staticmethod
     def __new__(cls, weight: Tensor, factor: Tensor, dtype: torch.dtype) -> Scaled:
         like = torch.empty_like(weight, dtype=dtype, device="meta")
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = Tensor._make_wrapper_subclass
         made = cast(Scaled, make(cls, like.shape, strides=like.stride(), dtype=dtype, device=weight.device))
         made.weight, made.factor = weight.detach(), factor
         return made
@@ -50,17 +51,22 @@ class Scaled(Tensor):
                 place.copy_(part.double() * factor.view(shape))
         return into
 
-    def stand_in(self) -> Tensor:
-        """A tensor of the same sizes, strides and dtype, for what does not look at values: no memory but where there is a cast."""
-        return self.weight if self.weight.dtype == self.dtype and self.weight.stride() == self.stride() else self.value()
+    def stand_in(self, *, read: bool) -> Tensor:
+        """A tensor of the same sizes, strides and dtype, and other values: the weight itself wherever it fits.
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        read: somebody computes with it, if only to take the time; else what does not fit is a tensor that nobody wrote.
+        """
+        if self.weight.dtype == self.dtype and self.weight.stride() == self.stride():
+            return self.weight
+        return self.value() if read else torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=self.device)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Scaled({list(self.shape)}, {self.dtype})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Sequence[Any], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:
@@ -72,6 +78,25 @@ class Scaled(Tensor):
 def value_if_scaled(value: Tensor) -> Tensor:
     """A plain tensor: what a `Scaled` one stands for, any other as it is."""
     return value.value() if isinstance(value, Scaled) else value
+
+
+@contextlib.contextmanager
+def stood_in(*modules: nn.Module, read: bool) -> Iterator[None]:
+    """Inside, `Scaled` buffers are stand-ins: to take times (read), or to export, which depend on sizes and layouts alone."""
+    scaled = [
+        (each, name, buffer)
+        for module in modules
+        for each in module.modules()
+        for name, buffer in each._buffers.items()
+        if isinstance(buffer, Scaled)
+    ]
+    try:
+        for each, name, buffer in scaled:
+            each._buffers[name] = buffer.stand_in(read=read)
+        yield
+    finally:
+        for each, name, buffer in scaled:
+            each._buffers[name] = buffer
 
 
 def keep(module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import value_of
+from nm_compiler.memory import give_back
 from nm_compiler.rewrite import call, constant
 from nm_compiler.runtime.native.eligible import Conv, geometry
 from nm_compiler.runtime.native.ops import CONV2D, LINEAR
@@ -28,6 +29,7 @@ from nm_compiler.runtime.native.packing import Packed, pack
 from nm_compiler.runtime.products import Product
 
 aten = torch.ops.aten
+_LARGE = 1 << 20  # bytes of a weight after whose packing memory goes back to the system
 
 
 def lower_cpu(gm: GraphModule, *, chosen: Collection[Product], values: torch.dtype | None = None) -> GraphModule:
@@ -44,6 +46,8 @@ def lower_cpu(gm: GraphModule, *, chosen: Collection[Product], values: torch.dty
             weight = value_of(gm, read)
             site, dtype = product.site, values or weight.dtype
             known[product.read] = pack(weight, site.pattern, conv_groups=site.conv_groups, dtype=dtype)
+            if weight.nbytes >= _LARGE:
+                give_back()
         with gm.graph.inserting_before(node):
             result = _product(gm, node, read, known[product.read])
         result.meta = dict(node.meta)

@@ -143,8 +143,12 @@ def held() -> dict[int, int]:
     ("kind", "dtype", "models"),
     [
         (MLP, None, 0.0),  # shared with the model
-        (functools.partial(ConvNet, channels=64), None, 1.0),  # another weight, folded with its batch norm
-        (functools.partial(ConvNet, channels=64), torch.float16, 0.5),  # folded in the place of the cast one
+        (functools.partial(ConvNet, channels=64), None, 0.0),  # folded weights are not computed before the check is over
+        (
+            functools.partial(ConvNet, channels=64),
+            torch.float16,
+            0.1,
+        ),  # and the cast ones that they replace are let go by then
         (functools.partial(Matmuls), torch.float16, 0.5),  # transposed, the cast one let go
     ],
     ids=["MLP", "ConvNet", "ConvNet float16", "Matmuls float16"],

@@ -481,24 +481,30 @@ def test_a_streamed_file_is_the_model_and_its_outline_finds_the_weights_inside(t
     assert all(value.const_value.numpy().shape == shapes[name] for name, value in model.graph.initializers.items())
 
 
-@pytest.mark.parametrize("at_once", [1, 5_000, 2**30], ids=["one weight a part", "some", "whole"])
-def test_a_file_in_parts_computes_what_it_computes_whole_and_no_part_holds_all_weights(tmp_path: Path, at_once: int) -> None:
+@pytest.mark.parametrize(
+    ("at_once", "most_nodes"), [(1, 99), (5_000, 99), (2**30, 99), (2**30, 4)],
+    ids=["one weight a part", "some", "whole", "four nodes a part"],
+)  # fmt: skip
+def test_a_file_in_parts_computes_what_it_computes_whole_and_no_part_holds_all_weights(
+    tmp_path: Path, at_once: int, most_nodes: int
+) -> None:
     written = small(tmp_path / "model.onnx")
     structure, x = tmp_path / "o.onnx", torch.randn(2, 3, 8, 8)
     structure.write_bytes(outline(written.path).SerializeToString())
-    cut = list(parts(structure, at_once))
+    cut = list(parts(structure, at_once, most_nodes))
     whole = outline(written.path).graph
     assert [node.name for part in cut for node in part.model.graph.node] == [node.name for node in whole.node]
     weights = {tensor.name for tensor in whole.initializer}
     readers = sum(not weights.isdisjoint(node.input) for node in whole.node)
-    assert len(cut) == {1: readers, 2**30: 1}.get(at_once, len(cut))
+    assert len(cut) == {1: readers, 2**30: -(-len(whole.node) // most_nodes)}.get(at_once, len(cut))
+    assert all(len(part.model.graph.node) <= most_nodes for part in cut)
     held = [{tensor.name for tensor in part.model.graph.initializer} for part in cut]
     assert set().union(*held) == {tensor.name for tensor in whole.initializer}
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(written.path), options, providers=["CPUExecutionProvider"])
     feeds = [{"x": x.numpy()}, {"x": torch.cat([x, x]).numpy()}]
-    found = run_in_parts(structure, feeds, onnxruntime.SessionOptions(), at_once=at_once)
+    found = run_in_parts(structure, feeds, onnxruntime.SessionOptions(), at_once=at_once, most_nodes=most_nodes)
     for feed, outputs in zip(feeds, found, strict=True):
         wanted = session.run(None, feed)
         assert list(outputs) == [value.name for value in session.get_outputs()]

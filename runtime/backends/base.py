@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from nm_compiler.errors import NMError
 from nm_compiler.runtime.products import Decision, Product, products
+from nm_compiler.scaled import Scaled, stood_in
 from nm_compiler.signature import Signature
 from nm_compiler.sites import Site
 
@@ -71,11 +72,14 @@ class Job:
                 named = {axis: str(size) for axis, size in enumerate(sizes) if not isinstance(size, int)}
                 axes.append({axis: "batch" if one_batch and axis == 0 else name for axis, name in named.items()})
                 examples.append(_repeated(value, set(axes[-1])))
-        with torch.no_grad():
+        scaled = {name: value for name, value in self.gm.named_buffers() if isinstance(value, Scaled)}
+        with torch.no_grad(), stood_in(self.gm, read=False):
             try:
-                return _exported(holder, examples, axes, _shared(axes), whole)
+                program = _exported(holder, examples, axes, _shared(axes), whole)
             except torch._dynamo.exc.UserError:  # a size that is a formula of another: torch finds out which
-                return _exported(holder, examples, axes, {}, whole)
+                program = _exported(holder, examples, axes, {}, whole)
+        program.state_dict.update({self.in_program(name): value for name, value in scaled.items()})
+        return program
 
 
 @dataclass(frozen=True)

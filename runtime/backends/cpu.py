@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
 from nm_compiler.graph import getattr_path, run, standalone
+from nm_compiler.memory import give_back
 from nm_compiler.passes.channels_last import channels_last
 from nm_compiler.passes.fuse_epilogues import fuse_epilogues
 from nm_compiler.passes.lower_cpu import lower_cpu
@@ -30,6 +31,7 @@ from nm_compiler.runtime.native.packing import pack, packed_bytes
 from nm_compiler.runtime.native.pages import huge_pages
 from nm_compiler.runtime.native.whole import Whole, compared
 from nm_compiler.runtime.products import Decision, Product
+from nm_compiler.scaled import value_if_scaled
 
 VALUES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 ROUGH = {torch.bfloat16: 2e-2, torch.int8: 1e-1}
@@ -44,6 +46,7 @@ class Cpu(Backend):
     """
 
     name = "cpu"
+    later = True
 
     def missing(self, dtype: torch.dtype, device: torch.device) -> str | None:
         if device.type != "cpu":
@@ -72,6 +75,7 @@ class Cpu(Backend):
         ways = {} if turned is gm else {"packed, channels last": standalone(turned)}
         ways = {"packed": standalone(run(gm, [pool_channels_last])), **ways}
         gm = ways["packed"]
+        give_back()
         library = load()
         notes = [f"CPU kernels for {getattr(library, 'isa', library)}, {torch.get_num_threads()} threads."]
         if dense is not None:
@@ -114,6 +118,7 @@ def _decide(
     data: Any = node.args[0]
     x = _example(job, data, weight.dtype)
     timing = choices.find(*_measurement(job, product, node, weight, x, name, dtype, inductor))
+    give_back()
     decision = replace(decision, dense_s=timing.dense_s, sparse_s=timing.sparse_s)
     if timing.sparse_wins:
         return decision
@@ -127,7 +132,7 @@ def _decide(
 def _measurement(
     job: Job, product: Product, node: Node, weight: Tensor, x: Tensor, name: str, dtype: torch.dtype, inductor: bool
 ) -> tuple[str, Callable[[], Timing]]:
-    """What it is known under, and how it is taken. The weight is packed only if it is."""
+    """What it is known under, and how it is taken. The weight is computed and packed only if it is."""
     given: Any = node.args
     bias = value_of(job.gm, given[2]).detach() if len(given) > 2 and isinstance(given[2], Node) else None
     conv = None if product.site.op == "linear" else geometry(node)
@@ -138,8 +143,9 @@ def _measurement(
     )  # fmt: skip
 
     def measure() -> Timing:
-        packed = pack(weight, product.site.pattern, conv_groups=product.site.conv_groups, dtype=dtype)
-        return timed(weight, packed, x, bias, conv, inductor=inductor)
+        value = value_if_scaled(weight)
+        packed = pack(value, product.site.pattern, conv_groups=product.site.conv_groups, dtype=dtype)
+        return timed(value, packed, x, bias, conv, inductor=inductor)
 
     return key, measure
 

@@ -23,6 +23,7 @@ class Onnx(Backend):
     """
 
     name = "onnx"
+    later = True
 
     def missing(self, dtype: torch.dtype, device: torch.device) -> str | None:
         try:

@@ -20,10 +20,12 @@ from torch import Tensor
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern
 from nm_compiler.runtime.native.job import DTYPES
+from nm_compiler.solvers.check import worst_group
 
 LANES = 16
 """Rows of a tile: ``NM_LANES`` in job.h."""
 MOST_M = 32
+_AT_ONCE = 1 << 17  # weights that are packed at a time: the places of each take some 50 bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,22 +77,35 @@ def pack(weight: Tensor, pattern: Pattern, *, conv_groups: int = 1, dtype: torch
         raise NMError(f"{given}: packed values are float32, bfloat16 or int8, not {dtype}")
     if weight.ndim < 2 or weight.shape[1] % m or weight.shape[0] % conv_groups:
         raise NMError(f"{given} cannot be packed: groups of {m} along axis 1, {conv_groups} conv groups along axis 0")
-    rows = weight.shape[0] // conv_groups
-    flat = weight.detach().flatten(2).movedim(1, -1) if weight.ndim > 2 else weight.detach()
-    grouped = flat.reshape(conv_groups, rows, -1, m)
-    kept = grouped != 0
-    fullest = int(kept.sum(-1).max()) if kept.numel() else 0
+    fullest = worst_group(weight, m, 1)
     if fullest > n:
         raise NMError(f"{given} is not {pattern} along axis 1: a group has {fullest} non-zeros. nm.freeze makes it so")
+    shape = tuple(weight.shape)
+    tiles, steps, words = sizes(shape, pattern, conv_groups)
+    values = torch.empty(conv_groups, tiles, steps, LANES, dtype=dtype)
+    codes = torch.empty(conv_groups, tiles, words, LANES, dtype=torch.int32)
+    scales = torch.empty(conv_groups, tiles, LANES) if dtype == torch.int8 else None
+    by_group = weight.detach().unflatten(0, (conv_groups, shape[0] // conv_groups))
+    at_once = max(1, _AT_ONCE // max(1, conv_groups * LANES * weight[:1].numel()))
+    for first in range(0, tiles, at_once):
+        part = by_group[:, first * LANES : (first + at_once) * LANES]
+        here = slice(first, first + at_once)
+        found, codes[:, here] = _packed_tiles(part, n, m)
+        if scales is not None:
+            scales[:, here] = found.abs().amax(2) / 127 if steps else 0.0
+            found = (found / scales[:, here].clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(2)).round()
+        values[:, here] = found
+    return Packed(values, codes, scales, shape, pattern, conv_groups)
+
+
+def _packed_tiles(part: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """Values, float32, and codes of some rows of each conv group: ``[conv groups, rows, in, *taps]``."""
+    rows = part.shape[1]
+    flat = part.flatten(3).movedim(2, -1) if part.ndim > 3 else part
+    grouped = flat.reshape(*part.shape[:2], -1, m)
     # non-zeros first, both parts in order; then the places that are kept in order again
-    places = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :n].sort(-1).values
-    values = _lanes(grouped.gather(-1, places).float(), rows)
-    codes = _words(_lanes(places, rows), code_bits(m))
-    if dtype != torch.int8:
-        return Packed(values.to(dtype), codes, None, tuple(weight.shape), pattern, conv_groups)
-    scales = values.abs().amax(2) / 127 if values.shape[2] else values.new_zeros((*values.shape[:2], LANES))
-    rounded = (values / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(2)).round().to(torch.int8)
-    return Packed(rounded, codes, scales, tuple(weight.shape), pattern, conv_groups)
+    places = (grouped != 0).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :n].sort(-1).values
+    return _lanes(grouped.gather(-1, places).float(), rows), _words(_lanes(places, rows), code_bits(m))
 
 
 def unpack(packed: Packed) -> Tensor:

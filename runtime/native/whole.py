@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from nm_compiler.memory import give_back
 from nm_compiler.runtime.choose import Timing, side_by_side
+from nm_compiler.scaled import stood_in
 
 ENOUGH = 0.98
 """Packed stays unless it is slower than this times dense: below lies more than noise."""
@@ -45,23 +47,27 @@ class Whole:
 
 
 def compared(dense: GraphModule, packed: Mapping[str, GraphModule], flat: Sequence[Any], *, inductor: bool) -> Whole:
-    """All graphs on the example inputs, in turn. packed: by way; with more than one, the last stays only if it is faster."""
+    """All graphs on the example inputs, in turn. packed: by way; with more than one, the last stays only if it is faster.
+
+    Weights that are not computed yet are stood in for: results are not read.
+    """
     device = next((value.device for value in flat if isinstance(value, Tensor)), torch.device("cpu"))
     best, *others = packed
 
-    def timed(one: GraphModule, other: GraphModule) -> Timing:
-        return side_by_side(partial(one, *flat), partial(other, *flat), device, rounds=5)
+    def timed(one: Callable[[], object], other: Callable[[], object]) -> Timing:
+        give_back()
+        return side_by_side(one, other, device, rounds=5)
 
-    with torch.no_grad():
+    with torch.no_grad(), stood_in(dense, *packed.values(), read=True):
         seconds = dict[str, float]()
         for way in others:
-            found = timed(packed[best], packed[way])
+            found = timed(partial(packed[best], *flat), partial(packed[way], *flat))
             seconds |= {best: found.dense_s, way: found.sparse_s}
             best = way if found.sparse_wins else best
-        found = timed(dense, packed[best])
+        found = timed(partial(dense, *flat), partial(packed[best], *flat))
         seconds = {"eager": found.dense_s, **seconds, best: found.sparse_s}
         if inductor:
-            found = side_by_side(_compiled(dense, flat), _compiled(packed[best], flat), device, rounds=5)
+            found = timed(_compiled(dense, flat), _compiled(packed[best], flat))
             seconds |= {"inductor": found.dense_s, f"{best}, inductor": found.sparse_s}
     return Whole(seconds, best)
 

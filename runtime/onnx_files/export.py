@@ -10,6 +10,7 @@ Convolutions hold N:M weights along axis 1, linears become MatMul with a ``[K, N
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -25,9 +26,11 @@ from torch import SymInt, Tensor
 from torch.export import ExportedProgram
 
 from nm_compiler.errors import NMError, Refusal
+from nm_compiler.memory import give_back
 from nm_compiler.runtime.onnx_files.dtypes import match_dtypes
 from nm_compiler.runtime.onnx_files.folding import fold_moves
 from nm_compiler.runtime.onnx_files.found import SparseConstant, planned_constants
+from nm_compiler.runtime.onnx_files.later import compute_later, plain
 from nm_compiler.runtime.onnx_files.numerics import Numerics, compare, placeholders, precision
 from nm_compiler.runtime.onnx_files.packages import require
 from nm_compiler.runtime.onnx_files.reading import load
@@ -112,6 +115,8 @@ def write(
         staged.save(model, size, one_file)
         opset = model.opset_imports[""]
         del model  # it may hold the weights once more, turned
+        gc.collect()  # so may what the exporter left behind, in cycles
+        give_back()
         _check_valid(staged.outline)
         weights, refusals = planned_constants(staged.outline, program, sites, origins)
         written = Written(
@@ -149,8 +154,10 @@ def _exported(program: ExportedProgram, dtype: torch.dtype) -> tuple[Any, dict[s
     opset = 22 if dtype == torch.bfloat16 else None  # the first opset whose Conv takes bfloat16
     try:
         with _quiet():
-            exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
+            with plain(program):
+                exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
             assert exported is not None
+            compute_later(exported.model, program)
             CommonSubexpressionEliminationPass()(exported.model)  # a weight used twice is moved once
             origins = fold_moves(exported.model)
             exported.optimize()

@@ -54,7 +54,7 @@ def compare(program: ExportedProgram, inputs: tuple[Tensor, ...], outline: Path,
     options = onnxruntime.SessionOptions()
     # The graph as the file has it; and onnxruntime 1.32 dies of its NCHWc layout on some float16 models.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.enable_cpu_mem_arena = False  # what is not needed any more goes back at once
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # what is not needed any more goes back at once
     options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of the weights, for speed
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # what matters comes back as an exception

@@ -1,6 +1,6 @@
 """Run an ONNX file part by part, so that no more than a part of its weights is in memory.
 
-    nodes   ....w1...w2.. | ..w3....w4..w5 | ....w6...      cut where the weights read since the last cut are many
+    nodes   ....w1...w2.. | ..w3....w4..w5 | ....w6...      cut where the weights or nodes since the last cut are many
     values  x ----------> a, b ----------> c ---------> y   what crosses a cut goes from session to session
 
 Each part is a model of its own over the same bytes of the same file: every node and every weight is run as the file has it.
@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nm_compiler.memory import give_back
 from nm_compiler.runtime.onnx_files.reading import load
 
 AT_ONCE = 1 << 23  # bytes of weights in a part, unless a single product has more
+MOST_NODES = 4  # of a part: what one computes is given back only when it is done
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class PartError(Exception):
 
 
 def run_in_parts(
-    outline: Path, feeds: Sequence[dict[str, Any]], options: Any, *, at_once: int = AT_ONCE
+    outline: Path, feeds: Sequence[dict[str, Any]], options: Any, *, at_once: int = AT_ONCE, most_nodes: int = MOST_NODES
 ) -> list[dict[str, Any]]:
     """The outputs of the model at ``outline`` by name, as numpy arrays, for each of ``feeds``: its inputs by name.
 
@@ -45,7 +47,7 @@ def run_in_parts(
 
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(outline.parent))
     values = [{name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()} for feed in feeds]
-    for part in parts(outline, at_once):
+    for part in parts(outline, at_once, most_nodes):
         if not part.made:
             continue
         session = onnxruntime.InferenceSession(part.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -56,11 +58,17 @@ def run_in_parts(
                 raise PartError(number) from error
             known.update(zip(part.made, found, strict=True))
             values[number] = {name: known[name] for name in part.alive}
+            del found, known
+            give_back()
+        del session
     return [{name: value.numpy() for name, value in known.items()} for known in values]
 
 
-def parts(outline: Path, at_once: int = AT_ONCE) -> Iterator[Part]:
-    """Cut a model into parts of about ``at_once`` bytes of weights, where the types of all that crosses the cut are known."""
+def parts(outline: Path, at_once: int = AT_ONCE, most_nodes: int = MOST_NODES) -> Iterator[Part]:
+    """Cut a model into parts of about ``at_once`` bytes of weights and at most ``most_nodes`` nodes.
+
+    A cut waits until the types of all that crosses it are known, so a part can be larger.
+    """
     import onnx
 
     model = onnx.shape_inference.infer_shapes(load(outline))
@@ -73,7 +81,8 @@ def parts(outline: Path, at_once: int = AT_ONCE) -> Iterator[Part]:
     begin, held, before = 0, dict[str, int](), tuple(known)
     for index, node in enumerate(graph.node):
         more = {name: _bytes(weights[name]) for name in _reads(node) if name in weights}
-        if held and sum((held | more).values()) > at_once:
+        full = bool(held) and sum((held | more).values()) > at_once
+        if full or index - begin >= most_nodes:
             alive = tuple(name for name in known if last.get(name, -1) >= index)
             if all(name in types for name in alive):
                 yield _part(model, range(begin, index), before, alive, weights, types)

@@ -17,6 +17,7 @@ from torch.fx import Interpreter
 from torch.utils import _pytree as pytree
 
 from nm_compiler.equations import PRODUCTS
+from nm_compiler.memory import give_back
 from nm_compiler.uses import CONVS
 
 
@@ -27,7 +28,11 @@ class Wide(Interpreter):
         """One node: as it is, or wide."""
         tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         narrow = bool(tensors) and all(each.dtype == torch.float16 and each.device.type == "cpu" for each in tensors)
-        if not narrow or (target not in CONVS and target not in PRODUCTS):
+        if target not in CONVS and target not in PRODUCTS:
             return super().call_function(target, args, kwargs)
-        args, kwargs = pytree.tree_map_only(Tensor, Tensor.float, (args, kwargs))
-        return super().call_function(target, args, kwargs).half()
+        if narrow:
+            args, kwargs = pytree.tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        result = super().call_function(target, args, kwargs)
+        del args, kwargs, tensors
+        give_back()
+        return result.half() if narrow else result
