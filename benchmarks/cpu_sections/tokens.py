@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from cpu_sections.weights import linear, medians, pack, random_weight
+from cpu_sections.weights import linear, lying_as_lowered, medians, pack, random_weight
 from nm_compiler.pattern import Pattern
-from nm_compiler.runtime.native.pages import granted, mapping, tensor_in
 
 SHAPES = [(768, 768), (768, 3072), (4096, 4096), (4096, 11008)]
 COLD = 256 * 2**20
@@ -33,7 +31,7 @@ def tokens(pattern: Pattern, count: int, *, repeats: int) -> list[dict[str, Any]
         for name, dtype in (("packed", torch.float32), ("packed bf16", torch.bfloat16), ("packed int8", torch.int8)):
             packed = pack(weight, pattern, dtype=dtype)
             many = max(2, COLD // packed.nbytes)
-            copies = [replace(packed, values=_lowered(packed.values), codes=_lowered(packed.codes)) for _ in range(many)]
+            copies = [lying_as_lowered(packed) for _ in range(many)]
             work[name], sizes[name] = _in_turn([linear(copy, x) for copy in copies]), packed.nbytes
         times = medians(work, repeats)
         rows.append({
@@ -46,11 +44,6 @@ def tokens(pattern: Pattern, count: int, *, repeats: int) -> list[dict[str, Any]
             "int8 over float32": times["dense"] / times["packed int8"],
         })  # fmt: skip
     return rows
-
-
-def _lowered(part: torch.Tensor) -> torch.Tensor:
-    """A copy that lies as in a lowered graph."""
-    return tensor_in(*mapping(part.nbytes), part).copy_(part) if granted() else part.clone()
 
 
 def _dense(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
