@@ -51,6 +51,14 @@ def _unmeasured() -> None:
     unmeasured()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _choices_of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    """What other processes measured on this machine decides nothing here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NM_COMPILER_CACHE", str(tmp_path_factory.mktemp("choices")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
