@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from unmeasured import unmeasured
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # its disk cache does not see changes in an op's backward
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # its pool of processes would import torch once more for one small kernel
@@ -46,16 +47,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _compilers_do_what_is_tested_and_no_more() -> None:
-    """TorchDynamo flushes the caches of the processor for every frame, to log how long its guards take: 50 ms each.
+def _unmeasured() -> None:
+    unmeasured()
 
-    Inductor compiles a dozen small programs to learn which vectors there are, and kernels for each of them.
-    """
-    import torch._dynamo.guards
-    import torch._inductor.config
 
-    vars(torch._dynamo.guards)["profile_guard_manager"] = lambda *_: 0.0
-    torch._inductor.config.cpp.simdlen = 0
+@pytest.fixture(scope="session", autouse=True)
+def _choices_of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    """What other processes measured on this machine decides nothing here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NM_COMPILER_CACHE", str(tmp_path_factory.mktemp("choices")))
+        yield
 
 
 @pytest.fixture(autouse=True)
