@@ -63,7 +63,7 @@ def _layer(row: dict[str, Any], peak: float) -> list[str]:
     return [row["layer"], f"{dense:.3f}", f"{packed:.3f}", f"{row['speedup']:.2f}x", f"{row['gflops']:.0f}", share]
 
 
-def tokens(patterns: Sequence[str], library: Library, memory: float, repeats: int) -> list[dict[str, Any]]:
+def tokens(patterns: Sequence[str], library: Library, reads: float, repeats: int) -> list[dict[str, Any]]:
     """Print and return one table a pattern and number of tokens."""
     from cpu_sections.tokens import tokens as measured
 
@@ -71,7 +71,7 @@ def tokens(patterns: Sequence[str], library: Library, memory: float, repeats: in
     for text in patterns:
         for count in (1, 4, 16):
             rows = measured(Pattern.parse(text), count, repeats=repeats)
-            print(f"\n{text}, {count} tokens, cold weights, {library.isa}; this machine reads {memory:.1f} GB/s")
+            print(f"\n{text}, {count} tokens, cold weights, {library.isa}; this machine reads {reads:.1f} GB/s")
             head = ["layer", "over float32", "bf16/bf16", "int8/float32", "bytes", "dense GB/s", "packed GB/s"]
             body = [
                 [row["layer"], f"{row['speedup']:.2f}x", f"{row['bf16 over bf16']:.2f}x", f"{row['int8 over float32']:.2f}x",
@@ -143,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cpu_sections.machine import limits
 
     started, machine = environment(args.threads), limits(library)
-    print(f"one thread, {library.isa}: {machine['gflops']:.0f} GFLOP/s in registers, {machine['gbytes']:.1f} GB/s from memory")
+    reads = f"{machine['gbytes']:.1f} GB/s from memory, {machine['gbytes in huge pages']:.1f} from huge pages"
+    print(f"one thread, {library.isa}: {machine['gflops']:.0f} GFLOP/s in registers, {reads}")
     patterns, wanted = args.patterns.split(","), args.sections.split(",")
     repeats = 3 if args.quick else 15
     body: dict[str, Any] = {"isa": library.isa, "machine": machine}
@@ -151,7 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         peak = machine["gflops"] * args.threads
         body["layers"] = layers(patterns, library, peak, repeats, args.quick)
     if "tokens" in wanted:
-        body["tokens"] = tokens(patterns[:1] if args.quick else patterns[:2], library, machine["gbytes"], repeats)
+        body["tokens"] = tokens(
+            patterns[:1] if args.quick else patterns[:2], library, machine["gbytes in huge pages"], repeats
+        )
     if "nets" in wanted:
         body["nets"] = nets(args.nets.split(","), min(repeats, 7), args.quick, args.only)
     write(Path(args.out), started, body)

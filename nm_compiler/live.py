@@ -36,6 +36,7 @@ from nm_compiler.graph import reads, run
 from nm_compiler.lifting import Lifted, form_of, lift
 from nm_compiler.ops.weights import stands_for_weight
 from nm_compiler.recipe import pipeline
+from nm_compiler.routes import way_back
 from nm_compiler.sharding import is_sharded, parallel
 from nm_compiler.uses import Blocked, uses
 
@@ -64,6 +65,7 @@ class Live(Fragments):
         self.pieces: list[LiveFragment] = []
         self.ran = False  # whether a fragment has run in this call
         self._watched: set[int] = set()
+        self._tried: set[tuple[int, bool, bool]] = set()
         self._watching = False
         self._entries: dict[int, tuple[nn.Module, Callable[..., Any], Any]] = {}
 
@@ -78,12 +80,17 @@ class Live(Fragments):
                 self._entries[id(module)] = known
         if id(module) not in self._watched:
             self.ran = self._watching = False
+            mode = id(module), module.training, torch.is_grad_enabled()
+            back = way_back(self.model) if mode not in self._tried else None  # it costs too much for every call
+            self._tried.add(mode)
             try:
                 result = self.guarded(known[1], args, kwargs, watched=False)
                 if self.ran:  # one fragment, and nothing outside it
                     return result
             except Broken:
                 pass
+            if back is not None:  # Python between fragments has run, and runs again
+                back()
             self._watched.add(id(module))
         self._watching = True
         return self.guarded(known[1], args, kwargs)
@@ -248,8 +255,12 @@ def compile_lifted(lifted: Lifted, model: nn.Module, inputs: Sequence[Any], then
         value: Tensor = store[leaf]
         states.append(value if mode is None else mode.from_tensor(value, static_shapes=True))
     backend: Any = lookup_backend(then)
-    compiled: Callable[..., Any] = backend(lifted.gm, [*states, *inputs])
-    return compiled
+    if then == "inductor":
+        from nm_compiler.inductor import compiled
+
+        return compiled(backend, lifted.gm, [*states, *inputs])
+    made: Callable[..., Any] = backend(lifted.gm, [*states, *inputs])
+    return made
 
 
 def frame_code() -> Any:

@@ -132,6 +132,7 @@ class Prepared:
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the model, or a part of it that is called by itself. Raises NMError where a weight would be dense."""
         from nm_compiler.live import Undecided
+        from nm_compiler.routes import way_back
 
         self._check_modules()
         self._check_options()
@@ -140,10 +141,13 @@ class Prepared:
                 f"this {type(self.origin).__name__} was in shards before its first call, which plans it: run one batch "
                 "through the model after nm.compile and before fully_shard (on the meta device if it is large)"
             )
+        back = way_back(self.origin) if self.candidates or not self.looked else None
         with self._inside():
             try:
                 result = self.live.call(module, args, kwargs)
             except Undecided:
+                if back is not None:  # what ran before the weight was met is run again
+                    back()
                 if module is self.origin:
                     self._look(args, kwargs)
                 self.live.parts = True
@@ -196,8 +200,8 @@ class Prepared:
         """Containers may be others now, as models swap them in forward, if the layers in them are the same. Else NMError."""
         known = {path: module for _, _, module, path in self._links or ()}
         names = [*self.sites, *self.candidates]
-        for path in {name.rpartition(".")[0] for name in names} - {""}:
-            if owner_at(self.origin, path) is not known[path]:
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in names):  # in their order: the first is named
+            if path and owner_at(self.origin, path) is not known[path]:
                 raise replaced(path if path in moved else moved[0])
         if not self.bare:
             install(self, names)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,16 +87,27 @@ def check_outside(
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run the model and have nothing to show for it: buffers, plain attributes and random states are as before."""
+    back = way_back(model)
+    try:
+        yield
+    finally:
+        back()
+
+
+def way_back(model: nn.Module) -> Callable[[], None]:
+    """What puts buffers, plain attributes and random states back to what they are now."""
     attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    python, numeric = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
+    python, numeric, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    there = [(index, torch.cuda.get_rng_state(index)) for index in devices]
+
+    def back() -> None:
         random.setstate(python)
         np.random.set_state(numeric)
+        torch.set_rng_state(own)
+        for index, state in there:
+            torch.cuda.set_rng_state(state, index)
         for module, before, buffers in attributes:
             module.__dict__.clear()
             module.__dict__.update(before)
@@ -105,6 +116,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)
+
+    return back
 
 
 def copies_of(values: Any) -> Any:

@@ -26,7 +26,10 @@ ADD = (aten.add.Tensor, aten.add_.Tensor)
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 _PLAIN = {
     aten.relu.default: "relu", aten.relu_.default: "relu", aten.silu.default: "silu", aten.silu_.default: "silu",
+    aten.relu6.default: "relu6", aten.relu6_.default: "relu6", aten.hardswish.default: "hardswish",
+    aten.hardswish_.default: "hardswish",
 }  # fmt: skip
+_CLAMPS = (aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default, aten.clamp_.default)
 _RESIDUAL = 5  # where the op's arguments have it
 
 
@@ -81,6 +84,8 @@ def _nothing(node: Node) -> bool:
 def _activation(step: Node) -> str | None:
     if step.target is aten.gelu.default:
         return "gelu_tanh" if step.kwargs.get("approximate", "none") == "tanh" else "gelu"
+    if step.target in _CLAMPS:
+        return "relu6" if tuple(step.args[1:]) == (0, 6) and not step.kwargs else None
     return _PLAIN.get(step.target)  # type: ignore[call-overload, no-any-return]
 
 

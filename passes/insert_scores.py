@@ -5,8 +5,7 @@
     %y = aten.linear(%x, %w, %b)    %s = self.fc.weight_scores                               # [out, in], by position
                                     %l = self.fc.weight_live                                 # [out, in / m, ceil(C / 8)]
                                     %t = self.unions_2of4                                    # [ceil(C / 8), 256, m]
-                                    %k = nm.live_mask(%l, %t, [out, in], [0, 1])             # bool [out, in]
-                                    %v = nm.score_weight(%w, %s, %l, %k, %t, 1, [0, 1], True)
+                                    %v = nm.score_weight(%w, %s, %l, %t, 1, [0, 1], True)
                                     %y = aten.linear(%x, %v, %b)
 
 Safe because a live set that covers every position makes the mask all ones, and the product itself is untouched.
@@ -45,9 +44,8 @@ def _scored(gm: GraphModule, weight: Node, *, site: Site, by_position: bool) -> 
     name, make = table_of(pattern, by_position)
     known = gm.__dict__["extras"].get(name)
     table = constant(gm, name, make().to(getattr_path(gm, weight.target).device) if known is None else known)
-    shape, last = list(site.shape), 1 if pattern.has_table else pattern.n
-    mask = call(gm, nm.live_mask.default, (live, table, shape, site.rows), f"{weight.name}_mask")
-    arguments = (weight, scores, live, mask, table, last, site.rows, by_position)
+    last = 1 if pattern.has_table else pattern.n
+    arguments = (weight, scores, live, table, last, site.rows, by_position)
     return call(gm, nm.score_weight.default, arguments, f"{weight.name}_masked")
 
 

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,34 +67,23 @@ def key_of(device: torch.device, **facts: Any) -> str:
     """One line that names a measurement: the machine, the versions, and ``facts``."""
     from nm_compiler import __version__
 
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} {torch.get_num_threads()} threads"
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} {torch.get_num_threads()} threads"
     parts = {"device": name, "torch": torch.__version__, "nm": __version__, **facts}
     return "; ".join(f"{key}={value}" for key, value in parts.items())
 
 
 def side_by_side(
-    dense: Callable[[], object],
-    sparse: Callable[[], object],
-    device: torch.device,
-    rounds: int = _ROUNDS,
-    between: Callable[[], None] | None = None,
+    dense: Callable[[], object], sparse: Callable[[], object], device: torch.device, rounds: int = _ROUNDS
 ) -> Timing:
-    """Time both, in turn, as often as a call needs to be longer than the clock's noise. between: called before each."""
+    """Time both, in turn, as often as a call needs to be longer than the clock's noise."""
     wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
-    between = between or _nothing
     for work in (dense, sparse, dense, sparse):
-        between()
         work()
     wait()
     calls = max(1, round(_LEAST_S / max(_once(dense, 1, wait), 1e-6)))
     taken: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds):
         for which in (0, 1) if number % 2 else (1, 0):
-            between()
             taken[which].append(_once((dense, sparse)[which], calls, wait))
     return Timing(statistics.median(taken[0]), statistics.median(taken[1]))
 
@@ -113,8 +103,18 @@ def _once(work: Callable[[], object], calls: int, wait: Callable[[], None]) -> f
     return (time.perf_counter() - begin) / calls
 
 
+@cache
+def _processor() -> str:
+    """Its name, where Linux says it, and what torch finds it able to do."""
+    lines = [platform.machine()]
+    with contextlib.suppress(OSError):
+        named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        lines += [line.partition(":")[2].strip() for line in named[:1]]
+    return " ".join([*lines, torch.backends.cpu.get_cpu_capability()])
+
+
 def _nothing() -> None:
-    """A CPU has done its work when the call returns; and there is nothing to do in between."""
+    """A CPU has done its work when the call returns."""
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

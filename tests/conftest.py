@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 import torch
+from unmeasured import unmeasured
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # its disk cache does not see changes in an op's backward
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # its pool of processes would import torch once more for one small kernel
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+gc.set_threshold(20_000, 20, 20)  # tracing makes many objects that live: looking for garbage less often is a twentieth faster
+
+# pytest listens to every logger that does not propagate. torch writes megabytes to this one as soon as it has a listener.
+logging.getLogger("torch.__trace").handlers.clear()
+logging.getLogger("torch.__trace").propagate = True
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -36,6 +44,19 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.skipped and os.environ.get("NM_CI") and needed:
         report.outcome, report.longrepr = "failed", f"required, but skipped: {report.longrepr}"
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _unmeasured() -> None:
+    unmeasured()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _choices_of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    """What other processes measured on this machine decides nothing here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NM_COMPILER_CACHE", str(tmp_path_factory.mktemp("choices")))
+        yield
 
 
 @pytest.fixture(autouse=True)

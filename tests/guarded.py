@@ -93,7 +93,8 @@ def main(products: int = 80) -> None:
     places = {name: Guarded(4 << 20) for name in ("x", "values", "codes", "scales", "bias", "residual")}
     for isa, library in libraries().items():
         sweep(library, places, products)
-        sweep_weights(library, {name: Guarded(4 << 20) for name in ("weight", "grad", "mask", "out")}, products)
+        names = ("weight", "grad", "mask", "out", "second", "live", "table")
+        sweep_weights(library, {name: Guarded(4 << 20) for name in names}, products)
         sys.stdout.write(f"{isa}\n")
     status = fork(library)
     sys.stdout.write("fork\n")

@@ -26,6 +26,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"),
     "silu": functional.silu,
+    "relu6": functional.relu6,
+    "hardswish": functional.hardswish,
 }
 FORMS = ("plain", "offset", "sliced", "turned", "channels_last")
 

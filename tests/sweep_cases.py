@@ -23,7 +23,7 @@ LAYOUTS = ("linear", "transposed", "conv", "channels_last", "experts", "experts_
 HALF = (torch.float16, torch.bfloat16)
 REAL = (torch.float32, torch.float64)
 Place = Callable[[str, Tensor], Tensor]
-"""Where an operand lies, by its name: weight, grad, mask or out."""
+"""Where an operand lies, by its name: weight, grad, mask, live, table, out or second."""
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def check_masks(case: Case, library: Library, place: Place = lambda _, t: t) -> 
 def check_live(case: Case, library: Library, place: Place = lambda _, t: t) -> None:
     """Everything that training with live sets does."""
     weight, grad, pattern = place("weight", case.weight()), place("grad", case.weight(1)), case.pattern
-    live, table, at = case.live(), byte_table(pattern), case.rows
+    live, table, at = place("live", case.live()), place("table", byte_table(pattern)), case.rows
     expected = torch.empty(weight.shape, dtype=torch.bool)
     rows = as_rows(expected, at)
     rows.copy_(union(live, table).view(rows.shape))
@@ -146,12 +146,16 @@ def check_live(case: Case, library: Library, place: Place = lambda _, t: t) -> N
     with swept_by(library):
         if sweeps.cover(live, table, as_rows(mask, at)):
             assert torch.equal(mask, expected)
-    mask = place("mask", torch.empty_like(weight, dtype=torch.bool).copy_(expected))
-    results = place("out", torch.empty_like(weight)), torch.empty_like(weight)
+    none = bits(weight.new_zeros(()))
+    kept = place("out", torch.empty_like(weight))
     with swept_by(library):
-        g, w, seen, dw, ds = (as_rows(t, at) for t in (grad, weight, mask, *results))
-        assert sweeps.gradients(g, w, live, seen, (dw, ds), pattern.m)
-    through = torch.where(mask, grad, grad.new_zeros(()))
+        assert sweeps.covered(as_rows(weight, at), live, table, as_rows(kept, at))
+    assert torch.equal(bits(kept), torch.where(expected, bits(weight), none))
+    results = place("out", torch.empty_like(weight)), place("second", torch.empty_like(weight))
+    with swept_by(library):
+        g, w, dw, ds = (as_rows(t, at) for t in (grad, weight, *results))
+        assert sweeps.gradients(g, w, live, table, (dw, ds))
+    through = torch.where(expected, grad, grad.new_zeros(()))
     assert torch.equal(bits(results[0]), bits(through))
     moved, choice = weight * through, undecided(live, packed=True, last=1)
     groups = as_rows(moved, at).unflatten(-1, (-1, pattern.m))

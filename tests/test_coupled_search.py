@@ -66,7 +66,7 @@ def test_the_orders_depend_on_seed_and_numbers_and_not_on_how_many_threads_there
 def test_time_goes_where_there_is_something_to_gain() -> None:
     flat = Problem(Pattern(2, 4), 64, 40, lambda: [Member(np.ones((40, 64)))])
     rich = problem(40, 64)
-    nothing, something = search_all([flat, rich], numbers=2e8, workers=1)
+    nothing, something = search_all([flat, rich], numbers=5e7, workers=1)
     assert nothing.gain == 0.0
     assert something.moves > 20 * max(1, nothing.moves)
 

@@ -52,24 +52,19 @@ def train(
     return history, losses
 
 
-def worker(rank: int, store: str, out: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    try:
-        for name, method in METHODS.items():
-            sparse, optimizer = parts(method)
-            parallel = nn.parallel.DistributedDataParallel(sparse)
-            scheduler = nm.SparsityScheduler(parallel, total_steps=STEPS)
-            torch.save(train(parallel, optimizer, scheduler, rank, 2, range(STEPS)), f"{out}/{name}.{rank}")
-    finally:
-        torch.distributed.destroy_process_group()
+def worker(rank: int, out: str) -> None:
+    for name, method in METHODS.items():
+        sparse, optimizer = parts(method)
+        parallel = nn.parallel.DistributedDataParallel(sparse)
+        scheduler = nm.SparsityScheduler(parallel, total_steps=STEPS)
+        torch.save(train(parallel, optimizer, scheduler, rank, 2, range(STEPS)), f"{out}/{name}.{rank}")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What both ranks found, all methods in one pair of processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_two(worker, str(folder / "store"), str(folder))
+    run_two(worker, str(folder))
     return folder
 
 
@@ -90,10 +85,8 @@ def test_two_processes_train_as_one_with_the_same_global_batch_uneven_last_batch
                 assert torch.equal(first[step][key], value), (step, key)
 
 
-def dying(rank: int, store: str, folder: str) -> None:
+def dying(rank: int, folder: str) -> None:
     """Every step is saved; in the seventh rank 1 is killed before its backward pass, as a machine that goes away."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     sparse, optimizer = parts(nm.LBC())
     parallel = nn.parallel.DistributedDataParallel(sparse)
     scheduler = nm.SparsityScheduler(parallel, total_steps=STEPS)
@@ -106,7 +99,7 @@ def dying(rank: int, store: str, folder: str) -> None:
 
 def test_a_rank_that_dies_leaves_a_checkpoint_from_which_the_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
-        run_two(dying, str(tmp_path / "store"), str(tmp_path))
+        run_two(dying, str(tmp_path))
     sparse, optimizer = parts(nm.LBC())
     scheduler = nm.SparsityScheduler(sparse, total_steps=STEPS)
     nm.load_checkpoint(tmp_path / "run.pt", model=sparse, optimizer=optimizer, scheduler=scheduler)

@@ -65,6 +65,63 @@ def test_the_model_is_the_users_own_with_its_state_there_before_the_first_call()
     assert [row.reason.split(":")[0] for row in nm.report(model).rows] == ["stem", "training", "head"]
 
 
+class LayerDrop(nn.Module):
+    """Leaves a layer out by the toss of a coin, in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.norm = nn.BatchNorm1d(16)
+        self.batches = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batches += 1
+        h = self.norm(torch.relu(self.stem(x)))
+        for layer in self.layers:
+            if not self.training or torch.rand([]) >= 0.5:
+                h = h + torch.relu(layer(h))
+        return self.head(h)
+
+
+def tossed(calls: int) -> Tensor:
+    """Which layers `LayerDrop` runs, by call."""
+    torch.manual_seed(1)
+    return torch.stack([torch.rand([]) for _ in range(calls * 3)]).view(calls, 3) >= 0.5
+
+
+def test_a_layer_that_the_model_leaves_out_by_chance_is_counted_as_often_as_it_ran() -> None:
+    model, x = nm.compile(LayerDrop(), method=nm.LBC(), then="eager"), positive()
+    model.eval()(x)
+    ran = tossed(8).sum(0) + 1
+    torch.manual_seed(1)
+    train(model.train(), x, 8)
+    assert 1 < ran.min() < ran.max() < 9
+    found = {row.name: row.runs for row in nm.report(model).rows if row.status == "sparse"}
+    assert found == {f"layers.{index}.weight": count for index, count in enumerate(ran.tolist())}
+
+
+def test_a_mode_that_turns_out_to_come_in_fragments_runs_its_python_once() -> None:
+    model, x = nm.compile(LayerDrop(), method=nm.LBC(), then="eager"), positive()
+    model.eval()(x)
+    model.train()(x)
+    assert model.batches == 2
+    assert model.norm.num_batches_tracked == 1
+
+
+def test_a_weight_that_is_first_met_within_a_call_leaves_no_trace_of_the_call_that_is_begun_again() -> None:
+    model, x = nm.compile(LayerDrop(), method=nm.LBC(), then="eager"), positive()
+    first, second = tossed(2).tolist()
+    assert any(now and not before for before, now in zip(first, second, strict=True))
+    torch.manual_seed(1)
+    train(model, x, 2)
+    assert model.batches == 2
+    assert model.norm.num_batches_tracked == 2
+    following = torch.rand([])
+    tossed(2)
+    assert following == torch.rand([])
+
+
 @each_method
 def test_schedule_report_verify_telemetry_and_freeze_work_on_it(method: nm.Method) -> None:
     model = nm.compile(ConvNet(), method=method, then="aot_eager")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import MLP
+from ranks import run_two
 from torch import nn
 
 import nm_compiler as nm
@@ -39,17 +40,12 @@ def trained(rank: int | None) -> dict[str, Any]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def worker(rank: int, store: str, out: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    try:
-        torch.save(trained(rank), f"{out}.{rank}")
-    finally:
-        torch.distributed.destroy_process_group()
+def worker(rank: int, out: str) -> None:
+    torch.save(trained(rank), f"{out}.{rank}")
 
 
 def test_two_processes_train_what_one_does_and_an_early_wrap_is_an_error(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(worker, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
+    run_two(worker, str(tmp_path / "out"))
     first, second = (torch.load(tmp_path / f"out.{rank}") for rank in (0, 1))
     alone = trained(None)
     assert first.keys() == alone.keys()

@@ -254,15 +254,10 @@ def tensor_parallel(rank: int, folder: str) -> dict[str, Any]:
     return found
 
 
-def worker(rank: int, store: str, folder: str, jobs: dict[str, tuple[Callable[..., Any], dict[str, Any]]]) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    try:
-        for name, (job, options) in jobs.items():
-            torch._dynamo.reset()  # which looks through what it compiled for other models
-            torch.save(job(rank=rank, folder=folder, **options), f"{folder}/{name}.{rank}")
-    finally:
-        torch.distributed.destroy_process_group()
+def worker(rank: int, folder: str, jobs: dict[str, tuple[Callable[..., Any], dict[str, Any]]]) -> None:
+    for name, (job, options) in jobs.items():
+        torch._dynamo.reset()  # which looks through what it compiled for other models
+        torch.save(job(rank=rank, folder=folder, **options), f"{folder}/{name}.{rank}")
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +270,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     jobs = {name: (trained, {"method": method}) for name, method in METHODS.items()}
     slow = (in_bfloat16, from_meta) if request.config.getoption("--slow") else ()
     more = (checkpoints, too_early, tensor_parallel, *slow)
-    run_two(worker, str(place / "store"), str(place), jobs | {job.__name__: (job, {}) for job in more})
+    run_two(worker, str(place), jobs | {job.__name__: (job, {}) for job in more})
     return place
 
 
@@ -376,7 +371,7 @@ def test_more_methods_and_compilers_and_buffers_left_whole_train_what_one_proces
     cases: dict[str, dict[str, Any]] = {name: {"method": method} for name, method in MORE.items()}
     cases |= {f"whole-{name}": {"method": method, "parameters": False} for name, method in METHODS.items()}
     cases |= {then: {"method": MORE["LBCBiMask"], "then": then} for then in ("aot_eager", "inductor")}
-    run_two(worker, str(tmp_path / "store"), str(tmp_path), {name: (trained, options) for name, options in cases.items()})
+    run_two(worker, str(tmp_path), {name: (trained, options) for name, options in cases.items()})
     for name, options in cases.items():
         alone = train(made(options["method"], None), None, range(STEPS))
         for found in both(tmp_path, name):

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,dict-item,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
 """nm.lower(backend="cpu"): packed products, what is fused into them, what is measured, reported and refused."""
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ from nm_compiler.runtime.choose import Timing
 from nm_compiler.runtime.native import library as library_module
 from nm_compiler.runtime.native.eligible import Conv
 from nm_compiler.runtime.native.library import Library, load
-from nm_compiler.runtime.native.measuring import _conv_ways, _linear_ways, _sparse, timed
+from nm_compiler.runtime.native.measuring import (
+    _conv_prepacked,
+    _conv_ways,
+    _linear_prepacked,
+    _linear_ways,
+    _sparse,
+    timed,
+)
 from nm_compiler.runtime.native.ops import CONV2D, LINEAR
 from nm_compiler.runtime.native.packing import pack, unpack
 from nm_compiler.runtime.native.whole import Whole, compared
@@ -88,10 +95,10 @@ def test_the_passes_of_the_backend_compute_the_same_and_look_as_read(kind: Any, 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     lowered = forced(model, x)
     assert lowered.error < 1e-5
-    assert [name for name, _, _ in stages] == ["lower_cpu", "fuse_epilogues", "pool_channels_last"]
+    assert [name for name, _, _ in stages] == ["lower_cpu", "fuse_epilogues", "huge_pages", "pool_channels_last"]
     for name, text, _ in stages[:2]:
         golden(f"{name}_{kind.__name__.lower()}", text)
-    assert stages[2][1] == stages[1][1], "there is nothing to pool"
+    assert stages[3][1] == stages[2][1] == stages[1][1], "there is nothing to pool"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the model is not touched"
     for batch in (1, 5):
         torch.testing.assert_close(lowered(example(model, batch, 1)), model(example(model, batch, 1)), rtol=1e-5, atol=1e-5)
@@ -105,14 +112,14 @@ def test_a_max_pooling_of_rows_runs_with_channels_innermost_and_one_that_lies_so
     x = torch.randn(2, 3, 11, 9)
     model = frozen(net, x)
     lowered = forced(model, x)
-    golden("pool_channels_last_net", stages[2][1])
+    golden("pool_channels_last_net", stages[3][1])
     for batch in (1, 4):
         data = torch.randn(batch, 3, 11, 9)
         torch.testing.assert_close(lowered(data), model(data), rtol=1e-5, atol=1e-5)
     assert lowered(x).is_contiguous()
     last = x.contiguous(memory_format=torch.channels_last)
     nm.lower(model.to(memory_format=torch.channels_last), (last,), backend="cpu", force=["*"])
-    assert stages[5][1] == stages[4][1]
+    assert stages[7][1] == stages[6][1]
 
 
 class Net(nn.Module):
@@ -162,6 +169,11 @@ FUSED: dict[str, tuple[Any, bool, str]] = {  # forward, whether a residual is ad
     "silu": (lambda net, h: functional.silu(net.fc(h)), False, "silu"),
     "gelu": (lambda net, h: functional.gelu(net.fc(h)), False, "gelu"),
     "gelu of tanh": (lambda net, h: functional.gelu(net.fc(h), approximate="tanh"), False, "gelu_tanh"),
+    "relu6": (lambda net, h: functional.relu6(net.fc(h)), False, "relu6"),
+    "relu6 in place": (lambda net, h: functional.relu6(net.fc(h), inplace=True), False, "relu6"),
+    "a clamp that is relu6": (lambda net, h: net.fc(h).clamp(0, 6), False, "relu6"),
+    "another clamp": (lambda net, h: net.fc(h).clamp(-1, 1), False, ""),
+    "hardswish": (lambda net, h: functional.hardswish(net.fc(h), inplace=True), False, "hardswish"),
     "an addition": (lambda net, h: net.fc(h) + h, True, ""),
     "an addition from the other side": (lambda net, h: h + net.fc(h), True, ""),
     "an addition in place, then relu": (added_in_place, True, "relu"),
@@ -370,7 +382,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[int,
     """Products with 32 outputs are twice as fast sparse, others half as fast: no clock is read. Gives what was measured."""
     found: list[tuple[int, ...]] = []
 
-    def fake(weight: Tensor, packed: Any, x: Tensor, bias: Any, conv: Any) -> Timing:
+    def fake(weight: Tensor, packed: Any, x: Tensor, bias: Any, conv: Any, *, inductor: bool) -> Timing:
         found.append((*weight.shape, *x.shape))
         return Timing(2e-3, 1e-3) if weight.shape[0] == 32 else Timing(1e-3, 2e-3)
 
@@ -417,7 +429,8 @@ def test_each_distinct_product_is_measured_once_and_the_faster_way_runs(measured
     assert len(measured) == before, "known from the file"
     known = json.loads((tmp_path / "choices.json").read_text())
     assert len(known) == before
-    assert all("isa=" in key and "threads" in key and "torch=" in key for key in known)
+    named = ("isa=", "kernels=", "threads", "torch=", torch.backends.cpu.get_cpu_capability())
+    assert all(part in key for key in known for part in named)
     nm.lower(
         model, (x.contiguous(memory_format=torch.channels_last),), backend="cpu", options={"cache": tmp_path / "other.json"}
     )
@@ -443,9 +456,11 @@ def test_a_graph_whose_products_win_and_which_loses_as_a_whole_stays_dense(measu
     times = {"eager": 1.0e-3, "packed": 1.25e-3, "inductor": 0.9e-3, "packed, inductor": 0.6e-3}
     asked: list[bool] = []
 
-    def fake(dense: nn.Module, packed: nn.Module, flat: Any, *, inductor: bool) -> Whole:
+    def fake(dense: nn.Module, packed: dict[str, nn.Module], flat: Any, *, inductor: bool) -> Whole:
         asked.append(inductor)
-        torch.testing.assert_close(dense(*flat), packed(*flat), rtol=1e-4, atol=1e-5)
+        assert list(packed) == ["packed", "packed, channels last"]
+        for each in packed.values():
+            torch.testing.assert_close(dense(*flat), each(*flat), rtol=1e-4, atol=1e-5)
         return Whole(times if inductor else {way: times[way] for way in ("eager", "packed")})
 
     monkeypatch.setattr(cpu, "compared", fake)
@@ -469,8 +484,8 @@ def test_whole_graphs_are_timed_in_every_way() -> None:
     model, _ = choices()
     flat = (torch.randn(3, 3, 8, 8),)
     lowered = nm.lower(model, flat, backend="cpu", force=["*"])
-    assert list(compared(lowered.run, lowered.run, flat, inductor=False).seconds) == ["eager", "packed"]
-    every = compared(lowered.run, lowered.run, flat, inductor=True)
+    assert list(compared(lowered.run, {"packed": lowered.run}, flat, inductor=False).seconds) == ["eager", "packed"]
+    every = compared(lowered.run, {"packed": lowered.run}, flat, inductor=True)
     assert list(every.seconds) == ["eager", "packed", "inductor", "packed, inductor"]
     assert min(every.seconds.values()) > 0
 
@@ -500,13 +515,14 @@ def test_all_ways_that_are_measured_compute_the_same() -> None:
         weight, x = masked(torch.randn(shape), pattern=at, axis=1), torch.randn(size)
         packed = pack(weight, at, conv_groups=1 if conv is None else conv.groups)
         assert torch.equal(unpack(packed), weight)
-        ways = _linear_ways(weight, x, bias) if conv is None else _conv_ways(weight, x, bias, conv)
+        given = (weight, x, bias) if conv is None else (weight, x, bias, conv)
+        eager, prepacked = (_linear_ways, _linear_prepacked) if conv is None else (_conv_ways, _conv_prepacked)
         wanted = _sparse(packed, x, bias, conv)()
-        found = list(ways)
-        assert len(found) >= 2
+        found = [*eager(*given), *prepacked(*given)]
+        assert len(found) == 3
         for way in found:
             torch.testing.assert_close(way().reshape(wanted.shape), wanted, rtol=1e-4, atol=1e-4)
-    assert timed(weight, packed, x, bias, conv).dense_s > 0
+        assert timed(weight, packed, x, bias, conv, inductor=True).dense_s > 0
 
 
 # -- without kernels --------------------------------------------------------------------------------------------------------

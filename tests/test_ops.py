@@ -36,8 +36,7 @@ def scored(in_axis: int = 1, by_position: bool = True) -> tuple[Any, ...]:
     table = byte_table(Pattern(2, 4)) if by_position else combination_table(Pattern(2, 4))
     kept = pack(live) if by_position else live.to(torch.uint8)
     rows = [0, 2, 1] if in_axis else [1, 0]
-    mask = OPS.live_mask(kept, table, list(shape), rows)
-    return weight, scores.requires_grad_(), kept, mask, table, 1, rows, by_position
+    return weight, scores.requires_grad_(), kept, table, 1, rows, by_position
 
 
 def requires(*shape: int) -> torch.Tensor:

@@ -38,6 +38,7 @@ from nm_compiler.pattern import Pattern, PatternMap
 from nm_compiler.prepared import loaded_dense, not_yet, too_late
 from nm_compiler.runtime.backends import cpu as cpu_backend
 from nm_compiler.runtime.backends import cusparselt as cusparselt_backend
+from nm_compiler.runtime.backends.base import Job
 from nm_compiler.runtime.backends.choosing import _hint, _short, choose_backend
 from nm_compiler.runtime.backends.dense import Dense
 from nm_compiler.runtime.backends.tensorrt import _decided
@@ -192,11 +193,11 @@ def on_cpu(
 
 def measured_on_cpu(model: nn.Module, x: Tensor, name: str) -> Decision:
     """Of a product that was twice as slow sparse."""
-    gm = capture_mode(model, (x,), {}, training=False)[0]
+    gm, signature = capture_mode(model, (x,), {}, training=False)
     node = next(each for each in gm.graph.nodes if len(each.args) > 1 and getattr(each.args[1], "target", None) == name)
     at = site(*model.get_parameter(name).shape)
     each = Planned(node.name, name, replace(at, op="linear" if len(at.shape) == 2 else "conv2d"), torch.float32)
-    job = SimpleNamespace(gm=gm, force=())
+    job = Job(gm, signature, {}, (x,))
     choices = SimpleNamespace(find=lambda key, measure: Timing(1e-3, 2e-3))
     with patch.object(cpu_backend, "pack", lambda *_, **__: SimpleNamespace(nbytes=1)):
         return cpu_backend._decide(job, each, node, choices, None)

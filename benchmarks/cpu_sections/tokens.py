@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from cpu_sections.weights import linear, medians, pack, random_weight
+from cpu_sections.weights import linear, lying_as_lowered, medians, pack, random_weight
 from nm_compiler.pattern import Pattern
 
 SHAPES = [(768, 768), (768, 3072), (4096, 4096), (4096, 11008)]
@@ -32,7 +31,7 @@ def tokens(pattern: Pattern, count: int, *, repeats: int) -> list[dict[str, Any]
         for name, dtype in (("packed", torch.float32), ("packed bf16", torch.bfloat16), ("packed int8", torch.int8)):
             packed = pack(weight, pattern, dtype=dtype)
             many = max(2, COLD // packed.nbytes)
-            copies = [replace(packed, values=packed.values.clone(), codes=packed.codes.clone()) for _ in range(many)]
+            copies = [lying_as_lowered(packed) for _ in range(many)]
             work[name], sizes[name] = _in_turn([linear(copy, x) for copy in copies]), packed.nbytes
         times = medians(work, repeats)
         rows.append({

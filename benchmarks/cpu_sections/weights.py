@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from harness import interleaved, seconds
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from nm_compiler.pattern import Pattern
 from nm_compiler.runtime.native.ops import CONV2D, LINEAR
-from nm_compiler.runtime.native.packing import Packed, pack
+from nm_compiler.runtime.native.packing import Packed
+from nm_compiler.runtime.native.packing import pack as pack_anywhere
+from nm_compiler.runtime.native.pages import granted, mapping, tensor_in
 
 
 def random_weight(shape: tuple[int, ...], pattern: Pattern) -> Tensor:
@@ -22,6 +26,22 @@ def random_weight(shape: tuple[int, ...], pattern: Pattern) -> Tensor:
     kept = grouped.argsort(-1).argsort(-1) < pattern.n
     masked: Tensor = weight * kept.flatten(-2).movedim(-1, 1)
     return masked
+
+
+def pack(weight: Tensor, pattern: Pattern, dtype: torch.dtype = torch.float32) -> Packed:
+    """Packed, and in memory as a lowered graph has it."""
+    return lying_as_lowered(pack_anywhere(weight, pattern, dtype=dtype))
+
+
+def lying_as_lowered(packed: Packed) -> Packed:
+    """A copy in huge pages, where there are any."""
+    parts = {name: getattr(packed, name) for name in ("values", "codes", "scales")}
+    copied: dict[str, Any] = {name: _copied(part) for name, part in parts.items() if part is not None}
+    return replace(packed, **copied)
+
+
+def _copied(part: Tensor) -> Tensor:
+    return tensor_in(*mapping(part.nbytes), part).copy_(part) if granted() else part.clone()
 
 
 def linear(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Callable[[], Tensor]:
@@ -52,6 +72,3 @@ def medians(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str,
 def _repeat(work: Callable[[], object], calls: int) -> None:
     for _ in range(calls):
         work()
-
-
-__all__ = ["convolution", "linear", "medians", "pack", "random_weight"]

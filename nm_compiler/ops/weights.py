@@ -9,49 +9,57 @@ import torch
 from torch import Tensor
 
 from nm_compiler.layout import as_groups, as_rows
+from nm_compiler.ops import masks as _masks  # noqa: F401 - registers live_mask
 from nm_compiler.ops.made_of import made_of
 from nm_compiler.pattern import Pattern
 from nm_compiler.solvers.combinations import undecided
 from nm_compiler.solvers.live import gradients
 from nm_compiler.solvers.masks import keep_largest
 from nm_compiler.solvers.select import decayed, keep
-from nm_compiler.solvers.sweeps import largest_rows
+from nm_compiler.solvers.sweeps import covered, largest_rows
 
 _STRIDED = (torch.Tag.flexible_layout,)  # torch.compile may lay arguments out as it likes: results follow the weight's strides
 
 
 @torch.library.custom_op("nm::score_weight", mutates_args=(), tags=_STRIDED)
 def score_weight(
-    weight: Tensor, scores: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
+    weight: Tensor, scores: Tensor, live: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
 ) -> Tensor:
     """LBC's forward weight W * mask, through which the scores learn. Ref: LBC, eq. 6 and 7.
 
-    weight: floating; rows: its axes as (*batch, out, *taps, in), see `nm_compiler.layout`; mask: bool, from `live_mask`.
+    weight: floating; rows: its axes as (*batch, out, *taps, in), see `nm_compiler.layout`. live, table: as in `live_mask`,
+    whose mask it is; kernels choose it, here and in the gradient, without writing it down.
     scores: the weight's shape (by_position) or ``[*batch, out, groups per row, C]``. last: live entries of a decided group.
     With g the gradient of the result: dW = mask * g; dscore_c = live_c * sum of W_j g_j over j in c, straight-through,
     or dscore_j = W_j g_j by position. A decided group gets a zero score gradient.
     """
-    return keep(weight, mask)
+    return _covered(weight, live, table, rows)
+
+
+def _covered(values: Tensor, live: Tensor, table: Tensor, rows: list[int]) -> Tensor:
+    """``values`` where a live combination covers them, else 0, in their own strides."""
+    out = torch.empty_like(values)
+    if covered(as_rows(values, rows), live, table, as_rows(out, rows)):
+        return out
+    return keep(values, torch.ops.nm.live_mask(live, table, list(values.shape), rows))
 
 
 @score_weight.register_fake
-def _(
-    weight: Tensor, scores: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
-) -> Tensor:
+def _(weight: Tensor, scores: Tensor, live: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool) -> Tensor:
     return torch.empty_like(weight)
 
 
 @torch.library.custom_op("nm::score_weight_backward", mutates_args=(), tags=_STRIDED)
 def score_weight_backward(
-    grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
+    grad: Tensor, weight: Tensor, live: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `score_weight`: ``(dW, dscores)``, shapes of the weight and of the scores."""
-    m = table.shape[-1]
     if by_position and table.ndim == 3 and last == 1:
         results = torch.empty_like(weight), torch.empty_like(weight)
-        as_row = [as_rows(tensor, rows) for tensor in (grad, weight, mask, *results)]
-        if gradients(as_row[0], as_row[1], live, as_row[2], (as_row[3], as_row[4]), m):
+        g, w, dw, ds = (as_rows(tensor, rows) for tensor in (grad, weight, *results))
+        if gradients(g, w, live, table, (dw, ds)):
             return results
+    m, mask = table.shape[-1], torch.ops.nm.live_mask(live, table, list(weight.shape), rows)
     grad_weight = torch.where(mask, grad, grad.new_zeros(()))
     if grad_weight.stride() != weight.stride():
         grad_weight = torch.empty_like(weight).copy_(grad_weight)
@@ -69,31 +77,30 @@ def score_weight_backward(
 
 @score_weight_backward.register_fake
 def _(
-    grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
+    grad: Tensor, weight: Tensor, live: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
 ) -> tuple[Tensor, Tensor]:
     scores = torch.empty_like(weight) if by_position else live.new_empty(live.shape, dtype=weight.dtype)
     return torch.empty_like(weight), scores
 
 
 def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, _scores, live, mask, table, last, rows, by_position = inputs
-    ctx.save_for_backward(weight, live, mask, table)
+    weight, _scores, live, table, last, rows, by_position = inputs
+    ctx.save_for_backward(weight, live, table)
     ctx.rest = (last, rows, by_position)
 
 
 def _score_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight, live, mask, table = ctx.saved_tensors
+    weight, live, table = ctx.saved_tensors
     if not ctx.needs_input_grad[1]:
-        return keep(grad, mask), None, None, None, None, None, None, None
-    grad_weight, grad_scores = torch.ops.nm.score_weight_backward(grad, weight, live, mask, table, *ctx.rest)
-    return grad_weight, grad_scores, None, None, None, None, None, None
+        return _covered(grad, live, table, ctx.rest[1]), None, None, None, None, None, None
+    grad_weight, grad_scores = torch.ops.nm.score_weight_backward(grad, weight, live, table, *ctx.rest)
+    return grad_weight, grad_scores, None, None, None, None, None
 
 
 @made_of("score_weight")
-def _(
-    weight: Tensor, scores: Tensor, live: Tensor, mask: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
-) -> Tensor:
-    return torch.where(mask, weight, 0)
+def _(weight: Tensor, scores: Tensor, live: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool) -> Tensor:
+    mask = torch.ops.nm.live_mask(live, table, list(weight.shape), rows)
+    return torch.where(torch.empty_like(weight, dtype=torch.bool).copy_(mask), weight, 0)  # in the strides of the weight
 
 
 score_weight.register_autograd(_score_backward, setup_context=_score_setup)

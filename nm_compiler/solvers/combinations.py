@@ -72,7 +72,8 @@ def count(live: Tensor, *, packed: bool) -> Tensor:
 def undecided(live: Tensor, *, packed: bool, last: int) -> Tensor:
     """Whether a group still has a choice: more than ``last`` live entries. Returns bool, ``live`` without its last axis."""
     if packed and last == 1:  # more than one bit set in a byte, or more than one byte with a bit
-        return ((live & (live - 1)) != 0).any(-1) | ((live != 0).sum(-1) > 1)
+        several = (live & (live - 1)) != 0
+        return several.squeeze(-1) if live.shape[-1] == 1 else several.any(-1) | ((live != 0).sum(-1) > 1)
     return count(live, packed=packed) > last
 
 

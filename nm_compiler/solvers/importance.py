@@ -18,7 +18,7 @@ def wanda(weight: Tensor, squares: Tensor) -> Tensor:
 
     Returns float32 (float64 for such weights) of the weight's shape. Raises NMError for shapes that do not fit.
     """
-    return _wide(weight).abs() * _norms(weight, squares)
+    return magnitude(weight).mul_(_norms(weight, squares))
 
 
 def ria(
@@ -31,12 +31,13 @@ def ria(
     the norm; 0 leaves the inputs out. sums: of magnitudes by row and by column, axes kept, where ``weight`` is but a part of
     the whole. Returns as `wanda`.
     """
-    magnitude = _wide(weight).abs()
-    tiny = torch.finfo(magnitude.dtype).tiny
-    row, column = sums or (magnitude.sum(tuple(row_axes), keepdim=True), magnitude.sum(out_axis, keepdim=True))
-    by_row = magnitude / row.clamp_min(tiny)
-    by_column = magnitude / column.clamp_min(tiny)
-    return (by_row + by_column) * _norms(weight, squares) ** power
+    size = magnitude(weight)
+    tiny = torch.finfo(size.dtype).tiny
+    row, column = sums or (size.sum(tuple(row_axes), keepdim=True), size.sum(out_axis, keepdim=True))
+    found = row.clamp_min(tiny).reciprocal() + column.clamp_min(tiny).reciprocal()
+    found *= size  # before the norms: a row and a column of zeros stay zero
+    found *= _norms(weight, squares) ** power
+    return found
 
 
 def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -47,6 +48,12 @@ def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
     if gradient.shape != weight.shape:
         raise NMError(f"a gradient of shape {list(gradient.shape)} for a weight of shape {list(weight.shape)}")
     return (_wide(weight) * gradient.detach().to(weight.device)).abs()
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """``|W|``, float32 (float64 for such weights), in memory of its own."""
+    wide = _wide(weight)
+    return wide.abs() if wide.dtype == weight.dtype else wide.abs_()  # a conversion has made memory already
 
 
 def _wide(weight: Tensor) -> Tensor:

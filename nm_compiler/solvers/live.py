@@ -53,13 +53,17 @@ def cover(live: Tensor, table: Tensor, mask: Tensor) -> bool:
     return True
 
 
-def gradients(grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, results: tuple[Tensor, Tensor], m: int) -> bool:
-    """Write dW = mask * g and dS = W * dW to ``results``, all rows ``[*batch, out, *taps, in]``. Returns whether it did."""
-    if sweeps.gradients(grad, weight, live, mask, results, m):
+def gradients(grad: Tensor, weight: Tensor, live: Tensor, table: Tensor, results: tuple[Tensor, Tensor]) -> bool:
+    """Write dW = g where a live combination covers it and dS = W * dW to ``results``. Returns whether it did.
+
+    All rows ``[*batch, out, *taps, in]``; live, table: as in `cover`.
+    """
+    if sweeps.gradients(grad, weight, live, table, results):
         return True
+    m, mask = table.shape[-1], torch.empty_like(weight, dtype=torch.bool)
     tensors = (grad, weight, mask, *results)
     parts = [_parts(tensor, live, m) for tensor in tensors]
-    if any(part is None for part in parts) or m > 16 or grad.dtype != weight.dtype:
+    if any(part is None for part in parts) or m > 16 or grad.dtype != weight.dtype or not cover(live, table, mask):
         return False
     from nm_compiler.solvers import live_kernels
     from nm_compiler.solvers.select_kernels import both_gradients

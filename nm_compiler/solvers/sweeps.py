@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from nm_compiler.runtime.native.library import Library, load
 from nm_compiler.runtime.native.sweep import Sweep
 
 _REAL = (torch.float32, torch.float64)
+_TYPES = (Tensor, torch.nn.Parameter)
 
 
 class Lying(NamedTuple):
@@ -42,16 +43,18 @@ def kernels() -> Library | None:
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether all have an address on the CPU: no fake tensors, no subclasses."""
-    return all(
-        type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.layout == torch.strided for t in tensors
-    )
+    return not any(type(t) not in _TYPES or not t.is_cpu or t.layout != torch.strided for t in tensors)
 
 
 def has_no_gaps(tensor: Tensor) -> bool:
     """Whether its numbers fill memory, in whatever order of the axes."""
+    return _has_no_gaps(tuple(tensor.shape), tensor.stride())
+
+
+@lru_cache
+def _has_no_gaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     step = 1
-    axes = sorted(axis for axis in zip(tensor.stride(), tensor.shape, strict=True) if axis[1] != 1)
-    for stride, size in axes:
+    for stride, size in sorted(axis for axis in zip(strides, shape, strict=True) if axis[1] != 1):
         if stride != step:
             return False
         step *= size
@@ -60,15 +63,21 @@ def has_no_gaps(tensor: Tensor) -> bool:
 
 def lying(rows: Tensor, m: int) -> Lying | None:
     """Of a weight seen as ``[*batch, out, *taps, in]``; None where it has gaps, or other axes than the last are exchanged."""
-    last = rows.ndim - 1
-    there = [axis for axis in range(rows.ndim) if rows.shape[axis] != 1 or axis == last]
-    in_memory = sorted(there, key=lambda axis: rows.stride(axis) if rows.shape[axis] != 1 else 0, reverse=True)
+    return _lying(tuple(rows.shape), rows.stride(), m)
+
+
+@lru_cache  # asked in every step
+def _lying(shape: tuple[int, ...], strides: tuple[int, ...], m: int) -> Lying | None:
+    last = len(shape) - 1
+    there = [axis for axis, size in enumerate(shape) if size != 1 or axis == last]
+    in_memory = sorted(there, key=lambda axis: strides[axis] if shape[axis] != 1 else 0, reverse=True)
     others = [axis for axis in in_memory if axis != last]
-    if not rows.numel() or not has_no_gaps(rows) or others != sorted(others) or rows.shape[last] % m or m > sweep.WIDEST:
+    numel = math.prod(shape)
+    if not numel or not _has_no_gaps(shape, strides) or others != sorted(others) or shape[last] % m or m > sweep.WIDEST:
         return None
-    inner = math.prod(rows.shape[axis] for axis in in_memory[in_memory.index(last) + 1 :])
-    groups = rows.shape[last] // m
-    return Lying(rows.numel() // (groups * m * inner), groups, inner)
+    inner = math.prod(shape[axis] for axis in in_memory[in_memory.index(last) + 1 :])
+    groups = shape[last] // m
+    return Lying(numel // (groups * m * inner), groups, inner)
 
 
 def keep(values: Tensor, mask: Tensor, out: Tensor) -> bool:
@@ -91,29 +100,41 @@ def decay(grad: Tensor, weight: Tensor, masked: Tensor, amount: float) -> Tensor
     return out
 
 
-def gradients(grad: Tensor, weight: Tensor, live: Tensor, mask: Tensor, results: tuple[Tensor, Tensor], m: int) -> bool:
-    """Write dW = mask * g and dS = W * dW, the latter zero where a group is decided; rows as in `lying`, packed live sets."""
+def gradients(grad: Tensor, weight: Tensor, live: Tensor, table: Tensor, results: tuple[Tensor, Tensor]) -> bool:
+    """Write dW = g where a live combination covers it and dS = W * dW, the latter zero where a group is decided.
+
+    Rows as in `lying`; live: packed; table: from `byte_table`.
+    """
     found, tensors = kernels(), (weight, grad, *results)
-    if found is None or not is_plain(*tensors, mask, live) or weight.dtype not in _REAL or not _alike(*tensors):
+    if found is None or weight.dtype not in _REAL or not _alike(*tensors):
         return False
-    at = lying(weight, m) if mask.stride() == weight.stride() and live.is_contiguous() else None
-    if at is None:
+    operands = {"weight": weight, "grad": grad, "live": live, "table": table, "out": results[0], "second": results[1]}
+    return _by_live(found, sweep.GRADIENTS, weight, operands)
+
+
+def covered(weight: Tensor, live: Tensor, table: Tensor, out: Tensor) -> bool:
+    """Write W where a live combination covers it, else 0; as in `gradients`, and of 2 bytes a number too."""
+    found = kernels()
+    if found is None or weight.element_size() not in (2, 4, 8) or not _alike(weight, out):
         return False
-    operands = {"weight": weight, "grad": grad, "mask": mask, "live": live, "out": results[0], "second": results[1]}
-    _run(found, sweep.GRADIENTS, weight, operands, {**at._asdict(), "m": m, "bytes": live.shape[-1]})
-    return True
+    return _by_live(found, sweep.COVERED, weight, {"weight": weight, "live": live, "table": table, "out": out})
 
 
 def cover(live: Tensor, table: Tensor, mask: Tensor) -> bool:
     """Write the union of live combinations to bool rows as in `lying`. live: packed; table: from `byte_table`."""
-    found, m = kernels(), table.shape[-1]
-    if found is None or table.ndim != 3 or not is_plain(live, table, mask):
+    found = kernels()
+    return found is not None and _by_live(found, sweep.COVER, mask, {"live": live, "table": table, "out": mask})
+
+
+def _by_live(found: Library, kind: int, like: Tensor, operands: Mapping[str, Tensor]) -> bool:
+    live, table = operands["live"], operands["table"]
+    if table.ndim != 3 or not is_plain(*operands.values()) or not live.is_contiguous() or not table.is_contiguous():
         return False
-    at = lying(mask, m) if live.is_contiguous() and table.is_contiguous() else None
+    m = table.shape[-1]
+    at = lying(like, m)
     if at is None:
         return False
-    operands = {"live": live, "table": table, "out": mask}
-    _run(found, sweep.COVER, mask, operands, {**at._asdict(), "m": m, "bytes": live.shape[-1]})
+    _run(found, kind, like, operands, {**at._asdict(), "m": m, "bytes": live.shape[-1]})
     return True
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nm_compiler.errors import NMError
 from nm_compiler.sites import Site
-from nm_compiler.solvers.importance import ria, wanda
+from nm_compiler.solvers.importance import magnitude, ria, wanda
 from nm_compiler.solvers.masks import masked, top_mask
 from nm_compiler.solvers.select import keep
 from nm_compiler.streaming.parts import PART
@@ -95,8 +95,8 @@ def _sums(site: Site, parts: Parts) -> tuple[Tensor, Tensor]:
     """The magnitudes of a weight summed by row (over its inputs) and by column (over its outputs), axes kept."""
     along, across = list[Tensor](), torch.zeros((), dtype=torch.float64)
     for _, values in parts():
-        size = values.abs().float() if values.dtype != torch.float64 else values.abs()
+        size = magnitude(values)
         along.append(size.sum(1, keepdim=True))
-        across = across + size.sum(0, keepdim=True, dtype=torch.float64)
+        across = across + size.sum(0, keepdim=True)  # of a part in its own precision: the sum over all parts in float64
     first, second = torch.cat(along), across.to(along[0].dtype)
     return (second, first) if site.in_axis == 0 else (first, second)

@@ -44,6 +44,15 @@ class Job:
         """The example inputs that are tensors."""
         return tuple(value for value in self.flat if isinstance(value, Tensor))
 
+    def sizes(self, value: Tensor) -> list[int]:
+        """Sizes of a value in the graph as they are for the example inputs, whatever the capture put in a dynamic axis."""
+        known: dict[Any, int] = {}
+        for example, node in zip(self.flat, self.gm.graph.find_nodes(op="placeholder"), strict=True):
+            if isinstance(example, Tensor):
+                pairs = zip(node.meta["val"].shape, example.shape, strict=True)
+                known |= {size.node.expr: real for size, real in pairs if not isinstance(size, int)}
+        return [size if isinstance(size, int) else _real(size, known) for size in value.shape]
+
     def in_program(self, read: str) -> str:
         """What `program` calls a constant of the graph."""
         return read if len(self.tensors) == len(self.flat) else f"gm.{read}"
@@ -116,9 +125,10 @@ class Backend(ABC):
         return dict(job.options)
 
 
-def hint_of(size: Any) -> int:
-    """A size of the example where it is dynamic."""
-    return size if isinstance(size, int) else int(getattr(size.node, "hint", None) or 1)
+def _real(size: torch.SymInt, known: Mapping[Any, int]) -> int:
+    """Of a dynamic size, where the formulas in ``known`` have these values; as the capture had it if that says nothing."""
+    found = size.node.expr.subs(known)
+    return int(found) if found.is_Integer else int(getattr(size.node, "hint", None) or 1)
 
 
 class _OnlyTensors(nn.Module):

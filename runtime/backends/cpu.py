@@ -16,17 +16,19 @@ from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
 from nm_compiler.graph import getattr_path, run, standalone
 from nm_compiler.memory import give_back
+from nm_compiler.passes.channels_last import channels_last
 from nm_compiler.passes.fuse_epilogues import fuse_epilogues
 from nm_compiler.passes.lower_cpu import lower_cpu
 from nm_compiler.passes.pool_channels_last import pool_channels_last
 from nm_compiler.pattern import matches
-from nm_compiler.runtime.backends.base import Backend, Job, Result, hint_of
+from nm_compiler.runtime.backends.base import Backend, Job, Result
 from nm_compiler.runtime.choose import Choices, Timing, key_of
 from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.runtime.native.eligible import DTYPES, geometry, reasons
-from nm_compiler.runtime.native.library import load
+from nm_compiler.runtime.native.library import digest, load
 from nm_compiler.runtime.native.measuring import timed
 from nm_compiler.runtime.native.packing import pack, packed_bytes
+from nm_compiler.runtime.native.pages import huge_pages
 from nm_compiler.runtime.native.whole import Whole, compared
 from nm_compiler.runtime.products import Decision, Product
 from nm_compiler.scaled import value_if_scaled
@@ -38,9 +40,9 @@ ROUGH = {torch.bfloat16: 2e-2, torch.int8: 1e-1}
 
 class Cpu(Backend):
     """Options: values, "bfloat16" or "int8" to store rounded weights (float32 sums); choose, False to lower without measuring;
-    cache, another file for what was measured; against, "inductor" to time the whole graph against torch.compile as well.
+    cache, another file for what was measured; against, "inductor" to time against what torch.compile makes of it as well.
 
-    By default every distinct product is timed against torch's best dense way, then the whole graph, and the faster stays.
+    By default every distinct product is timed against eager torch's best way, then the whole graph, and the faster stays.
     """
 
     name = "cpu"
@@ -62,18 +64,24 @@ class Cpu(Backend):
             raise NMError(f"options={{'against': {against!r}}}: choose eager or inductor")
         choices = Choices(options.get("cache")) if options.get("choose", True) else None
         found, nodes = job.products, {node.name: node for node in job.gm.graph.nodes}
-        decisions = {each.node: _decide(job, each, nodes[each.node], choices, values) for each in found}
+        inductor = against == "inductor"
+        decisions = {each.node: _decide(job, each, nodes[each.node], choices, values, inductor=inductor) for each in found}
         chosen = [each for each in found if decisions[each.node].kernel]
         lower = partial(lower_cpu, chosen=chosen, values=values)
         measured = chosen and all(decisions[each.node].dense_s is not None for each in chosen)  # none is forced
         dense = standalone(GraphModule(job.gm, copy.deepcopy(job.gm.graph))) if measured else None
-        gm = standalone(run(job.gm, [lower, fuse_epilogues, pool_channels_last]))
+        gm = run(job.gm, [lower, fuse_epilogues, huge_pages])
+        turned = gm if dense is None else channels_last(gm)
+        ways = {} if turned is gm else {"packed, channels last": standalone(turned)}
+        ways = {"packed": standalone(run(gm, [pool_channels_last])), **ways}
+        gm = ways["packed"]
         give_back()
         library = load()
         notes = [f"CPU kernels for {getattr(library, 'isa', library)}, {torch.get_num_threads()} threads."]
         if dense is not None:
-            whole = compared(dense, gm, job.flat, inductor=against == "inductor")
+            whole = compared(dense, ways, job.flat, inductor=inductor)
             notes.append(str(whole))
+            gm = ways[whole.best]
             if not whole.packed_wins:
                 gm, decisions = dense, {name: _undone(each, whole) for name, each in decisions.items()}
         return Result(gm, decisions, found, tuple(notes), rough=0.0 if values is None else ROUGH.get(values, 0.0))
@@ -95,7 +103,9 @@ def _values(name: Any) -> torch.dtype | None:
     return VALUES[name]
 
 
-def _decide(job: Job, product: Product, node: Node, choices: Choices | None, values: torch.dtype | None) -> Decision:
+def _decide(
+    job: Job, product: Product, node: Node, choices: Choices | None, values: torch.dtype | None, *, inductor: bool = False
+) -> Decision:
     why = reasons(product, node)
     if why:
         return Decision(reasons=why, hint=why[0].partition(": ")[2])
@@ -106,8 +116,8 @@ def _decide(job: Job, product: Product, node: Node, choices: Choices | None, val
     if choices is None or matches(site.name, job.force) is not None:
         return decision
     data: Any = node.args[0]
-    x = _example(data, weight.dtype)
-    timing = choices.find(*_measurement(job, product, node, weight, x, name, dtype))
+    x = _example(job, data, weight.dtype)
+    timing = choices.find(*_measurement(job, product, node, weight, x, name, dtype, inductor))
     give_back()
     decision = replace(decision, dense_s=timing.dense_s, sparse_s=timing.sparse_s)
     if timing.sparse_wins:
@@ -120,7 +130,7 @@ def _decide(job: Job, product: Product, node: Node, choices: Choices | None, val
 
 
 def _measurement(
-    job: Job, product: Product, node: Node, weight: Tensor, x: Tensor, name: str, dtype: torch.dtype
+    job: Job, product: Product, node: Node, weight: Tensor, x: Tensor, name: str, dtype: torch.dtype, inductor: bool
 ) -> tuple[str, Callable[[], Timing]]:
     """What it is known under, and how it is taken. The weight is computed and packed only if it is."""
     given: Any = node.args
@@ -128,19 +138,20 @@ def _measurement(
     conv = None if product.site.op == "linear" else geometry(node)
     key = key_of(
         weight.device, kernel=name, weight=tuple(weight.shape), input=tuple(x.shape), strides=x.stride(), conv=conv,
-        bias=bias is not None, dtype=weight.dtype, isa=getattr(load(), "isa", ""),
+        bias=bias is not None, dtype=weight.dtype, isa=getattr(load(), "isa", ""), kernels=digest(),
+        inductor=inductor,
     )  # fmt: skip
 
     def measure() -> Timing:
         value = value_if_scaled(weight)
         packed = pack(value, product.site.pattern, conv_groups=product.site.conv_groups, dtype=dtype)
-        return timed(value, packed, x, bias, conv)
+        return timed(value, packed, x, bias, conv, inductor=inductor)
 
     return key, measure
 
 
-def _example(data: Node, dtype: torch.dtype) -> Tensor:
+def _example(job: Job, data: Node, dtype: torch.dtype) -> Tensor:
     """Random data as the product gets them in the example, in their layout."""
     value = data.meta["val"]
-    x = torch.randn([hint_of(size) for size in value.shape]).to(dtype)
+    x = torch.randn(job.sizes(value)).to(dtype)
     return x.contiguous(memory_format=torch.channels_last) if lies_in_channels_last(value) else x

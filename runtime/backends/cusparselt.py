@@ -16,7 +16,7 @@ from nm_compiler.graph import getattr_path, run, standalone
 from nm_compiler.passes.lower_cusparselt import lower_cusparselt
 from nm_compiler.passes.lower_int8 import lower_int8
 from nm_compiler.pattern import matches
-from nm_compiler.runtime.backends.base import Backend, Job, Result, hint_of
+from nm_compiler.runtime.backends.base import Backend, Job, Result
 from nm_compiler.runtime.choose import Choices, Timing, key_of, side_by_side
 from nm_compiler.runtime.cusparselt.candidates import Candidate, candidates
 from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, int8_reasons, machine_of, of_machine
@@ -114,7 +114,7 @@ def _rounded(judged: Sequence[Candidate], globs: str | Sequence[str]) -> tuple[s
 def _timed(job: Job, product: Product, candidate: Candidate, choices: Choices, eight: bool) -> Timing:
     weight = getattr_path(job.gm, product.read).detach()
     arguments: tuple[Any, ...] = candidate.node.args
-    sizes = tuple(hint_of(size) for size in arguments[0].meta["val"].shape)
+    sizes = tuple(job.sizes(arguments[0].meta["val"]))
     bias = len(arguments) > 2 and isinstance(arguments[2], Node)
     last = lies_in_channels_last(arguments[0].meta["val"])
     facts = {"weight": tuple(weight.shape), "input": sizes, "channels_last": last, "bias": bias, "dtype": weight.dtype}

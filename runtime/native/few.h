@@ -27,7 +27,7 @@ static inline __attribute__((always_inline)) vf chosen(const float *x, vu code, 
 #endif
 }
 
-#define AHEAD 2048 /* bytes of values that are asked for before they are needed: the processor stops at the end of a page */
+#define AHEAD 4096 /* bytes of values that are asked for before they are needed: the processor stops at the end of a page */
 
 /* one step: T tokens times the 16 lanes of one kept position */
 static inline __attribute__((always_inline)) void step_of(const int64_t dtype, const int bits, const int T, const int checked,

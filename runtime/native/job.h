@@ -9,7 +9,7 @@
 
 enum { NM_OK = 0, NM_BAD_CODE = 1, NM_SCRATCH = 2 };
 enum { NM_F32 = 0, NM_BF16 = 1, NM_INT8 = 2 };
-enum { NM_NONE = 0, NM_RELU = 1, NM_GELU = 2, NM_GELU_TANH = 3, NM_SILU = 4 };
+enum { NM_NONE = 0, NM_RELU = 1, NM_GELU = 2, NM_GELU_TANH = 3, NM_SILU = 4, NM_RELU6 = 5, NM_HARDSWISH = 6 };
 
 /* A packed weight has, for every conv group and every tile of 16 rows, one column of 16 lanes for each kept position:
  *   values [groups, tiles, steps, 16]   steps = k / m * n, in the order of the groups along k

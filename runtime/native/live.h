@@ -1,27 +1,49 @@
-/* Packed live sets: one bit a combination, `bytes` bytes a group. */
+/* Packed live sets, one bit a combination, `bytes` bytes a group: what they cover, and whether they have a choice. */
 
-/* Whether a group has more than one live combination: usually the first byte says so. */
+/* Whether a group has more than one live combination. */
 static inline int undecided(const uint8_t *live, int64_t bytes) {
     if (bytes == 1) return (live[0] & (live[0] - 1)) != 0;
-    if (live[0] & (live[0] - 1)) return 1;
-    int seen = live[0] != 0;
-    for (int64_t b = 1; b < bytes; b++) {
+    if (bytes >= 8 && bytes <= 16) { /* two words that share no byte */
+        uint64_t low, high;
+        memcpy(&low, live, 8);
+        memcpy(&high, live + bytes - 8, 8);
+        high = bytes == 8 ? 0 : high >> (8 * (16 - bytes));
+        return ((low & (low - 1)) | (high & (high - 1))) != 0 || (low != 0 && high != 0);
+    }
+    int seen = 0;
+    for (int64_t b = 0; b < bytes; b++) {
         if ((live[b] & (live[b] - 1)) | (seen & (live[b] != 0))) return 1;
         seen |= live[b] != 0;
     }
     return 0;
 }
 
+/* Of groups side by side: 0 where one has none, and rarely where all have. */
+static inline int all_undecided(const uint8_t *live, int64_t groups, int64_t bytes) {
+    uint8_t none = 0;
+    if (bytes == 1) /* a vector at a time */
+        for (int64_t k = 0; k < groups; k++) none |= (live[k] & (live[k] - 1)) == 0;
+    else if (bytes >= 8)
+        for (int64_t k = 0; k < groups; k++) { /* two in the first eight bytes, usually */
+            uint64_t word;
+            memcpy(&word, live + k * bytes, 8);
+            none |= (word & (word - 1)) == 0;
+        }
+    else
+        for (int64_t k = 0; k < groups; k++) none |= !undecided(live + k * bytes, bytes);
+    return !none;
+}
+
 /* M = 4, one byte a live set, groups side by side: each byte is repeated and tested against the combinations of 4 positions. */
-static void cover_four(const nm_sweep *s, int64_t first, int64_t last) {
+static void cover_four(const nm_sweep *s, int64_t first, int64_t last, uint8_t *to) {
     uint32_t has = 0; /* byte j: the combinations that have position j */
     for (int j = 0; j < 4; j++)
         for (int c = 0; c < 8; c++) has |= (uint32_t)(s->table[(1 << c) * 4 + j] != 0) << (8 * j + c);
-    const uint8_t *restrict live = s->live;
-    uint32_t *restrict out = s->out;
-    for (int64_t unit = first; unit < last; unit++) {
-        const uint32_t hit = live[unit] * 0x01010101u & has;
-        out[unit] = (((hit & 0x7f7f7f7fu) + 0x7f7f7f7fu) | hit) >> 7 & 0x01010101u; /* 1 in each byte that is not zero */
+    const uint8_t *restrict live = s->live + first;
+    uint32_t *restrict out = (uint32_t *)to;
+    for (int64_t k = 0; k < last - first; k++) {
+        const uint32_t hit = live[k] * 0x01010101u & has;
+        out[k] = (((hit & 0x7f7f7f7fu) + 0x7f7f7f7fu) | hit) >> 7 & 0x01010101u; /* 1 in each byte that is not zero */
     }
 }
 
@@ -41,10 +63,10 @@ static inline __attribute__((always_inline)) void unite(
     }
 }
 
-static inline __attribute__((always_inline)) void cover_all(const nm_sweep *s, int64_t first, int64_t last, int64_t m, int parts) {
+static inline __attribute__((always_inline)) void cover_all(
+    const nm_sweep *s, int64_t first, int64_t last, uint8_t *out, int64_t m, int parts) {
     const int64_t bytes = s->bytes, inner = s->inner;
     const uint8_t *table = s->table, *live = s->live + first * bytes;
-    uint8_t *out = (uint8_t *)s->out + first * m * inner;
     uint64_t full[NM_WIDEST / 8] = {0}, found[NM_WIDEST / 8] = {0};
     memset(full, 1, (size_t)m);
     if (inner == 1) {
@@ -62,10 +84,9 @@ static inline __attribute__((always_inline)) void cover_all(const nm_sweep *s, i
 }
 
 /* M = 8, groups side by side: a union is one word. */
-static void cover_eight(const nm_sweep *s, int64_t first, int64_t last) {
+static void cover_eight(const nm_sweep *s, int64_t first, int64_t last, uint8_t *restrict out) {
     const int64_t bytes = s->bytes;
     const uint8_t *restrict table = s->table, *restrict live = s->live + first * bytes;
-    uint8_t *restrict out = (uint8_t *)s->out + first * 8;
     for (int64_t unit = first; unit < last; unit++, live += bytes, out += 8) {
         uint64_t found, other;
         memcpy(&found, table + live[0] * 8, 8);
@@ -78,9 +99,71 @@ static void cover_eight(const nm_sweep *s, int64_t first, int64_t last) {
     }
 }
 
+/* Bytes 0 or 1 of units first..last, as their numbers lie. */
+static void cover_to(const nm_sweep *s, int64_t first, int64_t last, uint8_t *to) {
+    if (s->m == 4 && s->bytes == 1 && s->inner == 1 && (uintptr_t)to % 4 == 0) cover_four(s, first, last, to);
+    else if (s->m == 8 && s->inner == 1) cover_eight(s, first, last, to);
+    else if (s->m == 16) cover_all(s, first, last, to, 16, 2);
+    else cover_all(s, first, last, to, s->m, NM_WIDEST / 8);
+}
+
 static void cover(const nm_sweep *s, int64_t first, int64_t last) {
-    if (s->m == 4 && s->bytes == 1 && s->inner == 1 && (uintptr_t)s->out % 4 == 0) cover_four(s, first, last);
-    else if (s->m == 8 && s->inner == 1) cover_eight(s, first, last);
-    else if (s->m == 16) cover_all(s, first, last, 16, 2);
-    else cover_all(s, first, last, s->m, NM_WIDEST / 8);
+    cover_to(s, first, last, (uint8_t *)s->out + first * s->m * s->inner);
+}
+
+/* -- runs: as many numbers as have their marks on the stack -------------------------------------------------------------------- */
+
+#define MARKS 4096 /* at least NM_WIDEST */
+
+/* `rows` times `count` numbers that lie side by side, rows `apart`: whole units (one row), or lanes t.. of one that is longer. */
+typedef struct {
+    int64_t unit, units, t, at, count, rows, apart;
+} run;
+
+/* The run behind `r`, of units before `last`; begins with {.unit = first}. Returns 0 at the end. */
+static inline int next_run(const nm_sweep *s, run *r, int64_t last) {
+    const int64_t group = s->m * s->inner;
+    if (group <= MARKS) {
+        r->unit += r->units;
+        r->units = least(MARKS / group, last - r->unit);
+        r->at = r->unit * group, r->count = r->units * group, r->rows = 1;
+        return r->units > 0;
+    }
+    r->t += r->count;
+    if (r->t == s->inner) r->t = 0, r->unit++;
+    r->at = r->unit * group + r->t, r->count = least(MARKS / s->m, s->inner - r->t), r->rows = s->m, r->apart = s->inner;
+    return r->unit < last;
+}
+
+/* For each number of a run 1 if a live combination has its position, else 0. */
+static void mark(const nm_sweep *s, const run *r, uint8_t *marks) {
+    if (r->rows == 1) {
+        cover_to(s, r->unit, r->unit + r->units, marks);
+        return;
+    }
+    uint64_t full[NM_WIDEST / 8] = {0}, found[NM_WIDEST / 8] = {0};
+    memset(full, 1, (size_t)s->m);
+    for (int64_t k = 0; k < r->count; k++) {
+        unite(live_set(s, r->unit, r->t + k), s->bytes, s->table, full, found, s->m, NM_WIDEST / 8);
+        for (int64_t j = 0; j < s->m; j++) marks[j * r->count + k] = ((const uint8_t *)found)[j];
+    }
+}
+
+/* For each number of a run 1 if its group has a choice, else 0. Returns whether all have. */
+static int choices(const nm_sweep *s, const run *r, uint8_t *choice) {
+    const int64_t m = s->m, inner = s->inner;
+    int all = 1;
+    if (inner == 1 && all_undecided(s->live + r->unit * s->bytes, r->units, s->bytes)) return 1;
+    if (r->rows > 1) {
+        for (int64_t k = 0; k < r->count; k++) all &= choice[k] = (uint8_t)undecided(live_set(s, r->unit, r->t + k), s->bytes);
+        for (int64_t j = 1; j < m && !all; j++) memcpy(choice + j * r->count, choice, (size_t)r->count);
+        return all;
+    }
+    for (int64_t u = 0; u < r->units; u++, choice += m * inner) {
+        for (int64_t t = 0; t < inner; t++) all &= choice[t] = (uint8_t)undecided(live_set(s, r->unit + u, t), s->bytes);
+        if (m == 4 && inner == 1) memset(choice, choice[0], 4);
+        else if (inner == 1) memset(choice, choice[0], (size_t)m);
+        else for (int64_t j = 1; j < m; j++) memcpy(choice + j * inner, choice, (size_t)inner);
+    }
+    return all;
 }

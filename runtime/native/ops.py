@@ -47,7 +47,7 @@ def packed_linear(
     """``activation(x W^T + bias + residual)``.
 
     x: ``[..., in]``; values, codes, scales: of `nm_compiler.runtime.native.packing.pack`; bias: ``[rows]``, float32;
-    residual: of the result's shape; pattern: ``[n, m]``; activation: "", "relu", "gelu", "gelu_tanh" or "silu".
+    residual: of the result's shape; pattern: ``[n, m]``; activation: one of `ACTIVATIONS`.
     Returns ``[..., rows]``, contiguous, of x's dtype. Raises NMError for operands that do not fit, before any is read.
     """
     width = x.shape[-1] if x.ndim else 0

@@ -2,6 +2,7 @@
 
 #define SIDE (BYTES / 8)
 #define MOST_COMBINATIONS 1824
+#define FEW 16 /* combinations: their values are written down in less time than it takes to look who is live */
 
 typedef double sums __attribute__((vector_size(BYTES)));
 typedef int64_t whole __attribute__((vector_size(BYTES)));
@@ -42,4 +43,84 @@ static whole highest(const sums *values, int64_t count) {
         which = (here & c) | (~here & which);
     }
     return which;
+}
+
+/* -- the lowest live one, without values written down ---------------------------------------------------------------------------- */
+
+/* Bits c.. of live sets. */
+static inline uint64_t live_word(const uint8_t *live, int64_t bytes, int64_t c) {
+    uint64_t word = 0;
+    if (bytes - c / 8 >= 8) memcpy(&word, live + c / 8, 8);
+    else
+        for (int64_t b = c / 8; b < bytes; b++) word |= (uint64_t)live[b] << (8 * (b - c / 8));
+    return word;
+}
+
+static inline int64_t live_count(const uint8_t *live, int64_t bytes) {
+    int64_t count = 0;
+    for (int64_t c = 0; c < 8 * bytes; c += 64) count += __builtin_popcountll(live_word(live, bytes, c));
+    return count;
+}
+
+/* Of every combination: its last position, and which of `heads` sums of the others it begins with; neighbours begin alike. */
+typedef struct {
+    int64_t heads;
+    uint16_t head[MOST_COMBINATIONS], of[MOST_COMBINATIONS]; /* of: a combination that begins so */
+    uint8_t tail[MOST_COMBINATIONS];
+} beginnings;
+
+static void begin_all(const nm_sweep *s, beginnings *b) {
+    const int64_t n = s->n;
+    b->heads = 0;
+    for (int64_t c = 0; c < s->combinations; c++) {
+        const uint8_t *member = s->table + c * n;
+        if (c == 0 || memcmp(member, member - n, (size_t)(n - 1))) b->of[b->heads++] = (uint16_t)c;
+        b->head[c] = (uint16_t)(b->heads - 1), b->tail[c] = member[n - 1];
+    }
+}
+
+/* Where bit `bit` of word is set and value is not above best, it is the best, and c is where it stands. */
+static inline __attribute__((always_inline)) void take_lower(sums value, whole word, int64_t bit, int64_t c, sums *best, whole *which) {
+#if BYTES == 64
+    const __mmask8 live = _mm512_test_epi64_mask((__m512i)word, _mm512_set1_epi64((int64_t)(1ull << bit)));
+    const __mmask8 better = _mm512_mask_cmp_pd_mask(live, (__m512d)value, (__m512d)*best, _CMP_LE_OQ);
+    *best = (sums)_mm512_mask_mov_pd((__m512d)*best, better, (__m512d)value);
+    *which = (whole)_mm512_mask_set1_epi64((__m512i)*which, better, c);
+#else
+    const whole better = (value <= *best) & ((word & (int64_t)(1ull << bit)) != 0);
+    *best = either(better, value, *best);
+    *which = (better & c) | (~better & *which);
+#endif
+}
+
+/* The last among equals. own: tame; the sums are in the order of the positions. values: room for `heads`. */
+static inline __attribute__((always_inline)) whole lowest_live(
+    const sums *own, const uint8_t *const live[SIDE], const nm_sweep *s, const beginnings *b, sums *values, int64_t n) {
+    const sums none = (sums){0} + (double)__builtin_inff();
+    sums best[2] = {none, none};
+    whole which[2] = {{0}, {0}};
+    if (n == 4) /* the same sums, without looking up what they are of */
+        for (int64_t i = 0, h = 0; i < s->m - 3; i++)
+            for (int64_t j = i + 1; j < s->m - 2; j++) {
+                const sums two = own[i] + own[j];
+                for (int64_t k = j + 1; k < s->m - 1; k++) values[h++] = two + own[k];
+            }
+    for (int64_t h = 0; h < b->heads && n != 4; h++) {
+        const uint8_t *member = s->table + b->of[h] * n;
+        sums value = own[member[0]];
+        for (int64_t i = 1; i < n - 1; i++) value += own[member[i]];
+        values[h] = value;
+    }
+    for (int64_t c = 0; c < s->combinations;) {
+        whole word;
+        for (int k = 0; k < SIDE; k++) word[k] = (int64_t)live_word(live[k], s->bytes, c);
+        const int64_t stop = least(c + 64, s->combinations);
+        for (int64_t bit = 0; c < stop; c += 2, bit += 2) /* two chains: a comparison takes a while */
+            for (int i = 0; i < 2 && c + i < stop; i++) {
+                const sums last = own[b->tail[c + i]], value = n == 1 ? last : values[b->head[c + i]] + last;
+                take_lower(value, word, bit + i, c + i, best + i, which + i);
+            }
+    }
+    const whole other = (best[1] < best[0]) | ((best[1] == best[0]) & (which[1] > which[0]));
+    return (other & which[1]) | (~other & which[0]);
 }

@@ -29,6 +29,8 @@ static inline __attribute__((always_inline)) void NAMED(retire_of)(const nm_swee
     const REAL *scores = s->weight;
     const int64_t lanes = (last - first) * s->inner, all = s->combinations, keep = s->keep, m = s->m, inner = s->inner;
     sums own[NM_WIDEST], values[MOST_COMBINATIONS];
+    beginnings begun;
+    begin_all(s, &begun);
     for (int64_t lane = 0; lane < lanes; lane += SIDE) {
         const int64_t side = least(SIDE, lanes - lane);
         const uint8_t *live[SIDE];
@@ -46,7 +48,22 @@ static inline __attribute__((always_inline)) void NAMED(retire_of)(const nm_swee
         for (int64_t j = 0; j < m; j++) tame &= (own[j] > -1e37) & (own[j] < 1e37);
         int is_tame = 1;
         for (int k = 0; k < SIDE; k++) is_tame &= tame[k] != 0;
-        whole left = is_tame ? NAMED(sum_up)(s, live, own, (double)__builtin_inff(), values, n, 1)
+        whole left = {0};
+        if (all > FEW) {
+            int64_t over = 0;
+            for (int64_t k = 0; k < SIDE; k++) {
+                left[k] = live_count(live[k], s->bytes);
+                over = left[k] - keep > over ? left[k] - keep : over;
+            }
+            if (!over) continue;
+            if (over == 1 && is_tame) { /* as in most steps of a training */
+                const whole which = lowest_live(own, live, s, &begun, values, n);
+                for (int64_t k = 0; k < side; k++)
+                    if (left[k] > keep) kept[k][which[k] >> 3] &= (uint8_t)~(1 << (which[k] & 7));
+                continue;
+            }
+        }
+        left = is_tame ? NAMED(sum_up)(s, live, own, (double)__builtin_inff(), values, n, 1)
                              : NAMED(sum_up)(s, live, own, (double)__builtin_inff(), values, n, 0);
         int64_t most = 0;
         for (int64_t k = 0; k < side; k++) most = left[k] > most ? left[k] : most;

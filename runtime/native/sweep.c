@@ -38,7 +38,7 @@ NM_EXPORT void nm_run_sweep(int64_t isa, const nm_sweep *s, parallel_fn parallel
     (void)isa;
 #endif
     const int64_t group = s->m * s->inner, pairs = s->outer * s->groups;
-    const int by_number = s->kind <= NM_DECAY && !(s->kind == NM_GRADIENTS && s->live);
+    const int by_number = s->kind == NM_KEEP || s->kind == NM_DECAY;
     const int64_t step = by_number ? PART : (PART + group - 1) / (group ? group : 1);
     team t = {s, run, by_number ? pairs * group : pairs, step ? step : 1, 0};
     const int64_t wanted = least(s->threads, (t.units + t.step - 1) / t.step);

@@ -12,12 +12,13 @@
 /* Weights lie as [outer, groups, M, inner]: a group's M weights are `inner` numbers apart. Live sets as [outer, inner, groups, bytes]. */
 enum {
     NM_KEEP = 0,      /* out = mask ? weight : 0, by bits */
-    NM_GRADIENTS = 1, /* out = mask ? grad : 0, second = weight * out; if live: second *= 0 in groups with at most one live bit */
+    NM_GRADIENTS = 1, /* out = covered ? grad : 0, second = weight * out, then * 0 in groups with at most one live bit */
     NM_DECAY = 2,     /* out = (weight - masked) * decay + grad, rounded three times */
     NM_COVER = 3,     /* out: bytes 0 or 1, the positions that a live combination has; table: a byte a position for [bytes, 256] */
     NM_RETIRE = 4,    /* out: live sets with the `keep` best of every group; weight: scores; table: positions [combinations, n] */
     NM_MASK = 5,      /* out: bytes 0 or 1, the n largest magnitudes of every group, the lower index among equals */
     NM_LARGEST = 6,   /* out = that mask ? weight : 0 */
+    NM_COVERED = 7,   /* out = covered ? weight : 0, by bits; covered: what NM_COVER writes */
 };
 
 typedef struct {
@@ -32,7 +33,7 @@ typedef struct {
     int64_t threads;
 } nm_sweep;
 
-/* Units first..last of a sweep: numbers of NM_KEEP, NM_DECAY and NM_GRADIENTS without live sets, else pairs (outer, group). */
+/* Units first..last of a sweep: numbers of NM_KEEP and NM_DECAY, else pairs (outer, group). */
 typedef void (*nm_sweep_part)(const nm_sweep *, int64_t first, int64_t last);
 
 void nm_sweep_avx512(const nm_sweep *, int64_t first, int64_t last);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-KEEP, GRADIENTS, DECAY, COVER, RETIRE, MASK, LARGEST = range(7)
+KEEP, GRADIENTS, DECAY, COVER, RETIRE, MASK, LARGEST, COVERED = range(8)
 """Kinds."""
 WIDEST = 32
 """The largest M."""

@@ -9,6 +9,7 @@
 #define JOIN(a, b) JOINED(a, b)
 
 #include "live.h"
+#include "beside.h"
 #include "places.h"
 
 #define REAL float
@@ -46,6 +47,7 @@ void SWEEP(const nm_sweep *s, int64_t first, int64_t last) {
     case NM_GRADIENTS: (wide ? gradients_double : gradients_float)(s, first, last); break;
     case NM_DECAY: (wide ? decay_double : decay_float)(s, first, last); break;
     case NM_COVER: cover(s, first, last); break;
+    case NM_COVERED: (s->item == 2 ? covered_16 : wide ? covered_64 : covered_32)(s, first, last); break;
     case NM_RETIRE: (wide ? retire_double : retire_float)(s, first, last); break;
     default: (s->item == 2 ? largest_16 : wide ? largest_64 : largest_32)(s, first, last);
     }

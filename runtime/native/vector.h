@@ -108,6 +108,12 @@ static inline vf error_function(vf x) {
     return pick(x < splat(0), -e, e);
 }
 
+/* Between 0 and 6; NaN stays NaN. */
+static inline vf clamp6(vf x) {
+    x = pick(x < splat(0), splat(0), x);
+    return pick(x > splat(6.0f), splat(6.0f), x);
+}
+
 static inline vf activate(vf x, int64_t activation) {
     vf one = splat(1.0f);
     switch (activation) {
@@ -118,6 +124,8 @@ static inline vf activate(vf x, int64_t activation) {
         return x / (one + exponential(-u));
     }
     case NM_SILU: return x / (one + exponential(-x));
+    case NM_RELU6: return clamp6(x);
+    case NM_HARDSWISH: return x * (clamp6(x + splat(3.0f)) * splat(1.0f / 6));
     default: return x;
     }
 }
