@@ -176,10 +176,11 @@ def test_under_autocast_weights_stay_float32_and_products_are_packed(calls: Any)
     assert len(calls) == 8
 
 
-def test_torch_compile_takes_a_step_whole_at_any_batch(calls: Any) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_torch_compile_takes_a_step_whole_at_any_batch(calls: Any, backend: str) -> None:
     model, x = Net().half(), torch.randn(3, 8, 16).half()
     packed = made(model, packing(min_tokens=20), x)
-    compiled = torch.compile(packed, fullgraph=True, dynamic=True)
+    compiled = torch.compile(packed, fullgraph=True, dynamic=True, backend=backend)
     for batch in (3, 2, 5):  # the second has too few tokens
         x = torch.randn(batch, 8, 16).half()
         wanted = gradients(packed, packed, x)

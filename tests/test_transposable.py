@@ -34,7 +34,7 @@ def optimum(weights: np.ndarray, n: int, exactly: bool) -> float:
     return -float(linprog(-weights.reshape(-1), bounds=(0, 1), method="highs", **given).fun)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(patterns, st.integers(0, 10**6), st.sampled_from(["gauss", "heavy", "tied"]), st.booleans())
 def test_no_mask_of_a_tile_keeps_more(text: str, seed: int, kind: str, exactly: bool) -> None:
     pattern = nm.Pattern.parse(text)
