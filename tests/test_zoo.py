@@ -35,7 +35,19 @@ NOT_ONE_GRAPH = {
     "returns_unregistered": "the output hides its tensors from pytree",
 }
 """Models that no single exported graph holds."""
-SLOW = {"opt", "falcon", "distilbert", "albert", "bart", "clip", "deit", "regnet_x_400mf", "resnet", "shufflenet_v2_x0_5", "vit"}
+SLOW = {
+    "opt",
+    "falcon",
+    "distilbert",
+    "albert",
+    "bart",
+    "clip",
+    "deit",
+    "regnet_x_400mf",
+    "resnet",
+    "shufflenet_v2_x0_5",
+    "vit",
+}
 """Near relatives of others in the sample: --slow runs them."""
 PINNED = {
     "keywords": ["head.weight[1]"],  # the hidden state is an output too

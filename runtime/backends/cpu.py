@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
 from nm_compiler.graph import getattr_path, run, standalone
-from nm_compiler.memory import give_back
+from nm_compiler.memory import give_back, keep_freed
 from nm_compiler.passes.channels_last import channels_last
 from nm_compiler.passes.fuse_epilogues import fuse_epilogues
 from nm_compiler.passes.lower_cpu import lower_cpu
@@ -65,6 +65,7 @@ class Cpu(Backend):
         choices = Choices(options.get("cache")) if options.get("choose", True) else None
         found, nodes = job.products, {node.name: node for node in job.gm.graph.nodes}
         inductor = against == "inductor"
+        keep_freed()
         decisions = {each.node: _decide(job, each, nodes[each.node], choices, values, inductor=inductor) for each in found}
         chosen = [each for each in found if decisions[each.node].kernel]
         lower = partial(lower_cpu, chosen=chosen, values=values)
