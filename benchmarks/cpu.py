@@ -22,6 +22,7 @@ import torch
 from harness import arguments, environment, table, write
 from zoo.shim import declare_missing_operators
 
+from nm_compiler.memory import keep_freed
 from nm_compiler.pattern import Pattern
 from nm_compiler.runtime.native.library import Library, load
 
@@ -134,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(args.draw[1:], args.draw[0])
         return 0
     torch.set_num_threads(args.threads)
+    keep_freed()  # as in every process that lowers a model: else results come in fresh pages, dense ones too
     if args.isa is not None:
         os.environ["NM_COMPILER_ISA"] = args.isa
     library = load()

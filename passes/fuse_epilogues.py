@@ -43,10 +43,10 @@ def fuse_epilogues(gm: GraphModule) -> GraphModule:
 
 def _fuse(gm: GraphModule, product: Node) -> bool:
     """Take one more step into the product; False if there is none to take."""
-    between, step = _next(product)
-    if step is None or product.args[-1] != "" or _written(product, between, step):
+    between, step = next_step(product)
+    if step is None or product.args[-1] != "" or written_between(product, between, step):
         return False
-    name = _activation(step)
+    name = activation_of(step)
     other = product.args[_RESIDUAL] if name else _added(product, between, step)
     if not name and other is None:
         return False
@@ -54,7 +54,7 @@ def _fuse(gm: GraphModule, product: Node) -> bool:
     return True
 
 
-def _next(product: Node) -> tuple[list[Node], Node | None]:
+def next_step(product: Node) -> tuple[list[Node], Node | None]:
     """Reshapes and dropouts behind the product that nobody else reads, and what reads the last of them."""
     between, at = list[Node](), product
     while len(at.users) == 1:
@@ -66,7 +66,7 @@ def _next(product: Node) -> tuple[list[Node], Node | None]:
     return between, None
 
 
-def _written(product: Node, between: list[Node], step: Node) -> bool:
+def written_between(product: Node, between: list[Node], step: Node) -> bool:
     """Whether anything writes into a tensor after the product and before the step."""
     at = product.next
     while at is not step:
@@ -81,7 +81,7 @@ def _nothing(node: Node) -> bool:
     return node.target is aten.dropout.default and node.args[2] is False
 
 
-def _activation(step: Node) -> str | None:
+def activation_of(step: Node) -> str | None:
     if step.target is aten.gelu.default:
         return "gelu_tanh" if step.kwargs.get("approximate", "none") == "tanh" else "gelu"
     if step.target in _CLAMPS:

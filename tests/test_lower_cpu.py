@@ -95,10 +95,12 @@ def test_the_passes_of_the_backend_compute_the_same_and_look_as_read(kind: Any, 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     lowered = forced(model, x)
     assert lowered.error < 1e-5
-    assert [name for name, _, _ in stages] == ["lower_cpu", "fuse_epilogues", "huge_pages", "pool_channels_last"]
+    assert [name for name, _, _ in stages] == [
+        "lower_cpu", "fuse_epilogues", "huge_pages", "pool_channels_last", "fuse_dense",
+    ]  # fmt: skip
     for name, text, _ in stages[:2]:
         golden(f"{name}_{kind.__name__.lower()}", text)
-    assert stages[3][1] == stages[2][1] == stages[1][1], "there is nothing to pool"
+    assert stages[4][1] == stages[3][1] == stages[2][1] == stages[1][1], "there is nothing to pool or to fuse"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the model is not touched"
     for batch in (1, 5):
         torch.testing.assert_close(lowered(example(model, batch, 1)), model(example(model, batch, 1)), rtol=1e-5, atol=1e-5)
@@ -119,7 +121,7 @@ def test_a_max_pooling_of_rows_runs_with_channels_innermost_and_one_that_lies_so
     assert lowered(x).is_contiguous()
     last = x.contiguous(memory_format=torch.channels_last)
     nm.lower(model.to(memory_format=torch.channels_last), (last,), backend="cpu", force=["*"])
-    assert stages[7][1] == stages[6][1]
+    assert stages[8][1] == stages[7][1]
 
 
 class Net(nn.Module):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from nm_compiler.runtime.native.library import load
+
+ROOT = Path(__file__).parents[1]
 
 CALLS = """
 import resource
@@ -32,12 +37,54 @@ give_back()
 print(faults())
 """
 
+LOADED = """
+import resource
+import torch
+import nm_compiler.runtime.native.ops as ops
+from nm_compiler.pattern import Pattern
+from nm_compiler.runtime.native.packing import pack
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library decides otherwise")
+weight = pack(torch.zeros(2048, 64), Pattern(2, 4))
+x = torch.zeros(2000, 64)
+
+def call():
+    # a result of 16 MB
+    ops.LINEAR(x, weight.values, weight.codes, None, None, None, [2, 4], 2048, "")
+
+for _ in range(3):
+    call()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    call()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+"""
+
+
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library decides otherwise")
+
+
+def printed(program: str, **settings: str) -> list[float]:
+    words, env = [sys.executable, "-c", program], {**os.environ, **settings}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT, timeout=120, env=env)
+    return [float(word) for word in done.stdout.split()]
+
+
+@needs_glibc
 def test_a_call_finds_the_pages_that_the_one_before_it_freed() -> None:
-    words = [sys.executable, "-c", CALLS]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1], timeout=120)
-    fresh, kept, again = map(float, done.stdout.split())
+    fresh, kept, again = printed(CALLS)
     assert fresh > 1000, "four times five million bytes are 4,883 pages"
     assert kept < 100
     assert again < 100, "what was given back once is kept again"
+
+
+@needs_glibc
+def test_what_the_user_set_up_stays() -> None:
+    fresh, kept, _ = printed(CALLS, MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
+    assert min(fresh, kept) > 1000
+
+
+@needs_glibc
+@pytest.mark.skipif(isinstance(load(), str), reason=f"no CPU kernels here: {load()}")
+def test_packed_products_keep_it_in_a_process_that_lowered_nothing() -> None:
+    (faults,) = printed(LOADED)
+    assert faults < 100, "a result of 16 MB is 4,000 pages"

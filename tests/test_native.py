@@ -96,13 +96,25 @@ def test_convolutions_of_any_geometry_are_what_float64_says_in_the_memory_format
 
 
 @each_isa
-@pytest.mark.parametrize("shape", [(1056, 1040, 300), (1100, 64, 900), (16, 2048, 57)], ids=str)
+@pytest.mark.parametrize("shape", [(1056, 1040, 300), (1056, 1040, 57), (1100, 64, 900), (16, 2048, 57)], ids=str)
 def test_weights_beyond_one_block_of_rows_and_of_inputs_are_what_float64_says(isa: str, shape: tuple[int, int, int]) -> None:
     rows, inputs, tokens = shape
     for values in VALUES:
         Product(pattern=Pattern(2, 4), rows=rows, inputs=inputs, lead=(tokens,), values=values).operands(0).check(
             LIBRARIES[isa]
         )
+
+
+@each_isa
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:8", "1:16", "5:16"])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 2)], ids=str)
+def test_outputs_in_lanes_and_tokens_in_lanes_give_the_same_bits(isa: str, pattern: str, kernel: tuple[int, int]) -> None:
+    product = Product(
+        pattern=Pattern.parse(pattern), rows=37, inputs=80, lead=(2, 9, 10), kernel=kernel, padding=(0, 1), residual=True,
+        activation="relu",
+    )  # fmt: skip
+    in_rows, last = (replace(product, form=form).operands(0).result(LIBRARIES[isa]) for form in ("plain", "channels_last"))
+    torch.testing.assert_close(in_rows, last, rtol=0, atol=0)
 
 
 SAME = [
@@ -113,6 +125,17 @@ SAME = [
         pattern=Pattern(1, 8), rows=24, inputs=16, lead=(2, 9, 11), kernel=(3, 3), padding=(1, 1), groups=2, residual=True
     ),
     Product(pattern=Pattern(2, 4), rows=48, inputs=16, lead=(1, 7, 7), kernel=(1, 1), form="channels_last"),
+    Product(
+        pattern=Pattern(2, 4),
+        rows=40,
+        inputs=48,
+        lead=(2, 11, 13),
+        kernel=(3, 3),
+        stride=(2, 1),
+        groups=2,
+        residual=True,
+        form="channels_last",
+    ),
 ]
 
 

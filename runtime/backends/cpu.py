@@ -17,6 +17,7 @@ from nm_compiler.evaluate import value_of
 from nm_compiler.graph import getattr_path, run, standalone
 from nm_compiler.memory import give_back, keep_freed
 from nm_compiler.passes.channels_last import channels_last
+from nm_compiler.passes.fuse_dense import fuse_dense
 from nm_compiler.passes.fuse_epilogues import fuse_epilogues
 from nm_compiler.passes.lower_cpu import lower_cpu
 from nm_compiler.passes.pool_channels_last import pool_channels_last
@@ -73,8 +74,8 @@ class Cpu(Backend):
         dense = standalone(GraphModule(job.gm, copy.deepcopy(job.gm.graph))) if measured else None
         gm = run(job.gm, [lower, fuse_epilogues, huge_pages])
         turned = gm if dense is None else channels_last(gm)
-        ways = {} if turned is gm else {"packed, channels last": standalone(turned)}
-        ways = {"packed": standalone(run(gm, [pool_channels_last])), **ways}
+        ways = {} if turned is gm else {"packed, channels last": standalone(run(turned, [fuse_dense]))}
+        ways = {"packed": standalone(run(gm, [pool_channels_last, fuse_dense])), **ways}
         gm = ways["packed"]
         give_back()
         library = load()

@@ -33,35 +33,45 @@ static inline int any(vu wrong) {
     return all != 0;
 }
 
-/* places[step][lane]: bytes from the start of the panel, whose rows are ``width`` bytes apart */
-static inline __attribute__((always_inline)) int places_of(const nm_job *j, const int bits, const int checked, const uint32_t *codes,
-                                                           int64_t step0, int64_t count, int64_t width, uint16_t *places) {
+/* Where kept positions lie, [step][lane], neighbours along k ``width`` apart. Small: 16 bits each, from the start of the block
+ * on, as a panel is addressed; else 32 bits, modulo ``around``, as a permutation chooses from a window. */
+static inline __attribute__((always_inline)) int places_of(const nm_job *j, const int bits, const int checked, const int small,
+        const uint32_t *codes, int64_t step0, int64_t count, uint32_t width, uint32_t around, void *places) {
     const int a_word = 32 / bits;
-    const uint32_t mask = (1u << bits) - 1, last = (uint32_t)j->m - 1, group = (uint32_t)(j->m * width);
+    const uint32_t mask = (1u << bits) - 1, last = (uint32_t)j->m - 1, group = (uint32_t)j->m * width;
     vu wrong = {0};
     for (int part = 0; part < PARTS; part++) {
         int64_t left = a_word - step0 % a_word, kept = 0;
         uint32_t base = 0;
         const uint32_t *word = codes + step0 / a_word * NM_LANES + part * V;
-        uint16_t *to = places + part * V;
+        char *to = (char *)places + part * V * (small ? 2 : 4);
         vu now = *(const vuu *)word >> (uint32_t)((a_word - left) * bits);
-        for (int64_t step = 0; step < count; step++, to += NM_LANES) {
+        for (int64_t step = 0; step < count; step++, to += NM_LANES * (small ? 2 : 4)) {
             if (!left) word += NM_LANES, now = *(const vuu *)word, left = a_word;
             vu code = now & mask;
             if (checked) code = clamped(code, last, &wrong);
-            *(vhu *)to = __builtin_convertvector(code * (uint32_t)width + base, vhu);
+            if (small) *(vhu *)to = __builtin_convertvector(code * width + base, vhu);
+            else *(vuu *)to = code * width + base;
             now >>= bits;
             left--;
-            if (++kept == j->n) kept = 0, base += group;
+            if (++kept == j->n) kept = 0, base = small ? base + group : (base + group) % around;
         }
     }
     return checked && any(wrong);
 }
 
-static int expand_codes(const nm_job *j, const uint32_t *codes, int64_t step0, int64_t count, int64_t width, uint16_t *places) {
-    if (j->m == 4) return places_of(j, 2, 0, codes, step0, count, width, places);
-    if (j->m == 16) return places_of(j, 4, 0, codes, step0, count, width, places);
-    return places_of(j, nm_bits(j->m), 1, codes, step0, count, width, places);
+#define PLACES(BITS, CHECKED, SMALL) places_of(j, BITS, CHECKED, SMALL, codes, step0, count, width, around, places)
+static inline __attribute__((always_inline)) int all_places(const nm_job *j, const int small, const uint32_t *codes, int64_t step0,
+        int64_t count, uint32_t width, uint32_t around, void *places) {
+    if (j->m == 4) return PLACES(2, 0, small);
+    if (j->m == 16) return PLACES(4, 0, small);
+    return PLACES(nm_bits(j->m), 1, small);
+}
+#undef PLACES
+
+/* bytes from the start of a panel whose rows are ``width`` bytes apart */
+static int panel_places(const nm_job *j, const uint32_t *codes, int64_t step0, int64_t count, int64_t width, uint16_t *places) {
+    return all_places(j, 1, codes, step0, count, (uint32_t)width, 0, places);
 }
 
 /* floats [count][16] of a block; those that are float already are used where they are */

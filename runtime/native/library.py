@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nm_compiler.errors import NMError
+from nm_compiler.memory import keep_freed
 from nm_compiler.runtime.native import sweep as sweeps
 from nm_compiler.runtime.native.job import BYTES, Job, packed
 
@@ -63,7 +64,8 @@ class Library:
         self._handle.nm_read_all(self._number, data.data_ptr(), data.numel())
 
     def _grown(self, need: int) -> tuple[Tensor, int, int]:
-        """Scratch of the calling thread: what keeps it, where it starts, and its size."""
+        """Scratch of the calling thread: what keeps it, where it starts, and its size. Results are to find kept pages, too."""
+        keep_freed()
         kept = torch.empty(need + 64, dtype=torch.uint8)
         start = kept.data_ptr()
         found = self._workers.scratch = kept, start + -start % 64, need

@@ -13,7 +13,7 @@ They are defined without `torch.library.custom_op`, whose wrapper takes longer t
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -79,31 +79,20 @@ def packed_conv2d(
     zeros; the rest as for `packed_linear`. Returns ``[batch, rows, ...]`` in the memory format of x, of x's dtype.
     Raises NMError for operands that do not fit, before any is read.
     """
-    if x.ndim != 4 or groups < 1 or x.shape[1] % groups or rows % groups:
-        raise NMError(
-            f"nm::packed_conv2d takes x [batch, in, height, width], its channels and {rows} rows in {groups} groups; "
-            f"not {_shown(x)}"
-        )
-    sizes_ = _checked_sizes(x, kernel, stride, padding, dilation)
-    shape = (rows, x.shape[1] // groups, *kernel)
-    _check("packed_conv2d", x, values, codes, scales, bias, residual, pattern, rows, shape, groups, activation)
-    _check_residual("packed_conv2d", residual, (x.shape[0], rows, *sizes_))
     form = _format(x)
+    how = (tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+    sizes_, numbers = _plan(x.shape, form == torch.channels_last, rows, *how, groups)
+    shape = (rows, x.shape[1] // groups, *how[0])
+    _check("packed_conv2d", x, values, codes, scales, bias, residual, pattern, rows, shape, groups, activation)
+    _check_residual("packed_conv2d", residual, sizes_)
     data = _float(x).contiguous(memory_format=form)
-    batch, channels, height, width = data.shape
-    y = torch.empty((batch, rows, *sizes_), dtype=torch.float32, memory_format=form)
+    y = torch.empty(sizes_, dtype=torch.float32, memory_format=form)
     if y.numel() == 0:
         return y.to(x.dtype)
     added = None if residual is None else _float(residual).contiguous(memory_format=form)
-    last = form == torch.channels_last
-    images = [batch, height, width, *sizes_]
-    if max(*kernel, *stride) == 1 and not any(padding):  # a linear: pixels are tokens
-        pixels = height * width * (batch if last else 1)
-        images = [1 if last else batch, 1, pixels, 1, pixels]
     _library().run(Job(
         address(data), address(y), address(added), address(bias), address(values), address(codes), address(scales),
-        DTYPES[values.dtype], pattern[0], pattern[1], groups, rows // groups, channels // groups,
-        *(*images, *kernel, *stride, *padding, *dilation), channels, rows, int(last), ACTIVATIONS[activation], 0,
+        DTYPES[values.dtype], pattern[0], pattern[1], *numbers, ACTIVATIONS[activation], 0,
     ))  # type: ignore[call-arg]  # fmt: skip
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
@@ -123,21 +112,60 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if lies_in_channels_last(x) else torch.contiguous_format
 
 
-def _out_sizes(x: Any, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> tuple[Any, Any]:
-    found = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+def _out_sizes(shape: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Any, Any]:
+    found = [(shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     return found[0], found[1]
 
 
-def _checked_sizes(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
+@lru_cache(maxsize=4096)
+def _plan(
+    shape: tuple[int, ...], last: bool, rows: int, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
+    dilation: tuple[int, ...], groups: int,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:  # fmt: skip
+    """The result's shape, and a job's fields from groups to channels_last. last: channels are innermost."""
+    if len(shape) != 4 or groups < 1 or shape[1] % groups or rows % groups:
+        raise NMError(
+            f"nm::packed_conv2d takes x [batch, in, height, width], its channels and {rows} rows in {groups} groups; "
+            f"not {list(shape)}"
+        )
+    out_h, out_w = _checked_sizes(shape, kernel, stride, padding, dilation)
+    batch, channels, height, width = shape
+    images = (batch, height, width, out_h, out_w)
+    if max(*kernel, *stride) == 1 and not any(padding):  # a linear: pixels are tokens
+        pixels = height * width * (batch if last else 1)
+        images = (1 if last else batch, 1, pixels, 1, pixels)
+    fields = (
+        groups,
+        rows // groups,
+        channels // groups,
+        *images,
+        *kernel,
+        *stride,
+        *padding,
+        *dilation,
+        channels,
+        rows,
+        int(last),
+    )
+    return (batch, rows, out_h, out_w), fields
+
+
+def _checked_sizes(
+    shape: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[int, int]:
     """Height and width of the result."""
-    given = f"nm::packed_conv2d: kernel {kernel}, stride {stride}, padding {padding}, dilation {dilation}"
+    given = f"nm::packed_conv2d: kernel {[*kernel]}, stride {[*stride]}, padding {[*padding]}, dilation {[*dilation]}"
     for numbers, least in ((kernel, 1), (stride, 1), (padding, 0), (dilation, 1)):
         if len(numbers) != 2 or min(numbers) < least:
             raise NMError(f"{given}: two numbers each, padding from 0 on, the others from 1 on")
-    found = _out_sizes(x, kernel, stride, padding, dilation)
+    found = _out_sizes(shape, kernel, stride, padding, dilation)
     if min(found) < 1:
-        raise NMError(f"{given}: the images of x {_shown(x)} are too small")
-    return list(found)
+        raise NMError(f"{given}: the images of x {list(shape)} are too small")
+    return found
 
 
 def _check_residual(name: str, residual: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -200,7 +228,7 @@ def _conv2d_fake(
     x: Tensor, values: Tensor, codes: Tensor, scales: Any, bias: Any, residual: Any, pattern: Any, rows: int,
     kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int, activation: str,
 ) -> Tensor:  # fmt: skip
-    shape = (x.shape[0], rows, *_out_sizes(x, kernel, stride, padding, dilation))
+    shape = (x.shape[0], rows, *_out_sizes(x.shape, kernel, stride, padding, dilation))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
 
 

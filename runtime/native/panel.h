@@ -152,7 +152,7 @@ static int run_panel(const nm_job *j, int64_t task, char *scratch) {
                 const float *scales = j->scales ? j->scales + place * NM_LANES : 0;
                 float start[NM_LANES] = {0}, *tile_sums = sums + (row - top) * nv * V;
                 if (j->bias && !k0) memcpy(start, j->bias + group * j->rows + row, (size_t)nm_min(NM_LANES, j->rows - row) * 4);
-                wrong |= expand_codes(j, j->codes + place * words * NM_LANES, step0, count, width, at);
+                wrong |= panel_places(j, j->codes + place * words * NM_LANES, step0, count, width, at);
                 const float *floats = expand_values(j, values, scales, step0, count, wide);
                 tile(here, tile_sums, floats, at, count, start, !k0, next, count * NM_LANES * nm_value_bytes(j) / LINE);
                 if (k1 == k) unpack(j, group, row, token0, tokens, nv, tile_sums);
