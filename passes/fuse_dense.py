@@ -4,7 +4,7 @@
     %y = aten.conv2d(%x, %w, %b, [1, 1], [1, 1], .., 32)    %z = mkldnn._convolution_pointwise(%x, %w, %b, [1, 1], [1, 1],
     %z = aten.hardtanh(%y, 0, 6)                                     [1, 1], 32, "hardtanh", [0, 6], "")
 
-Only float32 with channels innermost: there oneDNN computes the convolution in any case, and torch knows this op's strides.
+Only float32 with channels innermost, where oneDNN computes nearly all convolutions anyhow and torch knows this op's strides.
 Depthwise convolutions gain: an activation, a pass over memory, takes about as long as they do. oneDNN's ReLU makes 0 of NaN.
 """
 
