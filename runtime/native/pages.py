@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from nm_compiler.memory import give_back
 from nm_compiler.runtime.native.ops import CONV2D, LINEAR
 
 PAGE = 2 * 2**20
@@ -39,10 +38,6 @@ def huge_pages(gm: GraphModule) -> GraphModule:
         if id(old) not in moved:
             moved[id(old)], place = tensor_in(memory, place, old).copy_(old), place + _room(old)
         gm.__dict__[name] = values[name] = moved[id(old)]
-        large = old.nbytes >= PAGE
-        del old
-        if large:
-            give_back()
     return gm
 
 
