@@ -21,6 +21,10 @@ from nm_compiler.streaming.ordering import search_bytes
 
 RANKS = (1, 8, 64)
 SPEEDS = Path(__file__).resolve().parent / "results" / "prune_speed.json"
+RATES = {"disk": 5e9, "link": 50e9, "memory": 2e12, "arithmetic": 400e12}
+"""Bytes a second of an NVMe disk, of PCIe 5 x16 and of an H200's memory, this at 40 % of the data sheet; bf16 FLOP/s likewise."""
+SAMPLES = 128 * 2048
+"""Tokens of Wanda's calibration: 128 samples of C4."""
 METHODS: dict[str, tuple[nm.Method, str]] = {
     "LBC, by position": (nm.LBC(), "scores, live bits"),
     "LBC, by combination": (nm.LBC(scores="combination"), "scores, live bytes"),
@@ -94,6 +98,45 @@ def memory() -> Iterator[str]:
     yield f"| the order search of one layer's {hidden:,} hidden channels, in fp32 | {_gb(search_bytes(hidden, width))} |"
 
 
+def gpus() -> Iterator[str]:
+    """Seconds of a prune that streams shards through GPUs, by the rates of `RATES`: arithmetic, nothing of it was run."""
+    shapes = llama_shapes()
+    linears = sum(math.prod(shape) for name, shape in shapes.items() if "proj" in name)
+    size = 2 * sum(math.prod(shape) for shape in shapes.values())
+    once = {
+        "disk": 2 * size / RATES["disk"],  # read and written
+        "link": size / RATES["link"],  # to a GPU and back, both directions at once
+        "memory": 2 * (2 * linears) / RATES["memory"],  # weights read, masked weights written
+        "arithmetic": 2 * linears * SAMPLES / RATES["arithmetic"],
+    }
+    what = {
+        "disk": f"read and write the shards, a disk at {_rate('disk', 'GB/s')}",
+        "link": f"to the GPU and back, {_rate('link', 'GB/s')} a direction",
+        "memory": f"masks and masked weights, GPU memory at {_rate('memory', 'TB/s')}",
+        "arithmetic": f"statistics for Wanda or RIA, {SAMPLES:,} tokens at {_rate('arithmetic', 'TFLOP/s')}",
+    }
+    machines = {"1 GPU": (1, 1), "8 GPUs, one disk": (8, 1), "8 GPUs, a disk each": (8, 8), "64 GPUs, 8 disks": (64, 8)}
+    yield f"| seconds, on paper | {' | '.join(machines)} |"
+    yield "| --- |" + " ---: |" * len(machines)
+    taken = {name: {part: once[part] / (disks if part == "disk" else cards) for part in once}
+             for name, (cards, disks) in machines.items()}  # fmt: skip
+    for part, text in what.items():
+        yield f"| {text} | {' | '.join(_seconds(each[part]) for each in taken.values())} |"
+    streamed = [max(each["disk"], each["link"], each["memory"]) for each in taken.values()]
+    yield f"| **magnitude**: the slowest, side by side | {' | '.join(map(_seconds, streamed))} |"
+    whole = [first + each["arithmetic"] for first, each in zip(streamed, taken.values(), strict=True)]
+    yield f"| **Wanda or RIA**: statistics first | {' | '.join(map(_seconds, whole))} |"
+
+
+def _rate(name: str, unit: str) -> str:
+    scale = 1e9 if unit == "GB/s" else 1e12
+    return f"{RATES[name] / scale:.0f} {unit}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"
+
+
 def _gb(size: float) -> str:
     return f"{size / 1e9:,.2f}" if size < 1e11 else f"{size / 1e9:,.0f}"
 
@@ -104,7 +147,7 @@ def _minutes(seconds: float) -> str:
 
 def blocks() -> dict[str, str]:
     """Every table, by the comment that stands above it in docs/scaling.md."""
-    return {make.__name__: "\n".join(make()) for make in (training, parts, memory, pruning)}
+    return {make.__name__: "\n".join(make()) for make in (training, parts, memory, pruning, gpus)}
 
 
 def main() -> Any:
