@@ -22,7 +22,7 @@ from nm_compiler.streaming.ordering import search_bytes
 RANKS = (1, 8, 64)
 SPEEDS = Path(__file__).resolve().parent / "results" / "prune_speed.json"
 RATES = {"disk": 5e9, "link": 50e9, "memory": 2e12, "arithmetic": 400e12}
-"""Bytes a second of an NVMe disk, of PCIe 5 x16 and of an H200's memory, this at 40 % of the data sheet; bf16 FLOP/s likewise."""
+"""Bytes a second of an NVMe disk, of PCIe 5 x16, of an H200's memory (40 % of its data sheet); bf16 FLOP/s (40 % too)."""
 SAMPLES = 128 * 2048
 """Tokens of Wanda's calibration: 128 samples of C4."""
 METHODS: dict[str, tuple[nm.Method, str]] = {
