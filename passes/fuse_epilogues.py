@@ -82,6 +82,7 @@ def _nothing(node: Node) -> bool:
 
 
 def activation_of(step: Node) -> str | None:
+    """The packed op's name for what the node computes; None if it has none."""
     if step.target is aten.gelu.default:
         return "gelu_tanh" if step.kwargs.get("approximate", "none") == "tanh" else "gelu"
     if step.target in _CLAMPS:

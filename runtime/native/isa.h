@@ -5,6 +5,8 @@
 #include "pack.h"
 #include "unpack.h"
 
+#include "shares.h"
+
 #include "panel.h"
 
 #include "lanes.h"

@@ -34,19 +34,14 @@ static int fits_lanes(const nm_job *j) {
 
 static lanes_plan lanes_plan_of(const nm_job *j) {
     lanes_plan p;
-    const int64_t k = nm_k(j), workers = nm_max(1, j->threads), tiles = nm_tiles(j);
+    const int64_t k = nm_k(j);
     p.blocks_k = nm_up(k, nm_min(LANES_BLOCK, LANES_STEPS * j->m / j->n));
     p.block = nm_up(nm_up(k, p.blocks_k), NM_LANES) * NM_LANES;
     p.blocks_k = nm_up(k, p.block);
     p.units = nm_up(nm_tokens(j), AT_ONCE);
-    p.blocks = nm_up(p.units, LANES_TOKENS / AT_ONCE);
-    const int64_t even = nm_up(p.blocks, workers) * workers;
-    if (p.blocks * j->groups < 4 * workers && p.units >= even * (LANES_TOKENS / AT_ONCE / 2)) p.blocks = even;
+    const shares shared = shares_of(j, p.units, LANES_TOKENS / AT_ONCE);
+    p.blocks = shared.blocks, p.row_chunks = shared.row_chunks, p.chunk = shared.chunk;
     p.most = nm_up(p.units, p.blocks) * AT_ONCE;
-    const int64_t all = p.blocks * j->groups;
-    p.row_chunks = all % workers && all < 4 * workers ? nm_min(workers, tiles) : 1;
-    p.chunk = nm_up(tiles, p.row_chunks) * NM_LANES;
-    p.row_chunks = nm_up(j->rows, p.chunk);
     p.direct = j->kernel_h * j->kernel_w * j->stride_h * j->stride_w == 1 && !j->pad_h && !j->pad_w;
     return p;
 }

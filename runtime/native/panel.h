@@ -28,16 +28,8 @@ static plan plan_of(const nm_job *j) {
     p.block = nm_max(1, (thin ? BLOCK_THIN : BLOCK) / j->m) * j->m;
     p.block = nm_up(nm_up(k, nm_up(k, p.block)), j->m) * j->m; /* of equal length */
     p.vectors = nm_up(nm_tokens(j), V);
-    p.blocks = nm_up(p.vectors, p.most);
-    const int64_t workers = nm_max(1, j->threads), tiles = nm_tiles(j);
-    if (p.blocks * j->groups < 4 * workers) {
-        const int64_t even = nm_up(p.blocks, workers) * workers; /* as many for every worker, if they stay wide enough */
-        if (p.vectors >= even * (p.most / 2)) p.blocks = even;
-    }
-    const int64_t units = p.blocks * j->groups;
-    p.row_chunks = units % workers && units < 4 * workers ? nm_min(workers, tiles) : 1;
-    p.chunk = nm_up(tiles, p.row_chunks) * NM_LANES;
-    p.row_chunks = nm_up(j->rows, p.chunk);
+    const shares shared = shares_of(j, p.vectors, p.most);
+    p.blocks = shared.blocks, p.row_chunks = shared.row_chunks, p.chunk = shared.chunk;
     p.keep = p.chunk > ROW_BLOCK && k * p.most * V * 4 <= KEPT_PANEL;
     return p;
 }
