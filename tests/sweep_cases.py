@@ -97,6 +97,7 @@ def any_case(pick: random.Random) -> Case:
 def check_any(case: Case, library: Library, place: Place = lambda _, t: t) -> None:
     """All that a case can be asked."""
     check_masks(case, library, place)
+    check_sums(case.seed, library, place)
     if case.dtype in REAL:
         check_decay(case, library, place)
         if case.pattern.combinations <= 500:
@@ -181,3 +182,17 @@ def check_decay(case: Case, library: Library, place: Place = lambda _, t: t) -> 
         found = sweeps.decay(grad, weight, masked, 2.3e-4)
     assert found is not None
     torch.testing.assert_close(found, (weight - masked).mul_(2.3e-4).add_(grad), rtol=0, atol=0, equal_nan=True)
+
+
+def check_sums(seed: int, library: Library, place: Place = lambda _, t: t) -> None:
+    """The (max, +) product of bytes, of any size, with columns that come twice or not at all."""
+    draw = torch.Generator().manual_seed(seed)
+    slots, there, wanted, rows = (int(torch.randint(1, most, (), generator=draw)) for most in (22, 22, 22, 40))
+    left, right = (torch.randint(256, (size, 64 * rows), generator=draw, dtype=torch.uint8) for size in (slots, there))
+    order = torch.randint(there, (wanted,), generator=draw)
+    operands = place("weight", left), place("grad", right), order, place("out", torch.empty(slots, wanted, dtype=torch.int64))
+    with swept_by(library):
+        done = sweeps.max_sums(*(operand.numpy() for operand in operands))
+    assert done == (library.isa != "portable")
+    if done:
+        assert torch.equal(operands[-1], torch.maximum(left.unsqueeze(1), right[order]).sum(-1, dtype=torch.int64))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from packed_products import libraries
-from sweep_cases import HALF, LAYOUTS, REAL, Case, bits, check_decay, check_live, check_masks, swept_by
+from sweep_cases import HALF, LAYOUTS, REAL, Case, bits, check_decay, check_live, check_masks, check_sums, swept_by
 
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import MAX_TABLE, Pattern
@@ -48,6 +48,13 @@ def test_masks_and_masked_weights_are_torchs_to_the_bit_with_ties_nan_infinities
 def test_live_sets_cover_send_gradients_and_retire_as_in_torch(isa: str, case: Case) -> None:
     assume(case.pattern.combinations <= MAX_TABLE)
     check_live(case, LIBRARIES[isa])
+
+
+@each_isa
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6))
+def test_sums_of_the_larger_bytes_are_torchs(isa: str, seed: int) -> None:
+    check_sums(seed, LIBRARIES[isa])
 
 
 @each_isa

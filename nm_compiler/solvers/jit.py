@@ -19,22 +19,27 @@ F = TypeVar("F", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
 
 
-_LOOSE = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; infinities keep their meaning
+_LOOSE = frozenset({"reassoc", "contract", "nsz", "arcp"})  # sums in any order; infinities keep their meaning
 
 
-def jit(kernel: F) -> F:
+def jit_finite(kernel: F) -> F:
+    """`jit` for what never sees a NaN: minima become vectors."""
+    return jit(kernel, _LOOSE | {"nnan"})
+
+
+def jit(kernel: F, loose: frozenset[str] = _LOOSE) -> F:
     """``kernel`` as machine code: no GIL while it runs, sums in any order, no division checks.
 
     The code is kept beside the source or in the user's cache (NUMBA_CACHE_DIR moves it). Where neither can be written the
     kernel is compiled afresh in every process, a few seconds, and the log says so once for each.
     """
     try:
-        compiled = _compiled(kernel, cache=True)
+        compiled = _compiled(kernel, loose, cache=True)
     except RuntimeError as error:  # numba found no directory that it may write to
         _log.info("%s is compiled in every process, set NUMBA_CACHE_DIR to a writable directory: %s", kernel.__name__, error)
-        compiled = _compiled(kernel, cache=False)
+        compiled = _compiled(kernel, loose, cache=False)
     return compiled
 
 
-def _compiled(kernel: F, *, cache: bool) -> F:
-    return cast(F, numba.njit(cache=cache, nogil=True, fastmath=_LOOSE, error_model="numpy")(kernel))
+def _compiled(kernel: F, loose: frozenset[str], *, cache: bool) -> F:
+    return cast(F, numba.njit(cache=cache, nogil=True, fastmath=set(loose), error_model="numpy")(kernel))

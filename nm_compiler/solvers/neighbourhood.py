@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 
 from nm_compiler.pattern import Pattern
+from nm_compiler.solvers import coarse
 from nm_compiler.solvers.search_matrix import noise_unit
 from nm_compiler.solvers.search_members import Array
 
 LOUD, QUIET = 0.035, 0.007  # noise on the scores at the start and the end, in units of `noise_unit`; found by trial
 AT_ONCE = 256  # slots refilled in one round: the assignment's cost grows with the cube
 _SILENT = 0.97  # share of the budget after which there is no noise at all
+_LOOK = 8  # rounds of rounded scores, after which the order is looked at exactly
+
+
+class _View(NamedTuple):
+    """The columns as they are weighed: exactly or rounded. steps: of the scores in a unit of the columns."""
+
+    columns: Array
+    steps: float
+    slots: Array
+    scores: Array
+    weigh: Callable[[Array, Array, Array, Array], None]
 
 
 class Neighbourhood:
     """A search that is under way; ``best`` and ``gained`` are its result at any time.
 
     Every round takes a random slot out of up to ``at_once`` random groups, weighs all their channels in all those slots, adds
-    noise that fades, and refills them by linear assignment. columns: float32 ``[channels, rows]``, or packed.
+    noise that fades, and refills them by linear assignment. columns: float32 ``[channels, rows]``, or packed. Under noise
+    float32 ones are weighed as bytes, and every few rounds the order is looked at exactly.
     """
 
     def __init__(self, columns: Array, start: Array, pattern: Pattern, seed: int, at_once: int = AT_ONCE) -> None:
@@ -27,20 +43,62 @@ class Neighbourhood:
         self._unit = noise_unit(columns)
         self._state = np.array([seed], dtype=np.uint64)
         self._groups = np.arange(len(start) // pattern.m)
-        count = min(at_once, len(self._groups))
-        self._scores = np.empty((count, count), dtype=np.float32)
+        self._places = np.empty(min(at_once, len(self._groups)), dtype=np.int64)
+        self._exact = self._coarse = self._exactly()
+        self._rounded = 0  # rounds since the order's value was known
+        self._before: float | None = None
 
     def step(self, share: float, moves: int) -> int:
         """Go on for about ``moves`` placements, at least a round. Returns how many it took."""
-        from nm_compiler.solvers.neighbourhood_kernels import rebuild
+        from nm_compiler.solvers.neighbourhood_kernels import draw, refill
+
+        noise = self._unit * LOUD * (QUIET / LOUD) ** share if share < _SILENT else 0.0
+        view = self._rounding() if noise else self._exact
+        if self._rounded and view is self._exact:
+            self._look()
+        n, m, order, places, state = self._pattern.n, self._pattern.m, self._order, self._places, self._state
+        placements, spent = len(places) ** 2, 0
+        while spent == 0 or spent + placements <= moves:
+            draw(view.columns, order, n, m, self._groups, state, view.slots, places)
+            view.weigh(view.slots, view.columns, order[places], view.scores)
+            gained = refill(order, places, view.scores, noise * view.steps, state)
+            spent += placements
+            if view is self._exact:
+                self._note(self._value + gained)
+            else:
+                self._rounded += 1
+        if self._rounded >= _LOOK:
+            self._look()
+        return spent
+
+    def _note(self, value: float) -> None:
+        self._value = value
+        if value > self.gained:
+            self.gained = float(value)
+            self.best[:] = self._order
+
+    def _look(self) -> None:
+        from nm_compiler.solvers.search_kernels import kept_sum
 
         n, m = self._pattern.n, self._pattern.m
-        noise = self._unit * LOUD * (QUIET / LOUD) ** share if share < _SILENT else 0.0
-        count, spent = len(self._scores), 0
-        while spent == 0 or spent + count**2 <= moves:
-            self._value += rebuild(self._columns, self._order, n, m, self._groups, self._state, count, noise, self._scores)
-            spent += count**2
-            if self._value > self.gained:
-                self.gained = float(self._value)
-                self.best[:] = self._order
-        return spent
+        if self._before is None:
+            self._before = float(kept_sum(self._columns, self.best, n, m)) - self.gained
+        self._rounded = 0
+        self._note(float(kept_sum(self._columns, self._order, n, m)) - self._before)
+
+    def _exactly(self) -> _View:
+        from nm_compiler.solvers.neighbourhood_kernels import weigh
+
+        count, rows = len(self._places), self._columns.shape[1]
+        scores = np.empty((count, count), dtype=np.float32)
+        return _View(self._columns, 1.0, np.empty((count, rows), dtype=self._columns.dtype), scores, weigh)
+
+    def _rounding(self) -> _View:
+        """Made when it is first asked for. Packed columns are quick as they are."""
+        if self._coarse is self._exact and self._columns.dtype == np.float32:
+            columns, steps = coarse.as_bytes(self._columns)
+            count = len(self._places)
+            scores = np.empty((count, count), dtype=np.int64)
+            slots = np.empty((count, columns.shape[1]), dtype=np.uint8)
+            self._coarse = _View(columns, steps, slots, scores, coarse.weigh)
+        return self._coarse

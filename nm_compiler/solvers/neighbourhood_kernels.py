@@ -10,23 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from nm_compiler.solvers.jit import jit
+from nm_compiler.solvers.jit import jit, jit_finite
 from nm_compiler.solvers.search_kernels import Array, below, max_sums, thresholds, uniform
 
 
 @jit
-def rebuild(
-    columns: Array, order: Array, n: int, m: int, groups: Array, state: Array, count: int, noise: float, scores: Array
-) -> Any:
-    """Refill one random slot of ``count`` random groups. Returns what that gained (a loss, under noise).
+def draw(columns: Array, order: Array, n: int, m: int, groups: Array, state: Array, slots: Array, places: Array) -> None:
+    """Choose one random slot of as many random groups as there are ``places``, int64; they lie in different groups.
 
-    groups: int64 ``[channels / m]``, a permutation that the draw may shuffle; scores: scratch, float32 ``[count, count]``.
-    noise: scale of the Gumbel noise that is added to the scores before they are assigned.
+    groups: int64 ``[channels / m]``, a permutation that the draw shuffles; slots: ``[places, rows]``, of the dtype of
+    ``columns``, becomes what the neighbours of every slot leave over.
     """
-    rows = columns.shape[1]
-    slots, neighbours = np.empty((count, rows), dtype=columns.dtype), np.empty((m, rows), dtype=columns.dtype)
-    places, channels = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
-    for k in range(count):
+    neighbours = np.empty((m, columns.shape[1]), dtype=columns.dtype)
+    for k in range(places.shape[0]):
         other = k + below(state, groups.shape[0] - k)
         groups[k], groups[other] = groups[other], groups[k]
         slot = below(state, m)
@@ -34,12 +30,27 @@ def rebuild(
         thresholds(columns, order[start : start + m], n, neighbours)
         slots[k] = neighbours[slot]
         places[k] = start + slot
-        channels[k] = order[start + slot]
-    max_sums(slots, np.arange(count), columns, channels, scores)
+
+
+@jit
+def weigh(slots: Array, columns: Array, channels: Array, scores: Array) -> None:
+    """``scores[i, j]``: what the channel j keeps in the slot i, but for a constant of the slot's group."""
+    max_sums(slots, np.arange(slots.shape[0]), columns, channels, scores)
+
+
+@jit
+def refill(order: Array, places: Array, scores: Array, noise: float, state: Array) -> Any:
+    """Fill the places with the channels that lie in them, as the scores say is best. Returns what that gained (a loss, under
+    noise), in units of the scores.
+
+    noise: scale of the Gumbel noise that is added to the scores before they are assigned; without it nothing may get worse.
+    """
+    count = places.shape[0]
+    channels = order[places]
     cost = np.empty((count, count), dtype=np.float64)
     for i in range(count):
         for j in range(count):
-            cost[i, j] = -scores[i, j]
+            cost[i, j] = -np.float64(scores[i, j])
     if noise > 0:
         for i in range(count):
             for j in range(count):
@@ -47,7 +58,7 @@ def rebuild(
     chosen = assign(cost)
     gained = 0.0
     for k in range(count):
-        gained += scores[k, chosen[k]] - scores[k, k]
+        gained += np.float64(scores[k, chosen[k]]) - np.float64(scores[k, k])
     if noise > 0 or gained > 0:
         for k in range(count):
             order[places[k]] = channels[chosen[k]]
@@ -56,19 +67,29 @@ def rebuild(
     return gained
 
 
+@jit_finite
+def lowest(values: Array) -> Any:
+    """Of finite numbers, or infinity."""
+    low = values[0]
+    for j in range(values.shape[0]):
+        low = min(low, values[j])
+    return low
+
+
 @jit
 def assign(cost: Array) -> Any:
-    """The cheapest assignment of columns to rows of a square matrix, float64 ``[k, k]``. Returns int64 ``[k]``, by row.
+    """The cheapest assignment of columns to rows of a square matrix, float64 ``[k, k]``, which is written over. Returns int64
+    ``[k]``, by row.
 
-    Shortest augmenting paths after a column reduction and two passes of row reduction.
+    Shortest augmenting paths after a column reduction and two passes of row reduction; both leave little to do once the rows
+    and columns have lost what they cost in the mean, which decides nothing.
     Ref: Jonker & Volgenant, Computing 38 (1987).
     """
     size = cost.shape[0]
+    _level(cost)
     column_of = np.full(size, -1, dtype=np.int64)
     row_of = np.full(size, -1, dtype=np.int64)
-    price = np.empty(size, dtype=np.float64)
-    for j in range(size):
-        price[j] = cost[0, j]
+    price = cost[0].copy()
     cheapest = np.zeros(size, dtype=np.int64)
     for i in range(1, size):
         for j in range(size):
@@ -87,9 +108,33 @@ def assign(cost: Array) -> Any:
             left += 1
     for _ in range(2):
         left = _reduce_rows(cost, price, column_of, row_of, free, left)
+    distance, open_, before = np.empty(size), np.empty(size), np.empty(size, dtype=np.int64)
     for k in range(left):
-        _augment(cost, price, column_of, row_of, free[k])
+        _augment(cost, price, column_of, row_of, free[k], distance, open_, before)
     return column_of
+
+
+@jit
+def _level(cost: Array) -> None:
+    """Take the mean from every column, then from every row, then the lowest from every row."""
+    size = cost.shape[0]
+    mean = np.zeros(size)
+    for i in range(size):
+        for j in range(size):
+            mean[j] += cost[i, j]
+    for j in range(size):
+        mean[j] /= size
+    for i in range(size):
+        own = 0.0
+        for j in range(size):
+            cost[i, j] -= mean[j]
+            own += cost[i, j]
+        own /= size
+        for j in range(size):
+            cost[i, j] -= own
+        low = lowest(cost[i])
+        for j in range(size):
+            cost[i, j] -= low
 
 
 @jit
@@ -135,36 +180,49 @@ def _reduce_rows(cost: Array, price: Array, column_of: Array, row_of: Array, fre
 
 
 @jit
-def _augment(cost: Array, price: Array, column_of: Array, row_of: Array, start: int) -> None:
-    """Assign one more row along the shortest alternating path (Dijkstra over reduced costs)."""
+def _augment(
+    cost: Array, price: Array, column_of: Array, row_of: Array, start: int, distance: Array, open_: Array, before: Array
+) -> None:
+    """Assign one more row along the shortest alternating path (Dijkstra over reduced costs, which are not negative).
+
+    distance, open_, before: scratch. Loops without branches, since this is where the time goes.
+    """
     size = cost.shape[0]
-    distance = np.empty(size, dtype=np.float64)
-    before = np.full(size, start, dtype=np.int64)
-    done = np.zeros(size, dtype=np.bool_)
     for j in range(size):
-        distance[j] = cost[start, j] - price[j]
+        distance[j] = open_[j] = cost[start, j] - price[j]  # open_: infinite once the distance is final
+        before[j] = start
     while True:
-        nearest, last = np.inf, -1
-        for j in range(size):
-            if not done[j] and (distance[j] < nearest or (distance[j] == nearest and row_of[j] < 0)):
-                nearest, last = distance[j], j
-        done[last] = True
+        nearest, last = lowest(open_), 0
+        while open_[last] != nearest:
+            last += 1
+        open_[last] = np.inf
         if row_of[last] < 0:
             break
         i = row_of[last]
-        base = nearest - (cost[i, last] - price[last])
+        row = cost[i]
+        base = nearest - (row[last] - price[last])
         for j in range(size):
-            if not done[j]:
-                through = base + cost[i, j] - price[j]
-                if through < distance[j]:
-                    distance[j] = through
-                    before[j] = i
+            through = base + row[j] - price[j]
+            shorter = (through < distance[j]) & (open_[j] < np.inf)
+            distance[j] = through if shorter else distance[j]
+            open_[j] = through if shorter else open_[j]
+            before[j] = i if shorter else before[j]
     for j in range(size):
-        if done[j]:
-            price[j] += distance[j] - nearest
+        price[j] += min(0.0, distance[j] - nearest)
     while True:
         i = before[last]
         row_of[last] = i
         last, column_of[i] = column_of[i], last
         if i == start:
             break
+
+
+def warm_up(dtype: np.dtype[Any]) -> None:
+    """Compile, or load, every kernel on a tiny matrix; dtype: of the columns."""
+    columns = np.ones((4, 3), dtype=dtype)
+    order, places, state = np.arange(4), np.empty(2, dtype=np.int64), np.zeros(1, dtype=np.uint64)
+    slots = np.empty((2, 3), dtype=dtype)
+    scores = np.empty((2, 2), dtype=np.int64 if dtype == np.uint8 else np.float32)
+    draw(columns, order, 1, 2, np.arange(2), state, slots, places)
+    weigh(slots, columns, order[places], scores)
+    refill(order, places, scores, 0.0, state)

@@ -4,8 +4,9 @@ The identity behind every score, for any N:M: put channel x into a slot whose M 
 largest value t_r; then the group keeps ``const + sum_r max(x_r, t_r)``. One threshold row a slot makes every exchange a
 sum of maxima.
 
-Everywhere: ``columns`` float32 ``[channels, rows]`` (a channel's values lie side by side) or, for zeros and ones, packed
-into uint64 ``[channels, words]``; ``order`` int64 ``[channels]``; ``state`` uint64 ``[1]``, the random numbers of one search.
+Everywhere: ``columns`` float32 ``[channels, rows]`` (a channel's values lie side by side), uint8 as made by `coarse` or, for
+zeros and ones, packed into uint64 ``[channels, words]``; ``order`` int64 ``[channels]``; ``state`` uint64 ``[1]``, the random
+numbers of one search.
 """
 
 from __future__ import annotations
@@ -49,19 +50,19 @@ def uniform(state: Array) -> float:
 @jit
 def _plain_thresholds(columns: Array, members: Array, n: int, out: Array) -> None:
     m, rows = members.shape[0], columns.shape[1]
-    largest = np.empty((n + 1, _ROWS), dtype=np.float32)
-    falling = np.empty(_ROWS, dtype=np.float32)
+    largest = np.empty((n + 1, _ROWS), dtype=columns.dtype)
+    falling = np.empty(_ROWS, dtype=columns.dtype)
     for start in range(0, rows, _ROWS):
         count = min(_ROWS, rows - start)
-        largest[:] = -1.0  # values are not negative
+        largest[:] = 0  # values are not negative
         for j in range(m):
             falling[:count] = columns[members[j], start : start + count]
             for k in range(n + 1):
                 level = largest[k]
                 for r in range(count):
-                    high, low = max(level[r], falling[r]), min(level[r], falling[r])
-                    level[r] = high
-                    falling[r] = low
+                    first, second = level[r], falling[r]
+                    level[r] = first if first > second else second
+                    falling[r] = second if first > second else first
         nth, spare = largest[n - 1], largest[n]
         for j in range(m):
             column, target = columns[members[j], start : start + count], out[j, start : start + count]
@@ -70,7 +71,7 @@ def _plain_thresholds(columns: Array, members: Array, n: int, out: Array) -> Non
 
 
 @jit
-def _plain_max_sums(slots: Array, chosen: Array, columns: Array, channels: Array, out: Array) -> None:
+def _plain_max_sums(slots: Array, chosen: Array, columns: Array, channels: Array, out: Array, zero: Any) -> None:
     # two by two, so that every number loaded is used twice; an odd one out is its own partner
     rows, count, width = slots.shape[1], chosen.shape[0], channels.shape[0]
     out[:] = 0
@@ -82,13 +83,13 @@ def _plain_max_sums(slots: Array, chosen: Array, columns: Array, channels: Array
             for j in range(0, width, 2):
                 j2 = min(j + 1, width - 1)
                 left, right = columns[channels[j], start:stop], columns[channels[j2], start:stop]
-                a = b = c = d = np.float32(0)
+                a = b = c = d = zero
                 for r in range(stop - start):
                     p, q, x, y = one[r], two[r], left[r], right[r]
-                    a += max(p, x)
-                    b += max(p, y)
-                    c += max(q, x)
-                    d += max(q, y)
+                    a += p if p > x else x  # max() would widen bytes
+                    b += p if p > y else y
+                    c += q if q > x else x
+                    d += q if q > y else y
                 out[i, j] += a
                 if j2 > j:
                     out[i, j2] += b
@@ -149,7 +150,12 @@ def _(columns: Any, members: Any, n: Any, out: Any) -> Any:
 def _(slots: Any, chosen: Any, columns: Any, channels: Any, out: Any) -> Any:
     if _is_packed(columns):
         return lambda slots, chosen, columns, channels, out: packed.max_sums(slots, chosen, columns, channels, out)
-    return lambda slots, chosen, columns, channels, out: _plain_max_sums(slots, chosen, columns, channels, out)
+    kind = np.int32 if columns.dtype == types.uint8 else np.float32  # 512 bytes do not fill 32 bits
+
+    def plain(slots: Array, chosen: Array, columns: Array, channels: Array, out: Array) -> None:
+        _plain_max_sums(slots, chosen, columns, channels, out, kind(0))
+
+    return plain
 
 
 @overload(_either_kept_sum, strict=False)
@@ -172,7 +178,8 @@ def thresholds(columns: Array, members: Array, n: int, out: Array) -> None:
 def max_sums(slots: Array, chosen: Array, columns: Array, channels: Array, out: Array) -> None:
     """``out[i, j] = sum_r max(slots[chosen[i], r], columns[channels[j], r])``: a matrix product over (max, +).
 
-    slots: ``[.., rows]``, of the dtype of ``columns``; chosen, channels: int64; out: float32 ``[len(chosen), len(channels)]``.
+    slots: ``[.., rows]``, of the dtype of ``columns``; chosen, channels: int64; out: ``[len(chosen), len(channels)]``, float32
+    or, of bytes, int64.
     """
     _either_max_sums(slots, chosen, columns, channels, out)
 
@@ -194,4 +201,5 @@ def warm_up(dtype: np.dtype[Any]) -> None:
     tables = (table[0], table[1], np.empty(4, dtype=np.float32))
     anneal_kernels.fill(columns, order, 1, 2, *tables)
     anneal_kernels.anneal(columns, order, 1, 2, *tables, order.copy(), np.zeros(2), state, 1e-6, 1)
-    neighbourhood_kernels.rebuild(columns, order, 1, 2, np.arange(2), state, 2, 0.0, np.empty((2, 2), dtype=np.float32))
+    for each in {dtype, np.dtype(np.uint8)} if dtype == np.float32 else {dtype}:
+        neighbourhood_kernels.warm_up(each)

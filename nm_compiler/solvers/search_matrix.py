@@ -12,7 +12,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern
 from nm_compiler.solvers.search_members import Array, Member, blocks, checked
 
-TABLE_UP_TO = 512  # channels: two tables of all swaps are kept; beyond, refilling many slots at once is the better search
+TABLE_UP_TO = 256  # channels: two tables of all swaps are kept; beyond, refilling many slots at once is the better search
 
 
 def stack(members: Sequence[Member], pattern: Pattern) -> tuple[Array, float]:
@@ -79,7 +79,8 @@ def noise_unit(columns: Array) -> float:
 def memory_needed(channels: int, rows: int) -> int:
     """Bytes that a search takes beside the importance itself."""
     tables = 2 * channels * channels if channels <= TABLE_UP_TO else 0
-    return 4 * (channels * rows + tables + 600 * rows) + (32 << 20)
+    rounded = 0 if channels <= TABLE_UP_TO else channels * rows  # as bytes
+    return 4 * (channels * rows + tables + 600 * rows) + rounded + (32 << 20)
 
 
 def _check_memory(channels: int, rows: int) -> None:

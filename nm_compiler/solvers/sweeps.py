@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,8 @@ from nm_compiler.pattern import Pattern, combination_table
 from nm_compiler.runtime.native import sweep
 from nm_compiler.runtime.native.library import Library, load
 from nm_compiler.runtime.native.sweep import Sweep
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 _REAL = (torch.float32, torch.float64)
 _TYPES = (Tensor, torch.nn.Parameter)
@@ -182,6 +185,22 @@ def largest_rows(weight: Tensor, order: Tensor, pattern: Pattern, out: Tensor) -
         return False
     sizes = {"groups": len(weight) // pattern.m, "inner": inner, "n": pattern.n, "m": pattern.m}
     _run(found, sweep.LARGEST, weight, {"weight": weight, "order": order, "out": out}, sizes)
+    return True
+
+
+def max_sums(slots: Array, columns: Array, channels: Array, out: Array) -> bool:
+    """Write ``out[i, j] = sum_r max(slots[i, r], columns[channels[j], r])``; on one thread, as a search is.
+
+    slots, columns: uint8 ``[.., rows]`` without gaps, rows a multiple of 64; channels: int64, of columns that are there;
+    out: int64 ``[len(slots), len(channels)]``.
+    """
+    found = kernels()
+    if found is None or found.isa == "portable":
+        return False
+    operands = {"weight": slots, "grad": columns, "order": channels, "out": out}
+    sizes = {"outer": len(slots), "groups": len(channels), "inner": slots.shape[1]}
+    addresses = {name: array.ctypes.data for name, array in operands.items()}
+    found.sweep(Sweep(sweep.MAX_SUMS, 1, **addresses, **sizes), 0)
     return True
 
 

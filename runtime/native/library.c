@@ -7,7 +7,7 @@
 #define NM_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define NM_VERSION 4
+#define NM_VERSION 5
 
 typedef void (*parallel_fn)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel */
 

@@ -20,7 +20,7 @@ from nm_compiler.memory import keep_freed
 from nm_compiler.runtime.native import sweep as sweeps
 from nm_compiler.runtime.native.job import BYTES, Job, packed
 
-VERSION = 4
+VERSION = 5
 """Of the library's interface; `library.c` has the same number."""
 INSTRUCTION_SETS = {"portable": 0, "avx2": 1, "avx512": 2}
 _BAD_CODE, _SCRATCH = 1, 2

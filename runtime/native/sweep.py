@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-KEEP, GRADIENTS, DECAY, COVER, RETIRE, MASK, LARGEST, COVERED = range(8)
+KEEP, GRADIENTS, DECAY, COVER, RETIRE, MASK, LARGEST, COVERED, MAX_SUMS = range(9)
 """Kinds."""
 WIDEST = 32
 """The largest M."""

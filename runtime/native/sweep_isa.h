@@ -26,6 +26,9 @@
 #undef NAMED
 
 #include "exchange.h"
+#if BYTES >= 32
+#include "max_sums.h"
+#endif
 
 #define BITS 16
 #include "keep.h"
@@ -49,6 +52,9 @@ void SWEEP(const nm_sweep *s, int64_t first, int64_t last) {
     case NM_COVER: cover(s, first, last); break;
     case NM_COVERED: (s->item == 2 ? covered_16 : wide ? covered_64 : covered_32)(s, first, last); break;
     case NM_RETIRE: (wide ? retire_double : retire_float)(s, first, last); break;
+#if BYTES >= 32
+    case NM_MAX_SUMS: max_sums(s, first, last); break;
+#endif
     default: (s->item == 2 ? largest_16 : wide ? largest_64 : largest_32)(s, first, last);
     }
 }
