@@ -49,8 +49,8 @@ class Timing:
 class Choices:
     """Timings by key, kept on disk. A file that cannot be read or written is only a slower start, never an error."""
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path or default_path()
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = default_path() if path is None else Path(path)
         self._known: dict[str, dict[str, float]] | None = None
 
     def find(self, key: str, measure: Callable[[], Timing]) -> Timing:

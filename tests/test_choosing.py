@@ -168,7 +168,7 @@ def test_a_pointwise_convolution_is_measured_as_the_convolution_it_is(calls: Any
 def test_a_damaged_cache_is_a_slower_start_and_nothing_else(content: str, tmp_path: Path) -> None:
     file = tmp_path / "choices.json"
     file.write_text(content)
-    assert Choices(file).find("k", lambda: Timing(2.0, 1.0)).speedup == 2.0
+    assert Choices(str(file)).find("k", lambda: Timing(2.0, 1.0)).speedup == 2.0
     assert json.loads(file.read_text())["k"] == {"dense_s": 2.0, "sparse_s": 1.0}
 
 
