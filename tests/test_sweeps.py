@@ -95,6 +95,17 @@ def test_weights_beyond_one_part_are_the_same_on_one_and_on_three_threads(isa: s
                 check_live(case, LIBRARIES[isa])
 
 
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_masks_too_large_for_the_caches_are_the_same_on_one_and_on_three_threads(
+    isa: str, dtype: torch.dtype, threads: Any
+) -> None:
+    for text, size, count in (("2:4", (700, 1600), 1), ("1:16", (175, 1600), 3)):
+        threads(count)
+        case = Case(pattern=Pattern.parse(text), layout="linear", dtype=dtype, values="whole", size=size, seed=count)
+        check_masks(case, LIBRARIES[isa])
+
+
 @pytest.mark.parametrize("text", ["2:4", "3:5", "4:8", "1:16", "5:32", "7:40"])
 def test_without_the_kernels_the_results_are_the_same(text: str) -> None:
     pattern = Pattern.parse(text)

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import interleaved
 from torch import Tensor, nn
 
 import nm_compiler as nm
+from cpu_sections.weights import medians
+
+TURN = 0.1
+"""Seconds that a network runs again and again before the next one's turn: as it does where it is used."""
 
 
 def images(batch: int) -> Tensor:
@@ -115,7 +118,7 @@ def net(name: str, pattern: str, *, repeats: int) -> dict[str, Any]:
             work["eager, channels last"] = lambda: turned(last)
         for each in work.values():
             each()
-        times = {key: spread.median for key, spread in interleaved(work, repeats=repeats, warmup=2).items()}
+        times = medians(work, repeats, TURN)
     decisions = lowered.result.decisions.values()
     eager = min(value for key, value in times.items() if key.startswith("eager"))
     return {

@@ -62,9 +62,9 @@ LEAST = 4e-3
 """Seconds that a measurement takes at least: shorter work is repeated."""
 
 
-def medians(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds a call, the median of interleaved measurements; what is short is called several times in each."""
-    calls = {name: max(1, round(LEAST / min(seconds(each), seconds(each)))) for name, each in work.items()}
+def medians(work: Mapping[str, Callable[[], object]], repeats: int, least: float = LEAST) -> dict[str, float]:
+    """Seconds a call, the median of interleaved measurements; each repeats its call for ``least`` seconds."""
+    calls = {name: max(1, round(least / min(seconds(each), seconds(each)))) for name, each in work.items()}
     many = {name: partial(_repeat, each, calls[name]) for name, each in work.items()}
     return {name: spread.median / calls[name] for name, spread in interleaved(many, repeats=repeats, warmup=1).items()}
 

@@ -7,6 +7,7 @@
 #define KEYS WITH(lanes)
 #define LANES (BYTES / (BITS / 8))
 #define COLUMNS 128
+#define LARGE (1 << 22) /* numbers */
 #define POSITIVE ((SIGNED)(((WORD)-1) >> 1))
 #define INLINE static inline __attribute__((always_inline))
 
@@ -21,6 +22,23 @@ INLINE KEYS WITH(load)(const WORD *from) { return *(const WITH(keys_any) *)from;
 INLINE void WITH(put)(const nm_sweep *s, KEYS keep, int64_t at) {
     if (s->kind == NM_MASK) *(WITH(bytes_any) *)((uint8_t *)s->out + at) = __builtin_convertvector(keep & 1, WITH(bytes));
     else *(WITH(keys_any) *)((WORD *)s->out + at) = WITH(load)((const WORD *)s->weight + at) & keep;
+}
+
+/* Whether a mask is written past the caches: one that is large, to where whole lines are written. */
+INLINE int WITH(streams)(const nm_sweep *s, int64_t first) {
+    return s->kind == NM_MASK && s->groups * s->m >= LARGE && (uintptr_t)s->out % LANES == 0 && first % LANES == 0;
+}
+
+INLINE void WITH(stream)(const nm_sweep *s, KEYS keep, int64_t at) {
+    const WITH(bytes) mask = __builtin_convertvector(keep & 1, WITH(bytes));
+    uint8_t *out = (uint8_t *)s->out + at;
+#if BYTES == 64 && BITS == 16
+    _mm256_stream_si256((__m256i *)out, (__m256i)mask);
+#elif (BYTES == 64 && BITS == 32) || (BYTES == 32 && BITS == 16)
+    _mm_stream_si128((__m128i *)out, (__m128i)mask);
+#else
+    *(WITH(bytes_any) *)out = mask;
+#endif
 }
 
 /* -- groups in a vector: M lanes each, M a power of two ---------------------------------------------------------------------- */
@@ -58,12 +76,16 @@ INLINE KEYS WITH(first_largest)(KEYS own, KEYS lane, int m) {
 INLINE int64_t WITH(inside)(const nm_sweep *s, int64_t first, int64_t last, int m) {
     KEYS lane;
     for (int i = 0; i < LANES; i++) lane[i] = (SIGNED)(i % m);
-    const int one = s->n == 1 && m > 4;
+    const int one = s->n == 1 && m > 4, streams = WITH(streams)(s, first);
     for (; first + LANES <= last; first += LANES) {
         const KEYS own = WITH(load)((const WORD *)s->weight + first) & POSITIVE;
         const KEYS keep = one ? WITH(first_largest)(own, lane, m) : WITH(beaten)(own, lane, m) < (SIGNED)s->n;
-        WITH(put)(s, keep, first);
+        if (streams) WITH(stream)(s, keep, first);
+        else WITH(put)(s, keep, first);
     }
+#if BYTES >= 32
+    if (streams) _mm_sfence(); /* whoever is told that this part is done sees it */
+#endif
     return first;
 }
 
@@ -194,5 +216,6 @@ static void WITH(largest)(const nm_sweep *s, int64_t first, int64_t last) {
 #undef KEYS
 #undef LANES
 #undef COLUMNS
+#undef LARGE
 #undef POSITIVE
 #undef INLINE
