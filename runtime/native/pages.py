@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from nm_compiler.memory import give_back
 from nm_compiler.runtime.native.ops import CONV2D, LINEAR
 
 PAGE = 2 * 2**20
 _LINE = 64
+_AT_ONCE = 4 * 2**20  # bytes that are there twice
 _SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -33,11 +35,17 @@ def huge_pages(gm: GraphModule) -> GraphModule:
         return gm
     memory, place = mapping(size)
     moved: dict[int, Tensor] = {}
+    freed = 0
     for name in names:
         old = values[name]
         if id(old) not in moved:
             moved[id(old)], place = tensor_in(memory, place, old).copy_(old), place + _room(old)
         gm.__dict__[name] = values[name] = moved[id(old)]
+        freed += old.nbytes
+        if freed > _AT_ONCE:
+            freed = 0
+            del old
+            give_back()
     return gm
 
 
