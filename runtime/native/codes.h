@@ -33,45 +33,47 @@ static inline int any(vu wrong) {
     return all != 0;
 }
 
-/* Where kept positions lie, [step][lane], neighbours along k ``width`` apart. Small: 16 bits each, from the start of the block
- * on, as a panel is addressed; else 32 bits, modulo ``around``, as a permutation chooses from a window. */
-static inline __attribute__((always_inline)) int places_of(const nm_job *j, const int bits, const int checked, const int small,
-        const uint32_t *codes, int64_t step0, int64_t count, uint32_t width, uint32_t around, void *places) {
-    const int a_word = 32 / bits;
-    const uint32_t mask = (1u << bits) - 1, last = (uint32_t)j->m - 1, group = (uint32_t)j->m * width;
-    vu wrong = {0};
-    for (int part = 0; part < PARTS; part++) {
-        int64_t left = a_word - step0 % a_word, kept = 0;
-        uint32_t base = 0;
-        const uint32_t *word = codes + step0 / a_word * NM_LANES + part * V;
-        char *to = (char *)places + part * V * (small ? 2 : 4);
-        vu now = *(const vuu *)word >> (uint32_t)((a_word - left) * bits);
-        for (int64_t step = 0; step < count; step++, to += NM_LANES * (small ? 2 : 4)) {
-            if (!left) word += NM_LANES, now = *(const vuu *)word, left = a_word;
-            vu code = now & mask;
-            if (checked) code = clamped(code, last, &wrong);
-            if (small) *(vhu *)to = __builtin_convertvector(code * width + base, vhu);
-            else *(vuu *)to = code * width + base;
-            now >>= bits;
-            left--;
-            if (++kept == j->n) kept = 0, base = small ? base + group : (base + group) % around;
+/* 16 numbers of 16 bits: a tile's places in a panel. Words of codes are taken apart into halves, so that one vector does. */
+typedef uint16_t tile_16 __attribute__((vector_size(2 * NM_LANES)));
+typedef uint16_t tile_16_any __attribute__((vector_size(2 * NM_LANES), aligned(2), may_alias));
+
+#define HALVES(word) *(const tile_16_any *)(word), *(const tile_16_any *)((word) + NM_LANES / 2)
+#define LOW_HALVES(word) __builtin_shufflevector(HALVES(word), 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#define HIGH_HALVES(word) __builtin_shufflevector(HALVES(word), 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+
+/* Bytes from the start of a panel whose rows are ``width`` bytes apart, [step][lane]. */
+static inline __attribute__((always_inline)) int panel_places_of(const nm_job *j, const int bits, const int checked,
+        const uint32_t *codes, int64_t step0, int64_t count, uint16_t width, uint16_t *places) {
+    const int a_half = 16 / bits;
+    const uint16_t mask = (uint16_t)((1u << bits) - 1), last = (uint16_t)(j->m - 1), group = (uint16_t)(j->m * width);
+    int64_t half = step0 / a_half, skipped = step0 % a_half, kept = 0;
+    uint16_t base = 0;
+    tile_16 wrong = {0};
+    for (int64_t step = 0; step < count; half++, skipped = 0) {
+        const uint32_t *word = codes + half / 2 * NM_LANES;
+        tile_16 now = (half % 2 ? HIGH_HALVES(word) : LOW_HALVES(word)) >> (uint16_t)(skipped * bits);
+        const int64_t end = nm_min(count, step + a_half - skipped);
+        for (; step < end; step++, now >>= (uint16_t)bits) {
+            tile_16 code = now & mask;
+            if (checked) {
+                const tile_16 beyond = (tile_16)(code > last);
+                wrong |= beyond;
+                code = (code & ~beyond) | (last & beyond);
+            }
+            *(tile_16_any *)(places + step * NM_LANES) = code * width + base;
+            if (++kept == j->n) kept = 0, base = (uint16_t)(base + group);
         }
     }
-    return checked && any(wrong);
+    uint16_t all = 0;
+    for (int i = 0; i < NM_LANES; i++) all |= wrong[i];
+    return all != 0;
 }
 
-#define PLACES(BITS, CHECKED, SMALL) places_of(j, BITS, CHECKED, SMALL, codes, step0, count, width, around, places)
-static inline __attribute__((always_inline)) int all_places(const nm_job *j, const int small, const uint32_t *codes, int64_t step0,
-        int64_t count, uint32_t width, uint32_t around, void *places) {
-    if (j->m == 4) return PLACES(2, 0, small);
-    if (j->m == 16) return PLACES(4, 0, small);
-    return PLACES(nm_bits(j->m), 1, small);
-}
-#undef PLACES
-
-/* bytes from the start of a panel whose rows are ``width`` bytes apart */
+/* Codes of 2 and 4 bits are all possible at M of 4 and 16. */
 static int panel_places(const nm_job *j, const uint32_t *codes, int64_t step0, int64_t count, int64_t width, uint16_t *places) {
-    return all_places(j, 1, codes, step0, count, (uint32_t)width, 0, places);
+    if (j->m == 4) return panel_places_of(j, 2, 0, codes, step0, count, (uint16_t)width, places);
+    if (j->m == 16) return panel_places_of(j, 4, 0, codes, step0, count, (uint16_t)width, places);
+    return panel_places_of(j, nm_bits(j->m), 1, codes, step0, count, (uint16_t)width, places);
 }
 
 /* floats [count][16] of a block; those that are float already are used where they are */

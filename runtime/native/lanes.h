@@ -159,8 +159,34 @@ static const lanes_fn lanes_for[] = {0, lanes_1, lanes_2, lanes_3, lanes_4};
 static void lanes_whole(const lanes_work *w, const float *x, float *sums, int64_t token) { lanes_of(AT_ONCE, 8, w, x, sums, token); }
 
 /* at[step][lane]: places in windows of V, the first of which begins where the first group does */
-static int lanes_places(const nm_job *j, const uint32_t *codes, int64_t step0, int64_t count, uint32_t *at) {
-    return all_places(j, 0, codes, step0, count, 1, V, at);
+static inline __attribute__((always_inline)) int windows_of(const nm_job *j, const int bits, const int checked, const uint32_t *codes,
+        int64_t step0, int64_t count, uint32_t *at) {
+    const int a_word = 32 / bits;
+    const uint32_t mask = (1u << bits) - 1, last = (uint32_t)j->m - 1;
+    vu wrong = {0};
+    for (int part = 0; part < PARTS; part++) {
+        int64_t left = a_word - step0 % a_word, kept = 0;
+        uint32_t base = 0;
+        const uint32_t *word = codes + step0 / a_word * NM_LANES + part * V;
+        uint32_t *to = at + part * V;
+        vu now = *(const vuu *)word >> (uint32_t)((a_word - left) * bits);
+        for (int64_t step = 0; step < count; step++, to += NM_LANES) {
+            if (!left) word += NM_LANES, now = *(const vuu *)word, left = a_word;
+            vu code = now & mask;
+            if (checked) code = clamped(code, last, &wrong);
+            *(vuu *)to = code + base;
+            now >>= bits;
+            left--;
+            if (++kept == j->n) kept = 0, base = (base + (uint32_t)j->m) % V;
+        }
+    }
+    return checked && any(wrong);
+}
+
+static int window_places(const nm_job *j, const uint32_t *codes, int64_t step0, int64_t count, uint32_t *at) {
+    if (j->m == 4) return windows_of(j, 2, 0, codes, step0, count, at);
+    if (j->m == 16) return windows_of(j, 4, 0, codes, step0, count, at);
+    return windows_of(j, nm_bits(j->m), 1, codes, step0, count, at);
 }
 
 /* ``from`` NULL: zeros */
@@ -209,7 +235,7 @@ static int run_lanes(const nm_job *j, int64_t task, char *scratch) {
                 if (j->bias) memcpy(start, j->bias + group * j->rows + row, (size_t)nm_min(NM_LANES, j->rows - row) * 4);
                 w.start = k0 ? 0 : start;
                 w.channel = group * j->rows + row, w.rows = nm_min(NM_LANES, j->rows - row);
-                wrong |= lanes_places(j, j->codes + place * words * NM_LANES, step0, count, at);
+                wrong |= window_places(j, j->codes + place * words * NM_LANES, step0, count, at);
                 w.values = expand_values(j, values, j->scales ? j->scales + place * NM_LANES : 0, step0, count, wide);
                 const int64_t lines = count * bytes / LINE;
                 for (int64_t t = 0, some; t < tokens; t += some) {
