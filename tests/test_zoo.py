@@ -36,6 +36,7 @@ NOT_ONE_GRAPH = {
 }
 """Models that no single exported graph holds."""
 SLOW = {
+    "alexnet",
     "opt",
     "falcon",
     "distilbert",
@@ -45,6 +46,7 @@ SLOW = {
     "deit",
     "regnet_x_400mf",
     "resnet",
+    "resnetv2",
     "shufflenet_v2_x0_5",
     "vit",
 }
