@@ -95,7 +95,8 @@ def memory() -> Iterator[str]:
     yield "| --- | ---: |"
     yield f"| two layers of the model, for comparison | {_gb(2 * layer)} |"
     yield f"| prune, any importance (measured on 1.2e9 parameters; it does not depend on the size) | {_gb(most)} |"
-    yield f"| the order search of one layer's {hidden:,} hidden channels, in fp32 and as bytes | {_gb(search_bytes(hidden, width))} |"
+    searched = _gb(search_bytes(hidden, width))
+    yield f"| the order search of one layer's {hidden:,} hidden channels, in fp32 and as bytes | {searched} |"
 
 
 def gpus() -> Iterator[str]:
