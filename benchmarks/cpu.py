@@ -3,7 +3,7 @@
     python benchmarks/cpu.py [--quick] [--threads 1] [--isa avx2] [--patterns 2:4,1:4] [--sections layers,tokens,nets]
     python benchmarks/cpu.py --draw docs/cpu.svg results/cpu-1.json results/cpu-2.json      # measures nothing
 
-Ratios are of medians, interleaved. Layers run in a hot loop, few tokens on cold weights, networks as they are.
+Ratios are of medians, interleaved: layers in a hot loop, few tokens on cold weights, networks a tenth of a second at a turn.
 gflops counts the multiplications that are left; beside it stands what this machine does at best in registers. A 2:4 product
 at the speed of the registers' peak would be 2x of a dense one at its peak: ratios beyond about 1.6x mean that dense was slow.
 """
