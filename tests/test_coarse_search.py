@@ -90,3 +90,18 @@ def test_outlying_channels_do_not_hide_the_others() -> None:
     gain = search(columns.T, pattern="2:4", moves=2_000_000).gained
     without = np.delete(columns, np.s_[::40], axis=0)
     assert gain > 0.5 * search(without.T, pattern="2:4", moves=2_000_000).gained
+
+
+def test_a_search_of_a_few_rounds_keeps_what_they_gained() -> None:
+    columns = magnitudes(1040, 60, 4)
+    a_round = 256**2
+    few = [search(columns.T, pattern="2:4", moves=rounds * a_round).gain for rounds in (1, 3, 6)]
+    assert few == sorted(set(few)), "each lasts longer than the one before"
+    pattern, start = Pattern(2, 4), np.arange(len(columns))
+    engine = Neighbourhood(columns, start, pattern, seed=0)
+    engine.step(0.5, 1)
+    best, gained = engine.result()
+    assert retained(columns.T, best, pattern=pattern) - retained(columns.T, start, pattern=pattern) == pytest.approx(
+        gained, rel=1e-4
+    )
+    assert gained > 0

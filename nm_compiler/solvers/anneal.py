@@ -44,3 +44,7 @@ class Annealing:
         spent = anneal(self._columns, self._order, n, m, *tables, self.best, self._values, self._state, temperature, moves)
         self.gained = float(self._values[1])
         return int(spent)
+
+    def result(self) -> tuple[Array, float]:
+        """The best order and what it gained."""
+        return self.best, self.gained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ class _View(NamedTuple):
 
 
 class Neighbourhood:
-    """A search that is under way; ``best`` and ``gained`` are its result at any time.
+    """A search that is under way; ``best`` and ``gained`` are the best order that was looked at exactly, `result` the end.
 
     Every round takes a random slot out of up to ``at_once`` random groups, weighs all their channels in all those slots, adds
     noise that fades, and refills them by linear assignment. columns: float32 ``[channels, rows]``, or packed. Under noise
@@ -44,17 +45,16 @@ class Neighbourhood:
         self._state = np.array([seed], dtype=np.uint64)
         self._groups = np.arange(len(start) // pattern.m)
         self._places = np.empty(min(at_once, len(self._groups)), dtype=np.int64)
-        self._exact = self._coarse = self._exactly()
         self._rounded = 0  # rounds since the order's value was known
-        self._before: float | None = None
 
     def step(self, share: float, moves: int) -> int:
         """Go on for about ``moves`` placements, at least a round. Returns how many it took."""
         from nm_compiler.solvers.neighbourhood_kernels import draw, refill
 
         noise = self._unit * LOUD * (QUIET / LOUD) ** share if share < _SILENT else 0.0
-        view = self._rounding() if noise else self._exact
-        if self._rounded and view is self._exact:
+        rounding = noise > 0 and self._columns.dtype == np.float32  # packed ones are quick as they are
+        view = self._coarse if rounding else self._exact
+        if self._rounded and not rounding:
             self._look()
         n, m, order, places, state = self._pattern.n, self._pattern.m, self._order, self._places, self._state
         placements, spent = len(places) ** 2, 0
@@ -63,13 +63,19 @@ class Neighbourhood:
             view.weigh(view.slots, view.columns, order[places], view.scores)
             gained = refill(order, places, view.scores, noise * view.steps, state)
             spent += placements
-            if view is self._exact:
-                self._note(self._value + gained)
-            else:
+            if rounding:
                 self._rounded += 1
+            else:
+                self._note(self._value + gained)
         if self._rounded >= _LOOK:
             self._look()
         return spent
+
+    def result(self) -> tuple[Array, float]:
+        """The best order and what it gained; the last rounds, which nobody looked at yet, are looked at."""
+        if self._rounded:
+            self._look()
+        return self.best, self.gained
 
     def _note(self, value: float) -> None:
         self._value = value
@@ -78,27 +84,31 @@ class Neighbourhood:
             self.best[:] = self._order
 
     def _look(self) -> None:
+        self._rounded = 0
+        self._note(self._kept(self._order) - self._before)
+
+    def _kept(self, order: Array) -> float:
         from nm_compiler.solvers.search_kernels import kept_sum
 
-        n, m = self._pattern.n, self._pattern.m
-        if self._before is None:
-            self._before = float(kept_sum(self._columns, self.best, n, m)) - self.gained
-        self._rounded = 0
-        self._note(float(kept_sum(self._columns, self._order, n, m)) - self._before)
+        return float(kept_sum(self._columns, order, self._pattern.n, self._pattern.m))
 
-    def _exactly(self) -> _View:
+    @cached_property
+    def _before(self) -> float:
+        """What the start keeps."""
+        return self._kept(self.best) - self.gained
+
+    @cached_property
+    def _exact(self) -> _View:
         from nm_compiler.solvers.neighbourhood_kernels import weigh
 
-        count, rows = len(self._places), self._columns.shape[1]
-        scores = np.empty((count, count), dtype=np.float32)
-        return _View(self._columns, 1.0, np.empty((count, rows), dtype=self._columns.dtype), scores, weigh)
+        return self._view(self._columns, 1.0, np.float32, weigh)
 
-    def _rounding(self) -> _View:
-        """Made when it is first asked for. Packed columns are quick as they are."""
-        if self._coarse is self._exact and self._columns.dtype == np.float32:
-            columns, steps = coarse.as_bytes(self._columns)
-            count = len(self._places)
-            scores = np.empty((count, count), dtype=np.int64)
-            slots = np.empty((count, columns.shape[1]), dtype=np.uint8)
-            self._coarse = _View(columns, steps, slots, scores, coarse.weigh)
-        return self._coarse
+    @cached_property
+    def _coarse(self) -> _View:
+        columns, steps = coarse.as_bytes(self._columns)
+        return self._view(columns, steps, np.int64, coarse.weigh)
+
+    def _view(self, columns: Array, steps: float, scores: type, weigh: Callable[[Array, Array, Array, Array], None]) -> _View:
+        count = len(self._places)
+        slots = np.empty((count, columns.shape[1]), dtype=columns.dtype)
+        return _View(columns, steps, slots, np.empty((count, count), dtype=scores), weigh)

@@ -105,7 +105,8 @@ def search(
     kind = Annealing if channels <= TABLE_UP_TO else Neighbourhood
     engine = kind(columns, first, nm, int(seed) % 2**64)
     _run(engine, meter, progress, most=_STEP // columns.shape[1], kept=kept)
-    order = _safe(members, nm, [engine.best if engine.gained > _MARGIN * kept else first, base])
+    best, gained = engine.result()
+    order = _safe(members, nm, [best if gained > _MARGIN * kept else first, base])
     gain = float(kept_sum(columns, order, nm.n, nm.m)) / before - 1
     return Found(order, gain, meter.spent, meter.seconds(), before / sum_of(columns), total)
 

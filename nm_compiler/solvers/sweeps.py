@@ -198,7 +198,7 @@ def max_sums(slots: Array, columns: Array, channels: Array, out: Array) -> bool:
     if found is None or found.isa == "portable":
         return False
     operands = {"weight": slots, "grad": columns, "order": channels, "out": out}
-    sizes = {"outer": len(slots), "groups": len(channels), "inner": slots.shape[1]}
+    sizes = {"outer": len(slots), "n": len(channels), "inner": slots.shape[1]}
     addresses = {name: array.ctypes.data for name, array in operands.items()}
     found.sweep(Sweep(sweep.MAX_SUMS, 1, **addresses, **sizes), 0)
     return True

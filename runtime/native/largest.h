@@ -24,7 +24,7 @@ INLINE void WITH(put)(const nm_sweep *s, KEYS keep, int64_t at) {
     else *(WITH(keys_any) *)((WORD *)s->out + at) = WITH(load)((const WORD *)s->weight + at) & keep;
 }
 
-/* Whether a mask is written past the caches: one that is large, to where whole lines are written. */
+/* Whether a mask is written past the caches: a large one, if every store is aligned. */
 INLINE int WITH(streams)(const nm_sweep *s, int64_t first) {
     return s->kind == NM_MASK && s->groups * s->m >= LARGE && (uintptr_t)s->out % LANES == 0 && first % LANES == 0;
 }

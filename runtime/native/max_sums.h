@@ -41,18 +41,18 @@ static inline __attribute__((always_inline)) void sum_tile(const uint8_t *const 
 /* Slots first..last. A tile that reaches beyond its matrix computes the last row again and leaves that out. */
 static void max_sums(const nm_sweep *s, int64_t first, int64_t last) {
     int64_t *out = s->out;
-    memset(out + first * s->groups, 0, (size_t)((last - first) * s->groups) * sizeof *out);
+    memset(out + first * s->n, 0, (size_t)((last - first) * s->n) * sizeof *out);
     for (int64_t from = 0; from < s->inner; from += SUM_ROWS)
         for (int64_t i = first; i < last; i += SUM_TILE)
-            for (int64_t j = 0; j < s->groups; j += SUM_TILE) {
+            for (int64_t j = 0; j < s->n; j += SUM_TILE) {
                 const uint8_t *slots[SUM_TILE], *columns[SUM_TILE];
                 int64_t sums[SUM_TILE][SUM_TILE];
                 for (int k = 0; k < SUM_TILE; k++) {
                     slots[k] = (const uint8_t *)s->weight + least(i + k, last - 1) * s->inner;
-                    columns[k] = (const uint8_t *)s->grad + s->order[least(j + k, s->groups - 1)] * s->inner;
+                    columns[k] = (const uint8_t *)s->grad + s->order[least(j + k, s->n - 1)] * s->inner;
                 }
                 sum_tile(slots, columns, from, least(from + SUM_ROWS, s->inner), sums);
                 for (int64_t a = i; a < least(i + SUM_TILE, last); a++)
-                    for (int64_t b = j; b < least(j + SUM_TILE, s->groups); b++) out[a * s->groups + b] += sums[a - i][b - j];
+                    for (int64_t b = j; b < least(j + SUM_TILE, s->n); b++) out[a * s->n + b] += sums[a - i][b - j];
             }
 }

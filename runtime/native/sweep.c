@@ -8,7 +8,6 @@
 #endif
 
 #define PART 65536 /* numbers */
-#define SLOTS 16
 
 typedef void (*parallel_fn)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel */
 
@@ -39,9 +38,9 @@ NM_EXPORT void nm_run_sweep(int64_t isa, const nm_sweep *s, parallel_fn parallel
     (void)isa;
 #endif
     const int64_t group = s->m * s->inner, pairs = s->outer * s->groups;
-    const int by_number = s->kind == NM_KEEP || s->kind == NM_DECAY, by_slot = s->kind == NM_MAX_SUMS;
-    const int64_t step = by_number ? PART : by_slot ? SLOTS : (PART + group - 1) / (group ? group : 1);
-    team t = {s, run, by_number ? pairs * group : by_slot ? s->outer : pairs, step ? step : 1, 0};
+    const int by_number = s->kind == NM_KEEP || s->kind == NM_DECAY;
+    const int64_t step = by_number ? PART : (PART + group - 1) / (group ? group : 1);
+    team t = {s, run, by_number ? pairs * group : pairs, step ? step : 1, 0};
     const int64_t wanted = least(s->threads, (t.units + t.step - 1) / t.step);
     if (parallel && wanted > 1) parallel(work, &t, (unsigned)wanted, 0);
     else work(&t);

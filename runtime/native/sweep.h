@@ -19,14 +19,14 @@ enum {
     NM_MASK = 5,      /* out: bytes 0 or 1, the n largest magnitudes of every group, the lower index among equals */
     NM_LARGEST = 6,   /* out = that mask ? weight : 0 */
     NM_COVERED = 7,   /* out = covered ? weight : 0, by bits; covered: what NM_COVER writes */
-    NM_MAX_SUMS = 8,  /* out[i, j] = sum of max(weight[i], grad[order[j]]) over `inner` bytes, 64-bit [outer, groups]; m is 1 */
+    NM_MAX_SUMS = 8,  /* out[i, j] = sum of max(weight[i], grad[order[j]]) over `inner` bytes, 64-bit [outer, n]; groups and m are 1 */
 };
 
 typedef struct {
     int64_t kind, item; /* item: bytes a number */
     const void *weight, *grad, *masked;
     const uint8_t *mask, *live, *table;
-    const int64_t *order; /* NULL, or of NM_MASK and NM_LARGEST: row `order[i]` is the i-th row, outer is 1, a row is `inner` long; of NM_MAX_SUMS */
+    const int64_t *order; /* NULL, or of NM_MASK and NM_LARGEST: row `order[i]` is the i-th row, outer is 1, a row is `inner` long */
     void *out, *second;
     int64_t outer, groups, inner, n, m;
     int64_t bytes, combinations, keep; /* of a live set */
@@ -34,7 +34,7 @@ typedef struct {
     int64_t threads;
 } nm_sweep;
 
-/* Units first..last of a sweep: numbers of NM_KEEP and NM_DECAY, outer ones of NM_MAX_SUMS, else pairs (outer, group). */
+/* Units first..last of a sweep: numbers of NM_KEEP and NM_DECAY, else pairs (outer, group). */
 typedef void (*nm_sweep_part)(const nm_sweep *, int64_t first, int64_t last);
 
 void nm_sweep_avx512(const nm_sweep *, int64_t first, int64_t last);
