@@ -84,9 +84,9 @@ def _eager(model: nn.Module) -> nn.Module:
 def training(
     work: Workload, model: nn.Module, after: Callable[[], object] = lambda: None, wrap: Wrap = _eager
 ) -> Callable[[], None]:
-    """A training step; ``after`` runs at its end, as a scheduler does. wrap: torch.compile, then with a fused optimizer, or nothing."""
+    """A training step; ``after`` runs at its end, as a scheduler does. wrap: torch.compile, or nothing."""
     model.train()
-    fused = None if wrap is _eager else True
+    fused = None if wrap is _eager else True  # who compiles the model fuses the optimizer, too
     optimizer = torch.optim.SGD(model.parameters(), lr=work.lr, momentum=0.9, weight_decay=1e-4, fused=fused)
     running = wrap(model)
 
