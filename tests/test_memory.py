@@ -53,6 +53,14 @@ give_back()
 faults(temporaries)
 """
 
+TRAINED = """
+import nm_compiler as nm
+
+sparse = nm.compile(torch.nn.Linear(64, 64), torch.zeros(2, 64), include="*")
+nm.SparsityScheduler(sparse, total_steps=10)
+faults(temporaries)
+"""
+
 
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library decides otherwise")
 
@@ -76,3 +84,9 @@ def test_a_call_finds_the_pages_that_the_one_before_it_freed_once_a_product_ran_
 def test_what_the_user_set_up_stays() -> None:
     fresh, kept, _ = printed(CALLS + ASKED, MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
     assert min(fresh, kept) > 1000
+
+
+@needs_glibc
+def test_a_training_step_finds_the_pages_that_the_one_before_it_freed() -> None:
+    (kept,) = printed(CALLS + TRAINED)
+    assert kept < 100, "four gradients of five million bytes are 4,883 pages"
