@@ -44,6 +44,7 @@ def main(given: list[str] | None = None) -> int:
         decay=options.decay,
         interval=options.interval,
         t_f=options.t_f,
+        score_rate=options.score_rate,
         windows=options.windows,
         precision=options.precision or ("bf16" if on_gpu else "fp32"),
     )
@@ -89,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--interval", type=int, default=recipe.interval, help="steps between Bi-Mask's searches")
     parser.add_argument("--t-f", type=float, default=recipe.t_f, help="share of the steps at which LBC has decided")
+    parser.add_argument(
+        "--score-rate", type=float, default=recipe.score_rate, help="of LBC's scores, times that of the weights"
+    )
     parser.add_argument("--windows", type=int, default=recipe.windows, help="of held-out text, at most")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--device", help="default: cuda if there is one")

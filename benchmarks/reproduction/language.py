@@ -30,7 +30,8 @@ AT_ONCE = 16  # windows of held-out text in a forward pass
 class TextRecipe:
     """What all runs of a table share.
 
-    decay, interval, t_f: as in `Recipe`; windows: of held-out text; warm: share of the steps over which the rate rises.
+    decay, interval, t_f: as in `Recipe`; score_rate: times the rate of the weights; windows: of held-out text; warm: share of
+    the steps over which the rate rises.
     """
 
     steps: int = 5_000
@@ -45,6 +46,7 @@ class TextRecipe:
     decay: float = 2e-4
     interval: int = 100
     t_f: float = 0.5
+    score_rate: float = 1.0
     windows: int = 2_048
     precision: str = "fp32"
 
@@ -148,7 +150,7 @@ class Predicting:
 
     def _step(self, symbols: Tensor, following: Tensor, rate: float) -> Tensor:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * rate
+            group["lr"] = self.recipe.lr * rate * (self.recipe.score_rate if group.get("name") == "scores" else 1.0)
         loss = self._work(symbols, following)
         self.optimizer.step()
         if self.scheduler:
