@@ -66,6 +66,15 @@ def test_wide_groups_cover_send_gradients_and_retire_as_in_torch(isa: str, text:
 
 
 @each_isa
+@pytest.mark.parametrize("text", ["2:4", "2:5", "4:8", "1:32", "2:16"])
+def test_groups_that_lie_thousands_of_numbers_apart_cover_send_gradients_and_retire_as_in_torch(isa: str, text: str) -> None:
+    for layout, size in (("transposed", (3, 2_100)), ("experts_turned", (2, 1_030)), ("conv", (3, 40))):
+        for dtype in REAL:
+            case = Case(pattern=Pattern.parse(text), layout=layout, dtype=dtype, values="whole", size=size, seed=5)
+            check_live(case, LIBRARIES[isa])
+
+
+@each_isa
 @settings(deadline=None, max_examples=30)
 @given(case=cases(REAL, 9))
 def test_the_pull_of_pruned_weights_rounds_three_times_as_torch_does(isa: str, case: Case) -> None:

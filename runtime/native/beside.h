@@ -20,15 +20,10 @@ typedef struct {
 /* Returns whether these live sets can be tested so. */
 static int make_tests(const nm_sweep *s, tests *t) {
     const int64_t m = s->m, bytes = s->bytes;
-    uint8_t members[4 * MOST_WORDS][WIDE]; /* of a byte of a live set: bits of the combinations that have a position */
+    uint8_t members[4 * MOST_WORDS][NM_WIDEST];
     if (s->item != 4 || s->inner != 1 || m > WIDE || m & (m - 1) || bytes * (WIDE / m) > 4 * MOST_WORDS) return 0;
     t->groups = WIDE / m, t->bytes = bytes * t->groups, t->words = (t->bytes + 3) / 4;
-    for (int64_t b = 0; b < bytes; b++)
-        for (int64_t j = 0; j < m; j++) {
-            unsigned bits = 0;
-            for (int c = 0; c < 8; c++) bits |= (unsigned)(s->table[(b * 256 + (1 << c)) * m + j] != 0) << c;
-            members[b][j] = (uint8_t)bits;
-        }
+    know_members(s, members);
     for (int64_t k = 0; k < t->words; k++) {
         t->at[k] = t->bytes < 4 ? 0 : least(4 * k, t->bytes - 4); /* the last word overlaps the one before */
         t->has[k] = (places){0};

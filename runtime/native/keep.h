@@ -13,7 +13,7 @@ static void JOIN(keep_, BITS)(const nm_sweep *s, int64_t first, int64_t last) {
 
 static void JOIN(covered_, BITS)(const nm_sweep *s, int64_t first, int64_t last) {
     typedef JOIN(JOIN(uint, BITS), _t) word;
-    uint8_t marks[MARKS] __attribute__((aligned(64)));
+    uint8_t marks[ROOM] __attribute__((aligned(64)));
     if (BITS == 32) first = covered_beside(s, first, last);
     for (run r = {.unit = first}; next_run(s, &r, last);) {
         mark(s, &r, marks);

@@ -34,6 +34,16 @@ static inline int all_undecided(const uint8_t *live, int64_t groups, int64_t byt
     return !none;
 }
 
+/* members[b][j]: of byte b of a live set the bits of the combinations that have position j. */
+static void know_members(const nm_sweep *s, uint8_t members[][NM_WIDEST]) {
+    for (int64_t b = 0; b < s->bytes; b++)
+        for (int64_t j = 0; j < s->m; j++) {
+            unsigned bits = 0;
+            for (int c = 0; c < 8; c++) bits |= (unsigned)(s->table[(b * 256 + (1 << c)) * s->m + j] != 0) << c;
+            members[b][j] = (uint8_t)bits;
+        }
+}
+
 /* M = 4, one byte a live set, groups side by side: each byte is repeated and tested against the combinations of 4 positions. */
 static void cover_four(const nm_sweep *s, int64_t first, int64_t last, uint8_t *to) {
     uint32_t has = 0; /* byte j: the combinations that have position j */
@@ -107,13 +117,10 @@ static void cover_to(const nm_sweep *s, int64_t first, int64_t last, uint8_t *to
     else cover_all(s, first, last, to, s->m, NM_WIDEST / 8);
 }
 
-static void cover(const nm_sweep *s, int64_t first, int64_t last) {
-    cover_to(s, first, last, (uint8_t *)s->out + first * s->m * s->inner);
-}
-
 /* -- runs: as many numbers as have their marks on the stack -------------------------------------------------------------------- */
 
 #define MARKS 4096 /* at least NM_WIDEST */
+#define ROOM (MARKS + 16) /* marks are written 16 at a time */
 
 /* `rows` times `count` numbers that lie side by side, rows `apart`: whole units (one row), or lanes t.. of one that is longer. */
 typedef struct {
@@ -133,37 +140,4 @@ static inline int next_run(const nm_sweep *s, run *r, int64_t last) {
     if (r->t == s->inner) r->t = 0, r->unit++;
     r->at = r->unit * group + r->t, r->count = least(MARKS / s->m, s->inner - r->t), r->rows = s->m, r->apart = s->inner;
     return r->unit < last;
-}
-
-/* For each number of a run 1 if a live combination has its position, else 0. */
-static void mark(const nm_sweep *s, const run *r, uint8_t *marks) {
-    if (r->rows == 1) {
-        cover_to(s, r->unit, r->unit + r->units, marks);
-        return;
-    }
-    uint64_t full[NM_WIDEST / 8] = {0}, found[NM_WIDEST / 8] = {0};
-    memset(full, 1, (size_t)s->m);
-    for (int64_t k = 0; k < r->count; k++) {
-        unite(live_set(s, r->unit, r->t + k), s->bytes, s->table, full, found, s->m, NM_WIDEST / 8);
-        for (int64_t j = 0; j < s->m; j++) marks[j * r->count + k] = ((const uint8_t *)found)[j];
-    }
-}
-
-/* For each number of a run 1 if its group has a choice, else 0. Returns whether all have. */
-static int choices(const nm_sweep *s, const run *r, uint8_t *choice) {
-    const int64_t m = s->m, inner = s->inner;
-    int all = 1;
-    if (inner == 1 && all_undecided(s->live + r->unit * s->bytes, r->units, s->bytes)) return 1;
-    if (r->rows > 1) {
-        for (int64_t k = 0; k < r->count; k++) all &= choice[k] = (uint8_t)undecided(live_set(s, r->unit, r->t + k), s->bytes);
-        for (int64_t j = 1; j < m && !all; j++) memcpy(choice + j * r->count, choice, (size_t)r->count);
-        return all;
-    }
-    for (int64_t u = 0; u < r->units; u++, choice += m * inner) {
-        for (int64_t t = 0; t < inner; t++) all &= choice[t] = (uint8_t)undecided(live_set(s, r->unit + u, t), s->bytes);
-        if (m == 4 && inner == 1) memset(choice, choice[0], 4);
-        else if (inner == 1) memset(choice, choice[0], (size_t)m);
-        else for (int64_t j = 1; j < m; j++) memcpy(choice + j * inner, choice, (size_t)inner);
-    }
-    return all;
 }

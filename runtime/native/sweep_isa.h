@@ -9,6 +9,8 @@
 #define JOIN(a, b) JOINED(a, b)
 
 #include "live.h"
+#include "planes.h"
+#include "marks.h"
 #include "beside.h"
 #include "places.h"
 

@@ -13,7 +13,7 @@ static inline __attribute__((always_inline)) void NAMED(both)(
 static void NAMED(gradients)(const nm_sweep *s, int64_t first, int64_t last) {
     const REAL *grad = s->grad, *weight = s->weight;
     REAL *out = s->out, *second = s->second;
-    uint8_t marks[MARKS] __attribute__((aligned(64))), choice[MARKS];
+    uint8_t marks[ROOM] __attribute__((aligned(64))), choice[MARKS];
     if (sizeof(REAL) == 4) first = gradients_beside(s, first, last);
     for (run r = {.unit = first}; next_run(s, &r, last);) {
         const int all = choices(s, &r, choice);
