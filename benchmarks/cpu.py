@@ -3,7 +3,8 @@
     python benchmarks/cpu.py [--quick] [--threads 1] [--isa avx2] [--patterns 2:4,1:4] [--sections layers,tokens,nets]
     python benchmarks/cpu.py --draw docs/cpu.svg results/cpu-1.json results/cpu-2.json      # measures nothing
 
-Ratios are of medians, interleaved: layers in a hot loop, few tokens on cold weights, networks a tenth of a second at a turn.
+Ratios are of medians, interleaved: layers in a hot loop, few tokens on cold weights, networks a tenth of a second at a turn,
+each in a process of its own: heaps and pages that others leave behind change what a small one takes.
 gflops counts the multiplications that are left; beside it stands what this machine does at best in registers. A 2:4 product
 at the speed of the registers' peak would be 2x of a dense one at its peak: ratios beyond about 1.6x mean that dense was slow.
 """
@@ -14,7 +15,9 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatch
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +87,17 @@ def tokens(patterns: Sequence[str], library: Library, reads: float, repeats: int
     return found
 
 
+def alone(name: str, pattern: str, repeats: int, threads: int) -> dict[str, Any]:
+    """A network, in the process that this is called in."""
+    from cpu_sections.nets import net
+
+    torch.set_num_threads(threads)
+    return net(name, pattern, repeats=repeats)
+
+
 def nets(patterns: Sequence[str], repeats: int, quick: bool, only: str) -> list[dict[str, Any]]:
     """Print and return one table a pattern."""
-    from cpu_sections.nets import NETS, net
+    from cpu_sections.nets import NETS
 
     found = []
     for text in patterns:
@@ -94,7 +105,8 @@ def nets(patterns: Sequence[str], repeats: int, quick: bool, only: str) -> list[
         rows = []
         for name in names:
             print(f"measuring {name}", file=sys.stderr, flush=True)
-            rows.append(net(name, text, repeats=repeats))
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                rows.append(process.submit(alone, name, text, repeats, torch.get_num_threads()).result())
         print(f"\n{text}, whole networks, ms")
         head = [
             "network",
