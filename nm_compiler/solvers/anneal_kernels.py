@@ -55,11 +55,17 @@ def _take(columns: Array, order: Array, n: int, m: int, place: Array, pair: Arra
         for k in range(m):
             changed[half * m + k] = start + k
     # the neighbours of s and t are the same as before, so their own rows of the table stand
-    moved = np.array([k for k in range(2 * m) if changed[k] != s and changed[k] != t])
+    moved, count = np.empty(2 * m - 2, dtype=np.int64), 0
+    for k in range(2 * m):
+        if changed[k] != s and changed[k] != t:
+            moved[count] = k
+            count += 1
     sums = np.empty((2 * m - 2, order.shape[0]), dtype=np.float32)
     max_sums(slots, moved, columns, np.arange(order.shape[0]), sums)
     for k in range(2 * m - 2):
-        place[changed[moved[k]]] = sums[k]
+        row, new = place[changed[moved[k]]], sums[k]
+        for j in range(order.shape[0]):
+            row[j] = new[j]
     for slot in changed:
         _pairs_of(slot, order, m, place, pair, own)
 
@@ -105,5 +111,6 @@ def anneal(
         spent += 2 * (m - 1) * channels
         if values[0] > values[1]:
             values[1] = values[0]
-            best[:] = order
+            for i in range(order.shape[0]):
+                best[i] = order[i]
     return spent

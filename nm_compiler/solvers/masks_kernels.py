@@ -187,7 +187,8 @@ def _levels(keys: Array, sign: Any, out: Array, n: int, values: bool) -> None:
                 block[j, c] = flat[place[c] + j * inner] & sign
         top[:] = 0
         for j in range(m):
-            falling[:] = block[j]
+            for c in range(_BLOCK):
+                falling[c] = block[j, c]
             for level in range(n):
                 for c in range(_BLOCK):
                     high, low = max(top[level, c], falling[c]), min(top[level, c], falling[c])

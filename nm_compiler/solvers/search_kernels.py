@@ -56,7 +56,9 @@ def _plain_thresholds(columns: Array, members: Array, n: int, out: Array) -> Non
         count = min(_ROWS, rows - start)
         largest[:] = 0  # values are not negative
         for j in range(m):
-            falling[:count] = columns[members[j], start : start + count]
+            column = columns[members[j], start : start + count]
+            for r in range(count):
+                falling[r] = column[r]
             for k in range(n + 1):
                 level = largest[k]
                 for r in range(count):
@@ -110,7 +112,9 @@ def _plain_kept_sum(columns: Array, order: Array, n: int, m: int) -> float:
             count = min(_ROWS, rows - start)
             largest[:] = 0
             for j in range(first, first + m):
-                falling[:count] = columns[order[j], start : start + count]
+                column = columns[order[j], start : start + count]
+                for r in range(count):
+                    falling[r] = column[r]
                 for k in range(n):
                     level = largest[k]
                     for r in range(count):

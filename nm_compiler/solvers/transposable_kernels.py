@@ -112,7 +112,10 @@ def _move_one(
     length, before, done: scratch, ``[2, m]``: of rows, of columns.
     """
     m = weights.shape[0]
-    if counts.max() <= n:
+    fullest = counts[0]
+    for j in range(1, m):
+        fullest = max(fullest, counts[j])
+    if fullest <= n:
         return False
     to_row, to_column, from_column, from_row, done_row, done_column = (
         length[0],
@@ -180,7 +183,9 @@ def _drop_one(
     length, before, done: scratch as in `_move_one`.
     """
     m = weights.shape[0]
-    cheapest_row, cheapest_column = row_price.min(), column_price.min()
+    cheapest_row, cheapest_column = row_price[0], column_price[0]
+    for k in range(1, m):
+        cheapest_row, cheapest_column = min(cheapest_row, row_price[k]), min(cheapest_column, column_price[k])
     if cheapest_row + cheapest_column >= -1e-12 * most:
         return False
     to_row, to_column, from_column, from_row, done_row, done_column = (
@@ -192,10 +197,10 @@ def _drop_one(
         done[1],
     )
     length[:], before[:], done[:] = np.inf, -1, False
-    to_row[:] = row_price - cheapest_row
     for i in range(m):
-        if not chosen[i].any():
-            to_row[i] = np.inf
+        for j in range(m):
+            if chosen[i, j]:
+                to_row[i] = row_price[i] - cheapest_row
     end, total = -1, np.inf
     while True:
         column, row, nearest = -1, -1, np.inf
