@@ -1,7 +1,7 @@
 """Compile a kernel with numba, cached on disk where that is possible.
 
 Import this module, and the kernels that use it, inside the function that needs them: numba takes half a second to import.
-Kernels copy arrays in loops: `a[:] = b` compiles numba's words for shapes that do not fit, three seconds a kernel.
+Kernels copy arrays in loops: `a[:] = b` compiles numba's words for shapes that do not fit as well, which takes seconds.
 """
 
 from __future__ import annotations
