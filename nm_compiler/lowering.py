@@ -114,7 +114,10 @@ def lower(
                 wanted = model(*args, **{**signature.hidden, **named})
         _check(lowered, wanted, given, dtype or _dtype(model))
         give_back()
-    keep(lowered)  # now that nothing else needs memory any more
+    if chosen.for_files and twin is model:  # whose weights are there anyway; casts would keep a model alive
+        lowered.__dict__["settled"] = False
+    else:
+        keep(lowered)  # now that nothing else needs memory any more
     return lowered
 
 

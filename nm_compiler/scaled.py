@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nm_compiler.errors import NMError
 from nm_compiler.memory import give_back
 
 _AT_ONCE = 1 << 13  # weights that are there in float64 at a time
@@ -28,21 +29,28 @@ class Scaled(Tensor):
     """A tensor without memory of its own: to every op it is what `value` returns.
 
     weight: ``[out, ...]``; factor: float64 ``[out]``; dtype: of the product, which is computed in float64 and rounded once.
+    It is the product of now: `value` raises NMError once somebody has written to the weight.
     """
 
     weight: Tensor
     factor: Tensor
+    version: int | None
 
     @staticmethod
     def __new__(cls, weight: Tensor, factor: Tensor, dtype: torch.dtype) -> Scaled:
         like = torch.empty_like(weight, dtype=dtype, device="meta")
         make: Any = Tensor._make_wrapper_subclass
         made = cast(Scaled, make(cls, like.shape, strides=like.stride(), dtype=dtype, device=weight.device))
-        made.weight, made.factor = weight.detach(), factor
+        made.weight, made.factor, made.version = weight.detach(), factor, _version(weight)
         return made
 
     def value(self) -> Tensor:
         """The product, in memory of its own, laid out as the weight is. No more than some rows are there in float64."""
+        if self.version != _version(self.weight):
+            raise NMError(
+                f"a weight of shape {list(self.shape)} was written to after nm.lower: its fold no longer fits it. "
+                "Lower the model again, or call the lowered one once before you go on training"
+            )
         with torch.no_grad():
             into = torch.empty_like(self.weight, dtype=self.dtype)
             rows = max(1, _AT_ONCE // max(1, self.weight[:1].numel()))
@@ -70,9 +78,16 @@ class Scaled(Tensor):
         cls, func: Callable[..., Any], types: Sequence[Any], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:
-            return Scaled(args[0].weight, args[0].factor, args[0].dtype)
+            same = Scaled(args[0].weight, args[0].factor, args[0].dtype)
+            same.weight, same.version = args[0].weight, args[0].version  # a view made here would count from zero
+            return same
         args, kwargs = pytree.tree_map_only(Scaled, Scaled.value, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
+
+
+def _version(weight: Tensor) -> int | None:
+    """How often it was written to, which its views share; None for tensors of inference mode, which do not count."""
+    return None if weight.is_inference() else weight._version
 
 
 def value_if_scaled(value: Tensor) -> Tensor:

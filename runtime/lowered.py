@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nm_compiler.runtime.backends.base import Result
+from nm_compiler.scaled import keep
 from nm_compiler.signature import Signature
 from nm_compiler.sites import Plan, Site
 
@@ -21,6 +22,8 @@ class Lowered(nn.Module):
     relative, None if it was left out; sites: planned weights; unread: those that no product reads, and why; dense: all other
     weights, and why. Inputs are cast to the dtype it was lowered to; outputs are in that dtype.
     `nm.report` shows what is sparse, and why the rest is not.
+    settled: whether folded weights are there; else the first call, or who asks for them, has them computed, and gets an
+    NMError if the model's weights were changed in between.
     """
 
     title: str
@@ -34,15 +37,17 @@ class Lowered(nn.Module):
     dtype: torch.dtype | None
     notes: tuple[str, ...]
     error: float | None
+    settled: bool
 
     def __init__(self, result: Result, **facts: Any) -> None:
         super().__init__()
         self.run = result.run
-        self.__dict__.update(result=result, error=None, **facts)
+        self.__dict__.update(result=result, error=None, settled=True, **facts)
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run it. Raises NMError for a call that does not fit what was captured."""
+        self.settle()
         if self.dtype is not None:
             args, kwargs = pytree.tree_map_only(Tensor, self._cast, (args, kwargs))
         flat = self.signature.flatten(args, kwargs)
@@ -55,6 +60,29 @@ class Lowered(nn.Module):
     def train(self, mode: bool = True) -> Lowered:
         """Stays in evaluation mode: there is nothing left to train."""
         return self
+
+    def settle(self) -> Lowered:
+        """Give the folded weights memory of their own, if they have none yet. Returns itself."""
+        if not self.settled:
+            keep(self)
+            self.__dict__["settled"] = True
+        return self
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """As of any module."""
+        return super(Lowered, self.settle()).named_buffers(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module."""
+        return super(Lowered, self.settle()).state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Of `to`, `half` and their like."""
+        return super(Lowered, self.settle())._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Of `copy.deepcopy` and `torch.save`."""
+        return super(Lowered, self.settle()).__reduce_ex__(protocol)
 
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(self.dtype) if value.is_floating_point() else value

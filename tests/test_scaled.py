@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import io
 from typing import Any
 
 import pytest
@@ -60,8 +62,9 @@ def test_kept_buffers_are_plain_and_stand_ins_are_gone_after_the_block() -> None
 
 
 def test_a_weight_is_packed_from_it_as_from_its_value() -> None:
-    it = scaled()
-    it.weight.view(24, 4, 4, 3, 3)[:, :, 2:] = 0
+    given = scaled()
+    given.weight.view(24, 4, 4, 3, 3)[:, :, 2:] = 0
+    it = Scaled(given.weight, given.factor, given.dtype)
     packed, wanted = pack(it, nm.Pattern(2, 4)), pack(it.value(), nm.Pattern(2, 4))
     assert torch.equal(packed.values, wanted.values)
     assert torch.equal(packed.codes, wanted.codes)
@@ -80,3 +83,73 @@ def test_what_lower_returns_holds_none(backend: str, dtype: Any, tmp_path: Any) 
         folded = [name for name, _ in lowered.named_buffers() if name.endswith("_folded")]
         assert folded
         assert not any(isinstance(value, Scaled) for value in lowered.state_dict().values())
+
+
+@pytest.fixture(scope="module")
+def lowered() -> Any:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    return nm.lower(nm.freeze(nm.compile(ConvNet(), (x,), method=nm.Magnitude())), (x,), backend="dense")
+
+
+def waiting(lowered: nn.Module) -> list[str]:
+    each = lowered._modules["run"]
+    assert each is not None
+    return [name for name, buffer in each._buffers.items() if isinstance(buffer, Scaled)]
+
+
+def as_for_a_file(lowered: Any) -> Any:
+    """As it comes back with a file: folded weights wait."""
+    for name, buffer in lowered.run._buffers.items():
+        if buffer.ndim == 4:
+            lowered.run._buffers[name] = Scaled(buffer, torch.ones(len(buffer), dtype=torch.float64), buffer.dtype)
+    lowered.__dict__["settled"] = False
+    return lowered
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda lowered: lowered(torch.zeros(4, 3, 8, 8)),
+        lambda lowered: list(lowered.buffers()),
+        lambda lowered: lowered.state_dict(),
+        lambda lowered: nn.Sequential(lowered).state_dict(),
+        lambda lowered: nn.Sequential(lowered).float(),
+        lambda lowered: copy.deepcopy(nn.Sequential(lowered)),
+        lambda lowered: torch.save(lowered, io.BytesIO()),
+    ],
+    ids=["a call", "buffers", "state_dict", "state_dict of more", "to", "deepcopy", "save"],
+)
+def test_folded_weights_that_wait_are_computed_for_whoever_asks(ask: Any, lowered: Any) -> None:
+    before = {name: value.clone() for name, value in lowered.state_dict().items()}
+    assert waiting(as_for_a_file(lowered))
+    ask(lowered)
+    assert not waiting(lowered)
+    assert all(torch.equal(value, before[name]) for name, value in lowered.state_dict().items())
+
+
+def test_a_copy_of_what_waits_computes_the_same(lowered: Any) -> None:
+    twin, x = copy.deepcopy(as_for_a_file(lowered)), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(twin(x), lowered(x))
+
+
+def test_for_a_file_they_wait_and_a_model_that_trained_on_is_not_mixed_with_what_it_was(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    model = nm.freeze(nm.compile(ConvNet(), (x,), method=nm.Magnitude())).eval()
+    lowered = nm.lower(model, (x,), backend="onnx", options={"path": tmp_path / "net.onnx"})
+    assert waiting(lowered)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+        with pytest.raises(nm.NMError, match=r"shape \[.*\] was written to after nm\.lower.*Lower the model again"):
+            lowered(x)
+
+
+def test_a_model_may_train_on_once_they_are_computed(lowered: Any) -> None:
+    first = next(name for name, buffer in as_for_a_file(lowered).run._buffers.items() if isinstance(buffer, Scaled))
+    source = lowered.run._buffers[first].weight
+    before = lowered.settle().state_dict()[f"run.{first}"].clone()
+    source.mul_(2)
+    assert torch.equal(lowered.state_dict()[f"run.{first}"], before)

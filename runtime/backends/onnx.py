@@ -19,11 +19,12 @@ from nm_compiler.sites import Site
 class Onnx(Backend):
     """Options: path (needed), tolerance and one_file of `nm_compiler.runtime.onnx_files.write`.
 
-    The module that comes back runs the same graph in PyTorch; the file is its ``artifact``.
+    The module that comes back runs the same graph in PyTorch; the file is its ``artifact``. Unless weights were cast, folded
+    ones are computed when it is first called: who wants the file alone needs no memory for them.
     """
 
     name = "onnx"
-    later = True
+    later = for_files = True
 
     def missing(self, dtype: torch.dtype, device: torch.device) -> str | None:
         try:
