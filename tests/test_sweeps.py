@@ -14,9 +14,10 @@ from packed_products import libraries
 from sweep_cases import HALF, LAYOUTS, REAL, Case, bits, check_decay, check_live, check_masks, check_sums, swept_by
 
 from nm_compiler.errors import NMError
-from nm_compiler.pattern import MAX_TABLE, Pattern
+from nm_compiler.pattern import MAX_TABLE, Pattern, combination_table
 from nm_compiler.runtime.native.library import load
 from nm_compiler.solvers import sweeps
+from nm_compiler.solvers.combinations import pack, retire
 from nm_compiler.solvers.masks import keep_largest, masked, top_mask
 from nm_compiler.solvers.select import decayed
 
@@ -72,6 +73,35 @@ def test_groups_that_lie_thousands_of_numbers_apart_cover_send_gradients_and_ret
         for dtype in REAL:
             case = Case(pattern=Pattern.parse(text), layout=layout, dtype=dtype, values="whole", size=size, seed=5)
             check_live(case, LIBRARIES[isa])
+
+
+SCORES = {
+    "random": lambda shape, draw: torch.randn(shape, generator=draw),
+    "often equal": lambda shape, draw: torch.randint(-2, 3, shape, generator=draw).float(),
+    "all equal": lambda shape, draw: torch.full(shape, -0.7),
+    "of many sizes": lambda shape, draw: (
+        torch.randn(shape, generator=draw) * 2.0 ** torch.randint(-11, 11, shape, generator=draw)
+    ),
+    "one far off": lambda shape, draw: torch.where(
+        torch.rand(shape, generator=draw) < 0.1, 1e9 * torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
+    ),
+}
+
+
+@each_isa
+@pytest.mark.parametrize("values", list(SCORES))
+@pytest.mark.parametrize("text", ["4:8", "2:8", "3:8", "5:8", "4:9", "1:31", "4:16"])
+def test_retiring_one_combination_at_a_time_takes_the_lowest_and_of_equals_the_last(isa: str, text: str, values: str) -> None:
+    pattern, draw = Pattern.parse(text), torch.Generator().manual_seed(11)
+    table, live = combination_table(pattern), pack(torch.ones(5, 7, pattern.combinations, dtype=torch.bool))
+    steps = min(pattern.combinations - 1, 80)
+    for left in range(pattern.combinations - 1, pattern.combinations - 1 - steps, -1):
+        scores = SCORES[values]((5, 7 * pattern.m), draw)
+        with swept_by(LIBRARIES[isa]):
+            found = sweeps.retire(scores, live, pattern, left)
+        assert found is not None
+        assert torch.equal(found, retire(scores.double(), live, table, keep=left, by_position=True))
+        live = found
 
 
 @each_isa

@@ -2,6 +2,7 @@
 
 #define SIDE (BYTES / 8)
 #define MOST_COMBINATIONS 1824
+#define TAME 1e37 /* scores up to here, either sign: no sum of NM_WIDEST is beyond a float */
 #define FEW 16 /* combinations: their values are written down in less time than it takes to look who is live */
 
 typedef double sums __attribute__((vector_size(BYTES)));
@@ -12,6 +13,19 @@ static inline __attribute__((always_inline)) sums either(whole where, sums a, su
 }
 static inline __attribute__((always_inline)) sums lower(sums a, sums b) { return either(a < b, a, b); }
 static inline __attribute__((always_inline)) sums higher(sums a, sums b) { return either(a > b, a, b); }
+
+/* Whether all lanes of a comparison hold. */
+static inline __attribute__((always_inline)) int in_all(whole lanes) {
+#if BYTES == 64
+    return _mm512_movepi64_mask((__m512i)lanes) == 0xff;
+#elif BYTES == 32 && defined(__AVX2__)
+    return _mm256_movemask_pd((__m256d)lanes) == 0xf;
+#else
+    int all = 1;
+    for (int k = 0; k < SIDE; k++) all &= lanes[k] != 0;
+    return all;
+#endif
+}
 
 /* The last among equals. */
 static whole lowest(const sums *values, int64_t count) {
@@ -123,4 +137,11 @@ static inline __attribute__((always_inline)) whole lowest_live(
     }
     const whole other = (best[1] < best[0]) | ((best[1] == best[0]) & (which[1] > which[0]));
     return (other & which[1]) | (~other & which[0]);
+}
+
+/* Take one combination out of each set that has more than `keep`. */
+static inline __attribute__((always_inline)) void drop(
+    uint8_t *const kept[SIDE], whole which, whole left, int64_t keep, int64_t side) {
+    for (int64_t k = 0; k < side; k++)
+        if (left[k] > keep) kept[k][which[k] >> 3] &= (uint8_t)~(1 << (which[k] & 7));
 }

@@ -25,9 +25,32 @@ static inline __attribute__((always_inline)) whole NAMED(sum_up)(
     return count;
 }
 
-static inline __attribute__((always_inline)) void NAMED(retire_of)(const nm_sweep *s, int64_t first, int64_t last, int64_t n) {
+/* own[j]: score j of every group; a group's are `apart` numbers apart. */
+static inline __attribute__((always_inline)) void NAMED(side_by_side)(
+    const REAL *const groups[SIDE], sums *own, int64_t m, int64_t apart) {
+#if BYTES >= 32 && defined(__AVX2__)
+    if (sizeof(REAL) == 4 && apart == 1 && m % 4 == 0) { /* four by four, turned in registers */
+        for (int64_t j = 0; j < m; j += 4)
+            for (int half = 0; half < SIDE / 4; half++) {
+                __m256d row[4], pair[4], turned[4];
+                for (int k = 0; k < 4; k++) row[k] = _mm256_cvtps_pd(_mm_loadu_ps((const float *)groups[4 * half + k] + j));
+                pair[0] = _mm256_unpacklo_pd(row[0], row[1]), pair[1] = _mm256_unpackhi_pd(row[0], row[1]);
+                pair[2] = _mm256_unpacklo_pd(row[2], row[3]), pair[3] = _mm256_unpackhi_pd(row[2], row[3]);
+                turned[0] = _mm256_permute2f128_pd(pair[0], pair[2], 0x20), turned[1] = _mm256_permute2f128_pd(pair[1], pair[3], 0x20);
+                turned[2] = _mm256_permute2f128_pd(pair[0], pair[2], 0x31), turned[3] = _mm256_permute2f128_pd(pair[1], pair[3], 0x31);
+                for (int i = 0; i < 4; i++) memcpy((char *)&own[j + i] + 32 * half, &turned[i], 32);
+            }
+        return;
+    }
+#endif
+    for (int64_t j = 0; j < m; j++)
+        for (int k = 0; k < SIDE; k++) ((double *)own)[j * SIDE + k] = (double)groups[k][j * apart];
+}
+
+static inline __attribute__((always_inline)) void NAMED(retire_of)(
+    const nm_sweep *s, int64_t first, int64_t last, int64_t n, int64_t m, int64_t inner, int64_t bytes) {
     const REAL *scores = s->weight;
-    const int64_t lanes = (last - first) * s->inner, all = s->combinations, keep = s->keep, m = s->m, inner = s->inner;
+    const int64_t lanes = (last - first) * s->inner, all = s->combinations, keep = s->keep;
     sums own[NM_WIDEST], values[MOST_COMBINATIONS];
     beginnings begun;
     begin_all(s, &begun);
@@ -35,33 +58,37 @@ static inline __attribute__((always_inline)) void NAMED(retire_of)(const nm_swee
         const int64_t side = least(SIDE, lanes - lane);
         const uint8_t *live[SIDE];
         uint8_t *kept[SIDE];
+        const REAL *groups[SIDE];
         for (int64_t k = 0; k < SIDE; k++) { /* the last group stands in for those beyond it */
             const int64_t at = least(lane + k, lanes - 1), unit = first + (inner == 1 ? at : at / inner), t = inner == 1 ? 0 : at % inner;
-            const REAL *group = scores + unit * m * inner + t;
-            for (int64_t j = 0; j < m; j++) ((double *)own)[j * SIDE + k] = (double)group[j * inner];
-            live[k] = live_set(s, unit, t);
+            groups[k] = scores + unit * m * inner + t;
+            live[k] = inner == 1 ? s->live + unit * bytes : live_set(s, unit, t);
             kept[k] = (uint8_t *)s->out + (live[k] - s->live);
-            memcpy(kept[k], live[k], (size_t)s->bytes);
+            memcpy(kept[k], live[k], (size_t)bytes);
         }
-        whole tame = {0};
-        tame -= 1;
-        for (int64_t j = 0; j < m; j++) tame &= (own[j] > -1e37) & (own[j] < 1e37);
-        int is_tame = 1;
-        for (int k = 0; k < SIDE; k++) is_tame &= tame[k] != 0;
+        NAMED(side_by_side)(groups, own, m, inner);
         whole left = {0};
+        int64_t over = all;
         if (all > FEW) {
-            int64_t over = 0;
+            over = 0;
             for (int64_t k = 0; k < SIDE; k++) {
-                left[k] = live_count(live[k], s->bytes);
+                left[k] = live_count(live[k], bytes);
                 over = left[k] - keep > over ? left[k] - keep : over;
             }
             if (!over) continue;
-            if (over == 1 && is_tame) { /* as in most steps of a training */
-                const whole which = lowest_live(own, live, s, &begun, values, n);
-                for (int64_t k = 0; k < side; k++)
-                    if (left[k] > keep) kept[k][which[k] >> 3] &= (uint8_t)~(1 << (which[k] & 7));
-                continue;
-            }
+        }
+        sums steps[KEYED];
+        if (over == 1 && n == 4 && m == KEYED && whole_scores(own, steps)) { /* as in most steps of a training */
+            drop(kept, lowest_key(steps, live), left, keep, side);
+            continue;
+        }
+        whole tame = {0};
+        tame -= 1;
+        for (int64_t j = 0; j < m; j++) tame &= (own[j] > -TAME) & (own[j] < TAME);
+        const int is_tame = in_all(tame);
+        if (over == 1 && is_tame) {
+            drop(kept, lowest_live(own, live, s, &begun, values, n), left, keep, side);
+            continue;
         }
         left = is_tame ? NAMED(sum_up)(s, live, own, (double)__builtin_inff(), values, n, 1)
                              : NAMED(sum_up)(s, live, own, (double)__builtin_inff(), values, n, 0);
@@ -70,7 +97,7 @@ static inline __attribute__((always_inline)) void NAMED(retire_of)(const nm_swee
         if (most - keep > keep) { /* fewer stay than go */
             for (int64_t c = 0; c < all; c++) values[c] = either(values[c] > 3.5e38, (sums){0} - (double)__builtin_inff(), values[c]);
             for (int64_t k = 0; k < side; k++)
-                if (left[k] > keep) memset(kept[k], 0, (size_t)s->bytes);
+                if (left[k] > keep) memset(kept[k], 0, (size_t)bytes);
             for (int64_t round = 0; round < keep; round++) {
                 const whole which = highest(values, all);
                 for (int64_t k = 0; k < side; k++) {
@@ -94,10 +121,9 @@ static inline __attribute__((always_inline)) void NAMED(retire_of)(const nm_swee
 }
 
 static void NAMED(retire)(const nm_sweep *s, int64_t first, int64_t last) {
-    switch (s->n) {
-    case 1: NAMED(retire_of)(s, first, last, 1); break;
-    case 2: NAMED(retire_of)(s, first, last, 2); break;
-    case 4: NAMED(retire_of)(s, first, last, 4); break;
-    default: NAMED(retire_of)(s, first, last, s->n);
-    }
+    if (s->n == 4 && s->m == 8 && s->inner == 1) NAMED(retire_of)(s, first, last, 4, 8, 1, 9);
+    else if (s->n == 4 && s->m == 8) NAMED(retire_of)(s, first, last, 4, 8, s->inner, 9);
+    else if (s->n == 1) NAMED(retire_of)(s, first, last, 1, s->m, s->inner, s->bytes);
+    else if (s->n == 2) NAMED(retire_of)(s, first, last, 2, s->m, s->inner, s->bytes);
+    else NAMED(retire_of)(s, first, last, s->n, s->m, s->inner, s->bytes);
 }

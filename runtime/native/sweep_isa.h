@@ -13,6 +13,7 @@
 #include "marks.h"
 #include "beside.h"
 #include "places.h"
+#include "keys.h"
 
 #define REAL float
 #define NAMED(name) JOIN(name, _float)
