@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -110,7 +110,7 @@ def lower(
     give_back()
     if check:
         if wanted is None:
-            with in_mode(model, False), torch.no_grad():
+            with in_mode(model, False), _plainly(model):
                 wanted = model(*args, **{**signature.hidden, **named})
         _check(lowered, wanted, given, dtype or _dtype(model))
         give_back()
@@ -184,13 +184,25 @@ def _checked(gm: GraphModule, sites: Mapping[str, Site], done: Pass) -> GraphMod
 
 def _wanted(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The model's outputs, before there is a copy of anything; None if it does not run: capture says why, with the line."""
-    with untouched(model), in_mode(model, False), torch.no_grad(), contextlib.suppress(Exception):
+    with untouched(model), in_mode(model, False), _plainly(model), contextlib.suppress(Exception):
         return model(*copies_of(args), **{**without_cache(model, kwargs), **copies_of(dict(kwargs))})
     return None
 
 
+@contextlib.contextmanager
+def _plainly(model: nn.Module) -> Iterator[None]:
+    """Op by op, as the graph has it: no autocast, no fused encoders of torch, which write zeros where inputs are padded."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
 def _check(lowered: Lowered, wanted: Any, given: Any, dtype: torch.dtype) -> None:
-    with torch.no_grad():
+    with _plainly(lowered):
         found = lowered(*given[0], **given[1])
     error = relative_error(found, wanted)
     bound = max(TOLERANCE.get(dtype, 6e-2), lowered.result.rough)

@@ -24,6 +24,7 @@ from nm_compiler.passes.flatten_tokens import flatten_tokens
 from nm_compiler.passes.fold_weights import fold_weights
 from nm_compiler.passes.products_to_linear import products_to_linear
 from nm_compiler.runtime.backends import cpu as cpu_backend
+from nm_compiler.runtime.native.library import load
 from nm_compiler.runtime.products import products
 
 Golden = Callable[[str, str], None]
@@ -402,6 +403,30 @@ def test_outputs_that_differ_after_lowering_are_an_error_with_a_way_out(monkeypa
     with pytest.raises(nm.NMError, match=r"lowered to dense, the outputs differ from the model's by .*exclude=\[\.\.\.\]"):
         nm.lower(model, x, backend="dense")
     assert nm.lower(model, x, backend="dense", check=False).error is None
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.head(self.encoder(x, src_key_padding_mask=padding))
+
+
+def test_the_check_runs_the_model_op_by_op_without_fused_encoders_and_autocast() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 6, 16), torch.arange(6).expand(3, 6) > 3
+    model = nm.freeze(nm.compile(Padded(), inputs, method=nm.Magnitude())).eval()
+    with torch.no_grad():
+        assert not torch.allclose(model(*inputs), nm.lower(model, inputs, backend="dense")(*inputs)), (
+            "torch fuses no encoder now"
+        )
+    assert torch.backends.mha.get_fastpath_enabled()
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = nm.lower(model, inputs, backend="cpu" if not isinstance(load(), str) else "dense", force=["*"])
+    torch.testing.assert_close(lowered(*inputs)[:, :4], model(*inputs)[:, :4], rtol=1e-5, atol=1e-5)
 
 
 def test_a_pass_that_spoils_the_zeros_is_caught_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
