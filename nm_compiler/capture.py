@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path, tidy
+from nm_compiler.regions import checkpoints_open, open_regions
 from nm_compiler.signature import Signature, describe
 from nm_compiler.vmapped import without_vmap
 
@@ -78,13 +79,14 @@ def _export(
     given, named = (args, kwargs) if dynamic_shapes is not None else _repeat_batch_of_one(args, kwargs)
     shapes = dynamic_shapes if dynamic_shapes is not None else _dynamic_batch(model, given, named)
     try:
-        with quiet():
+        with quiet(), checkpoints_open():
             program = torch.export.export(model, given, named or None, dynamic_shapes=shapes, strict=False)
     except NMError:
         raise
     except Exception as error:
         raise NMError(explain(model, error, given, named, training)) from error
     exported = program.module(check_guards=False)
+    open_regions(exported)
     graph = flat_copy(exported.graph)
     extras = _extras(graph, exported, model)
     mode = next((m for n in graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None)) is not None), None)

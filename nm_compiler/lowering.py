@@ -31,6 +31,7 @@ from nm_compiler.passes.fold_weights import fold_weights
 from nm_compiler.passes.products_to_linear import products_to_linear
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.preparing import arguments, check_model, globs
+from nm_compiler.regions import without_switches
 from nm_compiler.routes import copies_of, untouched
 from nm_compiler.runtime.backends import Job, choose_backend
 from nm_compiler.runtime.lowered import Lowered, relative_error
@@ -83,6 +84,7 @@ def lower(
     given = pytree.tree_map_only(Tensor, partial(_as, dtype=dtype), (args, named))
     with untouched(twin):
         gm, signature = capture_mode(twin, given[0], given[1], dynamic_shapes, training=False)
+    gm = run(gm, [without_switches])
     patterns = PatternMap.parse(pattern)
     everything = [name for name, p in twin.named_parameters() if p.ndim > 1 and p.is_floating_point()]
     plan = find(twin, [gm], patterns, include=everything, exclude=globs(exclude), may_be_empty=True)
