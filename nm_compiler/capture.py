@@ -38,6 +38,10 @@ _ON_DATA = (
     "Control flow that depends on data cannot be captured: rewrite that line with torch.where or torch.cond, or move it "
     "out of the model."
 )
+_UNKNOWN_OUTPUT = (
+    "torch.export takes outputs of types that it knows: return a tuple or a dict, or say once what yours holds, with "
+    "torch.export.register_dataclass for a dataclass or torch.utils._pytree.register_pytree_node."
+)
 _NOISY = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export", "torch._dynamo")
 
 
@@ -234,10 +238,16 @@ def explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: M
     line = user_line(traceback.extract_tb(error.__traceback__))
     return (
         f"{type(model).__name__} could not be captured in {mode} mode with inputs {describe(args, kwargs)}\n"
-        f"  {type(error).__name__}: {short}\n"
-        + (f"  at {line}\n" if line else "")
-        + (_ON_DATA if "DataDependent" in type(error).__name__ else "Check that model(*example_inputs) runs.")
+        f"  {type(error).__name__}: {short}\n" + (f"  at {line}\n" if line else "") + _way_out(error)
     )
+
+
+def _way_out(error: Exception) -> str:
+    if "DataDependent" in type(error).__name__:
+        return _ON_DATA
+    if "in output, which is not a known type" in str(error):
+        return _UNKNOWN_OUTPUT
+    return "Check that model(*example_inputs) runs."
 
 
 def user_line(frames: Iterable[traceback.FrameSummary]) -> str | None:

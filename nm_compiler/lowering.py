@@ -37,7 +37,7 @@ from nm_compiler.runtime.backends import Job, choose_backend
 from nm_compiler.runtime.lowered import Lowered, relative_error
 from nm_compiler.runtime.products import check_zeros, unread
 from nm_compiler.scaled import keep
-from nm_compiler.sites import Plan, Site, find
+from nm_compiler.sites import Plan, Site, check_globs, find
 from nm_compiler.solvers.check import worst_group
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -77,6 +77,8 @@ def lower(
     """
     _check_frozen(model)
     args, named = arguments(example_inputs, kwargs, "nm.lower"), dict(kwargs or {})
+    patterns = PatternMap.parse(pattern)
+    check_globs(model, patterns, (), globs(exclude), globs(force))
     chosen = choose_backend(backend, dtype or _dtype(model), _device(model))
     wanted = _wanted(model, args, named) if check else None
     give_back()
@@ -85,7 +87,6 @@ def lower(
     with untouched(twin):
         gm, signature = capture_mode(twin, given[0], given[1], dynamic_shapes, training=False)
     gm = run(gm, [without_switches])
-    patterns = PatternMap.parse(pattern)
     everything = [name for name, p in twin.named_parameters() if p.ndim > 1 and p.is_floating_point()]
     plan = find(twin, [gm], patterns, include=everything, exclude=globs(exclude), may_be_empty=True)
     sites, dense = _sparse_sites(twin, plan)

@@ -131,16 +131,18 @@ def find(
     if not sites and not may_be_empty:
         shown = "\n  ".join(f"{r.where} {list(shapes[r.where])}: {r.reason}" for r in refusals[:12])
         raise NMError(
-            f"no weight of this {type(model).__name__} can be {_shown(patterns)}:\n  {shown or 'it has no weights'}\n"
+            f"no weight of this {type(model).__name__} can be {patterns}:\n  {shown or 'it has no weights'}\n"
             "take stem or head in with include=[...], or choose a pattern whose M divides the input channels"
         )
     return Plan(tuple(sites), tuple(refusals), shapes, ops)
 
 
-def check_globs(model: nn.Module, patterns: PatternMap, include: Sequence[str], exclude: Sequence[str]) -> None:
+def check_globs(
+    model: nn.Module, patterns: PatternMap, include: Sequence[str], exclude: Sequence[str], force: Sequence[str] = ()
+) -> None:
     """Raise NMError for a glob that matches no weight."""
     names = [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
-    for option, globs in (("include", include), ("exclude", exclude)):
+    for option, globs in (("include", include), ("exclude", exclude), ("force", force)):
         for glob in globs:
             if not any(matches(name, (glob,)) for name in names):
                 known = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
@@ -148,10 +150,6 @@ def check_globs(model: nn.Module, patterns: PatternMap, include: Sequence[str], 
     for glob, pattern in patterns.rules:
         if glob != "*" and not any(matches(name, (glob,)) for name in names):
             raise NMError(f"pattern={{{glob!r}: '{pattern}'}} matches no weight; globs run over parameter names")
-
-
-def _shown(patterns: PatternMap) -> str:
-    return str(patterns.rules[0][1]) if len(patterns.rules) == 1 and patterns.rules[0][0] == "*" else str(patterns)
 
 
 def _uses_in(gm: GraphModule, name: str, fixed: Collection[Node]) -> Iterator[Use | Blocked]:
