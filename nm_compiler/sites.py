@@ -17,7 +17,7 @@ from nm_compiler.errors import NMError, Refusal
 from nm_compiler.graph import getattr_path, reads
 from nm_compiler.layout import Layout
 from nm_compiler.pattern import Pattern, PatternMap, matches
-from nm_compiler.uses import Blocked, Use, constants, ends, uses
+from nm_compiler.uses import FUSED, Blocked, Use, constants, ends, uses
 from nm_compiler.views import is_scale
 
 UNREAD = "not read by the captured graph: give example inputs that use it"
@@ -115,6 +115,8 @@ def find(
         ops[name] = _op_label(per_graph)
         included = matches(name, include)
         verdict = _judge(name, parameter, per_graph, edges, patterns, included is not None, matches(name, exclude))
+        if verdict == Refusal(name, UNREAD) and _is_recurrent(model, name):
+            verdict = Refusal(name, FUSED)
         if isinstance(verdict, Site):
             sites.append(verdict)
         elif included and not parameter.dtype.is_floating_point:
@@ -150,6 +152,11 @@ def check_globs(
     for glob, pattern in patterns.rules:
         if glob != "*" and not any(matches(name, (glob,)) for name in names):
             raise NMError(f"pattern={{{glob!r}: '{pattern}'}} matches no weight; globs run over parameter names")
+
+
+def _is_recurrent(model: nn.Module, name: str) -> bool:
+    """Whether a fused op reads the weight where its layer runs: TorchDynamo leaves it to Python, and no fragment shows it."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), (nn.RNNBase, nn.RNNCellBase))
 
 
 def _uses_in(gm: GraphModule, name: str, fixed: Collection[Node]) -> Iterator[Use | Blocked]:
