@@ -268,6 +268,28 @@ def test_the_report_has_a_row_for_every_weight_with_a_reason_and_what_would_help
     assert "<table>" in report.to_html()
 
 
+def test_a_weight_of_several_products_has_a_row_for_each_and_is_counted_once() -> None:
+    class Looped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.layer, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.stem(x))
+            for _ in range(3):
+                y = torch.relu(self.layer(y))
+            return self.head(y)
+
+    torch.manual_seed(0)
+    model = nm.freeze(nm.compile(Looped(), torch.randn(2, 8), method=nm.Magnitude())).eval()
+    report = nm.report(nm.lower(model, torch.randn(2, 8), backend="dense"))
+    assert [row.name for row in report.rows] == [
+        "stem.weight", "layer.weight", "layer.weight [1]", "layer.weight [2]", "head.weight",
+    ]  # fmt: skip
+    assert report.totals["weights"] == 3
+    assert report.totals["parameters"] == 8 * 16 + 16 * 16 + 16 * 4
+
+
 def test_the_report_draws_times_where_both_ways_were_measured() -> None:
     from nm_compiler.runtime.report import Report, Row
 
