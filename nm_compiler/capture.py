@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path, tidy
+from nm_compiler.regions import checkpoints_open, open_regions
 from nm_compiler.signature import Signature, describe
 from nm_compiler.vmapped import without_vmap
 
@@ -36,6 +37,10 @@ _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _ON_DATA = (
     "Control flow that depends on data cannot be captured: rewrite that line with torch.where or torch.cond, or move it "
     "out of the model."
+)
+_UNKNOWN_OUTPUT = (
+    "torch.export takes outputs of types that it knows: return a tuple or a dict, or say once what yours holds, with "
+    "torch.export.register_dataclass for a dataclass or torch.utils._pytree.register_pytree_node."
 )
 _NOISY = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export", "torch._dynamo")
 
@@ -78,13 +83,14 @@ def _export(
     given, named = (args, kwargs) if dynamic_shapes is not None else _repeat_batch_of_one(args, kwargs)
     shapes = dynamic_shapes if dynamic_shapes is not None else _dynamic_batch(model, given, named)
     try:
-        with quiet():
+        with quiet(), checkpoints_open():
             program = torch.export.export(model, given, named or None, dynamic_shapes=shapes, strict=False)
     except NMError:
         raise
     except Exception as error:
         raise NMError(explain(model, error, given, named, training)) from error
     exported = program.module(check_guards=False)
+    open_regions(exported)
     graph = flat_copy(exported.graph)
     extras = _extras(graph, exported, model)
     mode = next((m for n in graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None)) is not None), None)
@@ -232,10 +238,16 @@ def explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: M
     line = user_line(traceback.extract_tb(error.__traceback__))
     return (
         f"{type(model).__name__} could not be captured in {mode} mode with inputs {describe(args, kwargs)}\n"
-        f"  {type(error).__name__}: {short}\n"
-        + (f"  at {line}\n" if line else "")
-        + (_ON_DATA if "DataDependent" in type(error).__name__ else "Check that model(*example_inputs) runs.")
+        f"  {type(error).__name__}: {short}\n" + (f"  at {line}\n" if line else "") + _way_out(error)
     )
+
+
+def _way_out(error: Exception) -> str:
+    if "DataDependent" in type(error).__name__:
+        return _ON_DATA
+    if "in output, which is not a known type" in str(error):
+        return _UNKNOWN_OUTPUT
+    return "Check that model(*example_inputs) runs."
 
 
 def user_line(frames: Iterable[traceback.FrameSummary]) -> str | None:

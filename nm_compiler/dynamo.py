@@ -225,8 +225,9 @@ def outside_text(name: str, line: str) -> str:
     """The message for a weight that would run dense."""
     return (
         f"{name} is read by code that TorchDynamo does not compile, so it would be dense there:\n  {line}\n"
-        "Take the function that reads it out of torch._dynamo.disable (or whatever makes Dynamo skip it), "
-        f"or leave the weight dense with exclude={name!r}"
+        "Take the function that reads it out of torch._dynamo.disable, or whatever makes Dynamo skip it: a loop that branches "
+        "on data, for instance, which can go into a method of its own, and the layers that it calls into another. "
+        f"Or leave the weight dense with exclude={name!r}"
     )
 
 

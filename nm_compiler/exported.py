@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
@@ -28,7 +29,12 @@ class Exported:
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the graph. Raises NMError for a call that does not fit what was captured."""
-        outputs = self.gm(*self.signature.flatten(args, kwargs))
+        recorded = torch.is_grad_enabled()
+        try:
+            outputs = self.gm(*self.signature.flatten(args, kwargs))
+        except BaseException:
+            torch._C._set_grad_enabled(recorded)  # where an op fails in a region without gradients
+            raise
         return pytree.tree_unflatten(list(outputs), self.signature.out_spec)
 
     @property

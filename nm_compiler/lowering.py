@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,12 +31,13 @@ from nm_compiler.passes.fold_weights import fold_weights
 from nm_compiler.passes.products_to_linear import products_to_linear
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.preparing import arguments, check_model, globs
+from nm_compiler.regions import without_switches
 from nm_compiler.routes import copies_of, untouched
 from nm_compiler.runtime.backends import Job, choose_backend
 from nm_compiler.runtime.lowered import Lowered, relative_error
 from nm_compiler.runtime.products import check_zeros, unread
 from nm_compiler.scaled import keep
-from nm_compiler.sites import Plan, Site, find
+from nm_compiler.sites import Plan, Site, check_globs, find
 from nm_compiler.solvers.check import worst_group
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -76,6 +77,8 @@ def lower(
     """
     _check_frozen(model)
     args, named = arguments(example_inputs, kwargs, "nm.lower"), dict(kwargs or {})
+    patterns = PatternMap.parse(pattern)
+    check_globs(model, patterns, (), globs(exclude), globs(force))
     chosen = choose_backend(backend, dtype or _dtype(model), _device(model))
     wanted = _wanted(model, args, named) if check else None
     give_back()
@@ -83,7 +86,7 @@ def lower(
     given = pytree.tree_map_only(Tensor, partial(_as, dtype=dtype), (args, named))
     with untouched(twin):
         gm, signature = capture_mode(twin, given[0], given[1], dynamic_shapes, training=False)
-    patterns = PatternMap.parse(pattern)
+    gm = run(gm, [without_switches])
     everything = [name for name, p in twin.named_parameters() if p.ndim > 1 and p.is_floating_point()]
     plan = find(twin, [gm], patterns, include=everything, exclude=globs(exclude), may_be_empty=True)
     sites, dense = _sparse_sites(twin, plan)
@@ -110,7 +113,7 @@ def lower(
     give_back()
     if check:
         if wanted is None:
-            with in_mode(model, False), torch.no_grad():
+            with in_mode(model, False), _plainly(model):
                 wanted = model(*args, **{**signature.hidden, **named})
         _check(lowered, wanted, given, dtype or _dtype(model))
         give_back()
@@ -187,13 +190,25 @@ def _checked(gm: GraphModule, sites: Mapping[str, Site], done: Pass) -> GraphMod
 
 def _wanted(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The model's outputs, before there is a copy of anything; None if it does not run: capture says why, with the line."""
-    with untouched(model), in_mode(model, False), torch.no_grad(), contextlib.suppress(Exception):
+    with untouched(model), in_mode(model, False), _plainly(model), contextlib.suppress(Exception):
         return model(*copies_of(args), **{**without_cache(model, kwargs), **copies_of(dict(kwargs))})
     return None
 
 
+@contextlib.contextmanager
+def _plainly(model: nn.Module) -> Iterator[None]:
+    """Op by op, as the graph has it: no autocast, no fused encoders of torch, which write zeros where inputs are padded."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
 def _check(lowered: Lowered, wanted: Any, given: Any, dtype: torch.dtype) -> None:
-    with torch.no_grad():
+    with _plainly(lowered):
         found = lowered(*given[0], **given[1])
     error = relative_error(found, wanted)
     bound = max(TOLERANCE.get(dtype, 6e-2), lowered.result.rough)

@@ -107,6 +107,8 @@ class PatternMap:
     >>> patterns = PatternMap.parse({"layer4.*": "1:4", "*": "2:4"})
     >>> patterns.of("layer4.0.conv1.weight"), patterns.of("layer1.0.conv1.weight")
     (1:4, 2:4)
+    >>> print(patterns, "|", PatternMap.parse("2:4"))
+    layer4.* 1:4, * 2:4 | 2:4
     """
 
     rules: tuple[tuple[str, Pattern], ...]
@@ -125,6 +127,8 @@ class PatternMap:
         return next((pattern for glob, pattern in self.rules if fnmatchcase(name, glob)), None)
 
     def __str__(self) -> str:
+        if [glob for glob, _ in self.rules] == ["*"]:
+            return str(self.rules[0][1])
         return ", ".join(f"{glob} {pattern}" for glob, pattern in self.rules)
 
 

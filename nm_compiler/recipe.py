@@ -21,7 +21,10 @@ def pipeline(method: Method, sites: Sequence[Site]) -> list[Pass]:
         return method.passes(sites)
     if isinstance(method, type) and issubclass(method, Method):
         raise NMError(f"method={method.__name__} is the class: did you mean nm.{method.__name__}()?")
-    raise NMError(f"method={method!r}: choose nm.LBC(), nm.BiMask(), nm.SRSTE() or nm.Magnitude()")
+    raise NMError(
+        f"method={method!r}: choose nm.LBC(), nm.BiMask(), nm.SRSTE(), nm.Magnitude(), nm.Transposable(), nm.LBCBiMask(), "
+        "nm.Gradual() or nm.SSTE()"
+    )
 
 
 def freezing(sites: Sequence[Site], values: Mapping[int, Tensor]) -> list[Pass]:

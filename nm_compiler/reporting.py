@@ -42,10 +42,11 @@ def report(model: nn.Module, pattern: PatternLike | None = None) -> Report:
 def _lowered(model: Lowered) -> Report:
     """A row a product, and one for every weight that no product of the lowered graph reads."""
     result, rows = model.result, dict[str, list[Row]]()
+    seen = set[tuple[str, bool]]()
     for product in result.products:
         site, found = product.site, result.decisions[product.node]
         size = math.prod(site.shape) * product.dtype.itemsize
-        before = rows.setdefault(site.name, [])
+        before, held = rows.setdefault(site.name, []), (product.read, bool(found.kernel))
         name = site.name if not before else f"{site.name} [{len(before)}]"
         before.append(
             Row(
@@ -54,8 +55,10 @@ def _lowered(model: Lowered) -> Report:
                 dense_ms=None if found.dense_s is None else 1e3 * found.dense_s,
                 sparse_ms=None if found.sparse_s is None else 1e3 * found.sparse_s,
                 bytes=size if found.bytes is None else found.bytes, hint=found.hint or None,
+                again=held in seen,
             )
         )  # fmt: skip
+        seen.add(held)
     for name, why in model.unread.items():
         site = model.sites[name]
         rows[name] = [Row(name, site.op, site.shape, str(site.pattern), "dense", why, eligible=False)]

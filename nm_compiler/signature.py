@@ -166,8 +166,7 @@ class Signature:
             f"  captured: ({', '.join(f'{p}: {_show(i)}' for p, i in zip(self.paths, self.inputs, strict=True))})\n"
             f"  called:   {describe(args, kwargs)}\n"
             "Capture with example inputs like this call (and dynamic_shapes= for sizes that vary besides the batch). "
-            "Models called in many ways need the TorchDynamo route, torch.compile(model, backend='nm_compiler'), "
-            "which is not in this release."
+            "A model that is called in many ways trains on the TorchDynamo route: nm.compile(model) without example inputs."
         )
 
 

@@ -17,7 +17,7 @@ from nm_compiler.errors import NMError, Refusal
 from nm_compiler.graph import getattr_path, reads
 from nm_compiler.layout import Layout
 from nm_compiler.pattern import Pattern, PatternMap, matches
-from nm_compiler.uses import Blocked, Use, constants, ends, uses
+from nm_compiler.uses import FUSED, Blocked, Use, constants, ends, uses
 from nm_compiler.views import is_scale
 
 UNREAD = "not read by the captured graph: give example inputs that use it"
@@ -115,6 +115,8 @@ def find(
         ops[name] = _op_label(per_graph)
         included = matches(name, include)
         verdict = _judge(name, parameter, per_graph, edges, patterns, included is not None, matches(name, exclude))
+        if verdict == Refusal(name, UNREAD) and _is_recurrent(model, name):
+            verdict = Refusal(name, FUSED)
         if isinstance(verdict, Site):
             sites.append(verdict)
         elif included and not parameter.dtype.is_floating_point:
@@ -131,16 +133,18 @@ def find(
     if not sites and not may_be_empty:
         shown = "\n  ".join(f"{r.where} {list(shapes[r.where])}: {r.reason}" for r in refusals[:12])
         raise NMError(
-            f"no weight of this {type(model).__name__} can be {_shown(patterns)}:\n  {shown or 'it has no weights'}\n"
+            f"no weight of this {type(model).__name__} can be {patterns}:\n  {shown or 'it has no weights'}\n"
             "take stem or head in with include=[...], or choose a pattern whose M divides the input channels"
         )
     return Plan(tuple(sites), tuple(refusals), shapes, ops)
 
 
-def check_globs(model: nn.Module, patterns: PatternMap, include: Sequence[str], exclude: Sequence[str]) -> None:
+def check_globs(
+    model: nn.Module, patterns: PatternMap, include: Sequence[str], exclude: Sequence[str], force: Sequence[str] = ()
+) -> None:
     """Raise NMError for a glob that matches no weight."""
     names = [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
-    for option, globs in (("include", include), ("exclude", exclude)):
+    for option, globs in (("include", include), ("exclude", exclude), ("force", force)):
         for glob in globs:
             if not any(matches(name, (glob,)) for name in names):
                 known = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
@@ -150,8 +154,16 @@ def check_globs(model: nn.Module, patterns: PatternMap, include: Sequence[str], 
             raise NMError(f"pattern={{{glob!r}: '{pattern}'}} matches no weight; globs run over parameter names")
 
 
-def _shown(patterns: PatternMap) -> str:
-    return str(patterns.rules[0][1]) if len(patterns.rules) == 1 and patterns.rules[0][0] == "*" else str(patterns)
+def untaught(name: str) -> Refusal:
+    """Of a weight that no gradient reaches, where the method learns which of it to keep."""
+    return Refusal(
+        name, "read without gradients only, so its scores would learn nothing: nm.SRSTE() and others choose by size"
+    )
+
+
+def _is_recurrent(model: nn.Module, name: str) -> bool:
+    """Whether a fused op reads the weight where its layer runs: TorchDynamo leaves it to Python, and no fragment shows it."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), (nn.RNNBase, nn.RNNCellBase))
 
 
 def _uses_in(gm: GraphModule, name: str, fixed: Collection[Node]) -> Iterator[Use | Blocked]:

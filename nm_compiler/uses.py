@@ -182,6 +182,7 @@ def _placed(node: Node, op: str, seen: Seen, parts: Sequence[str], conv_groups: 
     return Use(node, op, layout, (start_of(seen.dims, in_axis, shape), inner[3]), outputs, conv_groups, seen.path)
 
 
+FUSED = "inside a fused LSTM, GRU or RNN op: write the cell with linear layers to make it sparse"
 _TRANSPOSED = "a transposed convolution: no N:M kernel reduces along its axis"
 
 
@@ -192,7 +193,7 @@ def _why_not(node: Node, *, computed: bool) -> str:
     if name in _TRANSPOSED_CONVS:
         return _TRANSPOSED
     if name in _RECURRENT:
-        return "inside a fused LSTM, GRU or RNN op: write the cell with linear layers to make it sparse"
+        return FUSED
     if node.op == "output":
         return "returned by the model as it is"
     if name == "bilinear":

@@ -29,6 +29,7 @@ _COPIES = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, a
            aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default)  # fmt: skip
 _VIEWS = {
     aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default, aten.adjoint.default,
+    aten.matrix_H.default, aten.mH.default,
     aten.swapaxes.default, aten.movedim.int, aten.movedim.intlist, aten.view.default, aten.reshape.default,
     aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim,
     aten.squeeze.dims, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor, aten.narrow.default,

@@ -1,4 +1,8 @@
-"""What `nm.lower` returns: called as the model is, with the record of what became of every weight."""
+"""What `nm.lower` returns: called as the model is, with the record of what became of every weight.
+
+Loading a saved one begins with this module, and torch traces its graph again before anything of it runs: so the ops that a
+backend may have put there are registered here, not only where `nm.lower` is called.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import nm_compiler.runtime.cusparselt.int8
+import nm_compiler.runtime.cusparselt.op
+import nm_compiler.runtime.cusparselt.unfold
+import nm_compiler.runtime.native.ops  # noqa: F401 - these register them
 from nm_compiler.runtime.backends.base import Result
 from nm_compiler.scaled import keep
 from nm_compiler.signature import Signature

@@ -16,7 +16,8 @@ class Row:
     live combinations a group, under LBC; nonzero: share of weights that the forward product uses;
     runs: how often the weight ran sparse, where that is counted.
     Of a lowered model: eligible: whether the runtime has a sparse kernel for it; kernel: what runs it; dense_ms, sparse_ms:
-    milliseconds a call, measured on the user's device; bytes: that the weight takes now; hint: what would change the status.
+    milliseconds a call, measured on the user's device; bytes: that the weight takes now; hint: what would change the status;
+    again: an earlier row stands for the same weight, run in the same way for another product: totals count its time alone.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Row:
     bytes: int | None = None
     hint: str | None = None
     runs: int | None = None
+    again: bool = False
 
     @property
     def speedup(self) -> float | None:
@@ -58,20 +60,21 @@ class Report:
     @property
     def totals(self) -> dict[str, Any]:
         """Counts of weights and parameters over the whole report."""
-        sparse = [row for row in self.rows if row.status == "sparse"]
-        size, total = sum(map(_size, sparse)), sum(map(_size, self.rows))
+        rows = [row for row in self.rows if not row.again]
+        sparse = [row for row in rows if row.status == "sparse"]
+        size, total = sum(map(_size, sparse)), sum(map(_size, rows))
         kept = [row.retained * _size(row) for row in sparse if row.retained is not None]
         timed = [row for row in self.rows if row.dense_ms is not None]
         spent = sum((row.sparse_ms if row.status == "sparse" else row.dense_ms) or 0.0 for row in timed)
         lowered = {
-            "bytes": sum(row.bytes or 0 for row in self.rows),
+            "bytes": sum(row.bytes or 0 for row in rows),
             "dense_ms": sum(row.dense_ms or 0.0 for row in timed),
             "ms": spent,
         }
         return {
-            "weights": len(self.rows),
+            "weights": len(rows),
             "sparse": len(sparse),
-            "dense": len(self.rows) - len(sparse),
+            "dense": len(rows) - len(sparse),
             "parameters": total,
             "sparse_parameters": size,
             "sparse_share": size / total if total else 0.0,

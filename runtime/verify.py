@@ -162,6 +162,11 @@ def _load(path: Path) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> NMError:
+    if "Unsupported global" in str(error):
+        return NMError(
+            f"{path} holds more than tensors, such as a whole model, and verify runs no code out of a file: save "
+            "model.state_dict(), or pass what torch.load(path, weights_only=False) gives if you trust the file"
+        )
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return NMError(
         f"{path} ({path.stat().st_size} bytes) cannot be read: {first}. The file is truncated, damaged or holds more than "

@@ -89,7 +89,7 @@ def test_another_signature_is_refused_with_what_was_captured_and_the_dynamo_rout
         sparse(*args, **kwargs)
     assert problem in str(error.value)
     assert "captured: (x: [any, 8], scale: 0.5)" in str(error.value)
-    assert "TorchDynamo route" in str(error.value)
+    assert "TorchDynamo route: nm.compile(model) without example inputs" in str(error.value)
 
 
 def test_the_users_dynamic_shapes_are_passed_through() -> None:

@@ -247,6 +247,50 @@ def test_a_weight_in_a_function_that_dynamo_leaves_alone_is_an_error_with_its_li
     assert {site.name for site in sparse.plan.sites} == {"up.weight"}
 
 
+class Routed(nn.Module):
+    """Every expert takes the rows that chose it, if there are any: a loop that branches on data."""
+
+    def __init__(self, moved: bool) -> None:
+        super().__init__()
+        self.stem, self.router, self.head = nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, 4)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.moved = moved
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.stem(x))
+        chosen = self.router(y).argmax(-1)
+        out = torch.zeros_like(y)
+        if self.moved:
+            return self.head(self.routed(y, chosen, out))
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero().squeeze(-1)
+            if rows.numel():
+                out = out.index_add(0, rows, expert(y[rows]))
+        return self.head(out)
+
+    def routed(self, y: Tensor, chosen: Tensor, out: Tensor) -> Tensor:
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero().squeeze(-1)
+            if rows.numel():
+                out = self.turn(expert, y, rows, out)
+        return out
+
+    def turn(self, expert: nn.Module, y: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+        return out.index_add(0, rows, expert(y[rows]))
+
+
+def test_a_loop_that_branches_on_data_is_an_error_that_names_the_way_out_and_it_works() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 8)
+    with pytest.raises(
+        nm.NMError, match=r"stem\.weight is read by code[\s\S]*a loop that branches on data.* a method of its own"
+    ):
+        nm.compile(Routed(moved=False), x)
+    sparse = nm.compile(Routed(moved=True), x)
+    assert {f"experts.{index}.weight" for index in range(3)} <= {site.name for site in sparse.plan.sites}
+    torch.testing.assert_close(sparse(x), masked_call(sparse, x))
+
+
 def test_a_planned_weight_that_later_code_reads_outside_fragments_is_an_error_too() -> None:
     model = Outside()
     sparse = nm.compile(model, -positive())

@@ -177,6 +177,16 @@ def test_a_truncated_file_is_an_error_with_its_size_and_what_to_do(name: str, tm
         nm.verify(path)
 
 
+def test_a_whole_model_in_a_file_is_refused_with_two_ways_out_and_both_work(tmp_path: Path) -> None:
+    model, path = MLP(), tmp_path / "model.pt"
+    torch.save(model, path)
+    with pytest.raises(nm.NMError, match=r"holds more than tensors.*model\.state_dict\(\).*weights_only=False"):
+        nm.verify(path)
+    found = nm.verify(torch.load(path, weights_only=False)).to_dict()
+    torch.save(model.state_dict(), path)
+    assert nm.verify(path).to_dict() == found
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("hello")
     torch.save({"epoch": 3}, tmp_path / "empty.pt")

@@ -154,6 +154,23 @@ def test_inductor_runs_it_with_changing_batches_and_without_gradients() -> None:
         torch.testing.assert_close(model.eval()(example(model, 6)), dense_call(model, example(model, 6)))
 
 
+def test_the_report_says_of_recurrent_layers_that_they_are_fused_though_no_fragment_shows_them() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.lstm, self.cell = nn.Linear(8, 8), nn.LSTM(8, 8), nn.GRUCell(8, 8)
+            self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(self.cell(self.lstm(self.stem(x))[0])))
+
+    model = nm.compile(Recurrent(), method=nm.SRSTE(), then="eager")
+    model(torch.randn(4, 8)).sum().backward()
+    reasons = {row.name: row.reason for row in nm.report(model).rows if row.name.startswith(("lstm.", "cell."))}
+    assert len(reasons) == 4
+    assert all(reason.startswith("inside a fused LSTM, GRU or RNN op") for reason in reasons.values()), reasons
+
+
 @each_then
 def test_control_flow_on_data_is_planned_as_a_whole_and_both_branches_are_sparse(then: str) -> None:
     model = nm.compile(Branching(), method=nm.SRSTE(), then=then).eval()

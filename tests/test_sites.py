@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import MLP, Attention, ConvNet, Grouped, Matmuls, Oddities, example
-from torch import nn
+from torch import Tensor, nn
 
 import nm_compiler as nm
 
@@ -69,6 +69,22 @@ def test_every_weight_that_cannot_be_sparse_says_why() -> None:
     assert reasons.keys() == expected.keys()
     for name, start in expected.items():
         assert reasons[name].startswith(start), f"{name}: {reasons[name]}"
+
+
+def test_a_conjugate_transpose_of_real_weights_is_a_transpose() -> None:
+    class Conjugated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.randn(16, 8)), nn.Parameter(torch.randn(8, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x @ self.first.H) @ self.second.mH  # [out, in] both
+
+    sparse = nm.compile(Conjugated(), torch.randn(2, 8), include="*", method=nm.SRSTE())
+    assert {site.name: (site.op, site.in_axis) for site in sparse.plan.sites} == {
+        "first": ("matmul", 1),
+        "second": ("matmul", 1),
+    }
 
 
 @pytest.mark.parametrize("kind", [MLP, ConvNet, Attention, Matmuls, Grouped, Oddities])

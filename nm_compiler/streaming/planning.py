@@ -63,7 +63,7 @@ def plan_tensors(
             sites.append(Site(name, "linear", entry.shape, Layout(axis, 1 - axis), pattern))
     if not sites:
         lines = "\n  ".join(f"{r.where} {list(wide[r.where].shape)}: {r.reason}" for r in refusals[:8])
-        raise NMError(f"no tensor of this checkpoint can be {shown(patterns)}:\n  {lines or 'none has two axes'}")
+        raise NMError(f"no tensor of this checkpoint can be {patterns}:\n  {lines or 'none has two axes'}")
     return Plan(tuple(sites), tuple(refusals), {n: e.shape for n, e in wide.items()}, dict.fromkeys(wide, "linear"))
 
 
@@ -125,8 +125,3 @@ def _by_name(name: str) -> str:
         if "norm" in part:
             return "a norm, by its name (include= takes it in)"
     return ""
-
-
-def shown(patterns: PatternMap) -> str:
-    """One pattern for all as such, several with their globs."""
-    return str(patterns.rules[0][1]) if [glob for glob, _ in patterns.rules] == ["*"] else str(patterns)

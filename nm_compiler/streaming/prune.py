@@ -29,7 +29,7 @@ from nm_compiler.streaming.judging import Judge, check_rule
 from nm_compiler.streaming.meta_model import meta_model
 from nm_compiler.streaming.ordering import Ordering, find_axes, find_orders, load_orders, save_orders
 from nm_compiler.streaming.parts import copy_bytes, parts, read_whole, write_tensor
-from nm_compiler.streaming.planning import plan_tensors, shown
+from nm_compiler.streaming.planning import plan_tensors
 from nm_compiler.streaming.statistics import read_norms
 from nm_compiler.streaming.tensor_file import Entry, TensorFile, read_tensor_file
 from nm_compiler.streaming.whole import alone, sweep, whole
@@ -61,7 +61,7 @@ class Pruned:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.out}: {len(self.pruned)} weights are {shown(self.patterns)}, verified; planned from {self.basis}"]
+        lines = [f"{self.out}: {len(self.pruned)} weights are {self.patterns}, verified; planned from {self.basis}"]
         reasons: dict[str, list[str]] = {}
         for refusal in self.refusals:
             reasons.setdefault(refusal.reason, []).append(refusal.where)
@@ -108,7 +108,7 @@ def prune_checkpoint(
     plan, basis = plan_folder(folder, patterns, model, include=include, exclude=exclude)
     norms = {} if statistics is None else read_norms(Path(statistics), plan.sites)
     settings = {
-        "source": fingerprint(folder), "pattern": shown(patterns), "importance": importance,
+        "source": fingerprint(folder), "pattern": str(patterns), "importance": importance,
         "statistics": None if statistics is None else digest(Path(statistics)),
         "permute": [seed, budget_s] if permute else None,
         "weights": {site.name: [str(site.pattern), site.in_axis] for site in plan.sites},

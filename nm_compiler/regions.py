@@ -1,0 +1,118 @@
+"""What lies under ``torch.no_grad()``, or in a reentrant checkpoint, lies open in an exported graph.
+
+    %y = wrap_with_set_grad_enabled(False, %body, %x)       %was = regions.switch_gradients(False)
+    body:  %w = input                                ->     %y = aten.linear(%x, %w)
+           %y = aten.linear(%x, %w)                         %now = regions.switch_gradients(%was)
+
+Export hides such a region in a subgraph, where no pass would find its weights: a frozen backbone would stay dense. The
+gradients are switched back to what the caller had, not to what they were at capture.
+
+Export runs a reentrant checkpoint without gradients and does not switch them on again: everything from there on would never
+train. So its function is captured as it is, as that of any other checkpoint is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node, has_side_effect
+
+from nm_compiler.graph import getattr_path
+
+_REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
+
+
+@has_side_effect
+def switch_gradients(enabled: bool) -> bool:
+    """Record gradients from here on, or do not; returns what it was before."""
+    was = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(enabled)
+    return was
+
+
+def open_regions(exported: GraphModule) -> None:
+    """Put the bodies of all regions, of one within another too, into the graph around them. In place."""
+    graph = exported.graph
+    while regions := graph.find_nodes(op="call_function", target=_REGION):
+        for node in regions:
+            enabled, read, *given = node.args
+            body = getattr_path(exported, read.target)
+            with graph.inserting_before(node):
+                was = graph.call_function(switch_gradients, (enabled,))
+                outputs = _inlined(exported, body, dict(zip(_placeholders(body), given, strict=True)), str(node.name))
+                now = graph.call_function(switch_gradients, (was,))
+            was.meta["val"] = now.meta["val"] = None
+            for user in list(node.users):  # an item of what the body returns
+                user.replace_all_uses_with(outputs[user.args[1]])
+                graph.erase_node(user)
+            graph.erase_node(node)
+
+
+def unrecorded(gm: GraphModule) -> set[str]:
+    """What the graph reads without gradients alone: scores beside such a weight would learn nothing."""
+    recording, outer, read, recorded = True, list[bool](), set[str](), set[str]()
+    for node in gm.graph.nodes:
+        if node.target is switch_gradients:
+            switched = node.args[0]
+            if isinstance(switched, bool):
+                outer.append(recording)
+                recording = switched
+            else:
+                recording = outer.pop()
+        for each in node.all_input_nodes:
+            if each.op == "get_attr":
+                read.add(str(each.target))
+                if recording:
+                    recorded.add(str(each.target))
+    return read - recorded
+
+
+def without_switches(gm: GraphModule) -> GraphModule:
+    """The graph for inference, which records no gradients anywhere. A pass."""
+    for node in reversed(gm.graph.find_nodes(op="call_function", target=switch_gradients)):
+        gm.graph.erase_node(node)
+    return gm
+
+
+@contextlib.contextmanager
+def checkpoints_open() -> Iterator[None]:
+    """Reentrant checkpoints call their function and nothing else."""
+
+    class Open:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *inputs: Any) -> Any:
+            return function(*inputs)
+
+    with patch("torch.utils.checkpoint.CheckpointFunction", Open):
+        yield
+
+
+def _placeholders(body: GraphModule) -> list[Node]:
+    return body.graph.find_nodes(op="placeholder")
+
+
+def _inlined(exported: GraphModule, body: GraphModule, copies: dict[Node, Any], name: str) -> Any:
+    """Copy the nodes of ``body`` to where nodes are inserted now. Returns what it returns, in nodes of the graph."""
+    for node in body.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            return torch.fx.map_arg(node.args[0], copies.__getitem__)
+        copies[node] = exported.graph.node_copy(node, copies.__getitem__)
+        if node.op == "get_attr":  # a constant, or a region of its own
+            own = f"{name}_{str(node.target).replace('.', '_')}"
+            _set(exported, own, getattr_path(body, node.target))
+            copies[node].target = own
+    raise AssertionError("a graph without an output")
+
+
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        module.register_buffer(name, value)
+    else:
+        setattr(module, name, value)
