@@ -1,5 +1,5 @@
 # mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
-"""The Triton kernels on a CPU, in Triton's interpreter, against the masks in plain torch: equal to the bit.
+"""The Triton kernels on a CPU, in Triton's interpreter, against plain torch: equal to the bit, one launch an op.
 
 What only a GPU can show, that they compile and are fast, is in test_gpu.py and benchmarks/gpu.py.
 """
@@ -33,7 +33,7 @@ def test_kernels_agree_with_the_reference_to_the_bit_ties_zeros_nans_and_tails_i
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert not done.returncode, done.stderr[-3000:]
     same = json.loads(done.stdout)
-    assert len(same) > 100
+    assert len(same) > 300
     assert [name for name, agrees in same.items() if not agrees] == []
 
 
