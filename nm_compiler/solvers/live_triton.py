@@ -61,7 +61,7 @@ def _cover(source, live, table, target, total, groups, inner, length, m: tl.cons
     place, there = _positions(group, total, inner, m, width)
     hit, _several = _look(live, table, group, total, groups, inner, length, m, width, block)
     if values:
-        tl.store(target + place, tl.load(source + place, mask=there & (hit != 0), other=0), mask=there)
+        tl.store(target + place, tl.where(hit != 0, tl.load(source + place, mask=there, other=0), 0), mask=there)
     else:
         tl.store(target + place, (hit != 0).to(tl.uint8), mask=there)
 
@@ -72,9 +72,10 @@ def _differentiate(grad, weight, live, table, first, second, total, groups, inne
     group = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     place, there = _positions(group, total, inner, m, width)
     hit, several = _look(live, table, group, total, groups, inner, length, m, width, block)
-    through = tl.load(grad + place, mask=there & (hit != 0), other=0)
-    tl.store(first + place, through, mask=there)
     dtype: tl.constexpr = second.dtype.element_ty
+    given = tl.load(grad + place, mask=there, other=0)
+    through = tl.where(hit != 0, given, tl.zeros([block, width], dtype))
+    tl.store(first + place, through, mask=there)
     own = wide(tl.load(weight + place, mask=there, other=0), brain)
     moved = wide(rounded(own * wide(through, brain), dtype, brain), brain)
     choice = tl.where(several != 0, 1.0, 0.0)  # not a condition: what is infinite becomes NaN, as it does in torch

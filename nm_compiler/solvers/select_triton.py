@@ -22,7 +22,7 @@ def _keep(values, mask, out, total, block: tl.constexpr):  # type: ignore[no-unt
     place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     there = place < total
     kept = tl.load(mask + place, mask=there, other=0) != 0
-    tl.store(out + place, tl.load(values + place, mask=kept, other=0), mask=there)
+    tl.store(out + place, tl.where(kept, tl.load(values + place, mask=there, other=0), 0), mask=there)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
