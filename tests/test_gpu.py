@@ -25,6 +25,7 @@ from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import pack
 from nm_compiler.runtime.cusparselt.search import search
 from nm_compiler.sites import find
+from nm_compiler.solvers.backward_order import exchange_search, kept_importance, quick_search
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.solvers.masks import masked, top_mask
 from nm_compiler.solvers.transposable import transposable_mask
@@ -128,6 +129,19 @@ def test_every_op_of_training_is_one_launch(layout: str) -> None:
                 torch.cuda.synchronize()
         launched = [event.name for event in profiler.events() if event.device_type.name == "CUDA"]
         assert len(launched) == 1, (step.name, launched)
+
+
+def test_a_backward_order_is_searched_where_the_importance_lies() -> None:
+    importance = torch.rand(128, 64, generator=torch.Generator().manual_seed(0))
+    start = torch.arange(128)
+    there = importance.cuda()
+    found = quick_search(there, start.cuda(), 2, 4, moves=2000, seed=1)
+    assert found.is_cuda
+    assert torch.equal(found.cpu().sort().values, start)
+    assert torch.equal(found, exchange_search(there, start.cuda(), 2, 4, moves=2000, seed=1))
+    before, here = (float(kept_importance(importance, order, 2, 4)) for order in (start, found.cpu()))
+    wanted = float(kept_importance(importance, exchange_search(importance, start, 2, 4, moves=2000, seed=1), 2, 4))
+    assert here - before >= 0.9 * (wanted - before) > 0
 
 
 def test_a_transposable_mask_stays_on_its_device() -> None:
