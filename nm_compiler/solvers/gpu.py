@@ -104,8 +104,11 @@ def largest_rows(weight: Tensor, order: Tensor, n: int, m: int, out: Tensor) -> 
 
 
 def _take(*tensors: Tensor) -> bool:
-    """Whether all have an address on a GPU: no fake tensors, no subclasses."""
-    return all(type(tensor) in _TYPES and masks.on_gpu(tensor) for tensor in tensors)
+    """Whether all have an address on one GPU: no fake tensors, no subclasses."""
+    if not masks.on_gpu(tensors[0]) or any(type(tensor) not in _TYPES for tensor in tensors):
+        return False
+    device = tensors[0].device
+    return all(tensor.device == device and tensor.layout == torch.strided for tensor in tensors)
 
 
 def _is_float(weight: Tensor) -> bool:
