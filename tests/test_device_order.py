@@ -52,14 +52,15 @@ def test_an_order_by_exchanges_is_a_permutation_never_worse_than_identity_or_sta
     assert torch.equal(found, exchange_search(importance, start, n, m, moves=200, seed=seed))
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(2, 12), st.booleans(), st.integers(0, 10**6))
-def test_slots_are_dealt_out_as_a_permutation_whose_worth_does_not_fall(count: int, ties: bool, seed: int) -> None:
+@settings(deadline=None, max_examples=200)
+@given(st.integers(2, 12), st.sampled_from(["plain", "ties", "rounding"]), st.integers(0, 10**6))
+def test_slots_are_dealt_out_as_a_permutation_whose_worth_does_not_fall(count: int, kind: str, seed: int) -> None:
     worth = torch.rand(count, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    worth = (worth * 4).round() if ties else worth
+    worth = (worth * 4).round() if kind == "ties" else worth
+    worth = (1 + 2e-6 * worth).float() if kind == "rounding" else worth  # gains about as large as may be none
     dealt = device_order._dealt(worth)
     assert torch.equal(dealt.sort().values, torch.arange(count))
-    assert float(worth.gather(1, dealt.unsqueeze(1)).sum()) >= float(worth.trace()) - 1e-12
+    assert float(worth.double().gather(1, dealt.unsqueeze(1)).sum()) >= float(worth.double().trace()) - 1e-12
 
 
 def test_a_swap_and_a_ring_of_three_are_found() -> None:

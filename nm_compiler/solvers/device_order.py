@@ -76,16 +76,18 @@ def _dealt(worth: Tensor) -> Tensor:
     Slot s gets t's row, t gets u's, u gets s's; two slots exchange theirs where u is s. Such a ring is made if its members
     agree that none gains more.
     """
-    slots = torch.arange(len(worth), device=worth.device)
+    count = len(worth)
+    slots = torch.arange(count, device=worth.device)
     dealt, least = slots, _ROUNDING * worth.diagonal().mean()
     for _ in range(_DEALS):
         gain = worth - worth.diagonal().unsqueeze(1)
         other = gain.clone().fill_diagonal_(-torch.inf)
         rings = other.unsqueeze(2) + (other.unsqueeze(0) + gain.t().unsqueeze(1))  # [s, t, u]
-        most, at = rings.flatten(1).max(1)
-        second, third = at // len(worth), at % len(worth)
-        ring = (third[second] == slots) & (second[third] == slots) & (third[third] == second)
-        agree = (second[second] == third) & torch.where(third == slots, third[second] == second, ring)
-        made = torch.where(agree & (most > least), second, slots)
+        most, best = rings.flatten(1).max(1)  # t * count + u
+        ring = torch.where(most > least, best, slots * (count + 1))  # of one slot, which every other ring disagrees with
+        second, third = ring // count, ring % count
+        swap, last = third == slots, slots * count + second  # the same ring from where its last member stands
+        agree = (ring[second] == torch.where(swap, last, third * count + slots)) & (swap | (ring[third] == last))
+        made = torch.where(agree, second, slots)
         dealt, worth = dealt[made], worth[:, made]
     return dealt
