@@ -10,6 +10,9 @@ import torch
 from models import MLP, Attention, ConvNet
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+from triton_steps import FLOATS, same, steps
+from triton_steps import LAYOUTS as LYING
 
 import nm_compiler as nm
 from nm_compiler.capture import capture_mode
@@ -22,6 +25,7 @@ from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import pack
 from nm_compiler.runtime.cusparselt.search import search
 from nm_compiler.sites import find
+from nm_compiler.solvers.backward_order import exchange_search, kept_importance, quick_search
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.solvers.masks import masked, top_mask
 from nm_compiler.solvers.transposable import transposable_mask
@@ -97,6 +101,47 @@ def test_nan_weights_get_the_mask_they_get_on_the_cpu() -> None:
     weight[2, 5] = weight[3, 0] = float("nan")
     weight[3, 1] = float("inf")
     assert torch.equal(top_mask(weight.cuda(), pattern="2:4").cpu(), top_mask(weight, pattern="2:4"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", LYING)
+def test_every_op_of_training_gives_on_the_gpu_what_it_gives_on_the_cpu(layout: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for text in ("2:4", "1:4", "4:8", "1:16", "3:5"):
+        for step in steps(text, dtype, layout, strange=True):
+            there = [given.cuda() if isinstance(given, Tensor) else given for given in step.arguments]
+            with torch.no_grad():
+                wanted, found = step.call(*step.arguments), step.call(*there)
+            found = tuple(each.cpu() for each in found) if isinstance(found, tuple) else found.cpu()
+            assert same(found, wanted, computed=step.computed), step.name
+
+
+@pytest.mark.parametrize("layout", ["linear", "channels_last"])
+def test_every_op_of_training_is_one_launch(layout: str) -> None:
+    pytest.importorskip("triton")
+    for step in steps("2:4", torch.bfloat16, layout, strange=False):
+        there = [given.cuda() if isinstance(given, Tensor) else given for given in step.arguments]
+        with torch.no_grad():
+            step.call(*there)  # compiles
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+                step.call(*there)
+                torch.cuda.synchronize()
+        launched = [event.name for event in profiler.events() if event.device_type.name == "CUDA"]
+        assert len(launched) == 1, (step.name, launched)
+
+
+def test_a_backward_order_is_searched_where_the_importance_lies() -> None:
+    importance = torch.rand(128, 64, generator=torch.Generator().manual_seed(0))
+    start = torch.arange(128)
+    there = importance.cuda()
+    found = quick_search(there, start.cuda(), 2, 4, moves=2000, seed=1)
+    assert found.is_cuda
+    assert torch.equal(found.cpu().sort().values, start)
+    assert torch.equal(found, exchange_search(there, start.cuda(), 2, 4, moves=2000, seed=1))
+    before, here = (float(kept_importance(importance, order, 2, 4)) for order in (start, found.cpu()))
+    wanted = float(kept_importance(importance, exchange_search(importance, start, 2, 4, moves=2000, seed=1), 2, 4))
+    assert here - before >= 0.9 * (wanted - before) > 0
 
 
 def test_a_transposable_mask_stays_on_its_device() -> None:

@@ -161,7 +161,7 @@ def test_a_state_taken_before_t_f_lets_the_scores_learn_again() -> None:
 
 def test_a_method_prints_the_same_in_every_process() -> None:
     assert (
-        str(nm.BiMask()) == "BiMask(interval=100, decay=0.0002, moves=10000, objective='magnitude', search=assignment_search, "
+        str(nm.BiMask()) == "BiMask(interval=100, decay=0.0002, moves=10000, objective='magnitude', search=quick_search, "
         "decoupled=False, fold=False, products='dense', min_tokens=16384)"
     )
     assert "0x" not in str(nm.BiMask(search=lambda *a, **k: a[1]))

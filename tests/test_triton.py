@@ -1,7 +1,8 @@
 # mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
-"""The Triton kernels on a CPU, in Triton's interpreter, against the masks in plain torch: equal to the bit.
+"""The Triton kernels on a CPU, in Triton's interpreter, against plain torch: equal to the bit, one launch an op.
 
-What only a GPU can show, that they compile and are fast, is in test_gpu.py and benchmarks/gpu.py.
+Those of training are compiled as well. What only a GPU can show, that they run there and are fast, is in test_gpu.py and
+benchmarks/gpu.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,18 +25,32 @@ TESTS = Path(__file__).parent
 SCRATCH = Path(os.environ.get("NM_TRITON_PYTHON", TESTS.parent / ".venv" / "triton-python"))
 
 
-@pytest.mark.required
-def test_kernels_agree_with_the_reference_to_the_bit_ties_zeros_nans_and_tails_included() -> None:
+def printed(script: str, **environment: str) -> dict[str, Any]:
+    """The JSON of a script that needs triton, in a process of its own."""
     if not (SCRATCH / "triton").is_dir() and find_spec("triton") is None:
         pytest.skip(f"no triton in {SCRATCH}: `make test` puts it there")
     path = os.pathsep.join([str(TESTS.parent), str(SCRATCH)])
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, str(TESTS / "interpreted_triton.py")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    whole = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    words = [sys.executable, str(TESTS / script)]
+    done = subprocess.run(words, env=whole, capture_output=True, text=True, timeout=300, check=False)
     assert not done.returncode, done.stderr[-3000:]
-    same = json.loads(done.stdout)
-    assert len(same) > 100
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.required
+def test_kernels_agree_with_the_reference_to_the_bit_ties_zeros_nans_and_tails_included() -> None:
+    same = printed("interpreted_triton.py", TRITON_INTERPRET="1")
+    assert len(same) > 300
     assert [name for name, agrees in same.items() if not agrees] == []
+
+
+@pytest.mark.required
+def test_kernels_of_training_compile_for_an_nvidia_gpu_and_round_a_product_before_they_add_to_it() -> None:
+    found = printed("compiled_triton.py")
+    assert len(found) == 11
+    assert all(".visible .entry" in text for text in found.values())
+    assert [name for name, text in found.items() if "fma." in text] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

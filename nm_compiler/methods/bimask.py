@@ -22,7 +22,7 @@ from nm_compiler.passes.insert_srste import insert_srste
 from nm_compiler.passes.train_cusparselt import reasons_of, train_cusparselt
 from nm_compiler.runtime.cusparselt.eligible import machine_of, of_machine
 from nm_compiler.sites import Site
-from nm_compiler.solvers.backward_order import OrderSearch, assignment_search
+from nm_compiler.solvers.backward_order import OrderSearch, quick_search
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.state import Weight
 
@@ -52,7 +52,7 @@ class BiMask(Method):
     decay: float = 2e-4
     moves: int = 10_000
     objective: Literal["magnitude", "count"] = "magnitude"
-    search: OrderSearch = assignment_search
+    search: OrderSearch = quick_search
     decoupled: bool = False
     fold: bool = False
     products: Literal["dense", "cusparselt"] = "dense"

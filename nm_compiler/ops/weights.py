@@ -12,11 +12,11 @@ from nm_compiler.layout import as_groups, as_rows
 from nm_compiler.ops import masks as _masks  # noqa: F401 - registers live_mask
 from nm_compiler.ops.made_of import made_of
 from nm_compiler.pattern import Pattern
+from nm_compiler.solvers import gpu, sweeps
 from nm_compiler.solvers.combinations import undecided
 from nm_compiler.solvers.live import gradients
 from nm_compiler.solvers.masks import keep_largest
-from nm_compiler.solvers.select import decayed, keep
-from nm_compiler.solvers.sweeps import covered, largest_rows
+from nm_compiler.solvers.select import decayed, keep, where
 
 _STRIDED = (torch.Tag.flexible_layout,)  # torch.compile may lay arguments out as it likes: results follow the weight's strides
 
@@ -39,7 +39,8 @@ def score_weight(
 def _covered(values: Tensor, live: Tensor, table: Tensor, rows: list[int]) -> Tensor:
     """``values`` where a live combination covers them, else 0, in their own strides."""
     out = torch.empty_like(values)
-    if covered(as_rows(values, rows), live, table, as_rows(out, rows)):
+    by_row, to = as_rows(values, rows), as_rows(out, rows)
+    if gpu.covered(by_row, live, table, to) or sweeps.covered(by_row, live, table, to):
         return out
     return keep(values, torch.ops.nm.live_mask(live, table, list(values.shape), rows))
 
@@ -150,7 +151,8 @@ def _masked_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _masked_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (mask,) = ctx.saved_tensors
-    return keep(grad, mask), None
+    kept = where if torch.is_grad_enabled() else keep  # kernels cannot be differentiated
+    return kept(grad, mask), None
 
 
 @made_of("masked_weight")
@@ -171,9 +173,11 @@ def backward_weight(masked: Tensor, order: Tensor, n: int, m: int, rows: list[in
     *batch, out_axis = rows[: order.ndim]
     out_axis -= sum(axis < out_axis for axis in batch)
     result = torch.empty_like(masked)
+    if gpu.largest_rows(as_rows(masked, rows), order, n, m, as_rows(result, rows)):
+        return result
     for index in itertools.product(*map(range, order.shape[:-1])):
         own, place = _at(masked, batch, index), _at(result, batch, index)
-        if out_axis == 0 and largest_rows(own, order[index], Pattern(n, m), place):
+        if out_axis == 0 and sweeps.largest_rows(own, order[index], Pattern(n, m), place):
             continue
         ordered = own.index_select(out_axis, order[index])
         kept = keep_largest(ordered, n, m, out_axis)

@@ -1,6 +1,6 @@
 """Bi-Mask's backward order: which output rows share a backward group.
 
-`assignment_search` is what training calls every hundred steps, `search_backward_order` the thorough search for a weight.
+`quick_search` is what training calls every hundred steps, `search_backward_order` the thorough search for a weight.
 Any function with the signature of `OrderSearch` can take the first one's place (`BiMask(search=...)`).
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern
+from nm_compiler.solvers.device_order import exchanged
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.solvers.neighbourhood import Neighbourhood
 from nm_compiler.solvers.search import search_order
@@ -40,6 +41,15 @@ def kept_importance(importance: Tensor, order: Tensor, n: int, m: int) -> Tensor
     return groups.topk(n, dim=1).values.sum(dtype=torch.float64)
 
 
+def quick_search(importance: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int) -> Tensor:
+    """What `BiMask` takes: `exchange_search` for importance that lies on a GPU, `assignment_search` for all other.
+
+    Shapes as in `OrderSearch`.
+    """
+    search = exchange_search if importance.is_cuda else assignment_search
+    return search(importance, order, n, m, moves=moves, seed=seed)
+
+
 def assignment_search(importance: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int) -> Tensor:
     """Take a random slot out of up to 64 random groups and refill them all at once, optimally, again and again.
 
@@ -48,15 +58,12 @@ def assignment_search(importance: Tensor, order: Tensor, n: int, m: int, *, move
     it runs on the CPU, the result is on the importance's device.
     """
     device, order = importance.device, order.cpu()
-    values = importance.detach().cpu()
-    values = values if values.dtype == torch.float64 else values.float()
-    starts = (order, torch.arange(len(order)))
-    best = max(starts, key=lambda start: float(kept_importance(values, start, n, m)))
-    groups, mean = len(order) // m, float(values.double().mean()) if values.numel() else 0.0
-    if groups < 2 or not 0.0 < mean < float("inf") or moves < 1:
+    values = _real(importance.cpu())
+    best, columns = _better(values, order, n, m), _scaled(values)
+    groups = len(order) // m
+    if groups < 2 or columns is None or moves < 1:
         return best.to(device)
-    columns = (values / mean).float().contiguous().numpy()
-    engine = Neighbourhood(columns, best.numpy(), Pattern(n, m), seed % 2**64, at_once=_AT_ONCE)
+    engine = Neighbourhood(columns.contiguous().numpy(), best.numpy(), Pattern(n, m), seed % 2**64, at_once=_AT_ONCE)
     count, idle = min(_AT_ONCE, groups), 0
     for _ in range(-(-moves // count)):
         before = engine.gained
@@ -65,8 +72,39 @@ def assignment_search(importance: Tensor, order: Tensor, n: int, m: int, *, move
         if idle > groups:
             break
     # gains are sums in another order than the total: where rounding fooled them, the start is still at hand
-    ends = (best, torch.from_numpy(engine.best))
-    return max(ends, key=lambda end: float(kept_importance(values, end, n, m))).to(device)
+    return _best(values, (best, torch.from_numpy(engine.best)), n, m).to(device)
+
+
+def exchange_search(importance: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int) -> Tensor:
+    """As `assignment_search`, on the importance's own device: up to 128 slots a round, dealt out anew by exchanges.
+
+    It comes about as far with the same ``moves``, though not as far in every case, since exchanges of two and three slots are
+    not all that an assignment can do. It has not run on a GPU yet. Shapes as in `OrderSearch`.
+    """
+    order, values = order.to(importance.device), _real(importance)
+    best, columns = _better(values, order, n, m), _scaled(values)
+    if len(order) // m < 2 or columns is None or moves < 1:
+        return best
+    return _best(values, (best, exchanged(columns, best, n, m, moves=moves, seed=seed)), n, m)
+
+
+def _real(importance: Tensor) -> Tensor:
+    values = importance.detach()
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _better(values: Tensor, order: Tensor, n: int, m: int) -> Tensor:
+    return _best(values, (order, torch.arange(len(order), device=order.device)), n, m)
+
+
+def _best(values: Tensor, orders: tuple[Tensor, ...], n: int, m: int) -> Tensor:
+    return max(orders, key=lambda each: float(kept_importance(values, each, n, m)))
+
+
+def _scaled(values: Tensor) -> Tensor | None:
+    """In float32, 1 on average; None where nothing can be searched: no numbers, or no more than zeros."""
+    mean = float(values.double().mean()) if values.numel() else 0.0
+    return (values / mean).float() if 0.0 < mean < float("inf") else None
 
 
 def search_backward_order(

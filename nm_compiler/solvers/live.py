@@ -1,4 +1,4 @@
-"""What LBC does with packed live sets in every step, by kernels in C or compiled ones on the CPU; None where there is none.
+"""What LBC does with packed live sets in every step, by kernels: Triton's on a GPU, in C or compiled ones on the CPU.
 
 The callers have torch operations for everything else: other devices, dtypes and layouts, small weights, graphs of fake
 tensors. Both agree, but where scores of combinations differ by less than their sums round.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nm_compiler.pattern import Pattern, combination_table
-from nm_compiler.solvers import sweeps
+from nm_compiler.solvers import gpu, sweeps
 from nm_compiler.solvers.search_members import Array
 from nm_compiler.solvers.select import as_arrays, flattened
 from nm_compiler.solvers.threads import in_threads
@@ -30,7 +30,7 @@ def cover(live: Tensor, table: Tensor, mask: Tensor) -> bool:
 
     live: uint8 ``[*batch, out, groups per row, ceil(C / 8)]``; table: from `byte_table`.
     """
-    if sweeps.cover(live, table, mask):
+    if gpu.cover(live, table, mask) or sweeps.cover(live, table, mask):
         return True
     m = table.shape[-1]
     target = _parts(mask, live, m)
@@ -58,7 +58,7 @@ def gradients(grad: Tensor, weight: Tensor, live: Tensor, table: Tensor, results
 
     All rows ``[*batch, out, *taps, in]``; live, table: as in `cover`.
     """
-    if sweeps.gradients(grad, weight, live, table, results):
+    if any(kernels.gradients(grad, weight, live, table, results) for kernels in (gpu, sweeps)):
         return True
     m, mask = table.shape[-1], torch.empty_like(weight, dtype=torch.bool)
     tensors = (grad, weight, mask, *results)

@@ -1,11 +1,11 @@
-"""A weight under a mask, in one pass over memory: `keep` for any tensor, compiled for what lies on the CPU."""
+"""A weight under a mask, in one pass over memory: `keep` for any tensor, compiled for what lies on the CPU or a GPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from nm_compiler.solvers import sweeps
+from nm_compiler.solvers import gpu, sweeps
 from nm_compiler.solvers.search_members import Array
 from nm_compiler.solvers.threads import in_threads
 
@@ -15,10 +15,12 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def keep(values: Tensor, mask: Tensor) -> Tensor:
     """``values`` where ``mask``, else 0, in the strides of ``values``. mask: bool of its shape, in any strides."""
+    done = gpu.keep(values, mask)
+    if done is not None:
+        return done
     flat = flattened(values, mask) if values.is_floating_point() else None
     if flat is None:
-        kept = torch.where(mask, values, values.new_zeros(()))
-        return kept if kept.stride() == values.stride() else torch.empty_like(values).copy_(kept)
+        return where(values, mask)
     out = torch.empty_like(values)
     if sweeps.keep(values, mask, out):
         return out
@@ -31,12 +33,19 @@ def keep(values: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
+def where(values: Tensor, mask: Tensor) -> Tensor:
+    """As `keep`, by torch operations, which can be differentiated."""
+    kept: Tensor = torch.where(mask, values, values.new_zeros(()))
+    return kept if kept.stride() == values.stride() else torch.empty_like(values).copy_(kept)
+
+
 def decayed(grad: Tensor, weight: Tensor, masked: Tensor, decay: float) -> Tensor:
     """``grad + decay * (weight - masked)``: SR-STE's pull of the pruned weights to zero. All of one shape and dtype."""
-    if not torch.is_grad_enabled():  # the kernel cannot be differentiated
-        done = sweeps.decay(grad, weight, masked, decay)
-        if done is not None:
-            return done
+    if not torch.is_grad_enabled():  # the kernels cannot be differentiated
+        for kernels in (gpu, sweeps):
+            done: Tensor | None = kernels.decay(grad, weight, masked, decay)
+            if done is not None:
+                return done
     # not add(alpha=): inductor (torch 2.13) drops alpha where it fuses the addition into the product before it
     return (weight - masked).mul_(decay).add_(grad)
 

@@ -1,0 +1,93 @@
+"""Bi-Mask's backward order searched on the device where the importance lies, by plain torch operations.
+
+A round takes a random slot out of up to 128 random groups. A row there counts in a column if it is among the ``n`` largest,
+which is to say above the n-th largest of its group's other rows; with t that threshold, putting row a into the slot is worth
+
+    sum max(a, t) = (sum a + sum t + sum |a - t|) / 2
+
+and the first two sums are the same however the rows are dealt out, so one table of L1 distances tells what any exchange
+gains. Exchanges of two slots and rings of three are made that are the best for each of their members, all at once, a few
+times over. Nothing waits for the device inside a round. Ref: Bi-Mask, section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_AT_ONCE = 128  # groups of a round: rings are found in a table of its cube
+_DEALS = 2  # times that the slots of a round are dealt out anew: more gain little
+_LOOK = 16  # rounds after which the host asks whether anything still changes
+_NUMBERS = 1 << 21  # sorted at once
+_ROUNDING = 1e-6  # of a distance: gains below may be none
+
+
+def exchanged(values: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int) -> Tensor:
+    """An order that keeps more of ``values`` or as much, up to rounding: see `kept_importance`.
+
+    values: float32 ``[rows, columns]``, finite, not negative; order: int64 ``[rows]`` on the same device, two groups of ``m``
+    or more; moves: slots that are dealt out, all rounds together. Ends early when as many rounds as there are groups change
+    nothing. Deterministic for a seed; the draws do not depend on the device.
+    """
+    groups = len(order) // m
+    count = min(_AT_ONCE, groups)
+    members = order.view(groups, m).clone()
+    idle = torch.zeros((), dtype=torch.int64, device=values.device)
+    rounds = -(-moves // count)
+    for number, (chosen, slots) in enumerate(_draws(groups, count, m, rounds, seed, values.device)):
+        if number % _LOOK == 0 and int(idle) > groups:
+            break
+        inside = members[chosen]
+        rows = inside.gather(1, slots)
+        own = values[rows[:, 0]]
+        dealt = _dealt(torch.cdist(_thresholds(values, inside, own, n), own, p=1.0))
+        taken = rows[dealt]
+        members[chosen] = inside.scatter(1, slots, taken)
+        idle = torch.where((taken == rows).all(), idle + 1, 0)
+    return members.flatten()
+
+
+def _draws(groups: int, count: int, m: int, rounds: int, seed: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every round ``count`` groups and a slot in each, int64 ``[count]`` and ``[count, 1]``."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    for start in range(0, rounds, _LOOK):
+        some = min(_LOOK, rounds - start)
+        chosen = torch.rand(some, groups, generator=generator).argsort(1)[:, :count].to(device)
+        slots = torch.randint(m, (some, count, 1), generator=generator).to(device)
+        yield from zip(chosen, slots, strict=True)
+
+
+def _thresholds(values: Tensor, inside: Tensor, own: Tensor, n: int) -> Tensor:
+    """The ``n``-th largest of the other rows of each group, by column. inside: ``[count, m]``; own: the rows in the slots."""
+    found = []
+    step = max(1, _NUMBERS // (inside.shape[1] * values.shape[1]))
+    for rows, mine in zip(inside.split(step), own.split(step), strict=True):
+        sorted_ = values[rows].sort(dim=1, descending=True).values
+        last, next_ = sorted_[:, n - 1], sorted_[:, n]
+        found.append(torch.where(mine >= last, next_, last))
+    return torch.cat(found)
+
+
+def _dealt(worth: Tensor) -> Tensor:
+    """Whose row each slot gets so that the sum of ``worth[slot, row]`` grows: a permutation, int64. worth: ``[count, count]``.
+
+    Slot s gets t's row, t gets u's, u gets s's; two slots exchange theirs where u is s. Such a ring is made if its members
+    agree that none gains more.
+    """
+    count = len(worth)
+    slots = torch.arange(count, device=worth.device)
+    dealt, least = slots, _ROUNDING * worth.diagonal().mean()
+    for _ in range(_DEALS):
+        gain = worth - worth.diagonal().unsqueeze(1)
+        other = gain.clone().fill_diagonal_(-torch.inf)
+        rings = other.unsqueeze(2) + (other.unsqueeze(0) + gain.t().unsqueeze(1))  # [s, t, u]
+        most, best = rings.flatten(1).max(1)  # t * count + u
+        ring = torch.where(most > least, best, slots * (count + 1))  # of one slot, which every other ring disagrees with
+        second, third = ring // count, ring % count
+        swap, last = third == slots, slots * count + second  # the same ring from where its last member stands
+        agree = (ring[second] == torch.where(swap, last, third * count + slots)) & (swap | (ring[third] == last))
+        made = torch.where(agree, second, slots)
+        dealt, worth = dealt[made], worth[:, made]
+    return dealt

@@ -1,0 +1,72 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""Compile the Triton kernels of training to PTX, for an NVIDIA GPU that need not be there, and print it as JSON, case by case.
+
+As a launch would: tensors begin at multiples of 16 bytes, sizes that are 1 are compiled in. Assembling PTX and running it is
+left to a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+
+from nm_compiler.solvers import live_triton, rows_triton, select_triton
+
+HOPPER = GPUTarget("cuda", 90, 32)
+TYPES = {"float16": "*fp16", "bfloat16": "*i16", "float32": "*fp32", "float64": "*fp64"}
+
+
+def ptx(kernel: Any, given: dict[str, Any], **options: Any) -> str:
+    """given: the type of every argument, or the number that it is."""
+    backend = make_backend(HOPPER)
+    kinds = {name: given[name] if isinstance(given[name], str) else "constexpr" for name in kernel.arg_names}
+    fixed = {(at,): given[name] for at, name in enumerate(kinds) if kinds[name] == "constexpr"}
+    aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(kinds.values()) if kind.startswith("*")}
+    source = ASTSource(kernel, kinds, fixed, aligned)
+    chosen = backend.parse_options({"ptx_version": 84, **options})
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, chosen, source.language)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = source.make_ir(
+        HOPPER, chosen, backend.get_codegen_implementation(chosen), backend.get_module_map(), context
+    )  # fmt: skip
+    for name in ("ttir", "ttgir", "llir", "ptx"):
+        module = stages[name](module, {"target": HOPPER, **chosen.__dict__})
+    return str(module)
+
+
+def cases() -> Iterator[tuple[str, str]]:
+    whole = {"total": "i32", "groups": "i32", "inner": "i32", "length": "i32"}
+    beside = {"total": "i32", "groups": "i32", "inner": 1, "length": 1}
+    for name, kind in TYPES.items():
+        rest: dict[str, Any] = {"total": "i32", "block": 1024, "decay": 2e-4, "brain": name == "bfloat16"}
+        pull: dict[str, Any] = {**dict.fromkeys(("grad", "weight", "masked", "out"), kind), **rest}
+        yield f"decay {name}", ptx(select_triton._pull, pull, enable_fp_fusion=False)
+    for kind, m, width, sizes in (("*i16", 4, 4, beside), ("*fp32", 5, 8, whole)):
+        tensors = dict.fromkeys(("grad", "weight", "first", "second"), kind) | dict.fromkeys(("live", "table"), "*u8")
+        given: dict[str, Any] = {**tensors, **sizes, "m": m, "width": width, "block": 256, "brain": kind == "*i16"}
+        yield f"gradients {kind}", ptx(live_triton._differentiate, given)
+    for values, kind in ((True, "*i16"), (False, "*u8")):
+        given = {"source": kind, "target": kind, "live": "*u8", "table": "*u8", "values": values, **whole}
+        yield f"cover {kind}", ptx(live_triton._cover, {**given, "m": 16, "width": 16, "block": 128})
+    yield "keep", ptx(select_triton._keep, {"values": "*i32", "mask": "*u8", "out": "*i32", "total": "i32", "block": 1024})
+    for kind, m in (("*i16", 4), ("*i64", 5)):
+        sizes = dict.fromkeys(("rows", "inner", "n"), "i32") | {
+            "outer": 1,
+            "parts": "i32",
+            "largest": kind[1:].replace("16", "32"),
+        }
+        given = {"source": kind, "target": kind, "order": "*i64", **sizes, "m": m, "width": 8 if m == 5 else 4, "block": 128}
+        yield f"rows {kind}", ptx(rows_triton._rank_rows, given)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(dict(cases())))
