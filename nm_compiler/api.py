@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from nm_compiler.axes.outputs import Outputs
 from nm_compiler.carrier import Carrier
@@ -23,11 +21,10 @@ from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.permuting import Order, reorder
 from nm_compiler.preparing import check_model, globs, prepared
 from nm_compiler.recipe import freezing, pipeline
-from nm_compiler.regions import unrecorded
 from nm_compiler.rewrite import masked_nodes
 from nm_compiler.routes import check_outside
 from nm_compiler.sharding import is_sharded, sharded_freeze
-from nm_compiler.sites import Plan, check_globs, find, untaught
+from nm_compiler.sites import Plan, check_globs, find
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.state import learns
 
@@ -117,7 +114,6 @@ def compile(
     routes = prepared(model, example_inputs, kwargs, dynamic_shapes, what="nm.compile")
     check_outside(model, routes, patterns, globs(exclude))
     plan = find(model, [route.whole for route in routes.values()], patterns, include=globs(include), exclude=globs(exclude))
-    plan = _taught(model, plan, routes[True].whole, method)
     _check_weights(model, plan, method)
     moved = (
         None
@@ -231,22 +227,6 @@ def prepare(model: M, method: Method, patterns: PatternMap, told: Mapping[str, A
         method.check(site)
     made.attach()
     return model
-
-
-def _taught(model: nn.Module, plan: Plan, training: GraphModule, method: Method) -> Plan:
-    """Without the weights that ``method`` would learn something about in training, and cannot: they run without gradients."""
-    outside = unrecorded(training)
-    lost = [
-        site
-        for site in plan.sites
-        if site.name in outside and any(map(learns, method.state(site, model.get_parameter(site.name)).values()))
-    ]
-    if not lost:
-        return plan
-    if len(lost) == len(plan.sites):
-        raise NMError(f"no weight of this {type(model).__name__} can be trained by {method}: {untaught(lost[0].name)}")
-    kept = tuple(site for site in plan.sites if site not in lost)
-    return replace(plan, sites=kept, refusals=(*plan.refusals, *(untaught(site.name) for site in lost)))
 
 
 def _check_weights(model: nn.Module, plan: Plan, method: Method) -> None:

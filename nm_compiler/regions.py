@@ -53,25 +53,6 @@ def open_regions(exported: GraphModule) -> None:
             graph.erase_node(node)
 
 
-def unrecorded(gm: GraphModule) -> set[str]:
-    """What the graph reads without gradients alone: scores beside such a weight would learn nothing."""
-    recording, outer, read, recorded = True, list[bool](), set[str](), set[str]()
-    for node in gm.graph.nodes:
-        if node.target is switch_gradients:
-            switched = node.args[0]
-            if isinstance(switched, bool):
-                outer.append(recording)
-                recording = switched
-            else:
-                recording = outer.pop()
-        for each in node.all_input_nodes:
-            if each.op == "get_attr":
-                read.add(str(each.target))
-                if recording:
-                    recorded.add(str(each.target))
-    return read - recorded
-
-
 def without_switches(gm: GraphModule) -> GraphModule:
     """The graph for inference, which records no gradients anywhere. A pass."""
     for node in reversed(gm.graph.find_nodes(op="call_function", target=switch_gradients)):

@@ -154,13 +154,6 @@ def check_globs(
             raise NMError(f"pattern={{{glob!r}: '{pattern}'}} matches no weight; globs run over parameter names")
 
 
-def untaught(name: str) -> Refusal:
-    """Of a weight that no gradient reaches, where the method learns which of it to keep."""
-    return Refusal(
-        name, "read without gradients only, so its scores would learn nothing: nm.SRSTE() and others choose by size"
-    )
-
-
 def _is_recurrent(model: nn.Module, name: str) -> bool:
     """Whether a fused op reads the weight where its layer runs: TorchDynamo leaves it to Python, and no fragment shows it."""
     return isinstance(model.get_submodule(name.rpartition(".")[0]), (nn.RNNBase, nn.RNNCellBase))

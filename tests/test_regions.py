@@ -118,11 +118,3 @@ def test_what_comes_after_a_checkpoint_of_either_kind_trains(reentrant: bool, x:
     expected = gradients(nm.freeze(sparse).train(), x)
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, msg=name)
-
-
-def test_a_method_that_learns_its_masks_leaves_weights_dense_that_no_gradient_reaches(x: Tensor) -> None:
-    report = nm.report(nm.compile(Backbone(), (x,), method=nm.LBC()))
-    rows = {row.name: row for row in report.rows}
-    assert [name for name, row in rows.items() if row.status == "sparse"] == ["within.weight", "layer.weight"]
-    assert rows["frozen.weight"].reason.startswith("read without gradients only, so its scores would learn nothing")
-    assert nm.compile(Backbone(), (x,), method=nm.Magnitude()).plan.sites[0].name == "frozen.weight"

@@ -53,7 +53,7 @@ from nm_compiler.runtime.products import Decision, unread
 from nm_compiler.runtime.products import Product as Planned
 from nm_compiler.runtime.tensorrt.eligible import reasons as of_tensorrt
 from nm_compiler.runtime.tensorrt.log import SparsityLog
-from nm_compiler.sites import Plan, Site, find, untaught
+from nm_compiler.sites import Plan, Site, find
 from nm_compiler.streaming.planning import plan_tensors
 from nm_compiler.streaming.tensor_file import Entry
 
@@ -274,7 +274,6 @@ TRAINING: list[tuple[str, Callable[[], Any]]] = [
     ("first used after nm.compile, on a path that the example inputs did not take: give inputs that take it", late),
     ("not read by any call so far", lambda: not_yet("w").reason),
     ("its scores were needed before the optimizer: name it in include=['w'] of nm.compile", lambda: too_late("w").reason),
-    ("read without gradients only, so its scores would learn nothing: nm.SRSTE() and others choose by size", lambda: untaught("w").reason),
     ("dense in the state_dict that was loaded before the first call", lambda: loaded_dense("w").reason),
     ("backward mask = forward mask: 6 output channels, not a multiple of 4", lambda: remark(nm.BiMask(), site(6, 8))),
     ("backward mask = forward mask: 6 output channels in each conv group, not a multiple of 4", lambda: remark(nm.BiMask(), site(12, 8, 1, conv_groups=2, blocks=2))),
