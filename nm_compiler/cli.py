@@ -196,3 +196,7 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--device", help="default cpu; with --data cuda where there is one")
     demo.add_argument("--out", type=Path, default=Path("nm_compiler_demo.html"), metavar="FILE", help="default %(default)s")
     demo.set_defaults(command=_demo)
+
+
+if __name__ == "__main__":  # python -m nm_compiler.cli would do nothing, and a script would take that for success
+    raise SystemExit(main())

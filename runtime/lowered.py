@@ -17,6 +17,7 @@ import nm_compiler.runtime.cusparselt.int8
 import nm_compiler.runtime.cusparselt.op
 import nm_compiler.runtime.cusparselt.unfold
 import nm_compiler.runtime.native.ops  # noqa: F401 - these register them
+from nm_compiler.errors import NMError
 from nm_compiler.runtime.backends.base import Result
 from nm_compiler.scaled import keep
 from nm_compiler.signature import Signature
@@ -85,7 +86,12 @@ class Lowered(nn.Module):
         return super(Lowered, self.settle()).state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Of `to`, `half` and their like."""
+        """Of `to`, `half` and their like. Raises NMError where weights are packed for what they are now."""
+        given = torch.zeros(1, dtype=self.dtype or torch.float32)
+        made = fn(given)
+        if self.backend == "cpu" and (made.dtype != given.dtype or made.device != given.device):
+            now, then = (f"{str(each.dtype).removeprefix('torch.')} on {each.device}" for each in (given, made))
+            raise NMError(f"this {self.title} is packed for {now}: for {then}, lower the model anew, with dtype=")
         return super(Lowered, self.settle())._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,15 @@ def test_verify_exits_with_1_if_no_weight_does(tmp_path: Path, capsys: pytest.Ca
     torch.save({"a": SPARSE}, tmp_path / "model.pt")
     assert cli.main(["verify", str(tmp_path / "model.pt"), "--pattern", "1:4"]) == 1
     assert "0 of 1 weights are 1:4." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["nm_compiler", "nm_compiler.cli"])
+def test_as_a_module_it_exits_with_the_same_status(tmp_path: Path, module: str) -> None:
+    save_file({"a": SPARSE}, tmp_path / "model.safetensors")
+    words = [sys.executable, "-m", module, "verify", str(tmp_path / "model.safetensors"), "--pattern", "1:4"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "0 of 1 weights are 1:4." in done.stdout
 
 
 @pytest.mark.parametrize("case", ["missing", "truncated", "pattern"])

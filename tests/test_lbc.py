@@ -16,6 +16,7 @@ from nm_compiler.methods.lbc import LBC
 from nm_compiler.pattern import Pattern
 from nm_compiler.sites import Site
 from nm_compiler.solvers.combinations import count, unpack
+from nm_compiler.solvers.magnitude import magnitude_mask
 
 STEPS = 600
 
@@ -188,3 +189,43 @@ def test_every_method_trains_under_adam_with_gradient_clipping() -> None:
             losses.append(float(loss))
         assert losses[-1] < 0.7 * losses[0]
         assert set(nm.verify(nm.freeze(sparse)).satisfied) == {"fc2.weight"}
+
+
+class PartlyFrozen(nn.Module):
+    """A part runs without gradients, another not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.frozen, self.unused = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.layer, self.head = nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.stem(x).relu()
+        with torch.no_grad():
+            z = self.frozen(y) if self.training else self.unused(self.frozen(y))
+        return self.head(self.layer(y).relu() + z)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+@pytest.mark.parametrize("scores", ["position", "combination"])
+def test_a_weight_that_no_gradient_reaches_keeps_its_largest(scores: Any, live: bool) -> None:
+    torch.manual_seed(1)
+    x, method = torch.randn(16, 8), nm.LBC(scores=scores)
+    sparse = (
+        nm.compile(PartlyFrozen(), method=method, then="eager") if live else nm.compile(PartlyFrozen(), (x,), method=method)
+    )
+    sparse.eval()(x)
+    sparse.train()(x)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=12)
+    optimizer = torch.optim.SGD(nm.parameter_groups(sparse, weight_decay=1e-2), lr=0.1, momentum=0.9)
+    largest = {
+        n: magnitude_mask(p.detach(), 2, 4, 1) for n, p in sparse.named_parameters() if n in ("frozen.weight", "unused.weight")
+    }
+    for _ in range(12):
+        sparse(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    model = nm.freeze(sparse)
+    for name, mask in largest.items():
+        assert torch.equal(model.get_parameter(name) != 0, mask), name

@@ -354,6 +354,20 @@ def test_a_saved_module_is_loaded_and_runs_in_a_process_that_has_lowered_nothing
 
 
 @needs_kernels
+@pytest.mark.parametrize("turn", [lambda m: m.half(), lambda m: m.double(), lambda m: m.to(torch.bfloat16)])
+def test_another_dtype_is_refused_with_the_way_out_and_nothing_has_changed(turn: Any) -> None:
+    model = Attention()
+    x = example(model)
+    lowered = forced(frozen(model, x), x)
+    before = lowered(x)
+    with pytest.raises(
+        nm.NMError, match=r"this Attention is packed for float32 on cpu: for .*, lower the model anew, with dtype="
+    ):
+        turn(nn.Sequential(lowered))
+    assert torch.equal(lowered.float().to("cpu")(x), before)
+
+
+@needs_kernels
 def test_packed_2_4_weights_in_float32_take_at_most_0_54_of_dense() -> None:
     net = nn.Sequential(
         nn.Linear(8, 256),

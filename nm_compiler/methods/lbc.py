@@ -36,6 +36,8 @@ class LBC(Method):
     optimizers or when gradient-norm clipping includes the scores. ``"combination"`` keeps the paper's C scores a group
     (2:4: 6, 4:8: 70) and C bytes. Where C > 1820, "position" retires positions instead of combinations.
     power: 3, the papers' cubic; their code for transformers has 4.
+    Where no gradient reaches the scores of a weight (it runs under ``torch.no_grad()``, or not at all), they stay equal, and
+    combinations retire by the magnitudes of its weights instead.
     Raises NMError unless ``0 <= t_i < t_f <= 1`` and power is a whole number from 1 to 8.
     """
 
@@ -161,15 +163,23 @@ class LBC(Method):
 
     def _retire(self, weight: Weight, keep: int) -> None:
         site, scores, live = weight.site, weight.read("scores"), weight.read("live")
-        pattern = site.pattern
+        pattern, by_position = site.pattern, self.by_position
+        if _are_equal(scores):  # no gradient has reached them: a weight of a frozen part, or one that training does not use
+            scores, by_position = weight.value.abs(), True
         table = combination_table(pattern) if pattern.has_table else torch.eye(pattern.m, dtype=torch.uint8)
-        rows = as_rows(scores, site.rows) if self.by_position else scores
+        rows = as_rows(scores, site.rows) if by_position else scores
         kept = retire_packed(rows, live, pattern, keep) if self.is_packed(site) else None
         if kept is not None:
             weight.write("live", kept)
             return
         wide = rows if rows.dtype == torch.float64 else rows.float()
-        weight.write("live", retire(wide, live, table.to(live.device), keep=keep, by_position=self.by_position))
+        weight.write("live", retire(wide, live, table.to(live.device), keep=keep, by_position=by_position))
+
+
+def _are_equal(scores: Tensor) -> bool:
+    """Whether all are as they were made; most weights show by their first row that they are not."""
+    first = scores[0].reshape(-1)[0]
+    return bool((scores[0] == first).all()) and bool((scores == first).all())
 
 
 def _entries(site: Site) -> int:
