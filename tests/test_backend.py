@@ -132,7 +132,7 @@ def test_options_of_a_compile_around_have_to_agree_with_the_prepared_model() -> 
     model = nm.compile(MLP(), method=nm.LBC(), then="eager")
     compiled(model, method=nm.LBC(), pattern="2:4")(example(model)).sum().backward()
     assert model.fc2.weight_scores.grad is not None
-    for options, message in (({"method": nm.SRSTE()}, "method=SRSTE"), ({"pattern": "1:4"}, "pattern=.* 1:4")):
+    for options, message in (({"method": nm.SRSTE()}, "method=SRSTE"), ({"pattern": "1:4"}, "pattern=1:4")):
         with pytest.raises(nm.NMError, match=message + r"[\s\S]*prepared with"):
             compiled(model, **options)(example(model))
 
