@@ -27,13 +27,14 @@ SHORT = 1_000  # steps of the training over which retirements are spread
 PATTERNS = ("2:4", "1:4", "2:8", "4:8", "1:16")
 
 
-def ours(method: nm.Method, pattern: str, grad: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
+def ours(method: nm.Method, pattern: str, grad: Tensor, *, fused: bool | None = None) -> tuple[Callable[[], None], Callable[[], None]]:
     """(work of one step, one retirement) of a compiled weight, as its graph does it."""
     sparse = nm.compile(nn.Linear(SIZE, SIZE), torch.randn(2, SIZE), pattern=pattern, method=method, include="*")
     weight = sparse.weights[0]
     masked, weight_op = masked_nodes(sparse.graph(True), "weight")[0], weight.param
     scores = [weight["scores"]] if isinstance(method, LBC) else []
-    optimizer = torch.optim.SGD([s for s in scores if isinstance(s, nn.Parameter)] or [nn.Parameter(torch.zeros(1))], 0.1, 0.9)
+    trained = [s for s in scores if isinstance(s, nn.Parameter)] or [nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(trained, 0.1, 0.9, fused=fused)
 
     def step() -> None:
         inputs = [value_of(sparse.graph(True), a) if isinstance(a, torch.fx.Node) else a for a in masked.args]
@@ -54,10 +55,10 @@ def ours(method: nm.Method, pattern: str, grad: Tensor) -> tuple[Callable[[], No
     return step, retire
 
 
-def published_lbc(pattern: nm.Pattern, grad: Tensor) -> Callable[[], None]:
+def published_lbc(pattern: nm.Pattern, grad: Tensor, *, fused: bool | None = None) -> Callable[[], None]:
     """One step of the released LBC layer's mask and score work; k = 1 removed, ranked in every step as they do."""
     layer = PublishedLBC(nn.Linear(SIZE, SIZE, bias=False), pattern.n, pattern.m)
-    optimizer = torch.optim.SGD([layer.scores], 0.1, 0.9)
+    optimizer = torch.optim.SGD([layer.scores], 0.1, 0.9, fused=fused)
 
     def step() -> None:
         layer.remove(1)
@@ -88,17 +89,19 @@ def main(argv: list[str]) -> None:
     """Measure, print, write."""
     parser = arguments(__doc__.splitlines()[0] if __doc__ else "", "mask_work")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--fused", action="store_true", help="fused optimizers for the scores, ours and the published layer's")
     options = parser.parse_args(argv)
+    fused = True if options.fused else None
     torch.set_num_threads(options.threads)
     started, clock = environment(options.threads), CLOCKS[options.clock]
     repeats, body, rows = (3 if options.quick else 15), {}, []
     for text in PATTERNS:
         pattern, grad = nm.Pattern.parse(text), torch.randn(SIZE, SIZE)
-        (lbc, retire), (bimask, _) = ours(nm.LBC(), text, grad), ours(nm.BiMask(), text, grad)
+        (lbc, retire), (bimask, _) = ours(nm.LBC(), text, grad, fused=fused), ours(nm.BiMask(), text, grad)
         work = {
             "copy": lambda: torch.empty(SIZE, SIZE).copy_(grad),  # noqa: B023
             "LBC": lbc,
-            "LBC as published": published_lbc(pattern, grad),
+            "LBC as published": published_lbc(pattern, grad, fused=fused),
             "BiMask": bimask,
             "Bi-Mask as published": published_bimask(pattern),
         }
@@ -116,7 +119,7 @@ def main(argv: list[str]) -> None:
         )
     head = ["pattern", "copy ms", "LBC ms", "retiring", "published", "times less", "BiMask ms", "published", "times less"]
     print(table(head, rows))
-    write(options.out, started, {"clock": options.clock, "size": SIZE, "patterns": body})
+    write(options.out, started, {"clock": options.clock, "fused": options.fused, "size": SIZE, "patterns": body})
 
 
 if __name__ == "__main__":
