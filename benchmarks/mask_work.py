@@ -27,7 +27,9 @@ SHORT = 1_000  # steps of the training over which retirements are spread
 PATTERNS = ("2:4", "1:4", "2:8", "4:8", "1:16")
 
 
-def ours(method: nm.Method, pattern: str, grad: Tensor, *, fused: bool | None = None) -> tuple[Callable[[], None], Callable[[], None]]:
+def ours(
+    method: nm.Method, pattern: str, grad: Tensor, *, fused: bool | None = None
+) -> tuple[Callable[[], None], Callable[[], None]]:
     """(work of one step, one retirement) of a compiled weight, as its graph does it."""
     sparse = nm.compile(nn.Linear(SIZE, SIZE), torch.randn(2, SIZE), pattern=pattern, method=method, include="*")
     weight = sparse.weights[0]
