@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nm_compiler.ops.lean import custom_op
 from nm_compiler.ops.products import no_view, under_autocast
 
 
-@torch.library.custom_op("nm::einsum", mutates_args=())
+@custom_op("nm::einsum", mutates_args=())
 def einsum(x: Tensor, weight: Tensor, backward_weight: Tensor, equation: str) -> Tensor:
     """equation: ``x's letters, weight's letters -> result's``, without an ellipsis. Axes of size 1 broadcast."""
     return no_view(torch.einsum(equation, x, weight).contiguous())  # an op's result may not be a view of its input

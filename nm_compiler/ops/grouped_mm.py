@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nm_compiler.ops.lean import custom_op
 
-@torch.library.custom_op("nm::grouped_mm", mutates_args=())
+
+@custom_op("nm::grouped_mm", mutates_args=())
 def grouped_mm(x: Tensor, weight: Tensor, backward_weight: Tensor, offs: Tensor, native: bool) -> Tensor:
     """x: ``[rows, in]``, weights ``[experts, in, out]``, offs: integers ``[experts]``. Returns ``[rows, out]``.
 
@@ -34,7 +36,7 @@ def _(x: Tensor, weight: Tensor, backward_weight: Tensor, offs: Tensor, native: 
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
-@torch.library.custom_op("nm::grouped_mm_weight", mutates_args=())
+@custom_op("nm::grouped_mm_weight", mutates_args=())
 def grouped_mm_weight(x: Tensor, grad: Tensor, like: Tensor, offs: Tensor, native: bool) -> Tensor:
     """The gradient of the weight, ``[experts, in, out]``, with the strides of ``like``; zero for an expert without rows."""
     if native and x.is_cuda:

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from nm_compiler.layout import as_rows
+from nm_compiler.ops.lean import custom_op
 from nm_compiler.solvers.combinations import union, unpack
 from nm_compiler.solvers.live import cover
 
 
-@torch.library.custom_op("nm::live_mask", mutates_args=())
+@custom_op("nm::live_mask", mutates_args=())
 def live_mask(live: Tensor, table: Tensor, shape: list[int], rows: list[int]) -> Tensor:
     """1 where some live combination covers the position. LBC, section 3.2.
 
@@ -29,7 +30,7 @@ def _(live: Tensor, table: Tensor, shape: list[int], rows: list[int]) -> Tensor:
     return live.new_empty(shape, dtype=torch.bool)
 
 
-@torch.library.custom_op("nm::unpack_mask", mutates_args=())
+@custom_op("nm::unpack_mask", mutates_args=())
 def unpack_mask(bits: Tensor, shape: list[int]) -> Tensor:
     """A fixed mask from its packed form: uint8 ``[shape[0], ceil(rest / 8)]`` to bool ``shape``."""
     length = 1

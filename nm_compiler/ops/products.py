@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nm_compiler.ops.lean import custom_op
 from nm_compiler.ops.made_of import made_of
 
 
@@ -24,7 +25,7 @@ def no_view(result: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
 
 
-@torch.library.custom_op("nm::linear", mutates_args=())
+@custom_op("nm::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, backward_weight: Tensor, bias: Tensor | None) -> Tensor:
     """x: ``[*, in]``, weights ``[out, in]``, bias ``[out]`` or None. Returns ``[*, out]``."""
     return no_view(torch.nn.functional.linear(x, weight, bias))
@@ -56,7 +57,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
-@torch.library.custom_op("nm::conv", mutates_args=())
+@custom_op("nm::conv", mutates_args=())
 def conv(
     x: Tensor,
     weight: Tensor,

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nm_compiler.ops.lean import custom_op
 from nm_compiler.solvers.select import decayed
 from nm_compiler.solvers.two_masks import two_masks as masked_and_turned
 
 
-@torch.library.custom_op("nm::two_masks", mutates_args=())
+@custom_op("nm::two_masks", mutates_args=())
 def two_masks(weight: Tensor, order: Tensor | None, n: int, m: int, decay: float) -> tuple[Tensor, Tensor]:
     """``W * F`` ``[out, in]`` and ``((W * B)[order])^T`` ``[in, out]``, see `nm_compiler.solvers.two_masks`.
 

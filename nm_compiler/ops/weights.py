@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nm_compiler.layout import as_groups, as_rows
 from nm_compiler.ops import masks as _masks  # noqa: F401 - registers live_mask
+from nm_compiler.ops.lean import custom_op
 from nm_compiler.ops.made_of import made_of
 from nm_compiler.pattern import Pattern
 from nm_compiler.solvers import gpu, sweeps
@@ -21,7 +22,7 @@ from nm_compiler.solvers.select import decayed, keep, where
 _STRIDED = (torch.Tag.flexible_layout,)  # torch.compile may lay arguments out as it likes: results follow the weight's strides
 
 
-@torch.library.custom_op("nm::score_weight", mutates_args=(), tags=_STRIDED)
+@custom_op("nm::score_weight", mutates_args=(), tags=_STRIDED)
 def score_weight(
     weight: Tensor, scores: Tensor, live: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
 ) -> Tensor:
@@ -50,7 +51,7 @@ def _(weight: Tensor, scores: Tensor, live: Tensor, table: Tensor, last: int, ro
     return torch.empty_like(weight)
 
 
-@torch.library.custom_op("nm::score_weight_backward", mutates_args=(), tags=_STRIDED)
+@custom_op("nm::score_weight_backward", mutates_args=(), tags=_STRIDED)
 def score_weight_backward(
     grad: Tensor, weight: Tensor, live: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
 ) -> tuple[Tensor, Tensor]:
@@ -107,7 +108,7 @@ def _(weight: Tensor, scores: Tensor, live: Tensor, table: Tensor, last: int, ro
 score_weight.register_autograd(_score_backward, setup_context=_score_setup)
 
 
-@torch.library.custom_op("nm::srste_weight", mutates_args=(), tags=_STRIDED)
+@custom_op("nm::srste_weight", mutates_args=(), tags=_STRIDED)
 def srste_weight(weight: Tensor, n: int, m: int, in_axis: int, decay: float) -> Tensor:
     """W * F, F the top ``n`` magnitudes of every ``m`` along the input axis. Ref: SR-STE, eq. 5; Bi-Mask, eq. 10.
 
@@ -134,7 +135,7 @@ def _srste_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 srste_weight.register_autograd(_srste_backward, setup_context=_srste_setup)
 
 
-@torch.library.custom_op("nm::masked_weight", mutates_args=(), tags=_STRIDED)
+@custom_op("nm::masked_weight", mutates_args=(), tags=_STRIDED)
 def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
     """W * mask for a fixed bool mask of the weight's shape: dW = mask * g."""
     return keep(weight, mask)
@@ -163,7 +164,7 @@ def _(weight: Tensor, mask: Tensor) -> Tensor:
 masked_weight.register_autograd(_masked_backward, setup_context=_masked_setup)
 
 
-@torch.library.custom_op("nm::backward_weight", mutates_args=(), tags=_STRIDED)
+@custom_op("nm::backward_weight", mutates_args=(), tags=_STRIDED)
 def backward_weight(masked: Tensor, order: Tensor, n: int, m: int, rows: list[int]) -> Tensor:
     """Bi-Mask's backward weight W * B, B the top ``n`` of every ``m`` output rows, taken in ``order``.
 
@@ -185,7 +186,7 @@ def backward_weight(masked: Tensor, order: Tensor, n: int, m: int, rows: list[in
     return result
 
 
-@torch.library.custom_op("nm::backward_groups", mutates_args=(), tags=_STRIDED)
+@custom_op("nm::backward_groups", mutates_args=(), tags=_STRIDED)
 def backward_groups(masked: Tensor, n: int, m: int, out_axis: int) -> Tensor:
     """`backward_weight` for output rows that lie in their order: W * B, B the top ``n`` of every ``m`` along ``out_axis``."""
     return keep_largest(masked, n, m, out_axis)

@@ -1,0 +1,122 @@
+"""`custom_op`: as `torch.library.custom_op`, for ops that run for every weight in every step.
+
+torch's own wrapper looks defaults up in the schema, asks whether results alias arguments, and enters and leaves TorchDynamo,
+at every call. An op made here does none of it where nothing can depend on it, and is the same op to everything else: to
+`torch.export`, `torch.compile`, autograd, fake tensors, autocast and dispatch modes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch._C import DispatchKey
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+Function = Callable[..., Any]
+
+_PLAIN = (DispatchKey.CPU, DispatchKey.CUDA)  # where a call ends that no mode and no subclass looks at
+
+
+class Op:
+    """An op without side effects, whose results are new tensors. Call it, or let a graph call its overload."""
+
+    def __init__(self, name: str, function: Function, schema: str, tags: Sequence[torch.Tag]) -> None:
+        space, _, own = name.partition("::")
+        self.name, self._library, self._function = name, _library(space), _outside_dynamo(function)
+        self._library.define(own + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        self._opoverload: Any = getattr(getattr(torch.ops, space), own).default
+        if any(argument.kwarg_only or argument.has_default_value() for argument in self._opoverload._schema.arguments):
+            raise TypeError(f"{name}{schema}: only positional arguments without defaults")
+        self._backward: Function | None = None
+        self._setup: Function | None = None
+        self._gradient = self._autograd_function(own)
+        self._library.impl(own, self._function, "CompositeExplicitAutograd")
+        self._library.impl(own, self._differentiable, "Autograd", with_keyset=True)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._opoverload(*args)
+
+    def register_fake(self, function: Function) -> Function:
+        """What it returns for tensors without values; as `torch.library.register_fake`."""
+        torch.library.register_fake(self.name, function, lib=self._library)
+        return function
+
+    def register_autograd(self, backward: Function, *, setup_context: Function | None = None) -> None:
+        """As `torch.library.register_autograd`: ``backward(ctx, *grads)``, ``setup_context(ctx, inputs, output)``."""
+        self._backward, self._setup = backward, setup_context
+
+    def _differentiable(self, keyset: Any, *args: Any) -> Any:
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        return self._gradient.apply(keyset, *args) if wanted else self._below(keyset, *args)
+
+    def _below(self, keyset: Any, *args: Any) -> Any:
+        """The op itself: at once if nothing is in between, else through the dispatcher."""
+        left = (keyset & torch._C._after_autograd_keyset).remove(DispatchKey.ADInplaceOrView)
+        with torch._C._AutoDispatchBelowAutograd():
+            if left.highestPriorityTypeId() in _PLAIN:
+                return self._function(*args)
+            return self._opoverload.redispatch(left, *args)
+
+    def _autograd_function(self, own: str) -> Any:
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+            result = self._below(keyset, *args)
+            if self._setup:
+                self._setup(ctx, args, result)
+            return result
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if self._backward is None:
+                raise RuntimeError(f"{self.name} has no gradient")
+            found = self._backward(_Context(ctx), *grads)
+            return (None, *found) if isinstance(found, tuple) else (None, found)
+
+        both = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(f"{own}_gradient", (torch.autograd.Function,), both)
+
+
+class _Context:
+    """An autograd context without the key set, which an op puts before its own arguments."""
+
+    __slots__ = ("_of",)
+
+    def __init__(self, of: Any) -> None:
+        self._of = of
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]:
+        return self._of.needs_input_grad[1:]  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of, name)
+
+
+def custom_op(
+    name: str, *, mutates_args: tuple[()] = (), tags: Sequence[torch.Tag] = (), schema: str | None = None
+) -> Callable[[Function], Op]:
+    """Decorate a function of annotated positional arguments, which changes none of them and returns new tensors.
+
+    name: ``"nm::name"``; schema: read off the annotations by default, see `torch.library.infer_schema`.
+    """
+
+    def make(function: Function) -> Op:
+        return Op(name, function, schema or torch.library.infer_schema(function, mutates_args=mutates_args), tags)
+
+    return make
+
+
+@cache
+def _library(space: str) -> torch.library.Library:
+    return torch.library.Library(space, "FRAGMENT")  # kept: the registrations live as long as this object
+
+
+def _outside_dynamo(function: Function) -> Function:
+    """The function, hidden from TorchDynamo where it watches: it must not compile what an op does inside."""
+    hidden = torch.compiler.disable(function)
+
+    def run(*args: Any) -> Any:
+        return hidden(*args) if callable(get_eval_frame_callback()) else function(*args)
+
+    return run
