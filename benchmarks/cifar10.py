@@ -1,7 +1,7 @@
 """The papers' CIFAR-10 tables again: dense, ASP, SR-STE, LBC, Bi-Mask on ResNet-32, ResNet-20, VGG-19 and MobileNetV2.
 
     python benchmarks/cifar10.py --data cifar10_jpeg.npz                       # the grid, 300 epochs, the papers' schedule
-    python benchmarks/cifar10.py --data cifar10_jpeg.npz --minutes 6 --parallel 14   # as many epochs as end in 6 minutes
+    python benchmarks/cifar10.py --data cifar10_jpeg.npz --minutes 6 --together   # as many epochs as end in 6 minutes
     python benchmarks/cifar10_table.py                                         # table and curves of what is there
 
 Runs that have their JSON are skipped, runs that were stopped go on; to begin anew, remove the folder.
@@ -24,6 +24,7 @@ from reproduction.grid import METHODS, PATTERNS, Recipe, grid  # noqa: E402
 from reproduction.images import prepare  # noqa: E402
 from reproduction.models import MODELS  # noqa: E402
 from reproduction.pool import Place, run_all  # noqa: E402
+from reproduction.together import run_together  # noqa: E402
 
 import nm_compiler as nm  # noqa: E402
 
@@ -54,8 +55,8 @@ def main() -> int:
     )
     options.out.mkdir(parents=True, exist_ok=True)
     left = [cell for cell in cells if not (options.out / f"{cell.name}.json").exists()]
-    parallel = max(1, min(options.parallel, len(left)))
-    threads = max(1, (os.cpu_count() or 1) // parallel)
+    parallel = len(left) if options.together else max(1, min(options.parallel, len(left)))
+    threads = max(1, (os.cpu_count() or 1) // (1 if options.together else max(1, parallel)))
     place = Place(device, options.out, on_gpu and not options.no_graphs and not recipe.compiled, threads)
     say = partial(_say, BEGIN)
     say(f"{len(left)} of {len(cells)} runs, {parallel} at a time on {device}, {recipe.precision}")
@@ -64,7 +65,10 @@ def main() -> int:
     deadline = None if options.minutes is None else BEGIN + 60 * options.minutes - IMPORTS_S
     images = partial(prepare, options.data, options.cache or options.out, options.limit)
     try:
-        failed = run_all(left, recipe, place, images, say, parallel=parallel, deadline=deadline)
+        if options.together:
+            failed = run_together(left, recipe, place, images, say, deadline=deadline)
+        else:
+            failed = run_all(left, recipe, place, images, say, parallel=parallel, deadline=deadline)
     except nm.NMError as error:
         print(error, file=sys.stderr)
         return 1
@@ -90,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=float, default=recipe.epochs, help=f"default {recipe.epochs:.0f}, the papers'")
     parser.add_argument("--minutes", type=float, help="choose the epochs so that all ends in this time, start included")
     parser.add_argument("--parallel", type=int, default=1, help="runs at once, each in a process of its own")
+    parser.add_argument("--together", action="store_true", help="all runs at once in one process, which a GPU shares better")
     parser.add_argument("--batch", type=int, default=recipe.batch)
     parser.add_argument("--lr", type=float, default=recipe.lr)
     parser.add_argument("--weight-decay", type=float, default=recipe.weight_decay)

@@ -11,12 +11,14 @@ from typing import Any
 import cifar10_table
 import pytest
 import torch
+from reproduction import together as together_module
 from reproduction import training as training_module
 from reproduction.grid import LATE, METHODS, PATTERNS, Cell, Recipe, grid, random_search
 from reproduction.images import Images, prepare
 from reproduction.models import MODELS, CifarResNet, build
 from reproduction.pool import Place, Speed, epochs_in, run_all
 from reproduction.stepping import Eager, difference, restore, warmed
+from reproduction.together import run_together
 from reproduction.training import Training
 from torch import nn
 
@@ -39,6 +41,16 @@ def images(count: int = 40, channels_last: bool = False) -> Images:
     test = torch.randint(0, 256, (12, 32, 32, 3), dtype=torch.uint8, generator=generator)
     labels = [torch.randint(0, 10, (size,), generator=generator) for size in (count, 12)]
     return Images(train, labels[0], test, labels[1], torch.full((3,), 127.0), torch.full((3,), 60.0), channels_last)
+
+
+def saved(folder: Path) -> Path:
+    """Forty images to train with and twelve to test, as `prepare` leaves them."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        (torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(n) % 10) for n in (40, 12)
+    ]
+    torch.save(tuple(tensor for part in parts for tensor in part), folder / "images.pt")
+    return folder / "images.pt"
 
 
 def trainer(folder: Path, method: str = "lbc", **change: Any) -> Training:
@@ -255,6 +267,37 @@ def test_runs_in_processes_of_their_own_end_in_the_time_given_and_one_that_fails
     runs = cifar10_table.load(tmp_path)
     assert set(runs) == {("resnet20", "2:4", "bimask"), ("resnet20", "1:4", "lbc")}
     lengths = {run["recipe"]["epochs"] for group in runs.values() for run in group}
+    assert len(lengths) == 1
+    assert lengths.pop() >= 1
+
+
+def test_runs_together_in_one_process_are_the_runs_alone(tmp_path: Path, tiny: None) -> None:
+    cells = [Cell("resnet20", method, pattern, 0) for method, pattern in (("dense", ""), ("lbc", "2:4"), ("bimask", "2:4"))]
+    images, recipe = saved(tmp_path), Recipe(**{**vars_of(SHORT), "epochs": 2})
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    together.mkdir()
+    alone.mkdir()
+    assert run_together(cells, recipe, Place("cpu", together, False, 1), lambda: images, str, deadline=None) == []
+    for cell in cells:
+        run = Training(cell, recipe, CPU, alone, graphs=False)
+        run.attach(Images.load(images, CPU, False))
+        run.train(recipe.epochs)
+        one, other = (json.loads((folder / run.file.name).read_text()) for folder in (alone, together))
+        assert all(one[key] == other[key] for key in ("losses", "curve", "accuracy", "steps", "live"))
+
+
+def test_runs_together_all_have_the_epochs_that_end_in_time_and_one_that_fails_is_named(
+    tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(together_module, "MEASURE_S", 0.05)
+    monkeypatch.setattr(together_module, "END_S", 0.0)
+    cells = [Cell("resnet20", method, pattern, 0) for method, pattern in (("bimask", "2:4"), ("lbc", "3:5"), ("lbc", "1:4"))]
+    images, said = saved(tmp_path), list[str]()
+    deadline = time.monotonic() + 4
+    failed = run_together(cells, SHORT, Place("cpu", tmp_path, False, 1), lambda: images, said.append, deadline=deadline)
+    assert [cell.pattern for cell in failed] == ["3:5"]
+    assert any("resnet20-lbc-3of5-seed0 FAILED" in line and "3:5" in line for line in said)
+    lengths = {json.loads(file.read_text())["recipe"]["epochs"] for file in tmp_path.glob("*.json")}
     assert len(lengths) == 1
     assert lengths.pop() >= 1
 

@@ -21,7 +21,7 @@ from typing import Any
 from reproduction.grid import Cell, Recipe
 
 Say = Callable[[str], None]
-LOOKS = 10  # accuracies in a curve, at most, the last one included
+LOOKS = 6  # accuracies in a curve, at most, the last one included
 MEASURE_S = 6.0  # how long every first process measures its speed
 SLACK = 0.93  # of the time that is left is planned with
 END_S = 8.0  # kept for freezing, testing and writing

@@ -8,6 +8,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,46 +76,64 @@ class Training:
 
     def speed(self, seconds: float) -> float:
         """Optimizer steps a second, Bi-Mask's searches included, measured for about ``seconds``; nothing is learned."""
-        kept = {name: value.clone() for name, value in self.running.state_dict().items()}
-        search = self._search_seconds()
-        optimizer = self._optimizer()
+        search, rehearsal = self.search_seconds(), self.rehearse()
         steps, begin, now = 0, time.perf_counter(), 0.0
         while now < seconds:
-            for images, labels in itertools.islice(self.images.epoch(self.recipe.batch, self.cell.seed, 0), 10):
-                self._step(images, labels)
-                optimizer.step()
+            for _ in itertools.islice(rehearsal, 10):
                 steps += 1
             float(next(self.model.parameters()).detach().sum())  # waits for the device
             now = time.perf_counter() - begin
-        restore(self.running, kept)
+        rehearsal.close()
         return steps / (now + search * steps / self.recipe.interval)
-
-    def _search_seconds(self) -> float:
-        if not self.sparse or "bimask" not in self.cell.method:
-            return 0.0
-        seconds = 0.0
-        for _ in range(2):  # the first compiles the search
-            begin = time.perf_counter()
-            nm.SparsityScheduler(self.sparse, total_steps=1_000).step()
-            seconds = time.perf_counter() - begin
-        return seconds
 
     def train(self, epochs: float) -> Found:
         """Train to ``epochs`` in all, from what was saved if anything was; freeze, test, write the JSON."""
+        for _ in self.steps(epochs):
+            pass
+        return self.found
+
+    def steps(self, epochs: float) -> Generator[None]:
+        """What `train` does, a step at a time, for one who has other runs to look after as well."""
         self.total = max(1, round(epochs * self.per_epoch))
         self._start()
         looks = {max(1, round(self.total * look / LOOKS)) for look in range(1, LOOKS)} - {self.total}
         begin, before = time.perf_counter(), self.found.seconds
         saved = begin
         while self.done < self.total:
-            self._epoch(looks)
+            yield from self._epoch(looks)
             now = time.perf_counter()
             self.found.seconds = before + now - begin
             if now - saved > SAVE_EVERY_S and self.done < self.total:
                 self._save()
                 saved = now
         self._finish(epochs)
-        return self.found
+
+    def rehearse(self) -> Generator[None]:
+        """Steps without end, from which nothing is learned: to be closed before the training begins."""
+        kept = {name: value.clone() for name, value in self.running.state_dict().items()}
+        optimizer = self._optimizer()
+        try:
+            while True:
+                for images, labels in self.images.epoch(self.recipe.batch, self.cell.seed, 0):
+                    self._step(images, labels)
+                    optimizer.step()
+                    yield
+        finally:
+            restore(self.running, kept)
+
+    def search_seconds(self) -> float:
+        """Seconds that one of Bi-Mask's searches takes, 0 for other methods; orders are as before."""
+        if not self.sparse or "bimask" not in self.cell.method:
+            return 0.0
+        kept, seconds = {name: value.clone() for name, value in self.running.state_dict().items()}, 0.0
+        for _ in range(2):  # the first compiles the search
+            begin = time.perf_counter()
+            nm.SparsityScheduler(self.sparse, total_steps=1_000).step()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - begin
+        restore(self.running, kept)
+        return seconds
 
     def accuracy(self, model: nn.Module | None = None) -> float:
         """The share of test images that a model, by default the one in training, names correctly."""
@@ -129,7 +148,7 @@ class Training:
 
     # -- between start and end -----------------------------------------------------------------------------------------
 
-    def _epoch(self, looks: set[int]) -> None:
+    def _epoch(self, looks: set[int]) -> Iterator[None]:
         losses, steps = torch.zeros((), device=self.device), 0
         epoch = self.images.epoch(self.recipe.batch, self.cell.seed, self.done // self.per_epoch)
         for images, labels in itertools.islice(epoch, self.total - self.done):
@@ -144,6 +163,7 @@ class Training:
             self.done, steps = self.done + 1, steps + 1
             if self.done in looks:
                 self._look()
+            yield
         self.found.losses.append(round(float(losses) / steps, 4))
         if not math.isfinite(self.found.losses[-1]):
             raise nm.NMError(f"{self.cell.name}: the loss is {self.found.losses[-1]} at step {self.done}: lower --lr")
