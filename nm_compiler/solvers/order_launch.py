@@ -22,11 +22,10 @@ from nm_compiler.solvers.device_order import AT_ONCE, DEALS, ROUNDING, drawn
 _LONG = 1 << 24  # distances of a round in one column, times columns: with more of them a round is spread over programs
 _SPREAD = 128  # programs that share such a round
 _TILE = 1 << 15  # distances that a program sums at once
-_HIGH = 32  # slots of a tile
-_RINGS = 1 << 15  # ways on that a program compares at once
+_HIGH, _WIDE = 16, 32  # slots and rows of a tile, at most
 _COMPARED = 8192  # pairs of entries that a program compares at once
 _ALIGNED = 32  # numbers
-_WIDE: dict[str, Any] = {"num_warps": 16, "num_stages": 1}
+_WARPS: dict[str, Any] = {"num_warps": 16, "num_stages": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ def _together(problems: Sequence[Problem], starts: Sequence[Tensor], moves: int)
     worth, dealt = _scratch(len(problems), first.block, device)
     launch = partial(
         _kernels().all_rounds[(len(problems),)], values, members, places, _sent(torch.tensor(table), device), worth, dealt,
-        n=first.n, m=first.m, **(_shape(first.block) | _dealing(first.block) | _WIDE),
+        n=first.n, m=first.m, **(_summing(first.block) | _dealing(first.block) | _WARPS),
     )  # fmt: skip
     return launch, members.split(rows)
 
@@ -137,38 +136,38 @@ def _long(problems: Sequence[Problem], starts: Sequence[Tensor], moves: int) -> 
     values, members = torch.empty(problem.importance.shape, dtype=torch.float32, device=device), start.int()
     _scale(problem.importance, values)
     draws = drawn(problem.groups, problem.m, moves, problem.seed).int()
-    places, count, shape = _sent(draws, device), draws.shape[1], _shape(block)
-    high, width = shape["high"], shape["width"]
-    length = width * -(-columns // (width * _SPREAD * high // block))
+    places, count, shape = _sent(draws, device), draws.shape[1], _summing(block)
+    tiles, width = -(-count // _HIGH) * (block // shape["wide"]), shape["width"]
+    length = width * -(-columns // (width * -(-_SPREAD // tiles)))
     parts = torch.empty(-(-columns // length), block, block, dtype=torch.float32, device=device)
     (worth, dealt), idle = _scratch(1, block, device), torch.zeros(1, dtype=torch.int32, device=device)
 
     def launch() -> None:
         kernels = _kernels()
         for mine in places:
-            kernels.part_of_round[(block // high, len(parts))](
+            kernels.part_of_round[(tiles, len(parts))](
                 values, members, mine, idle, parts, problem.groups, columns, length, count,
-                n=problem.n, m=problem.m, **shape, **_WIDE,
+                n=problem.n, m=problem.m, **shape, **_WARPS,
             )  # fmt: skip
             kernels.end_of_round[(1,)](
-                members, mine, idle, parts, worth, dealt, problem.groups, len(parts), count, **_dealing(block), **_WIDE
+                members, mine, idle, parts, worth, dealt, problem.groups, len(parts), count, **_dealing(block), **_WARPS
             )
 
     return launch, [members]
 
 
-def _shape(block: int) -> dict[str, int]:
+def _summing(block: int) -> dict[str, int]:
     """The tile of distances that a program sums: its slots, their rows, and columns."""
-    high = min(block, _HIGH)
-    return {"high": high, "block": block, "width": _TILE // (high * block)}
+    wide = min(block, _WIDE)
+    return {"high": _HIGH, "block": block, "wide": wide, "width": _TILE // (_HIGH * wide)}
 
 
 def _dealing(block: int) -> dict[str, Any]:
-    return {"block": block, "chunk": min(16, _RINGS // block**2), "deals": DEALS, "rounding": ROUNDING}
+    return {"high": _HIGH, "block": block, "wide": min(block, _WIDE), "way": min(block, 64), "deals": DEALS, "rounding": ROUNDING}
 
 
 def _scratch(programs: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    worth = torch.empty(programs, block, block, dtype=torch.float32, device=device)
+    worth = torch.empty(programs, 4, block, block, dtype=torch.float32, device=device)
     return worth, torch.empty(programs, 3, block, dtype=torch.int32, device=device)
 
 

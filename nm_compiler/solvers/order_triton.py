@@ -50,14 +50,18 @@ def _thresholds(values, members, first, mine, column, there, columns, n: tl.cons
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _distances(values, members, places, out, start, begin, end, columns, count, n: tl.constexpr, m: tl.constexpr, high: tl.constexpr, block: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
-    """Write ``sum |own_a - threshold_s|`` over columns begin to end to ``out[s, a]``, for ``high`` slots from start on."""
-    slot = start + tl.arange(0, high)
+def _distances(values, members, places, out, start, begin, end, columns, count, n: tl.constexpr, m: tl.constexpr, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+    """Write ``sum |own_a - threshold_s|`` over columns begin to end to ``out[s, a]``, for a tile of ``high`` slots and ``wide`` rows.
+
+    start: the tile's number. There are as many numbers in a tile's thresholds and rows as threads, or more: for fewer each warp
+    would load all of them.
+    """
+    slot = start // (block // wide) * high + tl.arange(0, high)
+    other = start % (block // wide) * wide + tl.arange(0, wide)
     place = tl.load(places + slot, mask=slot < count, other=0)
     mine = place % m
-    other = tl.arange(0, block)
     row = tl.load(members + tl.load(places + other, mask=other < count, other=0)).to(tl.int64)
-    total = tl.zeros([high, block, width], tl.float32)
+    total = tl.zeros([high, wide, width], tl.float32)
     for at in range(begin, end, width):
         column = at + tl.arange(0, width)
         there = (other < count)[:, None] & (column < end)[None, :]
@@ -69,33 +73,53 @@ def _distances(values, members, places, out, start, begin, end, columns, count, 
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _gain(worth, dealt, slot, other, count, block: tl.constexpr, itself: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What slot gains by the row that other has now: -inf where there is none, and for its own one unless itself."""
-    there = (slot < count) & (other < count)
-    theirs = tl.load(worth + slot * block + tl.load(dealt + other), mask=there, other=0.0)
-    gain = theirs - tl.load(worth + slot * block + tl.load(dealt + slot), mask=there, other=0.0)
-    if not itself:
-        there = there & (slot != other)
-    return tl.where(there, gain, float("-inf"))
+def _gains(worth, dealt, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write what each slot gains by another's row, as it is dealt now, behind worth: ``[slot, other]`` and turned.
+
+    -inf for the slot's own row, and where there is no slot.
+    """
+    slot = tl.arange(0, block)
+    across, down = slot[None, :], slot[:, None]
+    theirs = tl.load(worth + down * block + tl.load(dealt + slot)[None, :])
+    own = tl.load(worth + slot * block + tl.load(dealt + slot))
+    gain = tl.where((down < count) & (across < count) & (down != across), theirs - own[:, None], float("-inf"))
+    tl.store(worth + block * block + down * block + across, gain)
+    tl.store(worth + 2 * block * block + across * block + down, gain)
+    tl.debug_barrier()
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _deal(worth, dealt, count, least, block: tl.constexpr, chunk: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Make the rings that all their members like best, see `device_order`. dealt: int32 ``[3, block]``, the last two scratch."""
+def _best_rings(straight, turned, out, count, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+    """Write ``out[s, u] = max over t of gain[s, t] + gain[t, u]``: the best way from s to u."""
+    for start in range(0, count, high):
+        slot = start + tl.arange(0, high)
+        for beside in range(0, count, wide):
+            last = beside + tl.arange(0, wide)
+            best = tl.full([high, wide, width], float("-inf"), tl.float32)
+            for at in range(0, count, width):
+                middle = at + tl.arange(0, width)
+                first = tl.load(straight + slot[:, None] * block + middle[None, :])
+                then = tl.load(turned + last[:, None] * block + middle[None, :])
+                best = tl.maximum(best, first[:, None, :] + then[None, :, :])
+            tl.store(out + slot[:, None] * block + last[None, :], tl.max(best, axis=2))
+    tl.debug_barrier()
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _deal(worth, dealt, count, least, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, way: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+    """Make the rings that all their members like best, see `device_order`. worth, dealt: with scratch, see `all_rounds`."""
+    straight, turned, ways = worth + block * block, worth + 2 * block * block, worth + 3 * block * block
+    _gains(worth, dealt, count, block)
+    _best_rings(straight, turned, ways, count, high, block, wide, way)
     slot = tl.arange(0, block)
     across, down = slot[None, :], slot[:, None]
-    best = tl.full([block, block], float("-inf"), tl.float32)
-    for start in range(0, block, chunk):
-        middle = start + tl.arange(0, chunk)
-        first = _gain(worth, dealt, down, middle[None, :], count, block, False)
-        then = _gain(worth, dealt, middle[:, None], across, count, block, False)
-        best = tl.maximum(best, tl.max(first[:, :, None] + then[None, :, :], axis=1))
-    ring = best + _gain(worth, dealt, across, down, count, block, True)
+    there = (down < count) & (across < count)
+    back = tl.where(down == across, 0.0, tl.load(turned + down * block + across))
+    ring = tl.where(there, tl.load(ways + down * block + across, mask=there, other=0.0) + back, float("-inf"))
     good = tl.max(ring, axis=1) > least
     third = tl.where(good, tl.argmax(ring, axis=1), slot)
-    first = _gain(worth, dealt, down, across, count, block, False)
-    then = _gain(worth, dealt, across, third[:, None], count, block, False)
-    second = tl.where(good, tl.argmax(first + then, axis=1), slot)
+    way_there = tl.load(straight + down * block + across) + tl.load(turned + third[:, None] * block + across)
+    second = tl.where(good, tl.argmax(way_there, axis=1), slot)
     seconds, thirds = dealt + block, dealt + 2 * block
     tl.store(seconds + slot, second)
     tl.store(thirds + slot, third)
@@ -110,7 +134,7 @@ def _deal(worth, dealt, count, least, block: tl.constexpr, chunk: tl.constexpr):
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _exchange(worth, dealt, members, places, count, block: tl.constexpr, chunk: tl.constexpr, deals: tl.constexpr, rounding: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def _exchange(worth, dealt, members, places, count, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, way: tl.constexpr, deals: tl.constexpr, rounding: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     """Deal the rows of a round out and put them into their new places. Returns how many changed."""
     slot = tl.arange(0, block)
     there = slot < count
@@ -118,7 +142,7 @@ def _exchange(worth, dealt, members, places, count, block: tl.constexpr, chunk: 
     least = rounding * tl.sum(tl.load(worth + slot * (block + 1), mask=there, other=0.0), axis=0) / count
     tl.debug_barrier()
     for _ in range(deals):
-        _deal(worth, dealt, count, least, block, chunk)
+        _deal(worth, dealt, count, least, high, block, wide, way)
     taken = tl.load(dealt + slot)
     row = tl.load(members + tl.load(places + taken, mask=there, other=0), mask=there, other=0)
     tl.debug_barrier()
@@ -128,11 +152,12 @@ def _exchange(worth, dealt, members, places, count, block: tl.constexpr, chunk: 
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def all_rounds(values, members, places, tasks, worth, dealt, n: tl.constexpr, m: tl.constexpr, high: tl.constexpr, block: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, deals: tl.constexpr, rounding: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def all_rounds(values, members, places, tasks, worth, dealt, n: tl.constexpr, m: tl.constexpr, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, width: tl.constexpr, way: tl.constexpr, deals: tl.constexpr, rounding: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     """A program searches one order. values: float32; members: int32, the orders; places: int32, see `device_order.drawn`.
 
     tasks: int64 ``[programs, 7]``, where a program's values, members and places begin, how many groups, slots of a round,
-    rounds and columns it has; worth, dealt: scratch, float32 ``[programs, block, block]`` and int32 ``[programs, 3, block]``.
+    rounds and columns it has; worth, dealt: scratch, float32 ``[programs, 4, block, block]`` and int32
+    ``[programs, 3, block]``. Tiles: ``high`` slots, ``wide`` rows or slots, and ``width`` columns or ``way`` slots.
     """
     program = tl.program_id(0)
     task = tasks + program * 7
@@ -141,32 +166,34 @@ def all_rounds(values, members, places, tasks, worth, dealt, n: tl.constexpr, m:
     places += tl.load(task + 2)
     groups, count = tl.load(task + 3).to(tl.int32), tl.load(task + 4).to(tl.int32)
     rounds, columns = tl.load(task + 5).to(tl.int32), tl.load(task + 6).to(tl.int32)
-    worth += program * block * block
+    worth += program * 4 * block * block
     dealt += program * 3 * block
+    tiles = (count + high - 1) // high * (block // wide)
     number, idle = 0, 0
     while (number < rounds) & (idle <= groups):
         mine = places + number * count
-        for start in range(0, count, high):
-            _distances(values, members, mine, worth, start, 0, columns, columns, count, n, m, high, block, width)
+        for tile in range(tiles):
+            _distances(values, members, mine, worth, tile, 0, columns, columns, count, n, m, high, block, wide, width)
         tl.debug_barrier()
-        changed = _exchange(worth, dealt, members, mine, count, block, chunk, deals, rounding)
+        changed = _exchange(worth, dealt, members, mine, count, high, block, wide, way, deals, rounding)
         idle = tl.where(changed > 0, 0, idle + 1)
         number += 1
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def part_of_round(values, members, places, idle, parts, groups, columns, length, count, n: tl.constexpr, m: tl.constexpr, high: tl.constexpr, block: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
-    """Programs ``[block / high, parts]`` sum ``length`` columns of the distances each: ``parts``, float32 ``[parts, block, block]``."""
+def part_of_round(values, members, places, idle, parts, groups, columns, length, count, n: tl.constexpr, m: tl.constexpr, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+    """Programs ``[tiles, parts]`` sum ``length`` columns of a tile of distances each: ``parts``, float32 ``[parts, block, block]``."""
     if tl.load(idle) <= groups:
         part = tl.program_id(1)
         begin = part * length
         end = tl.minimum(begin + length, columns)
         out = parts + part * block * block
-        _distances(values, members, places, out, tl.program_id(0) * high, begin, end, columns, count, n, m, high, block, width)
+        tile = tl.program_id(0)
+        _distances(values, members, places, out, tile, begin, end, columns, count, n, m, high, block, wide, width)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def end_of_round(members, places, idle, parts, worth, dealt, groups, number, count, block: tl.constexpr, chunk: tl.constexpr, deals: tl.constexpr, rounding: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def end_of_round(members, places, idle, parts, worth, dealt, groups, number, count, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, way: tl.constexpr, deals: tl.constexpr, rounding: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     """One program adds up ``number`` parts and deals the slots out. idle: int32, rounds that changed nothing since one did."""
     before = tl.load(idle)
     if before <= groups:
@@ -177,7 +204,7 @@ def end_of_round(members, places, idle, parts, worth, dealt, groups, number, cou
             total += tl.load(parts + part * block * block + place)
         tl.store(worth + place, total)
         tl.debug_barrier()
-        changed = _exchange(worth, dealt, members, places, count, block, chunk, deals, rounding)
+        changed = _exchange(worth, dealt, members, places, count, high, block, wide, way, deals, rounding)
         tl.store(idle, tl.where(changed > 0, 0, before + 1))
 
 
