@@ -98,7 +98,7 @@ def test_sorting_a_few_groups_at_a_time_changes_nothing(monkeypatch: pytest.Monk
 
 
 def test_more_groups_than_a_round_takes_are_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_order, "_AT_ONCE", 8)
+    monkeypatch.setattr(device_order, "AT_ONCE", 8)
     importance = masked(128, 32, 2, 4, 0)
     found = exchange_search(importance, torch.arange(128), 2, 4, moves=2000, seed=0)
     assert torch.equal(found.sort().values, torch.arange(128))

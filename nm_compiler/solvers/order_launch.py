@@ -30,7 +30,7 @@ _WARPS: dict[str, Any] = {"num_warps": 16, "num_stages": 1}
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An order to search. importance: ``[rows, columns]``, not negative; order: int64 ``[rows]``; the draws follow the seed."""
+    """An order to search. importance: ``[rows, columns]``, not negative; order: int64 ``[rows]``; draws follow the seed."""
 
     importance: Tensor
     order: Tensor
@@ -163,7 +163,14 @@ def _summing(block: int) -> dict[str, int]:
 
 
 def _dealing(block: int) -> dict[str, Any]:
-    return {"high": _HIGH, "block": block, "wide": min(block, _WIDE), "way": min(block, 64), "deals": DEALS, "rounding": ROUNDING}
+    return {
+        "high": _HIGH,
+        "block": block,
+        "wide": min(block, _WIDE),
+        "way": min(block, 64),
+        "deals": DEALS,
+        "rounding": ROUNDING,
+    }
 
 
 def _scratch(programs: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:

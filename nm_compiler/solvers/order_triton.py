@@ -22,7 +22,7 @@ def _entry(values, members, first, mine, j, column, there, columns, sign):  # ty
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _thresholds(values, members, first, mine, column, there, columns, n: tl.constexpr, m: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The ``n``-th largest of each group's other rows, ``[groups, columns]``: the k-th, or the k-th smallest if that is nearer."""
+    """The ``n``-th largest of each group's other rows, ``[groups, columns]``, counted from the smallest if that is nearer."""
     near: tl.constexpr = n <= m - n
     k: tl.constexpr = n if near else m - n
     sign: tl.constexpr = 1.0 if near else -1.0
@@ -51,10 +51,10 @@ def _thresholds(values, members, first, mine, column, there, columns, n: tl.cons
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _distances(values, members, places, out, start, begin, end, columns, count, n: tl.constexpr, m: tl.constexpr, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
-    """Write ``sum |own_a - threshold_s|`` over columns begin to end to ``out[s, a]``, for a tile of ``high`` slots and ``wide`` rows.
+    """Write ``sum |own_a - threshold_s|`` over columns begin to end to ``out[s, a]``, for ``high`` slots and ``wide`` rows.
 
-    start: the tile's number. There are as many numbers in a tile's thresholds and rows as threads, or more: for fewer each warp
-    would load all of them.
+    start: the tile's number. A tile's thresholds and its rows are as many numbers as there are threads, or more: were they
+    fewer, each warp would load all of them.
     """
     slot = start // (block // wide) * high + tl.arange(0, high)
     other = start % (block // wide) * wide + tl.arange(0, wide)
@@ -106,7 +106,7 @@ def _best_rings(straight, turned, out, count, high: tl.constexpr, block: tl.cons
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _deal(worth, dealt, count, least, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, way: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def _deal(worth, dealt, count, least, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, way: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Make the rings that all their members like best, see `device_order`. worth, dealt: with scratch, see `all_rounds`."""
     straight, turned, ways = worth + block * block, worth + 2 * block * block, worth + 3 * block * block
     _gains(worth, dealt, count, block)
@@ -125,7 +125,9 @@ def _deal(worth, dealt, count, least, high: tl.constexpr, block: tl.constexpr, w
     tl.store(thirds + slot, third)
     tl.debug_barrier()
     swap = third == slot
-    agree = (tl.load(seconds + second) == tl.where(swap, slot, third)) & (tl.load(thirds + second) == tl.where(swap, second, slot))
+    agree = (tl.load(seconds + second) == tl.where(swap, slot, third)) & (
+        tl.load(thirds + second) == tl.where(swap, second, slot)
+    )
     agree = agree & (swap | ((tl.load(seconds + third) == slot) & (tl.load(thirds + third) == second)))
     taken = tl.load(dealt + tl.where(agree, second, slot))
     tl.debug_barrier()
@@ -182,7 +184,7 @@ def all_rounds(values, members, places, tasks, worth, dealt, n: tl.constexpr, m:
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def part_of_round(values, members, places, idle, parts, groups, columns, length, count, n: tl.constexpr, m: tl.constexpr, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
-    """Programs ``[tiles, parts]`` sum ``length`` columns of a tile of distances each: ``parts``, float32 ``[parts, block, block]``."""
+    """Programs ``[tiles, parts]`` sum ``length`` columns of a tile of distances each. parts: ``[parts, block, block]``."""
     if tl.load(idle) <= groups:
         part = tl.program_id(1)
         begin = part * length
@@ -209,7 +211,7 @@ def end_of_round(members, places, idle, parts, worth, dealt, groups, number, cou
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def kept(values, orders, sums, rows, columns, n: tl.constexpr, m: tl.constexpr, tall: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def kept(values, orders, sums, rows, columns, n: tl.constexpr, m: tl.constexpr, tall: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Programs ``[groups, parts, orders]`` add the ``n`` largest of ``m`` rows of a group over ``width`` columns, in float64.
 
     values: ``[rows, columns]``; orders: int64 ``[orders, rows]``; sums: float64 ``[orders, parts, groups]``; tall: m, up to a
