@@ -22,6 +22,8 @@ DEALS = 2
 """Times that the slots of a round are dealt out anew: more gain little."""
 ROUNDING = 1e-6
 """Of a distance: gains below may be none."""
+PATIENCE = 16
+"""Rounds without a change, beside one for every group, after which a search ends."""
 _LOOK = 16  # rounds after which the host asks whether anything still changes
 _NUMBERS = 1 << 21  # sorted at once
 
@@ -30,19 +32,20 @@ def exchanged(values: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed
     """An order that keeps more of ``values`` or as much, up to rounding: see `kept_importance`.
 
     values: float32 ``[rows, columns]``, finite, not negative; order: int64 ``[rows]`` on the same device, two groups of ``m``
-    or more; moves: slots that are dealt out, all rounds together. Ends early when more rounds than there are groups change
-    nothing. Deterministic for a seed; the draws do not depend on the device.
+    or more; moves: slots that are dealt out, all rounds together. Ends early when as many rounds as there are groups, and
+    `PATIENCE` more, change nothing. Deterministic for a seed; the draws do not depend on the device.
     """
     groups = len(order) // m
+    patience = groups + PATIENCE
     members = order.clone()
     idle = torch.zeros((), dtype=torch.int64, device=values.device)
     for number, places in enumerate(drawn(groups, m, moves, seed).to(values.device)):
-        if number % _LOOK == 0 and int(idle) > groups:
+        if number % _LOOK == 0 and int(idle) > patience:
             break
         inside, rows = members.view(groups, m)[places // m], members[places]
         own = values[rows]
         dealt = _dealt(torch.cdist(_thresholds(values, inside, own, n), own, p=1.0))
-        taken = torch.where(idle > groups, rows, rows[dealt])
+        taken = torch.where(idle > patience, rows, rows[dealt])
         members[places] = taken
         idle = torch.where((taken == rows).all(), idle + 1, 0)
     return members

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nm_compiler.solvers.device_order import AT_ONCE, DEALS, ROUNDING, drawn
+from nm_compiler.solvers.device_order import AT_ONCE, DEALS, PATIENCE, ROUNDING, drawn
 
 _LONG = 1 << 24  # distances of a round in one column, times columns: with more of them a round is spread over programs
 _SPREAD = 128  # programs that share such a round
@@ -118,7 +118,7 @@ def _together(problems: Sequence[Problem], starts: Sequence[Tensor], moves: int)
         begins, accumulate(rows, initial=0), accumulate(numbers, initial=0), problems, draws, strict=False
     )  # fmt: skip
     table = [
-        (begin, row, number, each.groups, draw.shape[1], len(draw), each.importance.shape[1])
+        (begin, row, number, each.groups + PATIENCE, draw.shape[1], len(draw), each.importance.shape[1])
         for begin, row, number, each, draw in columns
     ]
     worth, dealt = _scratch(len(problems), first.block, device)
@@ -135,7 +135,7 @@ def _long(problems: Sequence[Problem], starts: Sequence[Tensor], moves: int) -> 
     device, block, columns = start.device, problem.block, problem.importance.shape[1]
     values, members = torch.empty(problem.importance.shape, dtype=torch.float32, device=device), start.int()
     _scale(problem.importance, values)
-    draws = drawn(problem.groups, problem.m, moves, problem.seed).int()
+    draws, patience = drawn(problem.groups, problem.m, moves, problem.seed).int(), problem.groups + PATIENCE
     places, count, shape = _sent(draws, device), draws.shape[1], _summing(block)
     tiles, width = -(-count // _HIGH) * (block // shape["wide"]), shape["width"]
     length = width * -(-columns // (width * -(-_SPREAD // tiles)))
@@ -146,11 +146,11 @@ def _long(problems: Sequence[Problem], starts: Sequence[Tensor], moves: int) -> 
         kernels = _kernels()
         for mine in places:
             kernels.part_of_round[(tiles, len(parts))](
-                values, members, mine, idle, parts, problem.groups, columns, length, count,
+                values, members, mine, idle, parts, patience, columns, length, count,
                 n=problem.n, m=problem.m, **shape, **_WARPS,
             )  # fmt: skip
             kernels.end_of_round[(1,)](
-                members, mine, idle, parts, worth, dealt, problem.groups, len(parts), count, **_dealing(block), **_WARPS
+                members, mine, idle, parts, worth, dealt, patience, len(parts), count, **_dealing(block), **_WARPS
             )
 
     return launch, [members]

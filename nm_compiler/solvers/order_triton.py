@@ -157,8 +157,8 @@ def _exchange(worth, dealt, members, places, count, high: tl.constexpr, block: t
 def all_rounds(values, members, places, tasks, worth, dealt, n: tl.constexpr, m: tl.constexpr, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, width: tl.constexpr, way: tl.constexpr, deals: tl.constexpr, rounding: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     """A program searches one order. values: float32; members: int32, the orders; places: int32, see `device_order.drawn`.
 
-    tasks: int64 ``[programs, 7]``, where a program's values, members and places begin, how many groups, slots of a round,
-    rounds and columns it has; worth, dealt: scratch, float32 ``[programs, 4, block, block]`` and int32
+    tasks: int64 ``[programs, 7]``, where a program's values, members and places begin, how many idle rounds it waits for,
+    slots of a round, rounds and columns it has; worth, dealt: scratch, float32 ``[programs, 4, block, block]`` and int32
     ``[programs, 3, block]``. Tiles: ``high`` slots, ``wide`` rows or slots, and ``width`` columns or ``way`` slots.
     """
     program = tl.program_id(0)
@@ -166,13 +166,13 @@ def all_rounds(values, members, places, tasks, worth, dealt, n: tl.constexpr, m:
     values += tl.load(task)
     members += tl.load(task + 1)
     places += tl.load(task + 2)
-    groups, count = tl.load(task + 3).to(tl.int32), tl.load(task + 4).to(tl.int32)
+    patience, count = tl.load(task + 3).to(tl.int32), tl.load(task + 4).to(tl.int32)
     rounds, columns = tl.load(task + 5).to(tl.int32), tl.load(task + 6).to(tl.int32)
     worth += program * 4 * block * block
     dealt += program * 3 * block
     tiles = (count + high - 1) // high * (block // wide)
     number, idle = 0, 0
-    while (number < rounds) & (idle <= groups):
+    while (number < rounds) & (idle <= patience):
         mine = places + number * count
         for tile in range(tiles):
             _distances(values, members, mine, worth, tile, 0, columns, columns, count, n, m, high, block, wide, width)
@@ -183,9 +183,9 @@ def all_rounds(values, members, places, tasks, worth, dealt, n: tl.constexpr, m:
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def part_of_round(values, members, places, idle, parts, groups, columns, length, count, n: tl.constexpr, m: tl.constexpr, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def part_of_round(values, members, places, idle, parts, patience, columns, length, count, n: tl.constexpr, m: tl.constexpr, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     """Programs ``[tiles, parts]`` sum ``length`` columns of a tile of distances each. parts: ``[parts, block, block]``."""
-    if tl.load(idle) <= groups:
+    if tl.load(idle) <= patience:
         part = tl.program_id(1)
         begin = part * length
         end = tl.minimum(begin + length, columns)
@@ -195,10 +195,10 @@ def part_of_round(values, members, places, idle, parts, groups, columns, length,
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def end_of_round(members, places, idle, parts, worth, dealt, groups, number, count, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, way: tl.constexpr, deals: tl.constexpr, rounding: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def end_of_round(members, places, idle, parts, worth, dealt, patience, number, count, high: tl.constexpr, block: tl.constexpr, wide: tl.constexpr, way: tl.constexpr, deals: tl.constexpr, rounding: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     """One program adds up ``number`` parts and deals the slots out. idle: int32, rounds that changed nothing since one did."""
     before = tl.load(idle)
-    if before <= groups:
+    if before <= patience:
         slot = tl.arange(0, block)
         place = slot[:, None] * block + slot[None, :]
         total = tl.zeros([block, block], tl.float32)
