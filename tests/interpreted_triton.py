@@ -13,7 +13,6 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from triton_orders import orders, sums
 from triton_steps import cases, counts
 
 from nm_compiler.pattern import Pattern
@@ -87,4 +86,4 @@ def one_mask() -> Iterator[tuple[str, bool]]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    sys.stdout.write(json.dumps(dict(chain(two_masks(), one_mask(), cases(), counts(), orders(), sums()))))
+    sys.stdout.write(json.dumps(dict(chain(two_masks(), one_mask(), cases(), counts()))))
