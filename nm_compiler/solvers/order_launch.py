@@ -114,12 +114,12 @@ def _together(problems: Sequence[Problem], starts: Sequence[Tensor], moves: int)
     draws = [drawn(each.groups, each.m, moves, each.seed).int() for each in problems]
     rows, numbers = [len(start) for start in starts], [draw.numel() for draw in draws]
     members, places = torch.cat(list(starts)).int(), _sent(torch.cat([draw.flatten() for draw in draws]), device)
-    columns = zip(
+    parts = zip(
         begins, accumulate(rows, initial=0), accumulate(numbers, initial=0), problems, draws, strict=False
     )  # fmt: skip
     table = [
         (begin, row, number, each.groups + PATIENCE, draw.shape[1], len(draw), each.importance.shape[1])
-        for begin, row, number, each, draw in columns
+        for begin, row, number, each, draw in parts
     ]
     worth, dealt = _scratch(len(problems), first.block, device)
     launch = partial(
