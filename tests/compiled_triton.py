@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from nm_compiler.solvers import live_triton, rows_triton, select_triton
+from nm_compiler.solvers import live_triton, order_launch, order_triton, rows_triton, select_triton
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {"float16": "*fp16", "bfloat16": "*i16", "float32": "*fp32", "float64": "*fp64"}
@@ -68,5 +69,22 @@ def cases() -> Iterator[tuple[str, str]]:
         yield f"rows {kind}", ptx(rows_triton._rank_rows, given)
 
 
+def orders() -> Iterator[tuple[str, str]]:
+    """The search of backward orders, with few groups, with many, and a round at a time."""
+    where = {"values": "*fp32", "members": "*i32", "places": "*i32"}
+    scratch = {"worth": "*fp32", "dealt": "*i32"}
+    sizes = dict.fromkeys(("patience", "columns", "length", "count", "number"), "i32") | {"idle": "*i32", "parts": "*fp32"}
+    for n, m, block in ((1, 16, 16), (2, 4, 32)):
+        shape = order_launch._summing(block) | order_launch._dealing(block)
+        given = {**where, **scratch, "tasks": "*i64", "n": n, "m": m, **shape}
+        yield f"orders {n}:{m}", ptx(order_triton.all_rounds, given, **order_launch._WARPS)
+    given = {**where, **sizes, "n": 3, "m": 8, **order_launch._summing(128)}
+    yield "part of a round", ptx(order_triton.part_of_round, given, **order_launch._WARPS)
+    given = {**where, **scratch, **sizes, **order_launch._dealing(64)}
+    yield "end of a round", ptx(order_triton.end_of_round, given, **order_launch._WARPS)
+    given = {"values": "*fp64", "orders": "*i64", "sums": "*fp64", "rows": "i32", "columns": "i32"}
+    yield "kept", ptx(order_triton.kept, {**given, "n": 2, "m": 4, "tall": 4, "width": 512})
+
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(dict(cases())))
+    sys.stdout.write(json.dumps(dict(chain(cases(), orders()))))

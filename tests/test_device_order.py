@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import ConvNet, example
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import nm_compiler as nm
+from nm_compiler.methods import bimask
 from nm_compiler.solvers import backward_order, device_order
-from nm_compiler.solvers.backward_order import assignment_search, exchange_search, kept_importance, quick_search
+from nm_compiler.solvers.backward_order import (
+    assignment_search,
+    exchange_search,
+    kept_importance,
+    quick_search,
+    search_all,
+)
 from nm_compiler.solvers.magnitude import magnitude_mask
+from nm_compiler.solvers.order_launch import Problem
 
 patterns = st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (1, 16), (2, 3)])
 
@@ -98,12 +109,51 @@ def test_sorting_a_few_groups_at_a_time_changes_nothing(monkeypatch: pytest.Monk
 
 
 def test_more_groups_than_a_round_takes_are_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_order, "_AT_ONCE", 8)
+    monkeypatch.setattr(device_order, "AT_ONCE", 8)
     importance = masked(128, 32, 2, 4, 0)
     found = exchange_search(importance, torch.arange(128), 2, 4, moves=2000, seed=0)
     assert torch.equal(found.sort().values, torch.arange(128))
     assert int((found != torch.arange(128)).sum()) > 64
     assert kept(importance, found, 2, 4) > 1.02 * kept(importance, torch.arange(128), 2, 4)
+
+
+@pytest.mark.parametrize("groups", [2, 7, 128, 131, 300])
+def test_a_round_draws_a_place_in_each_of_its_groups_and_groups_take_turns(groups: int) -> None:
+    places = device_order.drawn(groups, 4, 20_000, 3)
+    count = min(128, groups)
+    assert places.shape == (-(-20_000 // count), count)
+    assert all(len(each.unique()) == count for each in places // 4)
+    assert len((places[: groups // count] // 4).unique()) == groups // count * count
+    assert len(places.unique()) == 4 * groups
+
+
+def test_searching_all_is_searching_one_after_the_other() -> None:
+    problems = [
+        Problem(masked(rows, 24, n, m, seed), torch.arange(rows), n, m, seed)
+        for seed, (rows, n, m) in enumerate([(32, 2, 4), (64, 1, 4)])
+    ]
+    for search in (quick_search, exchange_search, assignment_search):
+        found = search_all(search, problems, moves=300)
+        for each, order in zip(problems, found, strict=True):
+            assert torch.equal(order, search(each.importance, each.order, each.n, each.m, moves=300, seed=each.seed))
+        assert search_all(search, [], moves=300) == []
+
+
+@pytest.mark.parametrize("limit", [0, 1500, 10**9])
+def test_how_many_weights_are_searched_at_once_changes_no_order(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, orders = ConvNet(16), []
+    for at_once in (0, limit):
+        monkeypatch.setattr(bimask, "together", lambda *_, at_once=at_once: at_once)
+        sparse = nm.compile(copy.deepcopy(model), example(model), method=nm.BiMask(moves=200))
+        kept_at = {weight.site.name: weight["order"].data_ptr() for weight in sparse.weights if weight.site.backward_groups}
+        nm.SparsityScheduler(sparse, total_steps=1).step()
+        for weight in sparse.weights:
+            if weight.site.backward_groups:
+                assert weight["order"].data_ptr() == kept_at[weight.site.name], "graphs of the step read it where it was"
+                orders.append(weight["order"].clone())
+    half = len(orders) // 2
+    assert half > 1
+    assert all(torch.equal(one, other) for one, other in zip(orders[:half], orders[half:], strict=True))
 
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])

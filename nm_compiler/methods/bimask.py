@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Literal
 
 import torch
@@ -22,8 +22,10 @@ from nm_compiler.passes.insert_srste import insert_srste
 from nm_compiler.passes.train_cusparselt import reasons_of, train_cusparselt
 from nm_compiler.runtime.cusparselt.eligible import machine_of, of_machine
 from nm_compiler.sites import Site
-from nm_compiler.solvers.backward_order import OrderSearch, quick_search
+from nm_compiler.solvers.backward_order import OrderSearch, quick_search, search_all, together
 from nm_compiler.solvers.magnitude import magnitude_mask
+from nm_compiler.solvers.masks import on_gpu, top_mask
+from nm_compiler.solvers.order_launch import Problem
 from nm_compiler.state import Weight
 
 
@@ -131,31 +133,71 @@ class BiMask(Method):
     def search_orders(self, weights: Sequence[Weight], clock: Clock, forward_mask: Callable[[Weight], Tensor]) -> None:
         """Search anew if it is time to. forward_mask: F of a weight, bool of its shape."""
         if (clock.step - 1) % self.interval == 0:
-            for index, weight in enumerate(weights):
-                if self.suffixes(weight.site):
-                    self._refresh(weight, clock.seed + 7919 * clock.step + index, forward_mask)
+            ordered = [
+                (each, clock.seed + 7919 * clock.step + at) for at, each in enumerate(weights) if self.suffixes(each.site)
+            ]
+            for some in _at_once(ordered, self.search):
+                self._refresh(some, forward_mask)
 
-    def _refresh(self, weight: Weight, seed: int, forward_mask: Callable[[Weight], Tensor]) -> None:
-        order, value, mask = weight.read("order"), weight.value, forward_mask(weight)  # all ranks, which may have to gather
-        if _rank() == 0:
-            order = self._searched(weight.site, value, mask, order, seed)
-        if torch.distributed.is_initialized():  # one search for all ranks, so that masks agree to the bit
-            torch.distributed.broadcast(order, 0)
-        weight.write("order", order)
+    def _refresh(self, some: Sequence[tuple[Weight, int]], forward_mask: Callable[[Weight], Tensor]) -> None:
+        """Search the orders of some weights with their seeds."""
+        orders, problems = [], []
+        for weight, seed in some:
+            order, value, mask = (
+                weight.read("order"),
+                weight.value,
+                forward_mask(weight),
+            )  # all ranks, which may have to gather
+            orders.append(order)
+            if _rank() == 0:
+                problems.append(self._problems(weight.site, value, mask, order, seed))
+        if problems:
+            found = iter(search_all(self.search, list(chain.from_iterable(problems)), moves=self.moves))
+            for at, ((weight, _), parts) in enumerate(zip(some, problems, strict=True)):
+                local = torch.stack(list(islice(found, len(parts))))
+                orders[at] = (local + _starts(weight.site, local)).view_as(orders[at])
+        for (weight, _), order in zip(some, orders, strict=True):
+            if torch.distributed.is_initialized():  # one search for all ranks, so that masks agree to the bit
+                torch.distributed.broadcast(order, 0)
+            weight.write("order", order)
 
-    def _searched(self, site: Site, weight: Tensor, mask: Tensor, order: Tensor, seed: int) -> Tensor:
+    def _problems(self, site: Site, weight: Tensor, mask: Tensor, order: Tensor, seed: int) -> list[Problem]:
+        """One for each part of the weight that has an order of its own: experts, conv groups, slices."""
         n, m = site.pattern.n, site.pattern.m
         importance = mask.to(weight.dtype) if self.objective == "count" else weight.abs() * mask
         rows = as_rows(importance, site.rows).reshape(-1, site.block, math.prod(site.shape) // math.prod(site.leading))
-        starts = torch.arange(0, site.out, site.block, device=order.device).repeat(len(rows) // site.blocks)
-        local = order.reshape(-1, site.block) - starts.unsqueeze(-1)
-        found = [self.search(part, one, n, m, moves=self.moves, seed=seed) for part, one in zip(rows, local, strict=True)]
-        return (torch.stack(found) + starts.unsqueeze(-1)).view_as(order)
+        local = order.reshape(-1, site.block)
+        local = local - _starts(site, local)
+        return [Problem(part, one, n, m, seed) for part, one in zip(rows, local, strict=True)]
+
+
+def _at_once(weights: Sequence[tuple[Weight, int]], search: OrderSearch) -> Iterator[Sequence[tuple[Weight, int]]]:
+    """Cut into runs that `search_all` gets at once, the same on all ranks."""
+    some: list[tuple[Weight, int]] = []
+    size = 0
+    for weight, seed in weights:
+        numbers, param = math.prod(weight.site.shape), weight.param
+        if some and (size + numbers > together(search, param) or param.device != some[0][0].param.device):
+            yield some
+            some, size = [], 0
+        some.append((weight, seed))
+        size += numbers
+    if some:
+        yield some
+
+
+def _starts(site: Site, local: Tensor) -> Tensor:
+    """The first output channel of each part, ``[parts, 1]``. local: ``[parts, block]``."""
+    starts = torch.arange(0, site.out, site.block, device=local.device)
+    return starts.repeat(len(local) // site.blocks).unsqueeze(-1)
 
 
 def _largest(weight: Weight) -> Tensor:
-    site = weight.site
-    return magnitude_mask(weight.value, site.pattern.n, site.pattern.m, site.in_axis)
+    value, site = weight.value, weight.site
+    if on_gpu(value):
+        with torch.cuda.device_of(value):
+            return top_mask(value, pattern=site.pattern, axis=site.in_axis)
+    return magnitude_mask(value, site.pattern.n, site.pattern.m, site.in_axis)
 
 
 def _rank() -> int:

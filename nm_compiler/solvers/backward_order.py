@@ -1,11 +1,14 @@
 """Bi-Mask's backward order: which output rows share a backward group.
 
-`quick_search` is what training calls every hundred steps, `search_backward_order` the thorough search for a weight.
-Any function with the signature of `OrderSearch` can take the first one's place (`BiMask(search=...)`).
+`quick_search` is what training calls every hundred steps, for many weights by `search_all`; `search_backward_order` is the
+thorough search for a weight. Any function with the signature of `OrderSearch` can take the first one's place
+(`BiMask(search=...)`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -15,12 +18,15 @@ from torch import Tensor
 
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern
+from nm_compiler.solvers import masks
 from nm_compiler.solvers.device_order import exchanged
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.solvers.neighbourhood import Neighbourhood
+from nm_compiler.solvers.order_launch import Problem, searched
 from nm_compiler.solvers.search import search_order
 from nm_compiler.solvers.search_budget import Listener
 
+_TOGETHER = 1 << 25  # numbers of weights that are searched together: so many are in memory three times over
 _AT_ONCE = 64  # slots refilled in a round: more is better only with more time than training should give
 
 
@@ -48,6 +54,30 @@ def quick_search(importance: Tensor, order: Tensor, n: int, m: int, *, moves: in
     """
     search = exchange_search if importance.is_cuda else assignment_search
     return search(importance, order, n, m, moves=moves, seed=seed)
+
+
+def search_all(search: OrderSearch, problems: Sequence[Problem], *, moves: int) -> list[Tensor]:
+    """The order that ``search`` finds for every problem; exchanges on a GPU for all of them at once, to the same result.
+
+    problems: their importance all on one device; no more numbers than `together` says, or it takes much memory.
+    """
+    if problems and _by_exchange(search, problems[0].importance) and all(_has_kernels(each.importance) for each in problems):
+        return searched([_real_problem(each) for each in problems], moves=moves)
+    return [search(each.importance, each.order, each.n, each.m, moves=moves, seed=each.seed) for each in problems]
+
+
+def together(search: OrderSearch, weight: Tensor) -> int:
+    """How many numbers it pays to give to `search_all` at once where ``weight`` lies; 0: a weight at a time."""
+    return _TOGETHER if _by_exchange(search, weight) and masks.on_gpu(weight) else 0
+
+
+def _by_exchange(search: OrderSearch, tensor: Tensor) -> bool:
+    return search is exchange_search or (search is quick_search and tensor.is_cuda)
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    """Whether its order can be searched by Triton kernels: a plain tensor on a GPU."""
+    return type(tensor) is Tensor and masks.on_gpu(tensor)
 
 
 def assignment_search(importance: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int) -> Tensor:
@@ -79,13 +109,21 @@ def exchange_search(importance: Tensor, order: Tensor, n: int, m: int, *, moves:
     """As `assignment_search`, on the importance's own device: up to 128 slots a round, dealt out anew by exchanges.
 
     It comes about as far with the same ``moves``, though not as far in every case, since exchanges of two and three slots are
-    not all that an assignment can do. It has not run on a GPU yet. Shapes as in `OrderSearch`.
+    not all that an assignment can do. On a GPU it is a few launches for which the host does not wait, without triton some
+    sixty a round. Shapes as in `OrderSearch`.
     """
-    order, values = order.to(importance.device), _real(importance)
+    order = order.to(importance.device)
+    if _has_kernels(importance.detach()):
+        return searched([_real_problem(Problem(importance, order, n, m, seed))], moves=moves)[0]
+    values = _real(importance)
     best, columns = _better(values, order, n, m), _scaled(values)
     if len(order) // m < 2 or columns is None or moves < 1:
         return best
     return _best(values, (best, exchanged(columns, best, n, m, moves=moves, seed=seed)), n, m)
+
+
+def _real_problem(problem: Problem) -> Problem:
+    return replace(problem, importance=_real(problem.importance), order=problem.order.to(problem.importance.device))
 
 
 def _real(importance: Tensor) -> Tensor:

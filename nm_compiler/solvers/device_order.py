@@ -7,56 +7,64 @@ which is to say above the n-th largest of its group's other rows; with t that th
 
 and the first two sums are the same however the rows are dealt out, so one table of L1 distances tells what any exchange
 gains. Exchanges of two slots and rings of three are made that are the best for each of their members, all at once, a few
-times over. Nothing waits for the device inside a round. Ref: Bi-Mask, section 3.3.
+times over. Nothing waits for the device inside a round. Where there is triton,
+`nm_compiler.solvers.order_triton` does the same in a launch. Ref: Bi-Mask, section 3.3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-_AT_ONCE = 128  # groups of a round: rings are found in a table of its cube
-_DEALS = 2  # times that the slots of a round are dealt out anew: more gain little
+AT_ONCE = 128
+"""Groups of a round: rings are found in a table of its cube."""
+DEALS = 2
+"""Times that the slots of a round are dealt out anew: more gain little."""
+ROUNDING = 1e-6
+"""Of a distance: gains below may be none."""
+PATIENCE = 16
+"""Rounds without a change, beside one for every group, after which a search ends."""
 _LOOK = 16  # rounds after which the host asks whether anything still changes
 _NUMBERS = 1 << 21  # sorted at once
-_ROUNDING = 1e-6  # of a distance: gains below may be none
 
 
 def exchanged(values: Tensor, order: Tensor, n: int, m: int, *, moves: int, seed: int) -> Tensor:
     """An order that keeps more of ``values`` or as much, up to rounding: see `kept_importance`.
 
     values: float32 ``[rows, columns]``, finite, not negative; order: int64 ``[rows]`` on the same device, two groups of ``m``
-    or more; moves: slots that are dealt out, all rounds together. Ends early when as many rounds as there are groups change
-    nothing. Deterministic for a seed; the draws do not depend on the device.
+    or more; moves: slots that are dealt out, all rounds together. Ends early when as many rounds as there are groups, and
+    `PATIENCE` more, change nothing. Deterministic for a seed; the draws do not depend on the device.
     """
     groups = len(order) // m
-    count = min(_AT_ONCE, groups)
-    members = order.view(groups, m).clone()
+    patience = groups + PATIENCE
+    members = order.clone()
     idle = torch.zeros((), dtype=torch.int64, device=values.device)
-    rounds = -(-moves // count)
-    for number, (chosen, slots) in enumerate(_draws(groups, count, m, rounds, seed, values.device)):
-        if number % _LOOK == 0 and int(idle) > groups:
+    for number, places in enumerate(drawn(groups, m, moves, seed).to(values.device)):
+        if number % _LOOK == 0 and int(idle) > patience:
             break
-        inside = members[chosen]
-        rows = inside.gather(1, slots)
-        own = values[rows[:, 0]]
+        inside, rows = members.view(groups, m)[places // m], members[places]
+        own = values[rows]
         dealt = _dealt(torch.cdist(_thresholds(values, inside, own, n), own, p=1.0))
-        taken = rows[dealt]
-        members[chosen] = inside.scatter(1, slots, taken)
+        taken = torch.where(idle > patience, rows, rows[dealt])
+        members[places] = taken
         idle = torch.where((taken == rows).all(), idle + 1, 0)
-    return members.flatten()
+    return members
 
 
-def _draws(groups: int, count: int, m: int, rounds: int, seed: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """For every round ``count`` groups and a slot in each, int64 ``[count]`` and ``[count, 1]``."""
+def drawn(groups: int, m: int, moves: int, seed: int) -> Tensor:
+    """For every round up to `AT_ONCE` places of an order, each in another group: int64 ``[rounds, places]`` on the CPU.
+
+    Rounds that follow each other go through all groups, as far as they divide, before a group is taken again.
+    """
     generator = torch.Generator().manual_seed(seed % 2**63)
-    for start in range(0, rounds, _LOOK):
-        some = min(_LOOK, rounds - start)
-        chosen = torch.rand(some, groups, generator=generator).argsort(1)[:, :count].to(device)
-        slots = torch.randint(m, (some, count, 1), generator=generator).to(device)
-        yield from zip(chosen, slots, strict=True)
+    count = min(AT_ONCE, groups)
+    rounds = -(-moves // count)
+    slots = torch.randint(m, (rounds, count), generator=generator)
+    if count == groups:
+        return slots + m * torch.arange(groups)
+    in_turn = groups // count
+    shuffled = torch.rand(-(-rounds // in_turn), groups, generator=generator).argsort(1)
+    return slots + m * shuffled[:, : in_turn * count].reshape(-1, count)[:rounds]
 
 
 def _thresholds(values: Tensor, inside: Tensor, own: Tensor, n: int) -> Tensor:
@@ -78,8 +86,8 @@ def _dealt(worth: Tensor) -> Tensor:
     """
     count = len(worth)
     slots = torch.arange(count, device=worth.device)
-    dealt, least = slots, _ROUNDING * worth.diagonal().mean()
-    for _ in range(_DEALS):
+    dealt, least = slots, ROUNDING * worth.diagonal().mean()
+    for _ in range(DEALS):
         gain = worth - worth.diagonal().unsqueeze(1)
         other = gain.clone().fill_diagonal_(-torch.inf)
         rings = other.unsqueeze(2) + (other.unsqueeze(0) + gain.t().unsqueeze(1))  # [s, t, u]
