@@ -71,7 +71,7 @@ def two_masks() -> Iterator[tuple[str, bool]]:
 def one_mask() -> Iterator[tuple[str, bool]]:
     from nm_compiler.solvers import masks_triton
 
-    for text in ("2:4", "3:4", "1:16", "2:3"):
+    for text in ("2:4", "3:4", "1:4", "1:2", "4:8", "1:8", "1:16", "5:16", "2:3"):
         pattern = Pattern.parse(text)
         for dtype in (torch.bfloat16, torch.float32):
             for name, weight in weights(4 * pattern.m, 10 * pattern.m, dtype).items():
