@@ -27,9 +27,10 @@ def ptx(kernel: Any, given: dict[str, Any], **options: Any) -> str:
     backend = make_backend(HOPPER)
     kinds = {name: given[name] if isinstance(given[name], str) else "constexpr" for name in kernel.arg_names}
     fixed = {(at,): given[name] for at, name in enumerate(kinds) if kinds[name] == "constexpr"}
-    aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(kinds.values()) if kind.startswith("*")}
+    multiples = [name for name in kinds if kinds[name].startswith("*") or name in options.get("multiples", ())]
+    aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kinds) if name in multiples}
     source = ASTSource(kernel, kinds, fixed, aligned)
-    chosen = backend.parse_options({"ptx_version": 84, **options})
+    chosen = backend.parse_options({"ptx_version": 84, **{name: options[name] for name in options if name != "multiples"}})
     stages: dict[str, Any] = {}
     backend.add_stages(stages, chosen, source.language)
     context = ir.context()

@@ -118,8 +118,8 @@ def _ranked_eight(values, n: tl.constexpr, m: tl.constexpr):  # type: ignore[no-
     for late in tl.static_range(1, 4 if m == 2 else m):
         for early in tl.static_range(late):
             if early // m == late // m:
-                here: tl.constexpr = 1 << (8 * (early % 4) + 4 * (early // 4))
-                there: tl.constexpr = 1 << (8 * (late % 4) + 4 * (late // 4))
+                here = 1 << (8 * (early % 4) + 4 * (early // 4))
+                there = 1 << (8 * (late % 4) + 4 * (late // 4))
                 ranks += tl.where(values[late] > values[early], here, there)
     beaten = ~(ranks + (8 - n) * 0x11111111)  # the highest of the four bits says that n or more beat it, turned round
     kept = ((beaten >> 3) & 0x01010101,)
@@ -134,8 +134,8 @@ def _ranked_sixteen(values, n: tl.constexpr):  # type: ignore[no-untyped-def]
     low, high = tl.zeros_like(values[0]), tl.zeros_like(values[0])
     for late in tl.static_range(1, 16):
         for early in tl.static_range(late):
-            here: tl.constexpr = 1 << (8 * (early % 4) + 4 * (early // 4 % 2))
-            there: tl.constexpr = 1 << (8 * (late % 4) + 4 * (late // 4 % 2))
+            here = 1 << (8 * (early % 4) + 4 * (early // 4 % 2))
+            there = 1 << (8 * (late % 4) + 4 * (late // 4 % 2))
             beats = values[late] > values[early]
             if late < 8:
                 low += tl.where(beats, here, there)
