@@ -30,8 +30,8 @@ def pack_plainly(weight: Tensor) -> Tensor:
 
     Returns the packed tensor, ``[out, in * 9 / 16]`` of the same dtype.
     """
-    groups = weight.detach().unflatten(1, (-1, 4))
-    first, second = _places(groups != 0)
+    groups = weight.detach().contiguous().view(torch.int16).unflatten(1, (-1, 4))  # bits: what is no number stays as it is
+    first, second = _places((groups & 0x7FFF) != 0)
     kept = groups.gather(2, torch.stack((first, second), 2))
     codes = first + 4 * second
     bytes_ = torch.cat((kept.flatten().view(torch.uint8), _tiled(codes.to(torch.uint8))))
