@@ -1,3 +1,4 @@
+# mypy: disable-error-code="assignment"
 """Groups of a weight in registers, for Triton kernels: a thread loads whole groups as whole words and ranks them by itself.
 
 A *unit* is one group, or two of M = 2: ``wide`` entries, ``wide * size`` bytes, a multiple of 8. Tensors are ``[block]``, one
@@ -41,8 +42,8 @@ def load_words(source, unit, there, count: tl.constexpr):  # type: ignore[no-unt
         for part in tl.static_range(count // 2):
             place = (unit * count + 2 * part)[:, None] + pair
             first, second = tl.split(tl.load(source + place, mask=there[:, None], other=0))
-            words = words + (first.to(tl.int32), (first >> 32).to(tl.int32))
-            words = words + (second.to(tl.int32), (second >> 32).to(tl.int32))
+            words += (first.to(tl.int32), (first >> 32).to(tl.int32))
+            words += (second.to(tl.int32), (second >> 32).to(tl.int32))
     return words
 
 
@@ -71,11 +72,11 @@ def values_of(words, entries: tl.constexpr, size: tl.constexpr):  # type: ignore
     values = ()
     for entry in tl.static_range(entries):
         if size == 4:
-            values = values + (words[entry] & 0x7FFFFFFF,)
+            values += (words[entry] & 0x7FFFFFFF,)
         elif entry % 2:
-            values = values + (words[entry // 2] & 0x7FFF0000,)
+            values += (words[entry // 2] & 0x7FFF0000,)
         else:
-            values = values + ((words[entry // 2] << 16) & 0x7FFF0000,)
+            values += ((words[entry // 2] << 16) & 0x7FFF0000,)
     return values
 
 
@@ -107,7 +108,7 @@ def _first_largest(values, m: tl.constexpr):  # type: ignore[no-untyped-def]
             best = tl.maximum(best, values[entry])
         for word in tl.static_range(m // 4):
             inside = (shift >> 5) == word
-            kept = kept + (tl.where(inside, 1 << (shift & 31), 0),)
+            kept += (tl.where(inside, 1 << (shift & 31), 0),)
     return kept
 
 
@@ -124,7 +125,7 @@ def _ranked_eight(values, n: tl.constexpr, m: tl.constexpr):  # type: ignore[no-
     beaten = ~(ranks + (8 - n) * 0x11111111)  # the highest of the four bits says that n or more beat it, turned round
     kept = ((beaten >> 3) & 0x01010101,)
     if m == 8:
-        kept = kept + ((beaten >> 7) & 0x01010101,)
+        kept += ((beaten >> 7) & 0x01010101,)
     return kept
 
 
@@ -165,8 +166,8 @@ def masked_words(words, kept, count: tl.constexpr, size: tl.constexpr):  # type:
     left = ()
     for at in tl.static_range(count):
         if size == 4:
-            left = left + (words[at] & -is_kept(kept, at),)
+            left += (words[at] & -is_kept(kept, at),)
         else:
-            bytes_ = kept[at // 2] >> (16 * (at % 2))
-            left = left + (words[at] & ((bytes_ & 1) * 0xFFFF + (bytes_ & 0x100) * 0xFFFF00),)
+            pair = kept[at // 2] >> (16 * (at % 2))
+            left += (words[at] & ((pair & 1) * 0xFFFF + (pair & 0x100) * 0xFFFF00),)
     return left

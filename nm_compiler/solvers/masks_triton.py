@@ -1,3 +1,4 @@
+# mypy: disable-error-code="assignment"
 """Magnitude masks on a GPU in one pass over memory, for `nm_compiler.solvers.masks`.
 
 Entry j of a group has as rank how many entries beat it, those that are larger, and equal ones before it. Where `groups_triton`
@@ -84,8 +85,8 @@ def _rank_apart(source, target, groups, inner, n: tl.constexpr, m: tl.constexpr,
     entries, values = (), ()
     for at in tl.static_range(m):
         bits = tl.load(source + place + at * inner, mask=there, other=0)
-        entries = entries + (bits,)
-        values = values + (bits.to(tl.int32) & (0x7FFFFFFF if size == 4 else 0x7FFF),)
+        entries += (bits,)
+        values += (bits.to(tl.int32) & (0x7FFFFFFF if size == 4 else 0x7FFF),)
     kept = kept_of(values, n, m)
     for at in tl.static_range(m):
         if keep_weight:

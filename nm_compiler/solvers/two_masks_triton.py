@@ -68,7 +68,7 @@ def _mask_and_turn_blocks(source, order, masked, turned, out, inputs, n: tl.cons
     left = ()
     for line in tl.static_range(width):
         own = row_of(words, line, 2 * count)
-        left = left + masked_words(own, kept_of(values_of(own, width, size), n, m), 2 * count, size)
+        left += masked_words(own, kept_of(values_of(own, width, size), n, m), 2 * count, size)
     for line in tl.static_range(width):
         store_words(masked, rows[line] * units + column, there, row_of(left, line, 2 * count), count)
     for entry in tl.static_range(width):

@@ -1,4 +1,4 @@
-"""Pack a masked weight in every step: by `pack_triton`, which runs at the speed of memory, where it writes what the library does.
+"""Pack a masked weight in every step: by a kernel of ours, `pack_triton`, where it writes what the library would.
 
 The layout of a packed weight is the library's own, of its version and of the architecture, and nobody promises it. So a device
 is asked once: a random weight is packed both ways, and unless all bytes agree the library packs everything there.

@@ -45,7 +45,7 @@ def _of_eight(words, n: tl.constexpr, m: tl.constexpr, size: tl.constexpr):  # t
     """Words of eight entries with zeros where they are not among the ``n`` largest of ``m``; m: 2, 4 or 8."""
     v = values_of(words, 8, size)
     kept = ()
-    if m == 8:
+    if m == 8:  # noqa: SIM108 - a line too long
         kept = kept_of(v, n, m)
     else:
         kept = kept_of((v[0], v[1], v[2], v[3]), n, m) + kept_of((v[4], v[5], v[6], v[7]), n, m)
@@ -61,7 +61,7 @@ def _narrow(words, entries: tl.constexpr, size: tl.constexpr, brain: tl.constexp
         for pair in tl.static_range(entries // 2):
             even = _rounded(words[2 * pair], brain).to(tl.int32)
             odd = _rounded(words[2 * pair + 1], brain).to(tl.int32)
-            narrow = narrow + ((even & 0xFFFF) | (odd << 16),)
+            narrow += ((even & 0xFFFF) | (odd << 16),)
     return narrow
 
 
@@ -76,7 +76,7 @@ def _rounded(word, brain: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _pack_rows(source, values, places, out, inputs, n: tl.constexpr, m: tl.constexpr, size: tl.constexpr, brain: tl.constexpr, down: tl.constexpr, across: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
-    """source: int64 ``[out, inputs * size / 8]``; values: int64 ``[out, inputs / 8]``; places: int32; m: 0 if masked already."""
+    """source: int64 ``[out, inputs * size / 8]``; values: int64 ``[out, inputs / 8]``; places: int32; m: 0 if masked."""
     at = tl.arange(0, down * across)
     unit = tl.program_id(1) * across + (at & (across - 1))
     pair = tl.program_id(0).to(tl.int64) * down + at // across
@@ -118,7 +118,7 @@ def _pack_columns(source, order, values, places, out, inputs, n: tl.constexpr, m
     _rows, words = load_rows(source, order, block * lines, unit, units, there, lines, size, ordered)
     left = ()
     for line in tl.static_range(lines):
-        left = left + _of_eight(row_of(words, line, 2 * size), n, m, size)
+        left += _of_eight(row_of(words, line, 2 * size), n, m, size)
     single: tl.constexpr = 2 if lines == 4 else 1  # blocks that share 16 bits
     shift = (4 * (unit & 1) + 8 * ((block // (2 * single)) & 1) + 16 * (block & (single - 1))).to(tl.int32)
     tile = tl.program_id(0).to(tl.int64) * (down // (4 * single)) + tl.arange(0, down // (4 * single))[:, None, None]
