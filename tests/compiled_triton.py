@@ -1,5 +1,5 @@
 # mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
-"""Compile the Triton kernels of training to PTX, for an NVIDIA GPU that need not be there, and print it as JSON, case by case.
+"""Compile the Triton kernels to PTX, for an NVIDIA GPU that need not be there, and print it as JSON, case by case.
 
 As a launch would: tensors begin at multiples of 16 bytes, sizes that are 1 are compiled in. Assembling PTX and running it is
 left to a GPU.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -17,18 +17,28 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from nm_compiler.solvers import live_triton, order_launch, order_triton, rows_triton, select_triton
+from nm_compiler.runtime.cusparselt import pack_triton
+from nm_compiler.solvers import (
+    live_triton,
+    masks_triton,
+    order_launch,
+    order_triton,
+    rows_triton,
+    select_triton,
+    two_masks_triton,
+)
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {"float16": "*fp16", "bfloat16": "*i16", "float32": "*fp32", "float64": "*fp64"}
 
 
-def ptx(kernel: Any, given: dict[str, Any], **options: Any) -> str:
-    """given: the type of every argument, or the number that it is."""
+def ptx(kernel: Any, given: dict[str, Any], multiples: Sequence[str] = (), **options: Any) -> str:
+    """given: the type of every argument, or the number that it is; multiples: names of arguments that are such of 16."""
     backend = make_backend(HOPPER)
     kinds = {name: given[name] if isinstance(given[name], str) else "constexpr" for name in kernel.arg_names}
     fixed = {(at,): given[name] for at, name in enumerate(kinds) if kinds[name] == "constexpr"}
-    aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(kinds.values()) if kind.startswith("*")}
+    whole = [kind.startswith("*") or name in multiples for name, kind in kinds.items()]
+    aligned = {(at,): [["tt.divisibility", 16]] for at, known in enumerate(whole) if known}
     source = ASTSource(kernel, kinds, fixed, aligned)
     chosen = backend.parse_options({"ptx_version": 84, **options})
     stages: dict[str, Any] = {}
@@ -86,5 +96,31 @@ def orders() -> Iterator[tuple[str, str]]:
     yield "kept", ptx(order_triton.kept, {**given, "n": 2, "m": 4, "tall": 4, "width": 512})
 
 
+def in_registers() -> Iterator[tuple[str, str]]:
+    """Masks and packing, groups ranked by a thread each."""
+    sizes = ("units", "groups", "inner", "out", "inputs")
+    whole: dict[str, Any] = dict.fromkeys(sizes, "i32")
+    tensors = dict.fromkeys(("source", "order", "target", "masked", "turned", "values"), "*i64")
+    for n, m, size, target in (
+        (2, 4, 2, "*i32"),
+        (2, 4, 4, "*i64"),
+        (4, 8, 2, "*i64"),
+        (1, 16, 4, "*i64"),
+        (5, 16, 2, "*i64"),
+    ):
+        given = {**whole, **tensors, "n": n, "m": m, "width": m, "size": size, "block": 16384 // (m * size)}
+        given |= {"target": target, "keep_weight": target == "*i64" and size == 4}
+        yield f"neighbours {n}:{m} {size}", ptx(masks_triton._rank_neighbours, given, multiples=sizes)
+    apart = {**whole, "source": "*i16", "target": "*u8", "n": 2, "m": 4, "size": 2, "block": 1024, "keep_weight": False}
+    yield "apart 2:4", ptx(masks_triton._rank_apart, apart, multiples=sizes)
+    for size in (2, 4):
+        given = {**whole, **tensors, "places": "*i32", "n": 2, "m": 4, "size": size, "brain": True, "ordered": True}
+        blocks = {**given, "width": 4, "down": 16, "across": 8}
+        yield f"two masks {size}", ptx(two_masks_triton._mask_and_turn_blocks, blocks, multiples=sizes)
+        yield f"packed rows {size}", ptx(pack_triton._pack_rows, {**given, "down": 16, "across": 8}, multiples=sizes)
+        columns = {**given, "values": "*i32", "lines": 4, "down": 32, "across": 4}
+        yield f"packed columns {size}", ptx(pack_triton._pack_columns, columns, multiples=sizes)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(dict(chain(cases(), orders()))))
+    sys.stdout.write(json.dumps(dict(chain(cases(), orders(), in_registers()))))

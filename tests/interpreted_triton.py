@@ -16,6 +16,7 @@ from torch import Tensor
 from triton_steps import cases, counts
 
 from nm_compiler.pattern import Pattern
+from nm_compiler.runtime.cusparselt.layout import pack_plainly
 from nm_compiler.solvers.magnitude import magnitude_mask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -71,9 +72,9 @@ def two_masks() -> Iterator[tuple[str, bool]]:
 def one_mask() -> Iterator[tuple[str, bool]]:
     from nm_compiler.solvers import masks_triton
 
-    for text in ("2:4", "3:4", "1:16", "2:3"):
+    for text in ("2:4", "3:4", "1:4", "1:2", "4:8", "1:8", "1:16", "5:16", "2:3"):
         pattern = Pattern.parse(text)
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float32) if text in ("2:4", "1:8", "5:16") else (torch.bfloat16,):
             for name, weight in weights(4 * pattern.m, 10 * pattern.m, dtype).items():
                 for axis in (0, 1):
                     wanted = magnitude_mask(weight, pattern.n, pattern.m, axis)
@@ -83,7 +84,34 @@ def one_mask() -> Iterator[tuple[str, bool]]:
                     yield f"one mask {text} {dtype} axis {axis} {name}", same
 
 
+def packed() -> Iterator[tuple[str, bool]]:
+    """Operands for cuSPARSELt, masked before and in the same pass; what is no number has other bits where it is rounded."""
+    from nm_compiler.runtime.cusparselt import pack_triton
+
+    brain, half, single = torch.bfloat16, torch.float16, torch.float32
+    for text, dtype, to in (("2:4", brain, brain), ("2:8", brain, brain), ("1:2", half, half), ("2:4", single, brain)):
+        n, m = Pattern.parse(text).n, Pattern.parse(text).m
+        for name, weight in weights(128, 192, dtype).items():
+            if name == "normal" or (name == "strange" and dtype == to):
+                order = torch.randperm(128)
+                forward, turned = (pack_plainly(each.to(to)) for each in reference(weight, order, n, m))
+                yield (
+                    f"packed {text} {dtype} {name}",
+                    torch.equal(bits(pack_triton.packed(pre(weight, n, m, to))), bits(forward)),
+                )
+                found = pack_triton.packed_forward(weight, n, m, to), pack_triton.packed_backward(weight, order, n, m, to)
+                same = all(torch.equal(bits(a), bits(b)) for a, b in zip(found, (forward, turned), strict=True))
+                yield f"masked and packed {text} {dtype} {name}", same
+    weight = torch.randn(64, 64).to(brain)
+    wanted = pack_plainly(reference(weight, None, 2, 4)[1])
+    yield "packed as it lies", torch.equal(bits(pack_triton.packed_backward(weight, None, 2, 4, brain)), bits(wanted))
+
+
+def pre(weight: Tensor, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    return reference(weight, None, n, m)[0].to(dtype)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    sys.stdout.write(json.dumps(dict(chain(two_masks(), one_mask(), cases(), counts()))))
+    sys.stdout.write(json.dumps(dict(chain(two_masks(), one_mask(), packed(), cases(), counts()))))

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from nm_compiler.ops.products import under_autocast
 from nm_compiler.ops.two_masks import turned_back
+from nm_compiler.runtime.cusparselt.compress import compress
 from nm_compiler.runtime.cusparselt.eligible import machine_of, of_dtype, of_machine, of_sizes, of_tokens
 from nm_compiler.runtime.cusparselt.op import aligned, operand
 
@@ -74,7 +75,11 @@ def _(grad: Tensor, turned: Tensor, order: Tensor | None, least: int, columns: b
 
 def _packed(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """``weight x^T + bias``, ``[.., tokens]``. weight: 2:4 because ``nm::two_masks`` made it, so nothing is checked."""
-    packed = torch._cslt_compress(weight.contiguous())
+    return _multiplied(compress(weight), x, bias)
+
+
+def _multiplied(packed: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The library's product with a packed weight."""
     y: Tensor = torch._cslt_sparse_mm(packed, operand(x), None if bias is None else aligned(bias.contiguous()))
     return y[:, : x.shape[0]]
 
