@@ -3,7 +3,7 @@
     before                                             after
     %w = self.fc.weight            # [out, in], 2:4    %p = self.fc_weight_packed             # 9/16 of the bytes
     %y = aten.linear(%x, %w, %b)   # [..., out]        %t = aten.reshape(%x, [-1, in])        # if it is not 2-D
-                                                       %z = nm.cslt_linear(%t, %p, %b, out, 0, False)
+                                                       %z = nm.cslt_linear(%t, %p, %b, out, in, 0, False)
                                                        %c = aten.contiguous(%z)               # z lies in columns
                                                        %y = aten.reshape(%c, [..., out])
 
@@ -111,7 +111,9 @@ def _rewrite(gm: GraphModule, candidate: Candidate, read: Node, value: Tensor, a
         sizes = [size if isinstance(size, int) else gm.graph.call_function(aten.sym_size.int, (last, axis))
                  for axis, size in enumerate(kept)]  # fmt: skip
         flat = last if len(sizes) == 1 else gm.graph.call_function(aten.reshape.default, (last, [-1, width]))
-        result = call(gm, cslt_linear._opoverload, (flat, read, bias, out, algorithm, algorithm > 0), f"{node.name}_packed")
+        result = call(
+            gm, cslt_linear._opoverload, (flat, read, bias, out, width, algorithm, algorithm > 0), f"{node.name}_packed"
+        )
         if copied and not convolved:
             result = gm.graph.call_function(aten.contiguous.default, (result,))
         if len(sizes) != 1:

@@ -136,12 +136,13 @@ def _measure(
     packed, out = pack(weight), weight.shape[0]
 
     def linear() -> Tensor:
-        result: Tensor = cslt_linear(x.reshape(-1, sizes[-1]), packed, added, out, 0, False)
+        result: Tensor = cslt_linear(x.reshape(-1, sizes[-1]), packed, added, out, sizes[-1], 0, False)
         return result.contiguous()
 
     def convolved() -> Tensor:
         pixels = x.movedim(-3, -1) if plain else unfold_taps(x, *map(list, (at.taps, at.stride, at.sides, at.dilation)))
-        result: Tensor = cslt_linear(pixels.reshape(-1, pixels.shape[-1]), packed, added, out, 0, False)
+        read = pixels.shape[-1]
+        result: Tensor = cslt_linear(pixels.reshape(-1, read), packed, added, out, read, 0, False)
         return result.reshape(*pixels.shape[:-1], out).movedim(-1, -3).contiguous(memory_format=form)
 
     def dense() -> Tensor:
@@ -167,7 +168,7 @@ def _measure_int8(weight: Tensor, sizes: tuple[int, ...], bias: bool) -> Timing:
     packed, scale = pack_int8(weight)
 
     def rounded() -> Tensor:
-        result: Tensor = cslt_linear_int8(x, packed, scale, added, False)
+        result: Tensor = cslt_linear_int8(x, packed, scale, added, sizes[-1], False)
         return result.contiguous()
 
     with torch.no_grad():

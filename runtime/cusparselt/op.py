@@ -28,15 +28,18 @@ ALIGNMENT = 16  # of every pointer, in bytes
 
 
 @torch.library.custom_op("nm::cslt_linear", mutates_args=())
-def cslt_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, algorithm: int, rows: bool) -> Tensor:
+def cslt_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, in_features: int, algorithm: int, rows: bool
+) -> Tensor:
     """``x W^T + b`` with W packed by `nm_compiler.runtime.cusparselt.packing.pack`.
 
     x: ``[tokens, in]``, float16 or bfloat16, of any strides; bias: ``[out]`` or None, same dtype.
+    out_features, in_features: of W, which the packed tensor does not tell: the library pads what it keeps beside the values.
     algorithm: of the library, 0 is its own choice; others from `nm_compiler.runtime.cusparselt.search.search`.
     Returns ``[tokens, out]``: contiguous with ``rows``, else of strides ``(1, tokens)``, tokens rounded up to a multiple of 8.
     Raises NMError for operands that do not fit the packed weight.
     """
-    _check(x, packed, bias, out_features)
+    _check(x, packed, bias, out_features, in_features)
     tokens = x.shape[0]
     if tokens == 0:
         return _result(x, out_features, rows)
@@ -47,8 +50,10 @@ def cslt_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: in
 
 
 @cslt_linear.register_fake
-def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, algorithm: int, rows: bool) -> Tensor:
-    _check(x, packed, bias, out_features)
+def _(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, in_features: int, algorithm: int, rows: bool
+) -> Tensor:
+    _check(x, packed, bias, out_features, in_features)
     return _result(x, out_features, rows)
 
 
@@ -78,19 +83,32 @@ def _result(x: Tensor, out_features: int, rows: bool) -> Tensor:
     return torch.empty_strided((tokens, out_features), (1, padded), dtype=x.dtype, device=x.device)
 
 
-def _check(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> None:
-    given = f"x of {_shown(x)}, a packed weight of {_shown(packed)}"
+def _check(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, inputs: int) -> None:
     if x.ndim != 2:
-        raise NMError(f"nm::cslt_linear takes [tokens, in]: {given}. Flatten the tokens first: x.reshape(-1, x.shape[-1])")
-    if x.dtype not in DTYPES or packed.dtype != x.dtype or x.device != packed.device:
-        raise NMError(f"nm::cslt_linear takes float16 or bfloat16 of one dtype on one device: {given}. Cast x to the weight's")
-    inputs = packed.numel() * 16 // (9 * out_features)
-    if x.shape[1] != inputs:
-        raise NMError(f"nm::cslt_linear: {given}, which was packed from [{out_features}, {inputs}]; x needs {inputs} columns")
-    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype or bias.device != x.device):
         raise NMError(
-            f"nm::cslt_linear: a bias of {_shown(bias)} for {given}; it has to be [{out_features}] of {x.dtype} there too"
+            f"nm::cslt_linear takes [tokens, in]: {_given(x, packed)}. Flatten the tokens first: x.reshape(-1, x.shape[-1])"
         )
+    if x.dtype not in DTYPES or packed.dtype != x.dtype or x.device != packed.device:
+        raise NMError(
+            f"nm::cslt_linear takes float16 or bfloat16 of one dtype on one device: {_given(x, packed)}. "
+            "Cast x to the weight's"
+        )
+    if x.shape[1] != inputs:
+        raise NMError(
+            f"nm::cslt_linear: {_given(x, packed)}, which was packed from [{out}, {inputs}]; x needs {inputs} columns"
+        )
+    if packed.ndim != 2 or packed.shape[0] != out or packed.numel() * 16 < out * inputs * 9:
+        raise NMError(
+            f"nm::cslt_linear: {_given(x, packed)} does not hold [{out}, {inputs}]: pack that weight, and say its sizes"
+        )
+    if bias is not None and (tuple(bias.shape) != (out,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise NMError(
+            f"nm::cslt_linear: a bias of {_shown(bias)} for {_given(x, packed)}; it has to be [{out}] of {x.dtype} there too"
+        )
+
+
+def _given(x: Tensor, packed: Tensor) -> str:
+    return f"x of {_shown(x)}, a packed weight of {_shown(packed)}"
 
 
 def _shown(tensor: Tensor) -> str:
