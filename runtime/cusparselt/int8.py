@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nm_compiler.errors import NMError
+from nm_compiler.runtime.cusparselt.direct import binding
 from nm_compiler.runtime.cusparselt.eligible import multiple_of
 from nm_compiler.runtime.cusparselt.op import DTYPES
 from nm_compiler.runtime.cusparselt.unfold import matrix_of
@@ -67,7 +68,12 @@ def cslt_linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | No
     step = (x.abs().amax().float() / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
     whole = (x.float() / step).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
     whole = functional.pad(whole, (0, 0, 0, -tokens % TOKENS)).contiguous()
-    y = torch._cslt_sparse_mm(packed, whole.t(), alpha=scale * step, out_dtype=x.dtype, transpose_result=rows)
+    direct, alpha = binding(x.device), (scale * step).contiguous()
+    y = None
+    if direct is not None:
+        y = direct.product(packed, whole.t(), None, out, rows=rows, alpha=alpha, result=x.dtype)
+    if y is None:
+        y = torch._cslt_sparse_mm(packed, whole.t(), alpha=alpha, out_dtype=x.dtype, transpose_result=rows)
     if bias is not None:
         y = y.add_(bias if rows else bias.unsqueeze(1))
     return y.as_strided_((tokens, out), (out, 1) if rows else (1, y.shape[1]))
