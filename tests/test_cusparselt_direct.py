@@ -3,19 +3,27 @@
 
 import gc
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cusparselt_library import CONFIGS, FAILING, REFUSED, STREAM, FakeFunctions, direct
+from cusparselt_library import CONFIGS, FAILING, REFUSED, STREAM, WRONG, FakeFunctions, direct
 from cusparselt_standin import install
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from nm_compiler.capture import capture_mode
 from nm_compiler.errors import NMError
-from nm_compiler.runtime.cusparselt import int8, library, op
+from nm_compiler.graph import run, show_graph
+from nm_compiler.passes import lower_cusparselt as lowering
+from nm_compiler.passes.lower_cusparselt import lower_cusparselt
+from nm_compiler.pattern import PatternMap
+from nm_compiler.runtime.cusparselt import int8, library, op, trials
+from nm_compiler.runtime.cusparselt import search as searching
 from nm_compiler.runtime.cusparselt.algorithm import Algorithm
 from nm_compiler.runtime.cusparselt.direct import Direct, binding
+from nm_compiler.runtime.cusparselt.eligible import Machine
 from nm_compiler.runtime.cusparselt.int8 import cslt_linear_int8, pack_int8
 from nm_compiler.runtime.cusparselt.library import Library, Structs, found, opened
 from nm_compiler.runtime.cusparselt.op import cslt_linear, multiply
@@ -23,6 +31,8 @@ from nm_compiler.runtime.cusparselt.packing import pack
 from nm_compiler.runtime.cusparselt.plan import CONFIGS as HOW_MANY
 from nm_compiler.runtime.cusparselt.plan import Plan, Problem
 from nm_compiler.runtime.cusparselt.plans import Plans
+from nm_compiler.runtime.cusparselt.search import search
+from nm_compiler.sites import find
 from nm_compiler.solvers.masks import masked
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -255,6 +265,143 @@ def test_torch_is_given_the_slices_of_an_algorithm_too(by_torch: Any) -> None:
         multiply(packed, x, None, 32, rows=True, algorithm=code)
     given = [(call["alg_id"], call.get("split_k"), call.get("split_k_mode")) for call in by_torch]
     assert given == [(3, None, None), (3, 2, -1), (3, 2, 1)]
+
+
+# --- the search
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, functions: FakeFunctions) -> dict[int, float]:
+    """Seconds by configuration of whatever was launched last, 1 for those that are not named; None is the library's choice."""
+    seconds: dict[Any, float] = {}
+
+    def timed(work: Any, device: Any) -> float:
+        work()
+        numbers = functions.launches[-1]["numbers"]
+        return seconds.get((numbers.get(0), numbers.get(3, 0)), seconds.get(numbers.get(0), 1.0))
+
+    monkeypatch.setattr(trials, "_seconds", timed)
+    monkeypatch.setattr(searching, "binding", op.binding)
+    return seconds
+
+
+def searched(rows: bool = True, **options: Any) -> int:
+    weight, bias = sparse(256, 272), torch.randn(256).half()
+    return search(weight, pack(weight), torch.randn(261, 272).half(), bias, rows=rows, **options)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("activation", ["", "relu"])
+def test_the_fastest_configuration_with_the_right_numbers_is_taken(
+    clock: Any, by_torch: Any, rows: bool, activation: str
+) -> None:
+    clock.update({2: 0.5, 1: 0.7, WRONG: 0.1, REFUSED: 0.1, FAILING: 0.1})
+    assert searched(rows, activation=activation) == 2
+    assert by_torch == []
+
+
+def test_configuration_0_by_name_is_not_the_librarys_choice(clock: Any) -> None:
+    clock.update({0: 0.5})
+    assert Algorithm.of(searched()) == (0, 1, 0)
+
+
+def test_the_librarys_choice_stays_where_nothing_beats_it_by_more_than_noise(clock: Any) -> None:
+    clock.update({2: 0.99})
+    assert searched() == 0
+
+
+def test_slices_of_the_reduction_axis_are_tried_if_asked_for(clock: Any) -> None:
+    clock.update({2: 0.5, (2, 4): 0.3})
+    assert searched() == 2
+    assert Algorithm.of(searched(splits=(2, 4))) == (2, 4, 1)
+
+
+def test_on_a_cpu_real_time_is_taken_and_where_there_is_no_plan_nothing_is_searched(functions: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(searching, "binding", op.binding)
+    assert searched() >= 0
+    functions.refuses.add("cusparseLtMatmulPlanInit")
+    assert searched() == 0
+
+
+# --- the pass
+
+
+class Net(nn.Module):
+    """Activations that are a product's own, one that something else reads too, and one behind a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(16, 32), nn.Linear(32, 32, bias=False), nn.Linear(32, 32)
+        self.conv = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(x)).flatten(2).transpose(1, 2)
+        x = torch.relu(self.first(x))
+        x = self.second(x).relu_()
+        y = self.third(x)
+        return torch.relu(y) + y
+
+
+def lowered(**options: Any) -> tuple[nn.Module, Any]:
+    model = Net().eval().half()
+    gm, _ = capture_mode(model, (torch.randn(2, 16, 4, 2).half(),), {}, training=False)
+    sites = {site.name: site for site in find(model, [gm], PatternMap.parse("2:4"), include=["*"]).sites}
+    with torch.no_grad():
+        for name in sites:
+            model.get_parameter(name).copy_(masked(model.get_parameter(name).float(), pattern="2:4", axis=1))
+    options = {"machine": Machine("cuda", (9, 0), 800), "min_tokens": 0} | options
+    return model, run(gm, [lambda each: lower_cusparselt(each, sites_by_read=sites, **options)])
+
+
+def test_a_relu_that_alone_reads_a_product_is_computed_with_it(
+    functions: Any, by_torch: Any, monkeypatch: Any, golden: Callable[[str, str], None]
+) -> None:
+    monkeypatch.setattr(lowering, "binding", op.binding)
+    model, gm = lowered()
+    for batch in (2, 3):
+        x = torch.randn(batch, 16, 4, 2).half()
+        found, wanted = gm(x)[0], model(x)
+        torch.testing.assert_close(found, wanted, **CLOSE)
+        assert found.stride() == wanted.stride()
+    assert [launch["attributes"].get(0, 0) for launch in functions.launches] == [1, 1, 1, 0] * 2
+    assert by_torch == []
+    golden("lower_cusparselt_relu", show_graph(gm))
+
+
+def test_without_the_library_a_relu_stays_a_node_unless_it_is_asked_for_and_the_numbers_are_the_same(by_torch: Any) -> None:
+    model, gm = lowered()
+    assert count_relus(gm) == 4
+    x = torch.randn(2, 16, 4, 2).half()
+    torch.testing.assert_close(gm(x)[0], model(x), **CLOSE)
+    model, gm = lowered(fuse=True)
+    assert count_relus(gm) == 1
+    torch.testing.assert_close(gm(x)[0], model(x), **CLOSE)
+    assert len(by_torch) == 8
+
+
+def test_a_relu_can_be_left_a_node(functions: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(lowering, "binding", op.binding)
+    assert count_relus(lowered(fuse=False)[1]) == 4
+
+
+def test_an_algorithm_is_searched_with_the_activation_it_will_run_with(functions: Any, monkeypatch: Any) -> None:
+    asked: list[str] = []
+
+    def search_algorithm(*_: Any, activation: str, **__: Any) -> int:
+        asked.append(activation)
+        return 2
+
+    monkeypatch.setattr(lowering, "binding", op.binding)
+    monkeypatch.setattr(lowering, "search_algorithm", search_algorithm)
+    model, gm = lowered(search=True)
+    x = torch.randn(2, 16, 4, 2).half()
+    torch.testing.assert_close(gm(x)[0], model(x), **CLOSE)
+    assert asked == ["relu", "relu", "relu", ""]
+    assert {launch["numbers"][0] for launch in functions.launches} == {2}
+
+
+def count_relus(gm: Any) -> int:
+    return sum(node.target in (torch.ops.aten.relu.default, torch.ops.aten.relu_.default) for node in gm.graph.nodes)
 
 
 # --- the library itself

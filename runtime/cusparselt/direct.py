@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nm_compiler.runtime.cusparselt.library import Library, found
-from nm_compiler.runtime.cusparselt.plan import Plan, Problem
+from nm_compiler.runtime.cusparselt.plan import CONFIGS, Problem
 from nm_compiler.runtime.cusparselt.plans import MOST, Plans
 
 
@@ -52,27 +52,34 @@ class Direct:
                 return self.product(
                     packed, dense, bias, out, rows=rows, algorithm=algorithm, activation=activation, alpha=alpha, result=result
                 )
-        inputs, tokens = dense.shape
-        dtype = dense.dtype
-        at = 0 if bias is None else bias.data_ptr()
-        problem = Problem(
-            device, dtype, result or dtype, out, inputs, tokens, dense.is_contiguous(), rows, algorithm, activation, at,
-            alpha is not None,
-        )  # fmt: skip
+        problem = self.problem(dense, bias, out, rows, algorithm, activation, result, alpha is not None)
         plan = self.plans.find(problem)
         if plan is None:
             return None
-        y = dense.new_empty((tokens, out) if rows else (out, tokens), dtype=problem.result)
+        y = dense.new_empty((problem.tokens, out) if rows else (out, problem.tokens), dtype=problem.result)
         scratch = dense.new_empty(plan.workspace, dtype=torch.uint8) if plan.workspace else None
         plan.launch(
             packed.data_ptr(), dense.data_ptr(), y.data_ptr(), 0 if scratch is None else scratch.data_ptr(),
-            self._stream(device), 0 if alpha is None else alpha.data_ptr(),
+            self._stream(problem.device), 0 if alpha is None else alpha.data_ptr(),
         )  # fmt: skip
         return y
 
-    def plan(self, problem: Problem) -> Plan | None:
-        """The plan of a problem on the current device; None if refused."""
-        return self.plans.find(problem)
+    def problem(
+        self, dense: Tensor, bias: Tensor | None, out: int, rows: bool, algorithm: int = 0, activation: str = "",
+        result: torch.dtype | None = None, scaled: bool = False,
+    ) -> Problem:  # fmt: skip
+        """What `product` makes its plan for; the arguments are the same."""
+        inputs, tokens = dense.shape
+        at = 0 if bias is None else bias.data_ptr()
+        return Problem(
+            dense.get_device(), dense.dtype, result or dense.dtype, out, inputs, tokens, dense.is_contiguous(), rows,
+            algorithm, activation, at, scaled,
+        )  # fmt: skip
+
+    def configurations(self, problem: Problem) -> int:
+        """How many the library has for a problem on the current device; 0 if it refuses it."""
+        plan = self.plans.find(problem)
+        return 0 if plan is None else plan.read(CONFIGS)
 
 
 def binding(device: torch.device) -> Direct | None:
