@@ -42,7 +42,7 @@ class Plans:
         try:
             plan = Plan(self._library, self._handle(problem.device), problem)
         except Refused as why:
-            logging.getLogger(__name__).info("torch's own call takes over for %s: %s", problem, why)
+            logging.getLogger(__name__).info("cuSPARSELt has no plan for %s: %s", problem, why)
         self._plans[problem] = plan
         while len(self._plans) > self._most:
             oldest = self._plans.popitem(last=False)[1]
