@@ -19,6 +19,7 @@ from nm_compiler.pattern import matches
 from nm_compiler.runtime.backends.base import Backend, Job, Result
 from nm_compiler.runtime.choose import Choices, Timing, key_of, side_by_side
 from nm_compiler.runtime.cusparselt.candidates import Candidate, candidates
+from nm_compiler.runtime.cusparselt.direct import binding
 from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, int8_reasons, machine_of, of_machine
 from nm_compiler.runtime.cusparselt.int8 import PACKED_SHARE as INT8_SHARE
 from nm_compiler.runtime.cusparselt.int8 import cslt_linear_int8, pack_int8
@@ -121,6 +122,8 @@ def _timed(job: Job, product: Product, candidate: Candidate, choices: Choices, e
     geometry = candidate.product.geometry
     if geometry is not None and not geometry.plain:
         facts["geometry"] = geometry
+    if binding(weight.device) is not None:  # what was measured with torch's call says nothing of it
+        facts["direct"] = True
     if eight:
         facts["int8"] = True
         return choices.find(key_of(weight.device, kernel=KERNEL, **facts), partial(_measure_int8, weight, sizes, bias))
