@@ -3,7 +3,7 @@
     before                                             after
     %w = self.fc.weight            # [out, in], 2:4    %p = self.fc_weight_packed             # 9/16 of the bytes
     %y = aten.linear(%x, %w, %b)   # [..., out]        %t = aten.reshape(%x, [-1, in])        # if it is not 2-D
-                                                       %z = nm.cslt_linear(%t, %p, %b, out, 0, False)
+                                                       %z = nm.cslt_linear(%t, %p, %b, out, in, 0, False)
                                                        %c = aten.contiguous(%z)               # z lies in columns
                                                        %y = aten.reshape(%c, [..., out])
 
@@ -13,6 +13,9 @@
     the same with 3x3 taps, stride   # and unfold=True %q = nm.unfold_taps(%x, [3, 3], ..)  # [.., H', W', 9 in]
     or padding                                         ...   # as above
 
+    %r = aten.relu(%y)             # its only reader   %z = nm.cslt_linear(%t, %p, %b, out, in, 0, False, 'relu')
+
+The last only where the library is called directly (`nm_compiler.runtime.cusparselt.direct`): torch's call has no activations.
 The copy into rows is left out where the result goes through elementwise ops to other packed products only
 (`nm_compiler.runtime.cusparselt.consumers`), and where a searched algorithm writes rows itself. Everyone else finds
 results laid out as they were when the graph was traced. The model is not touched; packed weights are constants of the graph.
@@ -32,6 +35,7 @@ from nm_compiler.evaluate import value_of
 from nm_compiler.rewrite import call, constant
 from nm_compiler.runtime.cusparselt.candidates import LINEAR, Candidate, candidates
 from nm_compiler.runtime.cusparselt.consumers import between, leave_in_columns
+from nm_compiler.runtime.cusparselt.direct import binding
 from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, Machine
 from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import pack
@@ -41,6 +45,7 @@ from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.sites import Site
 
 aten = torch.ops.aten
+RELUS = (aten.relu.default, aten.relu_.default)
 
 
 def lower_cusparselt(
@@ -52,12 +57,14 @@ def lower_cusparselt(
     machine: Machine | None = None,
     min_tokens: int = MIN_TOKENS,
     unfold: bool = False,
+    fuse: bool | None = None,
 ) -> GraphModule:
     """Lower every product without a reason against it, unless ``choose(node)`` says no.
 
     gm: frozen and cast to float16 or bfloat16, on the GPU; sites_by_read: what a ``get_attr`` node reads -> its site.
     search: let the library look for a faster algorithm, for as many tokens as the example had; it runs on the GPU.
     machine, min_tokens, unfold: as for `nm_compiler.runtime.cusparselt.candidates.candidates`, which lists the reasons.
+    fuse: whether a relu that alone reads a product becomes part of it; None to do so where the library is called directly.
     """
     found = candidates(gm, sites_by_read, machine=machine, min_tokens=min_tokens, unfold=unfold)
     chosen = {each.node: each for each in found if not each.reasons and (choose is None or choose(each.node))}
@@ -66,13 +73,24 @@ def lower_cusparselt(
     columns = {node: between(node, chosen) if node.target is LINEAR else None for node in chosen}
     for node, candidate in chosen.items():
         read, value, packed = _packed(gm, candidate.weight, weights)
-        algorithm = _searched(gm, candidate, value, packed) if search else 0
+        relu = _relu(node) if fuse or (fuse is None and binding(value.device) is not None) else None
+        activation = "" if relu is None else "relu"
+        algorithm = _searched(gm, candidate, value, packed, activation) if search else 0
         stays = columns[node] if not algorithm else None
-        result = _rewrite(gm, candidate, read, value, algorithm, copied=not algorithm and stays is None)
+        result = _rewrite(gm, candidate, read, value, algorithm, activation, copied=not algorithm and stays is None)
+        if relu is not None:
+            relu.replace_all_uses_with(result)
+            gm.graph.erase_node(relu)
         if stays is not None:
-            moved.update((result, *stays))
+            moved.update((result, *(each for each in stays if each is not relu)))
     leave_in_columns(moved)
     return gm
+
+
+def _relu(node: Node) -> Node | None:
+    """The relu that alone reads a product."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target in RELUS else None
 
 
 def _packed(gm: GraphModule, weight: Node, known: dict[Any, tuple[Node, Tensor, Tensor]]) -> tuple[Node, Tensor, Tensor]:
@@ -86,16 +104,19 @@ def _packed(gm: GraphModule, weight: Node, known: dict[Any, tuple[Node, Tensor, 
     return known[key]
 
 
-def _searched(gm: GraphModule, candidate: Candidate, value: Tensor, packed: Tensor) -> int:
+def _searched(gm: GraphModule, candidate: Candidate, value: Tensor, packed: Tensor, activation: str) -> int:
     if candidate.product.tokens is None:
         return 0
     bias = candidate.node.args[2] if len(candidate.node.args) > 2 else None
     x = torch.randn(candidate.product.tokens, value.shape[1], device=value.device, dtype=value.dtype)
     with torch.no_grad():
-        return search_algorithm(value, packed, x, None if bias is None else value_of(gm, bias), rows=True)
+        added = None if bias is None else value_of(gm, bias)
+        return search_algorithm(value, packed, x, added, rows=True, activation=activation)
 
 
-def _rewrite(gm: GraphModule, candidate: Candidate, read: Node, value: Tensor, algorithm: int, *, copied: bool) -> Node:
+def _rewrite(
+    gm: GraphModule, candidate: Candidate, read: Node, value: Tensor, algorithm: int, activation: str, *, copied: bool
+) -> Node:
     node = candidate.node
     data: Any = node.args[0]
     out, width = value.shape
@@ -111,7 +132,8 @@ def _rewrite(gm: GraphModule, candidate: Candidate, read: Node, value: Tensor, a
         sizes = [size if isinstance(size, int) else gm.graph.call_function(aten.sym_size.int, (last, axis))
                  for axis, size in enumerate(kept)]  # fmt: skip
         flat = last if len(sizes) == 1 else gm.graph.call_function(aten.reshape.default, (last, [-1, width]))
-        result = call(gm, cslt_linear._opoverload, (flat, read, bias, out, algorithm, algorithm > 0), f"{node.name}_packed")
+        given = (flat, read, bias, out, width, algorithm, algorithm > 0, *((activation,) if activation else ()))
+        result = call(gm, cslt_linear._opoverload, given, f"{node.name}_packed")
         if copied and not convolved:
             result = gm.graph.call_function(aten.contiguous.default, (result,))
         if len(sizes) != 1:

@@ -3,7 +3,7 @@
     before                                             after
     %w = self.fc.weight            # [out, in], 2:4    %p = self.fc_weight_int8           # int8, packed: 5/16 of the bytes
     %y = aten.linear(%x, %w, %b)   # [tokens, out]     %s = self.fc_weight_scale          # f32 [out]
-                                                       %z = nm.cslt_linear_int8(%x, %p, %s, %b, False)
+                                                       %z = nm.cslt_linear_int8(%x, %p, %s, %b, in, False)
                                                        %y = aten.contiguous(%z)           # z lies in columns
 
 It runs behind `flatten_tokens` and before `lower_cusparselt`, which then takes what is left. Not a rewrite that keeps the
@@ -42,8 +42,9 @@ def lower_int8(gm: GraphModule, *, found: Iterable[Candidate], choose: Callable[
                     constant(gm, f"{weight.name}_scale", scale),
                 )
         bias: Any = node.args[2] if len(node.args) > 2 else None
+        given = (node.args[0], *packed[weight], bias, each.product.shape[1], False)
         with gm.graph.inserting_before(node):
-            columns = call(gm, cslt_linear_int8._opoverload, (node.args[0], *packed[weight], bias, False), f"{node.name}_int8")
+            columns = call(gm, cslt_linear_int8._opoverload, given, f"{node.name}_int8")
             result = gm.graph.call_function(aten.contiguous.default, (columns,))
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)

@@ -2,7 +2,8 @@
 """What torch does for cuSPARSELt, on a CPU: a packed weight really holds half of the values and where they were, nothing else.
 
 It takes what the library takes and refuses what it refuses, and what torch would misread without a word. The real layout of
-the packed bytes is another; their number is the same.
+the packed bytes is another; their number is the same, as far as we saw it (0.8.0, 16 bits): all values, then the places in
+whole tiles of 64 by 64, then what is missing to whole elements for every output channel.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 DTYPES = (torch.float16, torch.bfloat16)
 
 
 def compress(matrix: Tensor) -> Tensor:
-    """``[out, in]`` -> ``[out, in * 9 / 16]`` (int8: 10 / 16): kept values, then two bits each. A third of four is dropped."""
+    """``[out, in]`` -> ``[out, ..]``: kept values, then two bits each, padded. A third of four is dropped."""
     assert matrix.ndim == 2
     assert matrix.is_contiguous(), "torch does not look at strides"
     assert matrix.dtype in (*DTYPES, torch.int8), "Unsupported dtype for cuSPARSELt compressed matrix"
@@ -27,7 +29,10 @@ def compress(matrix: Tensor) -> Tensor:
     values = groups.gather(-1, kept).flatten(1)
     places = kept.flatten(1).unflatten(1, (-1, 4)).to(torch.uint8)
     bytes_ = sum(places[..., i] << 2 * i for i in range(4))
-    return torch.cat([values, bytes_.view(matrix.dtype)], 1)
+    (out, inputs), tile = matrix.shape, 64
+    tiled = functional.pad(bytes_, (0, (-inputs % tile) // 8, 0, -out % tile), value=255)
+    flat = torch.cat([values.flatten(), tiled.flatten().view(matrix.dtype)])
+    return functional.pad(flat, (0, -flat.numel() % out)).view(out, -1)
 
 
 def sparse_mm(
@@ -79,9 +84,12 @@ def _int8_mm(packed: Tensor, dense: Tensor, alpha: Tensor, out_dtype: torch.dtyp
 
 def unpacked(packed: Tensor, inputs: int) -> Tensor:
     """The matrix that a packed one stands for."""
-    values, rest = packed[:, : inputs // 2], packed[:, inputs // 2 :].contiguous().view(torch.uint8)
+    (out, flat), tile = (packed.shape[0], packed.flatten()), 64
+    kept = out * inputs // 2
+    values, rows, wide = flat[:kept].view(out, -1), -(-out // tile) * tile, -(-inputs // tile) * tile // 8
+    rest = flat[kept:].view(torch.uint8)[: rows * wide].view(rows, wide)[:out, : inputs // 8]
     places = torch.stack([(rest >> 2 * i) & 3 for i in range(4)], -1).flatten(1).unflatten(1, (-1, 2)).long()
-    empty = torch.zeros(packed.shape[0], inputs // 4, 4, dtype=packed.dtype)
+    empty = torch.zeros(out, inputs // 4, 4, dtype=packed.dtype)
     return empty.scatter(-1, places, values.unflatten(1, (-1, 2))).flatten(1)
 
 

@@ -60,7 +60,7 @@ def test_the_product_is_the_dense_one_with_the_zeros(
     calls: Any, dtype: torch.dtype, rows: bool, tokens: int, biased: bool
 ) -> None:
     weight, x, bias = sparse(32, 48, dtype), torch.randn(tokens, 48).to(dtype), torch.randn(32).to(dtype) if biased else None
-    y = cslt_linear(x, pack(weight), bias, 32, 0, rows)
+    y = cslt_linear(x, pack(weight), bias, 32, 48, 0, rows)
     torch.testing.assert_close(y, functional.linear(x, weight, bias), **CLOSE)
     padded = -(-tokens // 8) * 8
     assert y.stride() == ((32, 1) if rows else (1, padded))
@@ -78,7 +78,9 @@ def test_inputs_of_any_strides_are_read_right_and_the_layouts_of_the_library_wit
         "one for all": base[:1, :32].expand(16, 32),
     }  # fmt: skip
     for name, x in given.items():
-        torch.testing.assert_close(cslt_linear(x, packed, None, 16, 0, rows), functional.linear(x, weight), **CLOSE, msg=name)
+        torch.testing.assert_close(
+            cslt_linear(x, packed, None, 16, 32, 0, rows), functional.linear(x, weight), **CLOSE, msg=name
+        )
         if name in ("rows", "columns"):
             assert calls[-1]["address"] == x.data_ptr(), name
             assert calls[-1]["contiguous"] is (name == "columns")
@@ -88,7 +90,7 @@ def test_inputs_of_any_strides_are_read_right_and_the_layouts_of_the_library_wit
 def test_a_bias_of_any_stride_and_place_is_read_right(calls: Any, rows: bool) -> None:
     weight, x, base = sparse(16, 32), torch.randn(9, 32).half(), torch.randn(40).half()
     for bias in (base[1:17], base[:32:2], base[:1].expand(16)):
-        found = cslt_linear(x, pack(weight), bias, 16, 0, rows)
+        found = cslt_linear(x, pack(weight), bias, 16, 32, 0, rows)
         torch.testing.assert_close(found, functional.linear(x, weight, bias), **CLOSE)
 
 
@@ -97,14 +99,14 @@ def test_a_bias_of_any_stride_and_place_is_read_right(calls: Any, rows: bool) ->
 def test_results_may_be_written_into_with_gradients_on(calls: Any, rows: bool, tokens: int) -> None:
     weight, bias = sparse(16, 32), nn.Parameter(torch.randn(16).half())
     x = torch.randn(tokens, 32).half().requires_grad_()
-    y = cslt_linear(x, pack(weight), bias, 16, 0, rows).view(1, tokens, 16).relu_()
+    y = cslt_linear(x, pack(weight), bias, 16, 32, 0, rows).view(1, tokens, 16).relu_()
     torch.testing.assert_close(y, functional.linear(x, weight, bias).relu()[None], **CLOSE)
 
 
 @LAYOUTS
 def test_no_tokens_at_all_give_no_rows(calls: Any, rows: bool) -> None:
     packed = pack(sparse(16, 32))
-    y = cslt_linear(torch.empty(0, 32, dtype=torch.float16), packed, None, 16, 0, rows)
+    y = cslt_linear(torch.empty(0, 32, dtype=torch.float16), packed, None, 16, 32, 0, rows)
     assert y.shape == (0, 16)
     assert calls == []
 
@@ -114,7 +116,7 @@ def test_no_tokens_at_all_give_no_rows(calls: Any, rows: bool) -> None:
 def test_opcheck_passes_so_shapes_and_strides_are_those_of_the_fake_kernel(calls: Any, rows: bool, tokens: int) -> None:
     packed = pack(sparse(16, 32))
     for x in (torch.randn(tokens, 32).half(), torch.randn(32, tokens).half().t()):
-        torch.library.opcheck(torch.ops.nm.cslt_linear, (x, packed, torch.randn(16).half(), 16, 0, rows))
+        torch.library.opcheck(torch.ops.nm.cslt_linear, (x, packed, torch.randn(16).half(), 16, 32, 0, rows))
 
 
 @LAYOUTS
@@ -122,8 +124,8 @@ def test_opcheck_passes_so_shapes_and_strides_are_those_of_the_fake_kernel(calls
 def test_on_a_fake_gpu_the_op_says_shape_strides_and_device(rows: bool, dtype: torch.dtype) -> None:
     with FakeTensorMode():
         packed = torch.empty(64, 18, dtype=dtype, device="cuda")
-        y = cslt_linear(torch.empty(13, 32, dtype=dtype, device="cuda"), packed, None, 64, 0, rows)
-        z = cslt_linear(torch.relu(y), torch.empty(16, 36, dtype=dtype, device="cuda"), None, 16, 0, True)
+        y = cslt_linear(torch.empty(13, 32, dtype=dtype, device="cuda"), packed, None, 64, 32, 0, rows)
+        z = cslt_linear(torch.relu(y), torch.empty(16, 36, dtype=dtype, device="cuda"), None, 16, 64, 0, True)
     assert (y.shape, y.device.type, y.dtype) == ((13, 64), "cuda", dtype)
     assert y.stride() == ((64, 1) if rows else (1, 16))
     assert (z.shape, z.stride()) == ((13, 16), (16, 1))
@@ -136,15 +138,26 @@ def test_on_a_fake_gpu_the_op_says_shape_strides_and_device(rows: bool, dtype: t
         ({"x": torch.zeros(4, 32)}, "takes float16 or bfloat16 of one dtype"),
         ({"x": torch.zeros(4, 32).bfloat16()}, "takes float16 or bfloat16 of one dtype"),
         ({"x": torch.zeros(4, 48).half()}, r"packed from \[16, 32\]; x needs 32 columns"),
+        ({"packed": torch.zeros(16, 17).half()}, r"does not hold \[16, 32\]: pack that weight"),
+        ({"packed": torch.zeros(32, 36).half()}, r"does not hold \[16, 32\]: pack that weight"),
         ({"bias": torch.zeros(15).half()}, r"a bias of \[15\] .* it has to be \[16\]"),
         ({"bias": torch.zeros(16)}, r"a bias of \[16\] \(float32, cpu\)"),
     ],
-    ids=["rank", "dtype", "other half", "columns", "bias shape", "bias dtype"],
+    ids=[
+        "rank",
+        "dtype",
+        "other half",
+        "columns",
+        "packed too small",
+        "packed from other outputs",
+        "bias shape",
+        "bias dtype",
+    ],
 )
 def test_operands_that_do_not_fit_are_refused_before_the_library_sees_them(calls: Any, change: Any, says: str) -> None:
-    given = {"x": torch.zeros(4, 32).half(), "bias": None} | change
+    given = {"x": torch.zeros(4, 32).half(), "bias": None, "packed": pack(sparse(16, 32))} | change
     with pytest.raises(NMError, match=says):
-        cslt_linear(given["x"], pack(sparse(16, 32)), given["bias"], 16, 0, True)
+        cslt_linear(given["x"], given["packed"], given["bias"], 16, 32, 0, True)
     assert calls == []
 
 
@@ -154,8 +167,8 @@ def test_torch_compile_takes_it_whole_at_any_number_of_tokens(calls: Any, rows: 
     packed, bias = (pack(first), pack(second)), torch.randn(32).half()
 
     def net(x: Tensor) -> Tensor:
-        hidden = functional.gelu(cslt_linear(x * 2, packed[0], bias, 32, 0, rows))
-        return cslt_linear(hidden, packed[1], None, 16, 0, rows).softmax(-1)
+        hidden = functional.gelu(cslt_linear(x * 2, packed[0], bias, 32, 16, 0, rows))
+        return cslt_linear(hidden, packed[1], None, 16, 32, 0, rows).softmax(-1)
 
     compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (8, 13, 32):
@@ -170,11 +183,15 @@ def test_torch_compile_takes_it_whole_at_any_number_of_tokens(calls: Any, rows: 
 
 @HALVES
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8"])
-def test_a_packed_weight_takes_nine_sixteenths_and_keeps_every_value(calls: Any, dtype: torch.dtype, pattern: str) -> None:
+def test_a_packed_weight_keeps_every_value_in_nine_sixteenths_and_small_ones_in_more(
+    calls: Any, dtype: torch.dtype, pattern: str
+) -> None:
+    for out, inputs, width in ((64, 128, 72), (48, 80, 51), (64, 288, 164), (64, 32, 20)):
+        assert pack(sparse(out, inputs, dtype, pattern)).shape == (out, width)
     weight = sparse(32, 64, dtype, pattern)
     for given in (weight, weight[:, :, None, None], weight.t().contiguous().t(), nn.Parameter(weight)):
         packed = pack(given)
-        assert packed.numel() * 16 == weight.numel() * 9
+        assert packed.numel() * 16 >= weight.numel() * 9
         assert not packed.requires_grad
         assert torch.equal(unpacked(packed, 64), weight)
 
@@ -271,28 +288,38 @@ def test_the_winner_of_the_search_is_taken_if_it_computes_what_the_dense_product
     calls: Any, monkeypatch: Any, answer: Any
 ) -> None:
     asked = offer(monkeypatch, answer)
-    weight, x, bias = sparse(32, 16), torch.randn(13, 16).half(), torch.randn(32).half()
+    weight, x, bias = sparse(272, 256), torch.randn(261, 256).half(), torch.randn(272).half()
     assert search(weight, pack(weight), x, bias, rows=True) == 3
-    assert asked == [((16, 16), True)]
+    assert asked == [((256, 264), True)]
     assert [call["alg_id"] for call in calls] == [3] * 5
 
 
 def test_a_winner_that_computes_something_else_is_dropped_with_a_warning(calls: Any, monkeypatch: Any, caplog: Any) -> None:
     offer(monkeypatch, (7, 1, -1, 9))
-    weight = sparse(32, 16)
-    assert search(weight, pack(weight), torch.randn(16, 16).half(), None, rows=False) == 0
-    assert "algorithm 7 of cuSPARSELt computes something else for [32, 16] and 16 tokens" in caplog.text
+    weight = sparse(256, 272)
+    assert search(weight, pack(weight), torch.randn(256, 272).half(), None, rows=False) == 0
+    assert "algorithm 7 of cuSPARSELt computes something else for [256, 272] and 256 tokens" in caplog.text
 
 
 def test_without_a_search_or_with_one_that_fails_the_default_algorithm_stays(calls: Any, monkeypatch: Any) -> None:
-    weight = sparse(32, 16)
-    packed, x = pack(weight), torch.randn(16, 16).half()
+    weight = sparse(256, 256)
+    packed, x = pack(weight), torch.randn(256, 256).half()
     offer(monkeypatch, RuntimeError("CUSPARSE_STATUS_NOT_SUPPORTED"))
     assert search(weight, packed, x, None, rows=True) == 0
     monkeypatch.setattr(torch._C, "_cusparselt", None)
     monkeypatch.delattr(torch, "_cslt_sparse_mm_search")
     assert search(weight, packed, x, None, rows=True) == 0
     assert calls == []
+
+
+@pytest.mark.parametrize(("out", "inputs", "tokens"), [(256, 64, 45), (240, 256, 256), (256, 240, 256), (256, 256, 255)])
+def test_a_small_product_is_never_searched_because_that_was_seen_to_lose_the_gpu(
+    calls: Any, monkeypatch: Any, out: int, inputs: int, tokens: int
+) -> None:
+    asked = offer(monkeypatch, (3, 1, -1, 9))
+    weight = sparse(out, inputs)
+    assert search(weight, pack(weight), torch.randn(tokens, inputs).half(), None, rows=True) == 0
+    assert asked == calls == []
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[Any]:
@@ -615,14 +642,14 @@ def test_only_planned_weights_are_lowered(calls: Any) -> None:
 
 
 def test_a_searched_algorithm_writes_rows_and_needs_no_copy(calls: Any, monkeypatch: Any) -> None:
-    model = Blocks()
-    gm, sites = frozen(model, torch.randn(2, 8, 16).half())
+    model = Blocks(256)
+    gm, sites = frozen(model, torch.randn(2, 128, 256).half())
     asked = offer(monkeypatch, (3, 1, -1, 9))
     gm = lowered(gm, sites, search=True)
-    assert [shape for shape, _ in asked] == [(16, 16), (16, 16), (32, 16)]
+    assert [shape for shape, _ in asked] == [(256, 256), (256, 256), (512, 256)]
     assert count(gm, aten.contiguous.default) == 0
     calls.clear()
-    x = torch.randn(3, 8, 16).half()
+    x = torch.randn(3, 128, 256).half()
     torch.testing.assert_close(gm(x)[0], model(x), **CLOSE)
     assert {(call["alg_id"], call["transpose_result"]) for call in calls} == {(3, True)}
 

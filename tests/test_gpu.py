@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -20,8 +21,10 @@ from nm_compiler.graph import tidy
 from nm_compiler.passes.lower_cusparselt import lower_cusparselt
 from nm_compiler.pattern import Pattern, PatternMap
 from nm_compiler.runtime.cusparselt.candidates import candidates
+from nm_compiler.runtime.cusparselt.direct import Direct, binding
 from nm_compiler.runtime.cusparselt.int8 import cslt_linear_int8, pack_int8
-from nm_compiler.runtime.cusparselt.op import cslt_linear
+from nm_compiler.runtime.cusparselt.library import KNOWN
+from nm_compiler.runtime.cusparselt.op import cslt_linear, operand
 from nm_compiler.runtime.cusparselt.packing import pack
 from nm_compiler.runtime.cusparselt.search import search
 from nm_compiler.sites import find
@@ -313,7 +316,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 @HALVES
 @LAYOUTS
 @pytest.mark.parametrize("tokens", [1, 7, 8, 100, 1024, 1031])
-@pytest.mark.parametrize(("out", "inputs"), [(256, 128), (128, 512), (48, 80)])
+@pytest.mark.parametrize(("out", "inputs"), [(256, 128), (128, 512), (48, 80), (64, 32), (64, 288)])
 def test_packed_products_are_those_of_the_masked_weight(
     dtype: torch.dtype, rows: bool, tokens: int, out: int, inputs: int
 ) -> None:
@@ -321,12 +324,12 @@ def test_packed_products_are_those_of_the_masked_weight(
     packed, bias = pack(weight), torch.randn(out, device="cuda", dtype=dtype)
     for b in (None, bias):
         wanted = functional.linear(x.double(), weight.double(), None if b is None else b.double())
-        y = cslt_linear(x, packed, b, out, 0, rows)
+        y = cslt_linear(x, packed, b, out, inputs, 0, rows)
         close(y, wanted)
         assert y.stride() == ((out, 1) if rows else (1, -(-tokens // 8) * 8))
-        close(cslt_linear(x.t().contiguous().t(), packed, b, out, 0, rows), wanted)
-        close(cslt_linear(torch.cat([x, x], 1)[:, :inputs], packed, b, out, 0, rows), wanted)
-        close(cslt_linear(functional.pad(x.flatten(), (1, 0))[1:].view_as(x), packed, b, out, 0, rows), wanted)
+        close(cslt_linear(x.t().contiguous().t(), packed, b, out, inputs, 0, rows), wanted)
+        close(cslt_linear(torch.cat([x, x], 1)[:, :inputs], packed, b, out, inputs, 0, rows), wanted)
+        close(cslt_linear(functional.pad(x.flatten(), (1, 0))[1:].view_as(x), packed, b, out, inputs, 0, rows), wanted)
 
 
 @SPARSE
@@ -335,8 +338,8 @@ def test_packed_products_are_those_of_the_masked_weight(
 def test_groups_with_fewer_than_two_non_zeros_are_packed_right(dtype: torch.dtype, pattern: str) -> None:
     weight, x = sparse(128, 256, dtype, pattern), torch.randn(64, 256, device="cuda", dtype=dtype)
     packed = pack(weight)
-    assert packed.numel() * 16 == weight.numel() * 9
-    close(cslt_linear(x, packed, None, 128, 0, False), functional.linear(x.double(), weight.double()))
+    assert packed.shape == (128, 144)
+    close(cslt_linear(x, packed, None, 128, 256, 0, False), functional.linear(x.double(), weight.double()))
 
 
 @SPARSE
@@ -347,15 +350,108 @@ def test_a_packed_product_is_captured_in_a_cuda_graph_and_reads_new_inputs(rows:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        cslt_linear(x, packed, bias, 256, 0, rows)
+        cslt_linear(x, packed, bias, 256, 128, 0, rows)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = cslt_linear(x, packed, bias, 256, 0, rows)
+        y = cslt_linear(x, packed, bias, 256, 128, 0, rows)
     for _ in range(3):
         x.copy_(torch.randn_like(x))
         graph.replay()
         close(y, functional.linear(x.double(), weight.double(), bias.double()))
+
+
+@SPARSE
+def test_the_library_is_called_directly_where_its_version_is_known() -> None:
+    found = binding(torch.device("cuda"))
+    assert (found is not None) is (torch.backends.cusparselt.version() in KNOWN)
+
+
+DIRECT = pytest.mark.skipif(
+    not torch.cuda.is_available() or binding(torch.device("cuda")) is None, reason="needs a cuSPARSELt that is called directly"
+)
+
+
+@DIRECT
+@HALVES
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("out", "inputs", "tokens"), [(16, 16, 8), (16, 32, 9), (48, 80, 13), (64, 288, 45), (304, 1040, 333), (4096, 512, 1024)]
+)
+def test_direct_products_are_the_dense_ones_with_and_without_relu(
+    dtype: torch.dtype, rows: bool, out: int, inputs: int, tokens: int
+) -> None:
+    direct = Direct(binding(torch.device("cuda"))._library)  # type: ignore[union-attr]
+    weight, x = sparse(out, inputs, dtype), torch.randn(tokens, inputs, device="cuda", dtype=dtype)
+    packed, bias = pack(weight), torch.randn(out, device="cuda", dtype=dtype)
+    for given in (x, x.t().contiguous().t()):
+        for b in (None, bias):
+            for activation in ("", "relu"):
+                y = direct.product(packed, operand(given), b, out, rows=rows, activation=activation)
+                assert y is not None
+                wanted = functional.linear(x.double(), weight.double(), None if b is None else b.double())
+                close((y if rows else y.t())[:tokens], wanted.relu() if activation else wanted)
+    direct.plans.close()
+
+
+@DIRECT
+@LAYOUTS
+def test_a_product_with_relu_is_captured_and_bias_and_input_are_read_anew(rows: bool) -> None:
+    weight, bias = sparse(256, 128, torch.bfloat16), torch.randn(256, device="cuda", dtype=torch.bfloat16)
+    packed, x = pack(weight), torch.randn(104, 128, device="cuda", dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        cslt_linear(x, packed, bias, 256, 128, 0, rows, "relu")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = cslt_linear(x, packed, bias, 256, 128, 0, rows, "relu")
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        bias.copy_(torch.randn_like(bias))
+        graph.replay()
+        close(y, functional.linear(x.double(), weight.double(), bias.double()).relu())
+
+
+@DIRECT
+def test_threads_multiply_with_plans_of_their_own_and_destroyed_plans_are_made_again() -> None:
+    direct, errors = Direct(binding(torch.device("cuda"))._library, most=2), list[str]()  # type: ignore[union-attr]
+
+    def work() -> None:
+        try:
+            for number in range(12):
+                inputs = 64 * (1 + number % 4)
+                weight, x = sparse(128, inputs, torch.half), torch.randn(64, inputs, device="cuda").half()
+                y = direct.product(pack(weight), operand(x), None, 128, rows=True)
+                assert y is not None
+                close(y, functional.linear(x.double(), weight.double()))
+        except Exception as error:  # of a thread, which pytest does not see
+            errors.append(repr(error))
+
+    for _ in range(2):
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    assert errors == []
+
+
+@DIRECT
+def test_a_relu_that_is_lowered_with_its_product_computes_the_same_compiled_and_not() -> None:
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU()).cuda().half().eval()
+    x = torch.randn(40, 64, device="cuda").half()
+    gm, _ = capture_mode(model, (x,), {}, training=False)
+    sites = {site.name: site for site in find(model, [gm], PatternMap.parse("2:4"), include=["*"]).sites}
+    with torch.no_grad():
+        for name in sites:
+            model.get_parameter(name).copy_(masked(model.get_parameter(name), pattern="2:4", axis=1))
+        gm = lower_cusparselt(gm, sites_by_read=sites, min_tokens=0)
+        tidy(gm)
+        assert not any(node.target is torch.ops.aten.relu.default for node in gm.graph.nodes)
+        torch.testing.assert_close(gm(x)[0], model(x), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(torch.compile(gm, fullgraph=True)(x)[0], model(x), rtol=2e-2, atol=2e-2)
 
 
 @SPARSE
@@ -365,7 +461,7 @@ def test_the_searched_algorithm_computes_the_same(rows: bool) -> None:
     packed, bias = pack(weight), torch.randn(512, device="cuda", dtype=torch.bfloat16)
     algorithm = search(weight, packed, x, bias, rows=rows)
     wanted = functional.linear(x.double(), weight.double(), bias.double())
-    close(cslt_linear(x, packed, bias, 512, algorithm, rows), wanted)
+    close(cslt_linear(x, packed, bias, 512, 512, algorithm, rows), wanted)
 
 
 @SPARSE
@@ -450,7 +546,7 @@ def test_products_in_8_bits_are_those_of_the_rounded_operands(dtype: torch.dtype
     whole = (weight.double() / scale.double()[:, None]).round() * scale.double()[:, None]
     step = x.double().abs().max() / 127
     wanted = functional.linear((x.double() / step).round() * step, whole, bias.double())
-    found = cslt_linear_int8(x, packed, scale, bias, rows)
+    found = cslt_linear_int8(x, packed, scale, bias, 128, rows)
     assert float((found.double() - wanted).norm()) <= 1e-2 * float(wanted.norm())
 
 

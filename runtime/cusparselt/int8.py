@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nm_compiler.errors import NMError
+from nm_compiler.runtime.cusparselt.direct import binding
 from nm_compiler.runtime.cusparselt.eligible import multiple_of
 from nm_compiler.runtime.cusparselt.op import DTYPES
 from nm_compiler.runtime.cusparselt.unfold import matrix_of
@@ -52,29 +53,35 @@ def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("nm::cslt_linear_int8", mutates_args=())
-def cslt_linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows: bool) -> Tensor:
+def cslt_linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, in_features: int, rows: bool) -> Tensor:
     """``x W^T + b`` in 8 bits, W and ``scale`` of `pack_int8`.
 
-    x: ``[tokens, in]``, float16 or bfloat16, of any strides; bias: ``[out]`` or None, same dtype. An input that is not finite
-    spoils the whole result, as it sets the scale. Returns ``[tokens, out]`` of x's dtype: contiguous with ``rows``, else of
-    strides ``(1, tokens)``, tokens rounded up to a multiple of 16. Raises NMError for operands that do not fit.
+    x: ``[tokens, in]``, float16 or bfloat16, of any strides; bias: ``[out]`` or None, same dtype; in_features: of W. An input
+    that is not finite spoils the whole result, as it sets the scale. Returns ``[tokens, out]`` of x's dtype: contiguous with
+    ``rows``, else of strides ``(1, tokens)``, tokens rounded up to a multiple of 16. Raises NMError for operands that do not
+    fit.
     """
-    _check(x, packed, scale)
+    _check(x, packed, scale, in_features)
     tokens, out = x.shape[0], scale.shape[0]
     if tokens == 0:
         return _empty(x, out, rows)
     step = (x.abs().amax().float() / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
     whole = (x.float() / step).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
     whole = functional.pad(whole, (0, 0, 0, -tokens % TOKENS)).contiguous()
-    y = torch._cslt_sparse_mm(packed, whole.t(), alpha=scale * step, out_dtype=x.dtype, transpose_result=rows)
+    direct, alpha = binding(x.device), (scale * step).contiguous()
+    y = None
+    if direct is not None:
+        y = direct.product(packed, whole.t(), None, out, rows=rows, alpha=alpha, result=x.dtype)
+    if y is None:
+        y = torch._cslt_sparse_mm(packed, whole.t(), alpha=alpha, out_dtype=x.dtype, transpose_result=rows)
     if bias is not None:
         y = y.add_(bias if rows else bias.unsqueeze(1))
     return y.as_strided_((tokens, out), (out, 1) if rows else (1, y.shape[1]))
 
 
 @cslt_linear_int8.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows: bool) -> Tensor:
-    _check(x, packed, scale)
+def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, in_features: int, rows: bool) -> Tensor:
+    _check(x, packed, scale, in_features)
     return _empty(x, scale.shape[0], rows)
 
 
@@ -86,10 +93,15 @@ def _empty(x: Tensor, out: int, rows: bool) -> Tensor:
     return torch.empty_strided((tokens, out), (1, padded), dtype=x.dtype, device=x.device)
 
 
-def _check(x: Tensor, packed: Tensor, scale: Tensor) -> None:
-    inputs = packed.numel() * 16 // (10 * scale.shape[0])
+def _check(x: Tensor, packed: Tensor, scale: Tensor, inputs: int) -> None:
+    out = scale.shape[0]
     if x.ndim != 2 or x.dtype not in DTYPES or packed.dtype != torch.int8 or x.shape[1] != inputs:
         raise NMError(
             f"nm::cslt_linear_int8 takes [tokens, {inputs}] of float16 or bfloat16 for this weight, not {list(x.shape)} "
             f"({x.dtype}): flatten the tokens first, cast to 16 bits"
+        )
+    if packed.ndim != 2 or packed.shape[0] != out or packed.numel() * 16 < out * inputs * 10:
+        raise NMError(
+            f"nm::cslt_linear_int8: {list(packed.shape)} does not hold a packed [{out}, {inputs}]: "
+            "pack that weight with pack_int8, and say its inputs"
         )

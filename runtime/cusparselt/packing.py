@@ -1,6 +1,7 @@
 """Pack a 2:4 weight for cuSPARSELt, once, when a graph is lowered.
 
-The packed tensor holds the kept half of the values and two bits a value that say where each was: 9/16 of the dense bytes.
+The packed tensor holds the kept half of the values and two bits a value that say where each was: 9/16 of the dense bytes, and
+more for small weights, as both sizes of what holds the bits were seen to be rounded up to multiples of 64 (0.8.0, 16 bits).
 Its layout is the library's own and may change with its version: it is made on the machine that runs it, never written to disk.
 """
 
@@ -16,7 +17,7 @@ from nm_compiler.runtime.cusparselt.unfold import matrix_of
 from nm_compiler.solvers.check import worst_group
 
 PACKED_SHARE = 9 / 16
-"""Bytes of a packed float16 or bfloat16 weight over those of the dense one."""
+"""Bytes of a packed float16 or bfloat16 weight over those of the dense one, where both sizes are multiples of 64."""
 
 
 def pack(weight: Tensor) -> Tensor:

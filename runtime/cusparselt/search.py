@@ -1,40 +1,68 @@
 """Look for a faster algorithm of the library, and trust none before its results were compared.
 
-cuSPARSELt times its algorithms for one shape. torch gives the winner as a tuple that begins with its number, or, by an older
-function, as the number alone; a split of the reduction axis that comes with it is not used. Algorithms with wrong results,
-not at every call, have been reported (pytorch issue 155333), so a winner that once differs from the dense product is dropped.
+Where the library is called directly, its configurations are timed here (`nm_compiler.runtime.cusparselt.trials`). Otherwise
+torch is asked for cuSPARSELt's own search: a tuple that begins with the winner's number, or, by an older function, the number
+alone; a split of the reduction axis that comes with it is not used. Algorithms with wrong results, not at every call, have
+been reported (pytorch issue 155333), so a winner that once differs from the dense product is dropped.
+
+Nothing smaller than `LEAST` is searched. On an H200 (torch 2.11, cuSPARSELt 0.8.0) the search for a weight [256, 64] and 45
+tokens in float16, result in rows, ended in "illegal instruction": the CUDA context was lost, and with it the process. Such
+small products are not packed for speed anyway.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nm_compiler.runtime.cusparselt.op import operand
+from nm_compiler.runtime.cusparselt.direct import binding
+from nm_compiler.runtime.cusparselt.op import aligned, multiply, operand
+from nm_compiler.runtime.cusparselt.trials import fastest
 
+LEAST = 256
+"""Of both sizes of the weight and of the tokens."""
 ROUNDINGS = 4  # how many roundings of the dtype two right results may differ by
 
 
-def search(weight: Tensor, packed: Tensor, x: Tensor, bias: Tensor | None, *, rows: bool, checks: int = 5) -> int:
-    """The algorithm that the library finds fastest for ``x W^T + b``; 0, its first choice, if that one cannot be trusted.
+def search(
+    weight: Tensor, packed: Tensor, x: Tensor, bias: Tensor | None, *, rows: bool, activation: str = "", checks: int = 5,
+    splits: Sequence[int] = (),
+) -> int:  # fmt: skip
+    """The algorithm that is found fastest for ``act(x W^T + b)``; 0, the library's choice, if that one cannot be trusted.
 
     weight: dense ``[out, in]`` with its zeros; packed: of `pack`; x: ``[tokens, in]``, of the size that counts.
-    rows: as in ``nm::cslt_linear``. The winner has to agree with the dense product ``checks`` times. The device is waited for.
+    rows, activation: as in ``nm::cslt_linear``. 0 as well if any of these sizes is below `LEAST`. The winner has to agree with
+    the dense product ``checks`` times. splits: slices of the reduction axis to try too, where the library is called directly;
+    none of it has run on a GPU. The device is waited for.
     """
-    winner = _asked(packed, operand(x), bias, rows)
-    if winner <= 0:
+    out, tokens = weight.shape[0], x.shape[0]
+    if min(*weight.shape, tokens) < LEAST:
         return 0
     wanted = functional.linear(x, weight, bias)
+    wanted = wanted.relu() if activation else wanted
+    bias = bias if bias is None else aligned(bias.contiguous())
+    dense, direct = operand(x), binding(x.device)
+    if direct is None:
+        winner = _asked(packed, dense, bias, rows)
+    else:
+
+        def right(y: Tensor) -> bool:
+            return agrees((y if rows else y.t())[:tokens], wanted)
+
+        winner = fastest(direct, packed, dense, bias, right, out, rows=rows, activation=activation, splits=splits)
+    if winner <= 0:
+        return 0
     for _ in range(checks):
-        found = torch.ops.nm.cslt_linear(x, packed, bias, weight.shape[0], winner, rows)
+        found = multiply(packed, x, bias, out, rows=rows, algorithm=winner, activation=activation)
         if not agrees(found, wanted):
             logging.getLogger(__name__).warning(
                 "algorithm %d of cuSPARSELt computes something else for %s and %d tokens: the default one is used",
-                winner, list(weight.shape), x.shape[0],
+                winner, list(weight.shape), tokens,
             )  # fmt: skip
             return 0
     return winner
