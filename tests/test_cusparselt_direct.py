@@ -19,6 +19,7 @@ from nm_compiler.graph import run, show_graph
 from nm_compiler.passes import lower_cusparselt as lowering
 from nm_compiler.passes.lower_cusparselt import lower_cusparselt
 from nm_compiler.pattern import PatternMap
+from nm_compiler.runtime.cusparselt import direct as direct_module
 from nm_compiler.runtime.cusparselt import int8, library, op, trials
 from nm_compiler.runtime.cusparselt import search as searching
 from nm_compiler.runtime.cusparselt.algorithm import Algorithm
@@ -409,6 +410,16 @@ def count_relus(gm: Any) -> int:
 
 
 # --- the library itself
+
+
+def test_the_library_is_called_directly_only_where_the_environment_asks_for_it(monkeypatch: Any) -> None:
+    monkeypatch.setattr(direct_module, "_direct", lambda: "there")
+    for wish, expected in ((None, None), ("", None), ("torch", None), ("direct", "there")):
+        monkeypatch.delenv("NM_COMPILER_CUSPARSELT", raising=False)
+        if wish is not None:
+            monkeypatch.setenv("NM_COMPILER_CUSPARSELT", wish)
+        assert binding(torch.device("cuda")) == expected
+        assert binding(torch.device("cpu")) is None
 
 
 def test_a_cpu_and_a_torch_without_the_library_have_no_binding(monkeypatch: Any) -> None:

@@ -2,10 +2,14 @@
 
 torch's own call makes and destroys descriptors, selection and plan every time, on an H200 0.4 to 1.0 ms of the host. Memory
 comes from torch's allocator and the stream is torch's current one, so a CUDA graph can be captured.
+
+Off unless the environment says ``NM_COMPILER_CUSPARSELT=direct``: it has not run on a GPU yet, and a mistake in how a C
+function is called could end the process.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -83,8 +87,9 @@ class Direct:
 
 
 def binding(device: torch.device) -> Direct | None:
-    """What multiplies on a device without torch's call; None on a CPU, or where the library is not known."""
-    return _direct() if device.type == "cuda" else None
+    """What multiplies on a device without torch's call; None on a CPU, where not asked for, or the library is not known."""
+    asked = device.type == "cuda" and os.environ.get("NM_COMPILER_CUSPARSELT") == "direct"
+    return _direct() if asked else None
 
 
 @cache
