@@ -3,23 +3,29 @@
     python benchmarks/gpu.py                    # on a machine with an NVIDIA GPU; make gpu
     python benchmarks/gpu.py --dry --device cpu # tiny shapes: that every line runs
 
-A section that fails is reported in its place, and the others go on. Absolute times are medians between device events.
+A section that fails is reported in its place, and the others go on; whatever ends the script, what was measured is written.
+Absolute times are medians between device events.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_sections import lowered, masks, numerics, sparse_products, sparse_training, training
+from gpu_sections import launches, lowered, masks, numerics, orders, packing, sparse_products, sparse_training, training
+from gpu_sections.timing import Found
 from harness import arguments, environment, write
 
-SECTIONS = {
-    "numerics": numerics.measure, "masks": masks.measure, "sparse_products": sparse_products.measure,
-    "lowered": lowered.measure, "sparse_training": sparse_training.measure, "training": training.measure,
+SECTIONS: dict[str, Callable[[torch.device, bool, Found], None]] = {
+    "numerics": numerics.measure, "masks": masks.measure, "packing": packing.measure, "launches": launches.measure,
+    "orders": orders.measure, "training": training.measure, "lowered": lowered.measure,
+    "sparse_training": sparse_training.measure, "sparse_products": sparse_products.measure,
 }  # fmt: skip
 
 
@@ -49,22 +55,29 @@ def main(words: list[str]) -> int:
         return 1
     started = environment(torch.get_num_threads()) | {"gpu": hardware(device)}
     print(started["gpu"], flush=True)
+    os.environ.setdefault("NM_COMPILER_CUSPARSELT", "direct")  # what waits for a GPU to be tried
+    signal.signal(signal.SIGTERM, _stop)  # as `timeout` ends a process
     body: dict[str, Any] = {}
-    for name, section in SECTIONS.items():
-        if given.only not in ("", name):
-            continue
-        print(f"\n== {name}", flush=True)
-        begin = time.perf_counter()
-        try:
-            body[name] = section(device, given.dry)
-        except Exception as error:
-            body[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-2000:]}
-            print(body[name]["trace"], flush=True)
-        print(f"-- {name}: {time.perf_counter() - begin:.0f} s", flush=True)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    try:
+        for name in [name for name in SECTIONS if given.only in ("", name)]:
+            print(f"\n== {name}", flush=True)
+            begin, body[name] = time.perf_counter(), {}
+            try:
+                SECTIONS[name](device, given.dry, body[name])
+            except Exception as error:
+                body[name] |= {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-2000:]}
+                print(body[name]["trace"], flush=True)
+            body[name]["seconds"] = round(time.perf_counter() - begin, 1)
+            print(f"-- {name}: {body[name]['seconds']:.0f} s", flush=True)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    finally:
         write(given.out, started, body)
-    return sum(isinstance(each, dict) and ("error" in each or bool(each.get("returncode"))) for each in body.values())
+    return sum("error" in each or bool(each.get("returncode")) for each in body.values())
+
+
+def _stop(*_: object) -> None:
+    raise SystemExit(143)
 
 
 if __name__ == "__main__":

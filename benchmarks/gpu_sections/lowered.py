@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional
 
-from gpu_sections.timing import in_turn, replayed
+from gpu_sections.timing import Found, in_turn, replayed
 from nm_compiler.capture import capture_mode
 from nm_compiler.graph import tidy
 from nm_compiler.passes.lower_cusparselt import lower_cusparselt
@@ -65,17 +65,17 @@ class Network:
     compiled: bool = False
 
 
-def measure(device: torch.device, dry: bool) -> dict[str, Any]:
+def measure(device: torch.device, dry: bool, found: Found) -> None:
     """Linears at several numbers of tokens, then the networks."""
     begin = time.perf_counter()
-    found: dict[str, Any] = {}
     if device.type == "cuda" and torch.backends.cusparselt.is_available():
         found["products"] = _products(device, ((256, 128),) if dry else SHAPES, (64, 200) if dry else TOKENS)
         found["convolutions"] = _convolutions(device, ((32, 8, 1),) if dry else CONVS, 2 if dry else 128)
     else:
         print("no cuSPARSELt here: networks stay dense")
-    found["networks"] = [_network(each, device, dry, begin) for each in _networks(device, dry)]
-    return found
+    found["networks"] = []
+    for each in _networks(device, dry):
+        found["networks"].append(_network(each, device, dry, begin))
 
 
 def _products(device: torch.device, shapes: tuple[tuple[int, int], ...], counts: tuple[int, ...]) -> list[dict[str, Any]]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from baselines.masks import by_argsort
 from harness import table
 
-from gpu_sections.timing import in_turn
+from gpu_sections.timing import Found, in_turn
 from nm_compiler.pattern import Pattern
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.solvers.masks import masked, top_mask
@@ -18,9 +17,9 @@ from nm_compiler.solvers.masks import masked, top_mask
 PATTERNS = ("2:4", "1:4", "4:8", "1:16")
 
 
-def measure(device: torch.device, dry: bool) -> list[dict[str, Any]]:
+def measure(device: torch.device, dry: bool, found: Found) -> None:
     """Milliseconds and bytes a second, 8192 x 8192."""
-    size, rows, found = 64 if dry else 8192, [], []
+    size, rows, found["masks"] = 64 if dry else 8192, [], []
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.randn(size, size, device=device, dtype=dtype)
         target = torch.empty_like(weight)
@@ -39,6 +38,5 @@ def measure(device: torch.device, dry: bool) -> list[dict[str, Any]]:
             name = str(dtype).removeprefix("torch.")
             rows.append([f"{text} {name}", *(f"{value:.3f}" for value in ms.values()), f"{ms['mask'] / ms['copy']:.2f}",
                          f"{ms['argsort'] / ms['mask']:.1f}x"])  # fmt: skip
-            found.append({"pattern": text, "dtype": name, "size": size, "ms": ms})
+            found["masks"].append({"pattern": text, "dtype": name, "size": size, "ms": ms})
     print(table([f"{size}x{size}, ms", *ms, "mask / copy", "argsort / mask"], rows), flush=True)
-    return found

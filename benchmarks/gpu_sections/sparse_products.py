@@ -14,19 +14,20 @@ from harness import table
 from torch import Tensor
 from torch.nn import functional
 
-from gpu_sections.timing import in_turn, replayed
+from gpu_sections.timing import Found, in_turn, replayed
 from nm_compiler.solvers.masks import masked
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))  # [out, in]
 TOKENS = (256, 1024, 2048, 4096, 16384)
 
 
-def measure(device: torch.device, dry: bool) -> dict[str, Any]:
+def measure(device: torch.device, dry: bool, found: Found) -> None:
     """Products at several numbers of tokens."""
     if device.type != "cuda" or not torch.backends.cusparselt.is_available():
         print("no cuSPARSELt here")
-        return {"skipped": "no cuSPARSELt"}
-    return {"products": _products(device)}
+        found["skipped"] = "no cuSPARSELt"
+    else:
+        found["products"] = _products(device)
 
 
 def product(packed: Tensor, x: Tensor, *, transposed: bool = True, algorithm: int = 0) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import nm_compiler as nm
 from gpu_sections.lowered import GatedMLP
-from gpu_sections.timing import in_turn, replayed
+from gpu_sections.timing import Found, in_turn, replayed
 from nm_compiler.runtime.cusparselt.training import cslt_input_grad, cslt_train_linear
 from nm_compiler.solvers.two_masks import two_masks
 
@@ -28,20 +28,18 @@ TOKENS = (4096, 16384, 65536)
 Work = Callable[[], object]
 
 
-def measure(device: torch.device, dry: bool) -> dict[str, Any]:
+def measure(device: torch.device, dry: bool, found: Found) -> None:
     """Parts of a step by shape and tokens, then steps of an MLP as a user makes them."""
-    found: dict[str, Any] = {}
+    found["parts"], found["steps"] = [], []
     if device.type == "cuda" and torch.backends.cusparselt.is_available():
-        found["parts"] = [
-            _parts(out, inputs, tokens, device)
-            for out, inputs in (((256, 128),) if dry else SHAPES)
-            for tokens in ((64,) if dry else TOKENS)
-        ]
+        for out, inputs in ((256, 128),) if dry else SHAPES:
+            for tokens in (64,) if dry else TOKENS:
+                found["parts"].append(_parts(out, inputs, tokens, device))
         _print(found["parts"])
     else:
         print("no cuSPARSELt here: products stay dense")
-    found["steps"] = [_step(tokens, device, dry) for tokens in ((64,) if dry else (4096, 16384, 65536))]
-    return found
+    for tokens in (64,) if dry else (4096, 16384, 65536):
+        found["steps"].append(_step(tokens, device, dry))
 
 
 def _parts(out: int, inputs: int, tokens: int, device: torch.device) -> dict[str, Any]:

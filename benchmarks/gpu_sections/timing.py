@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
+from typing import Any
 
 import torch
 
 Work = Callable[[], object]
+Found = dict[str, Any]
+"""What a section has found so far: filled as it goes, so that nothing is lost if it ends early."""
 
 
 def once(work: Work, device: torch.device) -> float:

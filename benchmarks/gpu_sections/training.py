@@ -1,8 +1,13 @@
-"""A training step of every method beside the dense one: bf16 autocast, SGD with momentum, forward to scheduler."""
+"""A training step of every method beside the dense one: bf16 autocast, SGD with momentum, forward to scheduler.
+
+Eager steps of networks with many small weights wait for the host. The same forward and backward as a CUDA graph show what the
+kernels cost.
+"""
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import nm_compiler as nm
-from gpu_sections.timing import in_turn
+from gpu_sections.timing import Found, Work, in_turn, replayed
 
 LENGTH = 100_000
 
@@ -66,41 +71,57 @@ METHODS: dict[str, Callable[[], nm.Method]] = {
 }  # fmt: skip
 
 
-def measure(device: torch.device, dry: bool) -> list[dict[str, Any]]:
+def measure(device: torch.device, dry: bool, found: Found) -> None:
     """Milliseconds a step, 2:4; searches of the backward order are timed apart, as they fall due every 100 steps."""
-    found = []
+    found["training"] = []
     for work in workloads(device, dry):
-        for how in ("eager", "compiled") if work.compiled and not dry else ("eager",):
-            methods = METHODS if how == "eager" else {name: METHODS[name] for name in ("LBC", "BiMask")}
-            found.append(_one(work, how, methods, device, dry))
-    return found
+        models, after, late = _models(work, device, dry)
+        for how in ("eager", "graph", "compiled"):
+            if (how == "graph" and device.type != "cuda") or (how == "compiled" and (dry or not work.compiled)):
+                continue
+            begin = time.perf_counter()
+            variants: dict[str, Work] = {}
+            for name in models if how != "compiled" else ("dense", "LBC", "BiMask"):
+                if how == "graph":
+                    variants[name] = replayed(_forward_and_backward(work, models[name]))
+                else:
+                    run = torch.compile(models[name]) if how == "compiled" else models[name]
+                    variants[name] = step_of(work, models[name], run, after[name])
+            ms = in_turn(variants, device, repeats=2 if dry else 9, warmup=3)
+            rows = []
+            for name, value in ms.items():
+                whole = (value + late.get(name, 0.0) / 100) / ms["dense"]
+                rows.append([f"{work.name}, {how}: {name}", f"{value:.1f}", f"{value / ms['dense']:.3f}", f"{whole:.3f}"])
+            print(table(["a training step, bf16", "ms", "x dense", "x with due"], rows), flush=True)
+            found["training"].append({"workload": work.name, "how": how, "ms": ms, "due_every_100_ms": late,
+                                      "seconds": time.perf_counter() - begin})  # fmt: skip
 
 
-def _one(
-    work: Workload, how: str, methods: dict[str, Callable[[], nm.Method]], device: torch.device, dry: bool
-) -> dict[str, Any]:
-    dense = copy.deepcopy(work.model).train()
-    variants = {"dense": step_of(work, dense, _made(dense, how), lambda: None)}
-    late: dict[str, float] = {}
-    for name, method in methods.items():
-        sparse = nm.compile(copy.deepcopy(work.model), (work.inputs[:2],), method=method())
+def _models(
+    work: Workload, device: torch.device, dry: bool
+) -> tuple[dict[str, nn.Module], dict[str, Callable[[], object]], dict[str, float]]:
+    """The dense and the sparse models, what follows a step of each, and milliseconds of what falls due every 100 steps."""
+    models: dict[str, nn.Module] = {"dense": copy.deepcopy(work.model).train()}
+    after, late = dict[str, Callable[[], object]](dense=lambda: None), dict[str, float]()
+    for name, method in METHODS.items():
+        sparse = nm.compile(copy.deepcopy(work.model), (work.inputs[:2],), method=method()).train()
         scheduler = nm.SparsityScheduler(sparse, total_steps=LENGTH)
-        variants[name] = step_of(work, sparse.train(), _made(sparse, how), scheduler.step)
+        models[name], after[name] = sparse, scheduler.step
         if name == "BiMask":
             late[name] = in_turn({name: _due(scheduler)}, device, repeats=1 if dry else 3, warmup=1)[name]
-    ms = in_turn(variants, device, repeats=2 if dry else 9, warmup=3)
-    rows = []
-    for name, value in ms.items():
-        whole = value + late.get(name, 0.0) / 100
-        rows.append(
-            [f"{work.name}, {how}: {name}", f"{value:.1f}", f"{value / ms['dense']:.3f}", f"{whole / ms['dense']:.3f}"]
-        )
-    print(table(["a training step, bf16", "ms", "x dense", "x with due"], rows), flush=True)
-    return {"workload": work.name, "how": how, "ms": ms, "due_every_100_ms": late}
+            print(f"{work.name}: a search of all orders takes {late[name]:.1f} ms", flush=True)
+    return models, after, late
 
 
-def _made(model: nn.Module, how: str) -> Callable[..., Any]:
-    return torch.compile(model) if how == "compiled" else model
+def _forward_and_backward(work: Workload, model: nn.Module) -> Callable[[], None]:
+    def run() -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        with torch.autocast(work.inputs.device.type, torch.bfloat16, cache_enabled=False):
+            loss = functional.cross_entropy(model(work.inputs), work.labels)
+        loss.backward()
+
+    return run
 
 
 def _due(scheduler: nm.SparsityScheduler) -> Callable[[], None]:
