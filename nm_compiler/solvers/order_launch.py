@@ -21,7 +21,7 @@ from nm_compiler.solvers.device_order import AT_ONCE, DEALS, PATIENCE, ROUNDING,
 
 _LONG = 1 << 24  # distances of a round in one column, times columns: with more of them a round is spread over programs
 _SPREAD = 128  # programs that share such a round
-_TILE = 1 << 15  # distances that a program sums at once
+_WIDTH = 64  # columns of a tile: with its slots and rows, what the registers of a program hold
 _HIGH, _WIDE = 16, 32  # slots and rows of a tile, at most
 _COMPARED = 8192  # pairs of entries that a program compares at once
 _ALIGNED = 32  # numbers
@@ -158,8 +158,7 @@ def _long(problems: Sequence[Problem], starts: Sequence[Tensor], moves: int) -> 
 
 def _summing(block: int) -> dict[str, int]:
     """The tile of distances that a program sums: its slots, their rows, and columns."""
-    wide = min(block, _WIDE)
-    return {"high": _HIGH, "block": block, "wide": wide, "width": _TILE // (_HIGH * wide)}
+    return {"high": _HIGH, "block": block, "wide": min(block, _WIDE), "width": _WIDTH}
 
 
 def _dealing(block: int) -> dict[str, Any]:
