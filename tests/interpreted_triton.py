@@ -45,10 +45,10 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def _shapes(text: str, dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
-    """The largest, of several blocks with tails, takes a second: for the narrowest and the widest groups."""
-    if dtype != torch.bfloat16:
+    """The largest takes seconds where threads have blocks of their own, and the middle one has several programs there."""
+    if dtype != torch.bfloat16 or text == "2:8":
         return SHAPES[1:2]
-    return SHAPES if text in ("2:4", "1:16") else SHAPES[:2]
+    return SHAPES if text == "1:16" else SHAPES[:2]
 
 
 def two_masks() -> Iterator[tuple[str, bool]]:
@@ -74,7 +74,7 @@ def one_mask() -> Iterator[tuple[str, bool]]:
 
     for text in ("2:4", "3:4", "1:4", "1:2", "4:8", "1:8", "1:16", "5:16", "2:3"):
         pattern = Pattern.parse(text)
-        for dtype in (torch.bfloat16, torch.float32) if text in ("2:4", "1:8", "5:16") else (torch.bfloat16,):
+        for dtype in (torch.bfloat16, torch.float32) if text in ("2:4", "1:8") else (torch.bfloat16,):
             for name, weight in weights(4 * pattern.m, 10 * pattern.m, dtype).items():
                 for axis in (0, 1):
                     wanted = magnitude_mask(weight, pattern.n, pattern.m, axis)
@@ -89,26 +89,26 @@ def packed() -> Iterator[tuple[str, bool]]:
     from nm_compiler.runtime.cusparselt import pack_triton
 
     brain, half, single = torch.bfloat16, torch.float16, torch.float32
-    for text, dtype, to in (("2:4", brain, brain), ("2:8", brain, brain), ("1:2", half, half), ("2:4", single, brain)):
+    given = (
+        ("2:4", brain, brain, "strange", 128, 192), ("2:8", brain, brain, "strange", 64, 64),
+        ("1:2", half, half, "normal", 64, 128), ("2:4", single, brain, "normal", 64, 128), ("2:4", single, half, "normal", 64, 64),
+    )  # fmt: skip
+    for text, dtype, to, name, out, inputs in given:
         n, m = Pattern.parse(text).n, Pattern.parse(text).m
-        for name, weight in weights(128, 192, dtype).items():
-            if name == "normal" or (name == "strange" and dtype == to):
-                order = torch.randperm(128)
-                forward, turned = (pack_plainly(each.to(to)) for each in reference(weight, order, n, m))
-                yield (
-                    f"packed {text} {dtype} {name}",
-                    torch.equal(bits(pack_triton.packed(pre(weight, n, m, to))), bits(forward)),
-                )
-                found = pack_triton.packed_forward(weight, n, m, to), pack_triton.packed_backward(weight, order, n, m, to)
-                same = all(torch.equal(bits(a), bits(b)) for a, b in zip(found, (forward, turned), strict=True))
-                yield f"masked and packed {text} {dtype} {name}", same
+        weight, order = weights(out, inputs, dtype)[name], torch.randperm(out)
+        masked, turned = (each.to(to) for each in reference(weight, order, n, m))
+        wanted = pack_plainly(masked), pack_plainly(masked), pack_plainly(turned)
+        forward, backward = (
+            pack_triton.packed_forward(weight, n, m, to),
+            pack_triton.packed_backward(weight, order, n, m, to),
+        )
+        same = [
+            torch.equal(bits(a), bits(b)) for a, b in zip((pack_triton.packed(masked), forward, backward), wanted, strict=True)
+        ]
+        yield f"packed {text} {dtype} {to} {name}: before, forward, backward", all(same)
     weight = torch.randn(64, 64).to(brain)
     wanted = pack_plainly(reference(weight, None, 2, 4)[1])
     yield "packed as it lies", torch.equal(bits(pack_triton.packed_backward(weight, None, 2, 4, brain)), bits(wanted))
-
-
-def pre(weight: Tensor, n: int, m: int, dtype: torch.dtype) -> Tensor:
-    return reference(weight, None, n, m)[0].to(dtype)
 
 
 if __name__ == "__main__":
