@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nm_compiler as nm
 from nm_compiler.methods import bimask
-from nm_compiler.solvers import backward_order, device_order
+from nm_compiler.solvers import backward_order, device_order, order_launch
 from nm_compiler.solvers.backward_order import (
     assignment_search,
     exchange_search,
@@ -222,3 +223,19 @@ def test_importance_on_a_gpu_is_searched_there_and_all_other_on_the_cpu(monkeypa
     monkeypatch.setattr(backward_order, "exchange_search", lambda *_args, **_options: order.flip(0))
     there: Any = SimpleNamespace(is_cuda=True)
     assert torch.equal(quick_search(there, order, 2, 4, moves=100, seed=0), order.flip(0))
+
+
+def test_an_order_that_kernels_got_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(torch.rand(8, 6), torch.tensor([1, 0, 2, 3, 4, 5, 6, 7]), 2, 4, 0)
+    monkeypatch.setattr(order_launch, "_better", lambda problem, first, second: second)  # whatever comes is better
+    monkeypatch.setattr(order_launch, "_on", lambda problems: nullcontext())
+    swapped = torch.tensor([4, 1, 2, 3, 0, 5, 6, 7])
+    for wrong in (
+        torch.zeros(8, dtype=torch.int64),
+        torch.tensor([0, 1, 2, 3, 4, 5, 6, 99]),
+        torch.tensor([-1, 0, 1, 2, 3, 4, 5, 6]),
+    ):
+        for end, taken in ((wrong, torch.arange(8)), (swapped, swapped)):
+            monkeypatch.setattr(order_launch, "_exchanged", lambda *_, end=end, **__: [end])
+            (found,) = order_launch.searched([problem], moves=10)
+            assert torch.equal(found, taken)
