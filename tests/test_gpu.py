@@ -387,7 +387,7 @@ def test_unfolded_convolutions_are_the_convolutions() -> None:
             torch.testing.assert_close(gm(x)[0], model(x), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.skipif(not torch.backends.cusparselt.is_available(), reason="torch without cuSPARSELt")
+@SPARSE
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_weights_are_packed_byte_by_byte_as_the_library_does(dtype: torch.dtype) -> None:
     pack_triton = pytest.importorskip("nm_compiler.runtime.cusparselt.pack_triton")
