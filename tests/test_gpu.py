@@ -22,6 +22,7 @@ from nm_compiler.graph import tidy
 from nm_compiler.passes.lower_cusparselt import lower_cusparselt
 from nm_compiler.pattern import Pattern, PatternMap
 from nm_compiler.runtime.cusparselt.candidates import candidates
+from nm_compiler.runtime.cusparselt.compress import writes_as_library
 from nm_compiler.runtime.cusparselt.direct import Direct, binding
 from nm_compiler.runtime.cusparselt.int8 import cslt_linear_int8, pack_int8
 from nm_compiler.runtime.cusparselt.library import KNOWN
@@ -569,3 +570,20 @@ def test_unfolded_convolutions_are_the_convolutions() -> None:
             tidy(gm)
             assert sum(node.target is torch.ops.nm.unfold_taps.default for node in gm.graph.nodes) == 2
             torch.testing.assert_close(gm(x)[0], model(x), rtol=2e-2, atol=2e-2)
+
+
+@SPARSE
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_are_packed_byte_by_byte_as_the_library_does(dtype: torch.dtype) -> None:
+    pack_triton = pytest.importorskip("nm_compiler.runtime.cusparselt.pack_triton")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the layout was read off a Hopper GPU")
+    for out, inputs in ((64, 64), (192, 320), (512, 1024)):
+        weight, order = torch.randn(out, inputs, device="cuda").to(dtype), torch.randperm(out, device="cuda")
+        forward, turned = two_masks(weight, order, 2, 4)
+        wanted = torch._cslt_compress(forward)
+        ours = pack_triton.packed(forward), pack_triton.packed_forward(weight, 2, 4, dtype)
+        assert all(torch.equal(each.view(torch.int16), wanted.view(torch.int16)) for each in ours)  # bits: places may be NaN
+        across, wanted = pack_triton.packed_backward(weight, order, 2, 4, dtype), torch._cslt_compress(turned)
+        assert torch.equal(across.view(torch.int16), wanted.view(torch.int16))
+        assert writes_as_library(forward)
