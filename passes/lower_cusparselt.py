@@ -39,7 +39,7 @@ from nm_compiler.runtime.cusparselt.direct import binding
 from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, Machine
 from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import pack
-from nm_compiler.runtime.cusparselt.search import search as search_algorithm
+from nm_compiler.runtime.cusparselt.search import Searches
 from nm_compiler.runtime.cusparselt.unfold import Geometry, matrix_of, unfold_taps
 from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.sites import Site
@@ -53,7 +53,7 @@ def lower_cusparselt(
     *,
     sites_by_read: Mapping[str, Site],
     choose: Callable[[Node], bool] | None = None,
-    search: bool = False,
+    search: bool | Searches = False,
     machine: Machine | None = None,
     min_tokens: int = MIN_TOKENS,
     unfold: bool = False,
@@ -62,12 +62,13 @@ def lower_cusparselt(
     """Lower every product without a reason against it, unless ``choose(node)`` says no.
 
     gm: frozen and cast to float16 or bfloat16, on the GPU; sites_by_read: what a ``get_attr`` node reads -> its site.
-    search: let the library look for a faster algorithm, for as many tokens as the example had; it runs on the GPU.
+    search: look for a faster algorithm, for as many tokens as the example had, on the GPU; or by what has been found already.
     machine, min_tokens, unfold: as for `nm_compiler.runtime.cusparselt.candidates.candidates`, which lists the reasons.
     fuse: whether a relu that alone reads a product becomes part of it; None to do so where the library is called directly.
     """
     found = candidates(gm, sites_by_read, machine=machine, min_tokens=min_tokens, unfold=unfold)
     chosen = {each.node: each for each in found if not each.reasons and (choose is None or choose(each.node))}
+    searches = Searches() if search is True else search or None
     weights: dict[Any, tuple[Node, Tensor, Tensor]] = {}
     moved: set[Node] = set()
     columns = {node: between(node, chosen) if node.target is LINEAR else None for node in chosen}
@@ -75,7 +76,7 @@ def lower_cusparselt(
         read, value, packed = _packed(gm, candidate.weight, weights)
         relu = _relu(node) if fuse or (fuse is None and binding(value.device) is not None) else None
         activation = "" if relu is None else "relu"
-        algorithm = _searched(gm, candidate, value, packed, activation) if search else 0
+        algorithm = 0 if searches is None else _searched(gm, candidate, value, packed, activation, searches)
         stays = columns[node] if not algorithm else None
         result = _rewrite(gm, candidate, read, value, algorithm, activation, copied=not algorithm and stays is None)
         if relu is not None:
@@ -104,14 +105,16 @@ def _packed(gm: GraphModule, weight: Node, known: dict[Any, tuple[Node, Tensor, 
     return known[key]
 
 
-def _searched(gm: GraphModule, candidate: Candidate, value: Tensor, packed: Tensor, activation: str) -> int:
+def _searched(
+    gm: GraphModule, candidate: Candidate, value: Tensor, packed: Tensor, activation: str, searches: Searches
+) -> int:
     if candidate.product.tokens is None:
         return 0
     bias = candidate.node.args[2] if len(candidate.node.args) > 2 else None
     x = torch.randn(candidate.product.tokens, value.shape[1], device=value.device, dtype=value.dtype)
     with torch.no_grad():
         added = None if bias is None else value_of(gm, bias)
-        return search_algorithm(value, packed, x, added, rows=True, activation=activation)
+        return searches(value, packed, x, added, activation)
 
 
 def _rewrite(

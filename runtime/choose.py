@@ -72,6 +72,20 @@ def key_of(device: torch.device, **facts: Any) -> str:
     return "; ".join(f"{key}={value}" for key, value in parts.items())
 
 
+def replayed(work: Callable[[], object]) -> Callable[[], object]:
+    """The same kernels as a CUDA graph, after a few calls that settle libraries and allocators."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
 def side_by_side(
     dense: Callable[[], object], sparse: Callable[[], object], device: torch.device, rounds: int = _ROUNDS
 ) -> Timing:

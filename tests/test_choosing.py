@@ -14,7 +14,9 @@ import nm_compiler as nm
 from nm_compiler.runtime.backends import cusparselt as backend
 from nm_compiler.runtime.choose import Choices, Timing, key_of, side_by_side
 from nm_compiler.runtime.cusparselt import candidates as candidates_module
+from nm_compiler.runtime.cusparselt import measuring, search
 from nm_compiler.runtime.cusparselt.eligible import Machine
+from nm_compiler.runtime.cusparselt.measuring import Case, Ways
 
 GPU = Machine("cuda", (9, 0), 802)
 
@@ -53,11 +55,11 @@ def timings(monkeypatch: pytest.MonkeyPatch, fast: set[int]) -> list[tuple[int, 
     """Packed products with so many outputs are twice as fast, others twice as slow. Returns what was measured."""
     measured: list[tuple[int, ...]] = []
 
-    def measure(weight: Tensor, sizes: tuple[int, ...], bias: bool, channels_last: bool, geometry: Any) -> Timing:
-        measured.append((*weight.shape, *sizes))
-        return Timing(2e-3, 1e-3) if weight.shape[0] in fast else Timing(1e-3, 2e-3)
+    def measure(case: Case, ways: Ways) -> Timing:
+        measured.append((*case.weight.shape, *case.sizes))
+        return Timing(2e-3, 1e-3) if case.weight.shape[0] in fast else Timing(1e-3, 2e-3)
 
-    monkeypatch.setattr(backend, "_measure", measure)
+    monkeypatch.setattr(measuring, "measure", measure)
     return measured
 
 
@@ -72,7 +74,9 @@ def test_each_distinct_shape_is_measured_once_and_the_faster_one_runs(calls: Any
     assert rows["wide.weight"].bytes == 64 * 32 * 2 * 9 // 16
     assert rows["narrow.weight"].status == "dense"
     assert rows["narrow.weight"].reason == "measured 0.50x of dense at 30 tokens"
-    assert rows["narrow.weight"].hint == "more tokens a call, or force=[...]"
+    assert (
+        rows["narrow.weight"].hint == "options={'graph': True} if it runs in a CUDA graph, more tokens a call, or force=[...]"
+    )
     assert rows["odd.weight"].reason == "20 output channels are no multiple of 16: make them 32"
     assert rows["odd.weight"].hint == "make them 32"
     names = [name for name, _ in lowered.named_buffers()]
@@ -135,6 +139,39 @@ def test_convolutions_with_taps_run_unfolded_only_where_that_was_measured_to_be_
     torch.testing.assert_close(lowered(x).float(), model(x), rtol=0.1, atol=0.05)
     unmeasured = nm.lower(model, (x,), **options, options={"choose": False, "min_tokens": 1})
     assert "3x3 taps, a matrix product only by a copy of 9 times" in str(nm.report(unmeasured))
+
+
+def test_what_is_timed_is_what_is_lowered_with_an_algorithm_searched_once_for_each_size(
+    calls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    x, searched = torch.randn(9, 8), list[tuple[int, ...]]()
+    model = nm.freeze(nm.compile(net, (x,), method=nm.Magnitude())).eval()
+
+    def winner(weight: Tensor, packed: Tensor, x: Tensor, bias: Tensor | None, *, rows: bool, least: int, **_: Any) -> int:
+        searched.append((*weight.shape, x.shape[0], least))
+        return 3
+
+    def timed(dense: Any, sparse: Any, device: torch.device) -> Timing:
+        calls.clear()
+        assert sparse().is_contiguous()
+        assert [call["alg_id"] for call in calls] == [3]
+        return Timing(2e-3, 1e-3)
+
+    monkeypatch.setattr(search, "search", winner)
+    monkeypatch.setattr(measuring, "side_by_side", timed)
+    options: dict[str, Any] = {"backend": "cusparselt", "dtype": torch.bfloat16}
+    lowered = nm.lower(model, (x,), **options, check=False)
+    assert searched == [(32, 32, 9, search.SEEN)], "both layers are of one size"
+    calls.clear()
+    lowered(x)
+    assert [call["alg_id"] for call in calls] == [3, 3]
+    nm.lower(model, (x,), **options, options={"search": True}, check=False)
+    assert searched[1:] == [(32, 32, 9, search.LEAST)], "asked for, small ones are searched as well, and timed anew"
+    nm.lower(model, (x,), **options, options={"graph": True}, check=False)
+    assert len(searched) == 3, "a CUDA graph is another measurement"
+    nm.lower(model, (x,), **options, options={"choose": False, "min_tokens": 1}, check=False)
+    assert len(searched) == 3, "nothing is searched unasked where nothing is timed"
 
 
 def test_a_lowered_model_compiles_whole(calls: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -392,12 +392,12 @@ def test_a_relu_can_be_left_a_node(functions: Any, monkeypatch: Any) -> None:
 def test_an_algorithm_is_searched_with_the_activation_it_will_run_with(functions: Any, monkeypatch: Any) -> None:
     asked: list[str] = []
 
-    def search_algorithm(*_: Any, activation: str, **__: Any) -> int:
+    def search(*_: Any, activation: str, **__: Any) -> int:
         asked.append(activation)
         return 2
 
     monkeypatch.setattr(lowering, "binding", op.binding)
-    monkeypatch.setattr(lowering, "search_algorithm", search_algorithm)
+    monkeypatch.setattr(searching, "search", search)
     model, gm = lowered(search=True)
     x = torch.randn(2, 16, 4, 2).half()
     torch.testing.assert_close(gm(x)[0], model(x), **CLOSE)

@@ -20,6 +20,7 @@ from nm_compiler.graph import show_graph
 from nm_compiler.runtime.backends import cusparselt as backend
 from nm_compiler.runtime.choose import Timing
 from nm_compiler.runtime.cusparselt import candidates as candidates_module
+from nm_compiler.runtime.cusparselt import measuring
 from nm_compiler.runtime.cusparselt.eligible import Machine
 from nm_compiler.runtime.cusparselt.int8 import cslt_linear_int8, pack_int8
 from nm_compiler.solvers.masks import masked
@@ -124,8 +125,8 @@ def test_named_weights_are_lowered_to_8_bits_if_that_was_faster_and_others_are_n
     given: dict[str, Any] = {"backend": "cusparselt", "dtype": torch.bfloat16}
     really = nm.lower(model, (x,), **given, options={"int8": "up.*"})
     assert {row.name: row for row in nm.report(really).rows}["up.weight"].sparse_ms > 0
-    monkeypatch.setattr(backend, "_measure", lambda *_: Timing(2e-3, 1e-3))
-    monkeypatch.setattr(backend, "_measure_int8", lambda weight, *_: Timing(2e-3, 1e-3 if len(weight) == 64 else 3e-3))
+    monkeypatch.setattr(measuring, "measure", lambda *_: Timing(2e-3, 1e-3))
+    monkeypatch.setattr(measuring, "measure_int8", lambda case, _: Timing(2e-3, 1e-3 if len(case.weight) == 64 else 3e-3))
     monkeypatch.setenv("NM_COMPILER_CACHE", str(tmp_path / "other"))
     lowered = nm.lower(model, (x,), **given, options={"int8": ["up.*", "down.*", "odd.*"]})
     rows = {row.name: row for row in nm.report(lowered).rows}

@@ -166,12 +166,12 @@ def packed(product: Product, machine: Machine = GPU, **change: Any) -> str:
     return found
 
 
-def measured() -> Decision:
+def measured(*, graph: bool = False) -> Decision:
     job = SimpleNamespace(gm=mlp(torch.float32)[0], force=())
     candidate = SimpleNamespace(reasons=(), product=replace(LINEAR, tokens=30))
     each = Planned("linear", "fc2.weight", site(), torch.float16)
     with patch.object(cusparselt_backend, "_timed", return_value=Timing(1e-3, 2e-3)):
-        return cusparselt_backend.CuSPARSELt()._decide(job, each, candidate, object())
+        return cusparselt_backend.CuSPARSELt()._decide(job, each, candidate, SimpleNamespace(graph=graph))
 
 
 def unfrozen_candidate() -> str:
@@ -346,7 +346,8 @@ CUSPARSELT: list[tuple[str, Callable[[], Any]]] = [
     ("30 tokens, and packed products tend to be slower below 1024: use a larger batch, or lower min_tokens", lambda: packed(LINEAR, tokens=30)),
     ("the weight has more than 2 non-zeros in some group of 4 along its inputs: freeze the model first", unfrozen_candidate),
     ("measured 0.50x of dense at 30 tokens", lambda: measured().reasons[0]),
-    ("more tokens a call, or force=[...]", lambda: measured().hint),
+    ("more tokens a call, or force=[...]", lambda: measured(graph=True).hint),
+    ("options={'graph': True} if it runs in a CUDA graph, more tokens a call, or force=[...]", lambda: measured().hint),
     ("the weight is on cpu: move the model to an NVIDIA GPU first", lambda: packed(LINEAR, Machine("cpu"))),
     ("torch finds no NVIDIA GPU: work on the machine that runs the model", lambda: packed(LINEAR, Machine("cuda", None, 802))),
     ("compute capability 7.5 has no sparse tensor cores: they came with 8.0 (Ampere)", lambda: packed(LINEAR, Machine("cuda", (7, 5), 802))),

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+from nm_compiler.runtime.choose import replayed
+
+__all__ = ["Found", "Work", "in_turn", "once", "replayed"]
+
 Work = Callable[[], object]
 Found = dict[str, Any]
 """What a section has found so far: filled as it goes, so that nothing is lost if it ends early."""
@@ -26,19 +30,6 @@ def once(work: Work, device: torch.device) -> float:
     end.record()
     torch.cuda.synchronize()
     return float(begin.elapsed_time(end))
-
-
-def replayed(work: Work) -> Work:
-    """The same kernels as a CUDA graph: what the call costs without the time that the host takes to launch it."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
 
 
 def in_turn(

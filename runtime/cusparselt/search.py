@@ -26,22 +26,24 @@ from nm_compiler.runtime.cusparselt.trials import fastest
 
 LEAST = 256
 """Of both sizes of the weight and of the tokens."""
+SEEN = 1024
+"""Sizes of a weight from which on searches have run on an H200; unasked, smaller ones are not searched."""
 ROUNDINGS = 4  # how many roundings of the dtype two right results may differ by
 
 
 def search(
     weight: Tensor, packed: Tensor, x: Tensor, bias: Tensor | None, *, rows: bool, activation: str = "", checks: int = 5,
-    splits: Sequence[int] = (),
+    splits: Sequence[int] = (), least: int = LEAST,
 ) -> int:  # fmt: skip
     """The algorithm that is found fastest for ``act(x W^T + b)``; 0, the library's choice, if that one cannot be trusted.
 
     weight: dense ``[out, in]`` with its zeros; packed: of `pack`; x: ``[tokens, in]``, of the size that counts.
-    rows, activation: as in ``nm::cslt_linear``. 0 as well if any of these sizes is below `LEAST`. The winner has to agree with
-    the dense product ``checks`` times. splits: slices of the reduction axis to try too, where the library is called directly;
-    none of it has run on a GPU. The device is waited for.
+    rows, activation: as in ``nm::cslt_linear``. 0 as well if there are fewer tokens than `LEAST`, or a size of the weight is
+    below ``least``, which is at least that. The winner has to agree with the dense product ``checks`` times. splits: slices of
+    the reduction axis to try too, where the library is called directly; none of it has run on a GPU. The device is waited for.
     """
     out, tokens = weight.shape[0], x.shape[0]
-    if min(*weight.shape, tokens) < LEAST:
+    if tokens < LEAST or min(weight.shape) < max(least, LEAST):
         return 0
     wanted = functional.linear(x, weight, bias)
     wanted = wanted.relu() if activation else wanted
@@ -66,6 +68,21 @@ def search(
             )  # fmt: skip
             return 0
     return winner
+
+
+class Searches:
+    """`search` for results in rows, once for each size. least: as there."""
+
+    def __init__(self, least: int = LEAST) -> None:
+        self.least, self._winners = least, dict[Any, int]()
+
+    def __call__(self, weight: Tensor, packed: Tensor, x: Tensor, bias: Tensor | None, activation: str = "") -> int:
+        """The algorithm; tensors as in `search`."""
+        key = (weight.device, weight.dtype, tuple(weight.shape), x.shape[0], bias is not None, activation)
+        if key not in self._winners:
+            found = search(weight, packed, x, bias, rows=True, activation=activation, least=self.least)
+            self._winners[key] = found
+        return self._winners[key]
 
 
 def agrees(found: Tensor, wanted: Tensor) -> bool:
