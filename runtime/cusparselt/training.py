@@ -7,7 +7,8 @@
 Weights change in every step, so a step packs twice. The backward groups are neighbours only in the order, so g is put into it
 as well, which `BiMask(fold=True)` saves. Where the library cannot run, or there are too few tokens to pay for it, the same
 numbers come from masked dense products, which is decided at every call; strides do not depend on it.
-Never executed on a GPU by us. Ref: Bi-Mask, section 3.2; Mishra et al. 2021.
+On a GPU it ran with both weights packed by the library, which took most of the time (docs/cusparselt.md); not yet with our own
+kernels for that. Ref: Bi-Mask, section 3.2; Mishra et al. 2021.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nm_compiler.ops.products import under_autocast
 from nm_compiler.ops.two_masks import turned_back
 from nm_compiler.runtime.cusparselt.compress import compress
 from nm_compiler.runtime.cusparselt.eligible import machine_of, of_dtype, of_machine, of_sizes, of_tokens
-from nm_compiler.runtime.cusparselt.op import aligned, operand
+from nm_compiler.runtime.cusparselt.op import aligned, multiply
 
 
 def why_dense(x: Tensor, weight: Tensor, least: int) -> str | None:
@@ -75,13 +76,8 @@ def _(grad: Tensor, turned: Tensor, order: Tensor | None, least: int, columns: b
 
 def _packed(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """``weight x^T + bias``, ``[.., tokens]``. weight: 2:4 because ``nm::two_masks`` made it, so nothing is checked."""
-    return _multiplied(compress(weight), x, bias)
-
-
-def _multiplied(packed: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The library's product with a packed weight."""
-    y: Tensor = torch._cslt_sparse_mm(packed, operand(x), None if bias is None else aligned(bias.contiguous()))
-    return y[:, : x.shape[0]]
+    added = None if bias is None else aligned(bias.contiguous())
+    return multiply(compress(weight), x, added, weight.shape[0], rows=False).t()
 
 
 def _ordered(grad: Tensor, order: Tensor) -> Tensor:
