@@ -221,12 +221,13 @@ def python_line() -> str:
     return user_line(traceback.extract_stack()) or "code outside the model"
 
 
-def outside_text(name: str, line: str) -> str:
-    """The message for a weight that would run dense."""
+def outside_text(name: str, line: str, *, captured: bool = True) -> str:
+    """The message for a weight that would run dense. captured: with example inputs, so it could do without them."""
+    live = "; nm.compile(model), without example inputs, follows many such loops layer by layer" if captured else ""
     return (
         f"{name} is read by code that TorchDynamo does not compile, so it would be dense there:\n  {line}\n"
         "Take the function that reads it out of torch._dynamo.disable, or whatever makes Dynamo skip it: a loop that branches "
-        "on data, for instance, which can go into a method of its own, and the layers that it calls into another. "
+        f"on data, for instance, which can go into a method of its own, and the layers that it calls into another{live}. "
         f"Or leave the weight dense with exclude={name!r}"
     )
 

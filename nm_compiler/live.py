@@ -169,7 +169,7 @@ class Live(Fragments):
         """A planned weight, or one that may become planned, was read by Python outside fragments. Raises NMError."""
         maybe = name in self.prepared.candidates and getattr(func, "__name__", "") in PRODUCTS
         if maybe or name in self.prepared.sites:
-            raise NMError(outside_text(name, python_line()))
+            raise NMError(outside_text(name, python_line(), captured=False))
 
 
 class LiveFragment:

@@ -235,6 +235,39 @@ class Outside(Branching):
         return self.last(y)  # dense here
 
 
+class LoopOfExperts(nn.Module):
+    """Experts in a loop that asks the data which of them have tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate, self.head = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        chosen, y = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            tokens = (chosen == number).nonzero().flatten()
+            if tokens.numel():
+                y = y.index_add(0, tokens, expert(x[tokens]))
+        return self.head(y)
+
+
+def test_a_loop_that_asks_the_data_is_an_error_that_points_to_a_model_without_inputs_which_takes_it() -> None:
+    torch.manual_seed(0)
+    model, x = LoopOfExperts(), torch.randn(40, 8)
+    with pytest.raises(
+        nm.NMError, match=r"nm.compile\(model\), without example inputs, follows many such loops layer by layer"
+    ):
+        nm.compile(model, (x,))
+    live = nm.compile(model)
+    live(x).sum().backward()
+    assert {row.name for row in nm.report(live).rows if row.runs} == {
+        "gate.weight",
+        *(f"experts.{at}.weight" for at in range(4)),
+    }
+
+
 def test_a_weight_in_a_function_that_dynamo_leaves_alone_is_an_error_with_its_line_or_excluded() -> None:
     model = Outside()
     with pytest.raises(nm.NMError) as error:
