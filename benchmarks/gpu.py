@@ -18,14 +18,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_sections import launches, lowered, masks, numerics, orders, packing, sparse_products, sparse_training, training
+from gpu_sections import launches, lowered, masks, numerics, orders, packing, sparse_training, training
 from gpu_sections.timing import Found
 from harness import arguments, environment, write
 
 SECTIONS: dict[str, Callable[[torch.device, bool, Found], None]] = {
     "numerics": numerics.measure, "masks": masks.measure, "packing": packing.measure, "launches": launches.measure,
     "orders": orders.measure, "training": training.measure, "lowered": lowered.measure,
-    "sparse_training": sparse_training.measure, "sparse_products": sparse_products.measure,
+    "sparse_training": sparse_training.measure,
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from nm_compiler.sites import find
 from nm_compiler.solvers.masks import masked
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336))  # [out, in]
-TOKENS = (256, 1024, 4096, 16384, 32768)
+TOKENS = (256, 2048, 16384)
 CONVS = ((64, 56, 1), (128, 28, 1), (256, 14, 1), (512, 7, 1), (256, 28, 2))  # channels, pixels a side, stride: of ResNet-50
 COMPILE_UNTIL_S = 120  # a network is compiled only if the section started less than this ago
 

@@ -81,7 +81,7 @@ def measure(device: torch.device, dry: bool, found: Found) -> None:
                 continue
             begin = time.perf_counter()
             variants: dict[str, Work] = {}
-            for name in models if how != "compiled" else ("dense", "LBC", "BiMask"):
+            for name in models if how != "compiled" else ("dense", "LBC"):
                 if how == "graph":
                     variants[name] = replayed(_forward_and_backward(work, models[name]))
                 else:
