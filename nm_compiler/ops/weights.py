@@ -99,6 +99,17 @@ def _score_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_weight, grad_scores, None, None, None, None, None
 
 
+def score_gradients(
+    grad: Tensor, needs: tuple[bool, ...], result: Any, weight: Tensor, scores: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    """``(dW, dscores)`` where no graph is recorded, see `nm_compiler.ops.together`; rest: as in `score_weight`."""
+    live, table, last, rows, by_position = rest
+    if not needs[1]:
+        return _covered(grad, live, table, rows), None
+    found: tuple[Tensor, Tensor] = score_weight_backward.kernel(grad, weight, live, table, last, rows, by_position)
+    return found
+
+
 @made_of("score_weight")
 def _(weight: Tensor, scores: Tensor, live: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool) -> Tensor:
     mask = torch.ops.nm.live_mask(live, table, list(weight.shape), rows)
@@ -132,6 +143,11 @@ def _srste_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return decayed(grad, weight, masked, ctx.decay), None, None, None, None
 
 
+def srste_gradient(grad: Tensor, needs: Any, masked: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor]:
+    """``(dW,)`` where no graph is recorded; masked: what `srste_weight` returned, rest: its other arguments."""
+    return (decayed(grad, weight, masked, rest[-1]),)
+
+
 srste_weight.register_autograd(_srste_backward, setup_context=_srste_setup)
 
 
@@ -154,6 +170,11 @@ def _masked_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (mask,) = ctx.saved_tensors
     kept = where if torch.is_grad_enabled() else keep  # kernels cannot be differentiated
     return kept(grad, mask), None
+
+
+def masked_gradient(grad: Tensor, needs: Any, result: Any, weight: Tensor, mask: Tensor) -> tuple[Tensor]:
+    """``(dW,)`` where no graph is recorded."""
+    return (keep(grad, mask),)
 
 
 @made_of("masked_weight")
