@@ -40,8 +40,7 @@ def score_weight(
 def _covered(values: Tensor, live: Tensor, table: Tensor, rows: list[int]) -> Tensor:
     """``values`` where a live combination covers them, else 0, in their own strides."""
     out = torch.empty_like(values)
-    by_row, to = as_rows(values, rows), as_rows(out, rows)
-    if gpu.covered(by_row, live, table, to) or sweeps.covered(by_row, live, table, to):
+    if gpu.covered(values, live, table, out, rows) or sweeps.covered(values, live, table, out, rows):
         return out
     return keep(values, torch.ops.nm.live_mask(live, table, list(values.shape), rows))
 
@@ -58,6 +57,8 @@ def score_weight_backward(
     """Gradients of `score_weight`: ``(dW, dscores)``, shapes of the weight and of the scores."""
     if by_position and table.ndim == 3 and last == 1:
         results = torch.empty_like(weight), torch.empty_like(weight)
+        if any(kernels.gradients(grad, weight, live, table, results, rows) for kernels in (gpu, sweeps)):
+            return results
         g, w, dw, ds = (as_rows(tensor, rows) for tensor in (grad, weight, *results))
         if gradients(g, w, live, table, (dw, ds)):
             return results
