@@ -3,6 +3,7 @@
 
 import copy
 import gc
+import itertools
 import pickle
 import weakref
 from typing import Any
@@ -18,6 +19,7 @@ from nm_compiler.graph import run, show_graph
 from nm_compiler.ops import together as ops
 from nm_compiler.passes.gather_masks import gather_masks
 from nm_compiler.records import pack, unpack
+from nm_compiler.solvers import combinations
 
 METHODS = {
     "LBC": nm.LBC,
@@ -366,3 +368,34 @@ def test_what_a_step_kept_is_free_after_its_backward_pass() -> None:
     assert all(node.entries)
     loss.backward()
     assert not any(node.entries)
+
+
+@pytest.mark.parametrize("shapes", [[(8, 8), (4, 2, 4), (16, 24)], [(8, 8), (4, 3), (8, 16)]])
+def test_masks_unpacked_at_once_are_those_unpacked_one_by_one(shapes: list[tuple[int, ...]]) -> None:
+    masks = [torch.rand(shape) < 0.5 for shape in shapes]
+    calls = [(combinations.pack(mask.flatten(1)), list(mask.shape)) for mask in masks]
+    assert same(masks, list(ops.together(torch.ops.nm.unpack_mask.default, calls)))
+
+
+def peak(call: Any) -> int:
+    """The most bytes that were allocated at a time."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = sorted((e for e in profile.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.parametrize("method", ["LBC", "SRSTE", "BiMask"])
+def test_a_step_needs_no_more_memory_than_one_with_single_ops_and_a_chunk(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = 2 * 128 * 128
+    monkeypatch.setattr(gather_masks, "__kwdefaults__", {"limit": chunk})
+    torch.manual_seed(0)
+    data = torch.randn(64, 128)
+    sparse = nm.compile(chain(8, 128), (data,), method=METHODS[method](), include=["*"])
+    usual = []
+    for call in (lambda module, x: module(x), single):
+        call(sparse, data).sum().backward()
+        usual.append(peak(lambda call=call: call(sparse, data).sum().backward()))
+    assert usual[0] <= usual[1] + 2 * 4 * chunk  # weights under masks before they are used, gradients before they are masked

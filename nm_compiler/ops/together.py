@@ -21,7 +21,7 @@ from torch._C import _autograd as autograd
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from nm_compiler.ops.lean import Op
-from nm_compiler.ops.masks import unpack_mask
+from nm_compiler.ops.masks import unpack_mask, unpack_masks
 from nm_compiler.ops.weights import (
     backward_groups,
     backward_weight,
@@ -48,8 +48,10 @@ _CHANGED = (
 class Kind(NamedTuple):
     """How one op runs many times.
 
-    learned: how many arguments, the leading ones, get gradients; kept: which arguments the gradient reads; with_result:
-    whether it reads what the op returned too; gradients: ``(grad, needs, result, *arguments) -> one for each learned``.
+    learned: how many arguments, the leading ones, get gradients
+    kept: which arguments the gradient reads; with_result: whether it reads what the op returned too
+    gradients: ``(grad, needs, result, *arguments) -> one for each learned``
+    many: all calls at once, for an op that nothing is learned through
     """
 
     op: Op
@@ -57,12 +59,13 @@ class Kind(NamedTuple):
     kept: tuple[int, ...] = ()
     with_result: bool = False
     gradients: Callable[..., tuple[Tensor | None, ...]] | None = None
+    many: Callable[[Sequence[Sequence[Any]]], Sequence[Tensor]] | None = None
 
 
 KINDS = {
     kind.op.overload: kind
     for kind in (
-        Kind(unpack_mask),
+        Kind(unpack_mask, many=unpack_masks),
         Kind(score_weight, 2, (0, 2, 3), False, score_gradients),
         Kind(srste_weight, 1, (0,), True, srste_gradient),
         Kind(masked_weight, 1, (1,), False, masked_gradient),
@@ -83,6 +86,8 @@ def together(overload: Any, calls: Sequence[Sequence[Any]]) -> Sequence[Tensor]:
         results: tuple[Tensor, ...] = _Together.apply(kind, calls, *learned)  # type: ignore[no-untyped-call]
         return results
     with torch.no_grad():
+        if kind.many is not None:
+            return kind.many(calls)
         return [kind.op.kernel(*call) for call in calls]
 
 
