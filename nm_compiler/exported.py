@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from nm_compiler import records
 from nm_compiler.bodies import is_body, programs
 from nm_compiler.capture import bind, flat_copy
-from nm_compiler.graph import Pass, run, show_graph
+from nm_compiler.graph import Pass, has_side_effect, run, show_graph
 from nm_compiler.ops.together import together
 from nm_compiler.passes.gather_masks import gather_masks
 from nm_compiler.signature import Signature
@@ -52,7 +52,9 @@ class Exported:
         """
         code = type(self.gm).forward
         if self._gathered is None or self._gathered[0] is not code:
-            twin = run(bind(flat_copy(self.gm.graph), self.gm, self.gm.__dict__["extras"]), [gather_masks])
+            twin = gather_masks(bind(flat_copy(self.gm.graph), self.gm, self.gm.__dict__["extras"]))
+            twin.graph.eliminate_dead_code(is_impure_node=has_side_effect)
+            twin.recompile()  # and no more: shapes are not asked for, and a graph that was moved may have none that fit
             changed = twin.graph.find_nodes(op="call_function", target=together)
             self._gathered = code, MethodType(type(twin).forward, self.gm) if changed else self.gm
         return self._gathered[1]

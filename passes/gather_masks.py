@@ -101,7 +101,12 @@ def _is_barrier(node: Node) -> bool:
 
 def _is_state(written: Any) -> bool:
     """Whether what is written is a parameter or state of at least two axes, a view of such, or nothing known."""
-    while isinstance(written, Node) and written.op == "call_function" and isinstance(written.target, torch._ops.OpOverload):
+    while isinstance(written, Node) and written.op == "call_function":
+        if written.target is operator.getitem:
+            written = written.args[0]
+            continue
+        if not isinstance(written.target, torch._ops.OpOverload):
+            return True
         returned = written.target._schema.returns
         if written.target in KINDS or not returned:
             return True

@@ -399,3 +399,55 @@ def test_a_step_needs_no_more_memory_than_one_with_single_ops_and_a_chunk(
         call(sparse, data).sum().backward()
         usual.append(peak(lambda call=call: call(sparse, data).sum().backward()))
     assert usual[0] <= usual[1] + 2 * 4 * chunk  # weights under masks before they are used, gradients before they are masked
+
+
+class Written(nn.Module):
+    """Changes a state of two axes between two reads of it; activations in place, and counts, are nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("seen", torch.zeros(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(torch.relu_(self.norm(self.a(x))))
+        self.seen.add_(1)
+        return self.d(torch.relu_(self.c(x))) + self.seen.sum()
+
+
+def test_nothing_is_read_ahead_of_a_write_to_state() -> None:
+    gm = nm.compile(Written(), (torch.randn(3, 8),), method=nm.SRSTE(), include=["*"]).graph(True)
+    written = next(node for node in gm.graph.nodes if node.name == "add__1")
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.nm.srste_weight.default)[2:]:
+        written.append(node)  # where it is read
+    twin = run(unpack(pack(gm), gm), [gather_masks])
+    assert [len(node.args[1]) for node in twin.graph.find_nodes(op="call_function", target=ops.together)] == [2, 2]
+
+
+class Without(nn.Module):
+    """A layer that runs without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.b(self.a(x))
+        return self.d(self.c(x))
+
+
+@pytest.mark.parametrize("method", ["LBC", "SRSTE"])
+def test_weights_under_no_grad_are_not_joined_with_others(method: str) -> None:
+    data = torch.randn(5, 8)
+    one = nm.compile(Without(), (data,), method=METHODS[method](), include=["*"])
+    other = copy.deepcopy(one)
+    assert same(steps(one, data, lambda module, x: module(x)), steps(other, data, single))
+    assert one.get_parameter("a.weight").grad is None
+
+
+def test_meta_tensors_get_no_kernels(nodes: list[int]) -> None:
+    sparse, _, data = pair(nm.SRSTE)
+    assert sparse.to("meta")(data.to("meta")).is_meta
+    assert nodes == []

@@ -34,6 +34,7 @@ from nm_compiler.ops.weights import (
 )
 
 _TYPES = (Tensor, torch.nn.Parameter)
+_DEVICES = ("cpu", "cuda")
 
 _AGAIN = (
     "Trying to backward through the graph a second time: what the mask of a weight kept was freed. "
@@ -85,10 +86,12 @@ def together(overload: Any, calls: Sequence[Sequence[Any]]) -> Sequence[Tensor]:
     if learned and torch.is_grad_enabled() and any(value.requires_grad for value in learned):
         results: tuple[Tensor, ...] = _Together.apply(kind, calls, *learned)  # type: ignore[no-untyped-call]
         return results
-    with torch.no_grad():
-        if kind.many is not None:
-            return kind.many(calls)
-        return [kind.op.kernel(*call) for call in calls]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _computed(kind, calls)
+
+
+def _computed(kind: Kind, calls: Sequence[Sequence[Any]]) -> Sequence[Tensor]:
+    return [kind.op.kernel(*call) for call in calls] if kind.many is None else kind.many(calls)
 
 
 def _is_plain() -> bool:
@@ -105,6 +108,9 @@ def _is_plain() -> bool:
 
 
 def _are_plain(calls: Sequence[Sequence[Any]], learned: Sequence[Tensor]) -> bool:
+    """Whether all tensors have values, on one device, and all weights belong to the user, who has no hooks on them."""
+    if type(calls[0][0]) not in _TYPES or calls[0][0].device.type not in _DEVICES:
+        return False
     device = calls[0][0].device
     for value in chain.from_iterable(calls):
         if isinstance(value, Tensor) and (type(value) not in _TYPES or value.device != device):
@@ -118,7 +124,8 @@ class _Together(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kind: Kind, calls: Sequence[Sequence[Any]], *learned: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        results = tuple(kind.op.kernel(*call) for call in calls)
+        with torch._C._AutoDispatchBelowAutograd():
+            results = tuple(_computed(kind, calls))
         if kind.with_result:
             ctx.save_for_backward(*results)  # read only where a graph is recorded: what is kept below does not belong to one
         kept = [result.detach() for result in results] if kind.with_result else [None] * len(calls)
