@@ -80,12 +80,15 @@ def masked(weight: Tensor, *, pattern: PatternLike, axis: int = -1, out: Tensor 
 
 
 def keep_largest(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
-    """As `masked`, for ops that run in every step: of any dtype and without checks, a small weight by plain torch.
+    """As `masked`, for ops that run in every step: of any dtype and without checks, a small weight in C or by plain torch.
 
     weight: ``size(axis)`` a multiple of ``m``.
     """
-    if weight.dtype not in _BITS or (weight.device.type == "cpu" and weight.numel() < _SMALL):
+    if weight.dtype not in _BITS:
         return _plain(weight.detach(), n, m, axis)
+    if weight.device.type == "cpu" and weight.numel() < _SMALL:
+        out = torch.empty_like(weight)
+        return out if sweeps.largest(weight, Pattern(n, m), axis, out) else _plain(weight.detach(), n, m, axis)
     if on_gpu(weight):
         kept: Tensor = _triton().masked(weight, n, m, axis)
         return kept
