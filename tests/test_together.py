@@ -6,11 +6,13 @@ import gc
 import itertools
 import pickle
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import MLP, Attention, ConvNet, Grouped, Matmuls, example
+from ranks import run_two
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -451,3 +453,29 @@ def test_meta_tensors_get_no_kernels(nodes: list[int]) -> None:
     sparse, _, data = pair(nm.SRSTE)
     assert sparse.to("meta")(data.to("meta")).is_meta
     assert nodes == []
+
+
+def worker(rank: int, out: str) -> None:
+    for name in ("LBC", "SRSTE", "Magnitude"):
+        seen = []
+        for alone in (False, True):
+            sparse, _, _ = pair(METHODS[name])
+            if alone:
+                gm = sparse.graph(True)
+                sparse.routes[True]._gathered = (type(gm).forward, gm)
+            parallel = nn.parallel.DistributedDataParallel(sparse, bucket_cap_mb=1e-4)
+            data = torch.randn(3, 8, generator=torch.Generator().manual_seed(rank))
+            optimizer = torch.optim.SGD(nm.parameter_groups(sparse, weight_decay=1e-3), lr=0.05, momentum=0.9)
+            scheduler = nm.SparsityScheduler(parallel, total_steps=6)
+            for _ in range(6):
+                optimizer.zero_grad()
+                parallel(data).square().mean().backward()
+                optimizer.step()
+                scheduler.step()
+            seen.append([value.clone() for value in sparse.state_dict().values()])
+        torch.save(same(*seen), f"{out}/{name}.{rank}")
+
+
+def test_two_processes_train_as_they_do_with_single_ops(tmp_path: Path) -> None:
+    run_two(worker, str(tmp_path))
+    assert [torch.load(each) for each in sorted(tmp_path.iterdir())] == [True] * 6
