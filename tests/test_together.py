@@ -311,6 +311,17 @@ def test_each_weight_has_a_backward_pass_of_its_own(method: str) -> None:
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(sparse.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("method", ["LBC", "SRSTE", "Magnitude", "BiMask"])
+def test_nothing_is_propagated_back_to_weights_that_are_frozen(method: str) -> None:
+    sparse, data = heads(method)
+    for name, parameter in sparse.named_parameters():
+        parameter.requires_grad_(name.startswith("b."))
+    first, second = sparse(data)
+    assert not first.requires_grad
+    second.sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in sparse.parameters())
+
+
 @pytest.mark.parametrize("method", ["LBC", "SRSTE", "Magnitude"])
 def test_a_second_backward_pass_needs_the_graph_retained(method: str) -> None:
     sparse, data = heads(method)

@@ -126,6 +126,8 @@ class _Together(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowAutograd():
             results = tuple(_computed(kind, calls))
+        frozen = [result for result, call in zip(results, calls, strict=True) if not _learns(kind, call)]
+        ctx.mark_non_differentiable(*frozen)  # so that nothing is propagated back to where nothing learns
         if kind.with_result:
             ctx.save_for_backward(*results)  # read only where a graph is recorded: what is kept below does not belong to one
         kept = [result.detach() for result in results] if kind.with_result else [None] * len(calls)
@@ -157,6 +159,10 @@ class _Together(torch.autograd.Function):
             if not keep:
                 ctx.entries[index] = None
         return tuple(found)
+
+
+def _learns(kind: Kind, call: Sequence[Any]) -> bool:
+    return any(value.requires_grad for value in call[: kind.learned])
 
 
 def _entry(kind: Kind, call: Sequence[Any], result: Tensor | None) -> tuple[Sequence[Any], Tensor | None, list[int]]:
