@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torch.utils import _pytree as pytree
 from nm_compiler import records
 from nm_compiler.bodies import is_body, programs
 from nm_compiler.capture import bind, flat_copy
-from nm_compiler.graph import Pass, run, show_graph
+from nm_compiler.graph import Pass, has_side_effect, run, show_graph
+from nm_compiler.ops.together import together
+from nm_compiler.passes.gather_masks import gather_masks
 from nm_compiler.signature import Signature
 from nm_compiler.sites import Plan
 
@@ -26,16 +29,35 @@ class Exported:
 
     gm: GraphModule
     signature: Signature
+    _gathered: tuple[Any, Callable[..., Any]] | None = field(default=None, init=False, repr=False, compare=False)
 
-    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the graph. Raises NMError for a call that does not fit what was captured."""
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, eager: bool = False) -> Any:
+        """Run the graph. Raises NMError for a call that does not fit what was captured.
+
+        eager: nothing compiles or traces this call, so mask ops may run many weights at a time, to the same bits.
+        """
         recorded = torch.is_grad_enabled()
+        program = self._eager_program() if eager else self.gm
         try:
-            outputs = self.gm(*self.signature.flatten(args, kwargs))
+            outputs = program(*self.signature.flatten(args, kwargs))
         except BaseException:
             torch._C._set_grad_enabled(recorded)  # where an op fails in a region without gradients
             raise
         return pytree.tree_unflatten(list(outputs), self.signature.out_spec)
+
+    def _eager_program(self) -> Callable[..., Any]:
+        """The graph as `gather_masks` leaves it, over the same parameters and constants.
+
+        It is this graph's module under other code, and made anew when that is compiled anew: nothing to copy, move or pickle.
+        """
+        code = type(self.gm).forward
+        if self._gathered is None or self._gathered[0] is not code:
+            twin = gather_masks(bind(flat_copy(self.gm.graph), self.gm, self.gm.__dict__["extras"]))
+            twin.graph.eliminate_dead_code(is_impure_node=has_side_effect)
+            twin.recompile()  # and no more: shapes are not asked for, and a graph that was moved may have none that fit
+            changed = twin.graph.find_nodes(op="call_function", target=together)
+            self._gathered = code, MethodType(type(twin).forward, self.gm) if changed else self.gm
+        return self._gathered[1]
 
     @property
     def whole(self) -> GraphModule:

@@ -73,10 +73,12 @@ class SparseModule(nn.Module):
         if self.frozen:
             raise NMError("this model was frozen: use what nm.freeze returned, the plain model with zeros in its weights")
         route = self.routes[self.training]
-        if not torch.compiler.is_compiling():
+        eager = not torch.compiler.is_compiling()
+        if eager:
             self._check_layers()
         if isinstance(route, Exported):  # fragments follow the mode of every layer by themselves
             self._check_modes(route.signature.modes)
+            return route(args, kwargs, eager=eager and not hasattr(type(self), "reshard"))  # fully_shard has it
         return route(args, kwargs)
 
     def _check_layers(self) -> None:

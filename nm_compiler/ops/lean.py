@@ -26,12 +26,14 @@ class Op:
     def __init__(self, name: str, function: Function, schema: str, tags: Sequence[torch.Tag]) -> None:
         space, _, own = name.partition("::")
         self.name, self._library, self._function = name, _library(space), _outside_dynamo(function)
+        self.kernel = function  # what it does, for callers who know that nobody looks
         self._library.define(own + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         self._opoverload: Any = getattr(getattr(torch.ops, space), own).default
+        self.overload = self._opoverload
         if any(argument.kwarg_only or argument.has_default_value() for argument in self._opoverload._schema.arguments):
             raise TypeError(f"{name}{schema}: only positional arguments without defaults")
-        self._backward: Function | None = None
-        self._setup: Function | None = None
+        self.backward: Function | None = None
+        self.setup: Function | None = None
         self._gradient = self._autograd_function(own)
         self._library.impl(own, self._function, "CompositeExplicitAutograd")
         self._library.impl(own, self._differentiable, "Autograd", with_keyset=True)
@@ -46,7 +48,7 @@ class Op:
 
     def register_autograd(self, backward: Function, *, setup_context: Function | None = None) -> None:
         """As `torch.library.register_autograd`: ``backward(ctx, *grads)``, ``setup_context(ctx, inputs, output)``."""
-        self._backward, self._setup = backward, setup_context
+        self.backward, self.setup = backward, setup_context
 
     def _differentiable(self, keyset: Any, *args: Any) -> Any:
         wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
@@ -63,14 +65,14 @@ class Op:
     def _autograd_function(self, own: str) -> Any:
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
             result = self._below(keyset, *args)
-            if self._setup:
-                self._setup(ctx, args, result)
+            if self.setup:
+                self.setup(ctx, args, result)
             return result
 
         def backward(ctx: Any, *grads: Any) -> Any:
-            if self._backward is None:
+            if self.backward is None:
                 raise RuntimeError(f"{self.name} has no gradient")
-            found = self._backward(_Context(ctx), *grads)
+            found = self.backward(_Context(ctx), *grads)
             return (None, *found) if isinstance(found, tuple) else (None, found)
 
         both = {"forward": staticmethod(forward), "backward": staticmethod(backward)}

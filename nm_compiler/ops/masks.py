@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,3 +46,12 @@ def unpack_mask(bits: Tensor, shape: list[int]) -> Tensor:
 @unpack_mask.register_fake
 def _(bits: Tensor, shape: list[int]) -> Tensor:
     return bits.new_empty(shape, dtype=torch.bool)
+
+
+def unpack_masks(calls: Sequence[Sequence[Any]]) -> list[Tensor]:
+    """``[unpack_mask(bits, shape), ...]`` at once, where rows fill their bytes: views of one tensor. Bits on one device."""
+    if any(math.prod(shape[1:]) % 8 for _, shape in calls):
+        return [unpack_mask.kernel(*call) for call in calls]
+    flat = torch.cat([bits.reshape(-1) for bits, _ in calls])
+    parts = unpack(flat, 8 * len(flat)).split([math.prod(shape) for _, shape in calls])
+    return [part.view(shape) for part, (_, shape) in zip(parts, calls, strict=True)]

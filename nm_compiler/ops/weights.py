@@ -40,8 +40,7 @@ def score_weight(
 def _covered(values: Tensor, live: Tensor, table: Tensor, rows: list[int]) -> Tensor:
     """``values`` where a live combination covers them, else 0, in their own strides."""
     out = torch.empty_like(values)
-    by_row, to = as_rows(values, rows), as_rows(out, rows)
-    if gpu.covered(by_row, live, table, to) or sweeps.covered(by_row, live, table, to):
+    if gpu.covered(values, live, table, out, rows) or sweeps.covered(values, live, table, out, rows):
         return out
     return keep(values, torch.ops.nm.live_mask(live, table, list(values.shape), rows))
 
@@ -58,6 +57,8 @@ def score_weight_backward(
     """Gradients of `score_weight`: ``(dW, dscores)``, shapes of the weight and of the scores."""
     if by_position and table.ndim == 3 and last == 1:
         results = torch.empty_like(weight), torch.empty_like(weight)
+        if any(kernels.gradients(grad, weight, live, table, results, rows) for kernels in (gpu, sweeps)):
+            return results
         g, w, dw, ds = (as_rows(tensor, rows) for tensor in (grad, weight, *results))
         if gradients(g, w, live, table, (dw, ds)):
             return results
@@ -99,6 +100,17 @@ def _score_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_weight, grad_scores, None, None, None, None, None
 
 
+def score_gradients(
+    grad: Tensor, needs: tuple[bool, ...], result: Any, weight: Tensor, scores: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    """``(dW, dscores)`` where no graph is recorded, see `nm_compiler.ops.together`; rest: as in `score_weight`."""
+    live, table, last, rows, by_position = rest
+    if not needs[1]:
+        return _covered(grad, live, table, rows), None
+    found: tuple[Tensor, Tensor] = score_weight_backward.kernel(grad, weight, live, table, last, rows, by_position)
+    return found
+
+
 @made_of("score_weight")
 def _(weight: Tensor, scores: Tensor, live: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool) -> Tensor:
     mask = torch.ops.nm.live_mask(live, table, list(weight.shape), rows)
@@ -132,6 +144,11 @@ def _srste_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return decayed(grad, weight, masked, ctx.decay), None, None, None, None
 
 
+def srste_gradient(grad: Tensor, needs: Any, masked: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor]:
+    """``(dW,)`` where no graph is recorded; masked: what `srste_weight` returned, rest: its other arguments."""
+    return (decayed(grad, weight, masked, rest[-1]),)
+
+
 srste_weight.register_autograd(_srste_backward, setup_context=_srste_setup)
 
 
@@ -154,6 +171,11 @@ def _masked_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (mask,) = ctx.saved_tensors
     kept = where if torch.is_grad_enabled() else keep  # kernels cannot be differentiated
     return kept(grad, mask), None
+
+
+def masked_gradient(grad: Tensor, needs: Any, result: Any, weight: Tensor, mask: Tensor) -> tuple[Tensor]:
+    """``(dW,)`` where no graph is recorded."""
+    return (keep(grad, mask),)
 
 
 @made_of("masked_weight")

@@ -8,6 +8,7 @@ operations for those; all agree to the bit, in Triton's interpreter and on an H2
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,11 +32,11 @@ def cover(live: Tensor, table: Tensor, mask: Tensor) -> bool:
     return True
 
 
-def covered(weight: Tensor, live: Tensor, table: Tensor, out: Tensor) -> bool:
-    """Write W where a live combination covers it, else 0; rows that lie alike."""
+def covered(weight: Tensor, live: Tensor, table: Tensor, out: Tensor, axes: Sequence[int] = ()) -> bool:
+    """Write W where a live combination covers it, else 0; rows, or weights and their axes, that lie alike."""
     if table.ndim != 3 or not _take(weight, live, table, out) or not _is_float(weight) or weight.stride() != out.stride():
         return False
-    at = lying(weight, table.shape[-1])
+    at = lying(weight, table.shape[-1], axes)
     if at is None:
         return False
     with torch.cuda.device_of(weight):
@@ -43,16 +44,18 @@ def covered(weight: Tensor, live: Tensor, table: Tensor, out: Tensor) -> bool:
     return True
 
 
-def gradients(grad: Tensor, weight: Tensor, live: Tensor, table: Tensor, results: tuple[Tensor, Tensor]) -> bool:
+def gradients(
+    grad: Tensor, weight: Tensor, live: Tensor, table: Tensor, results: tuple[Tensor, Tensor], axes: Sequence[int] = ()
+) -> bool:
     """Write dW = g where a live combination covers it and dS = W * dW, the latter zero where a group is decided.
 
-    Rows; the weight and both results lie alike.
+    Rows, or weights and their axes, see `sweeps.lying`; the weight and both results lie alike.
     """
     tensors = (weight, grad, *results)
     if table.ndim != 3 or not _take(*tensors, live, table) or not _is_float(weight):
         return False
     alike = all(tensor.dtype == weight.dtype for tensor in tensors) and all(r.stride() == weight.stride() for r in results)
-    at = lying(weight, table.shape[-1]) if alike else None
+    at = lying(weight, table.shape[-1], axes) if alike else None
     if at is None:
         return False
     with torch.cuda.device_of(weight):
@@ -104,10 +107,13 @@ def largest_rows(weight: Tensor, order: Tensor, n: int, m: int, out: Tensor) -> 
 
 def _take(*tensors: Tensor) -> bool:
     """Whether all have an address on one GPU: no fake tensors, no subclasses."""
-    if not masks.on_gpu(tensors[0]) or any(type(tensor) not in _TYPES for tensor in tensors):
+    if not masks.on_gpu(tensors[0]):
         return False
     device = tensors[0].device
-    return all(tensor.device == device and tensor.layout == torch.strided for tensor in tensors)
+    for tensor in tensors:  # in every step, for every weight: a generator costs as much again
+        if type(tensor) not in _TYPES or tensor.device != device or tensor.layout != torch.strided:
+            return False
+    return True
 
 
 def _is_float(weight: Tensor) -> bool:

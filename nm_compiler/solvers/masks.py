@@ -9,7 +9,7 @@ Ref for the comparison: benchmarks/solvers.py.
 from __future__ import annotations
 
 import importlib.util
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -80,12 +80,18 @@ def masked(weight: Tensor, *, pattern: PatternLike, axis: int = -1, out: Tensor 
 
 
 def keep_largest(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
-    """As `masked`, for ops that run in every step: of any dtype and without checks, a small weight by plain torch.
+    """As `masked`, for ops that run in every step: of any dtype and without checks, a small weight in C or by plain torch.
 
     weight: ``size(axis)`` a multiple of ``m``.
     """
-    if weight.dtype not in _BITS or (weight.device.type == "cpu" and weight.numel() < _SMALL):
+    if weight.dtype not in _BITS:
         return _plain(weight.detach(), n, m, axis)
+    if weight.device.type == "cpu" and weight.numel() < _SMALL:
+        out = torch.empty_like(weight)
+        return out if sweeps.largest(weight, Pattern(n, m), axis, out) else _plain(weight.detach(), n, m, axis)
+    if on_gpu(weight):
+        kept: Tensor = _triton().masked(weight, n, m, axis)
+        return kept
     return masked(weight, pattern=Pattern(n, m), axis=axis)
 
 
@@ -130,7 +136,12 @@ def _has_kernel(weight: Tensor) -> bool:
 
 def on_gpu(weight: Tensor) -> bool:
     """Whether a Triton kernel can take it."""
-    return weight.device.type == "cuda" and weight.layout == torch.strided and importlib.util.find_spec("triton") is not None
+    return weight.is_cuda and weight.layout == torch.strided and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _triton() -> Any:

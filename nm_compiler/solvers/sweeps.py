@@ -11,7 +11,7 @@ of combinations whose scores differ by less than their sums round.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -64,9 +64,17 @@ def _has_no_gaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def lying(rows: Tensor, m: int) -> Lying | None:
-    """Of a weight seen as ``[*batch, out, *taps, in]``; None where it has gaps, or other axes than the last are exchanged."""
-    return _lying(tuple(rows.shape), rows.stride(), m)
+def lying(rows: Tensor, m: int, axes: Sequence[int] = ()) -> Lying | None:
+    """Of a weight seen as ``[*batch, out, *taps, in]``; None where it has gaps, or other axes than the last are exchanged.
+
+    axes: those axes of a weight that is not seen so yet, which spares the view.
+    """
+    return _lying_along(rows.shape, rows.stride(), m, tuple(axes)) if axes else _lying(tuple(rows.shape), rows.stride(), m)
+
+
+@lru_cache
+def _lying_along(shape: tuple[int, ...], strides: tuple[int, ...], m: int, axes: tuple[int, ...]) -> Lying | None:
+    return _lying(tuple(shape[axis] for axis in axes), tuple(strides[axis] for axis in axes), m)
 
 
 @lru_cache  # asked in every step
@@ -103,24 +111,26 @@ def decay(grad: Tensor, weight: Tensor, masked: Tensor, amount: float) -> Tensor
     return out
 
 
-def gradients(grad: Tensor, weight: Tensor, live: Tensor, table: Tensor, results: tuple[Tensor, Tensor]) -> bool:
+def gradients(
+    grad: Tensor, weight: Tensor, live: Tensor, table: Tensor, results: tuple[Tensor, Tensor], axes: Sequence[int] = ()
+) -> bool:
     """Write dW = g where a live combination covers it and dS = W * dW, the latter zero where a group is decided.
 
-    Rows as in `lying`; live: packed; table: from `byte_table`.
+    Rows, or weights and their axes, as in `lying`; live: packed; table: from `byte_table`.
     """
     found, tensors = kernels(), (weight, grad, *results)
     if found is None or weight.dtype not in _REAL or not _alike(*tensors):
         return False
     operands = {"weight": weight, "grad": grad, "live": live, "table": table, "out": results[0], "second": results[1]}
-    return _by_live(found, sweep.GRADIENTS, weight, operands)
+    return _by_live(found, sweep.GRADIENTS, weight, operands, axes)
 
 
-def covered(weight: Tensor, live: Tensor, table: Tensor, out: Tensor) -> bool:
+def covered(weight: Tensor, live: Tensor, table: Tensor, out: Tensor, axes: Sequence[int] = ()) -> bool:
     """Write W where a live combination covers it, else 0; as in `gradients`, and of 2 bytes a number too."""
     found = kernels()
     if found is None or weight.element_size() not in (2, 4, 8) or not _alike(weight, out):
         return False
-    return _by_live(found, sweep.COVERED, weight, {"weight": weight, "live": live, "table": table, "out": out})
+    return _by_live(found, sweep.COVERED, weight, {"weight": weight, "live": live, "table": table, "out": out}, axes)
 
 
 def cover(live: Tensor, table: Tensor, mask: Tensor) -> bool:
@@ -129,12 +139,12 @@ def cover(live: Tensor, table: Tensor, mask: Tensor) -> bool:
     return found is not None and _by_live(found, sweep.COVER, mask, {"live": live, "table": table, "out": mask})
 
 
-def _by_live(found: Library, kind: int, like: Tensor, operands: Mapping[str, Tensor]) -> bool:
+def _by_live(found: Library, kind: int, like: Tensor, operands: Mapping[str, Tensor], axes: Sequence[int] = ()) -> bool:
     live, table = operands["live"], operands["table"]
     if table.ndim != 3 or not is_plain(*operands.values()) or not live.is_contiguous() or not table.is_contiguous():
         return False
     m = table.shape[-1]
-    at = lying(like, m)
+    at = lying(like, m, axes)
     if at is None:
         return False
     _run(found, kind, like, operands, {**at._asdict(), "m": m, "bytes": live.shape[-1]})
