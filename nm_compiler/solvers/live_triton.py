@@ -109,7 +109,7 @@ def gradients(grad: Tensor, weight: Tensor, live: Tensor, table: Tensor, at: Lyi
 
 def _launch(kernel: Any, live: Tensor, table: Tensor, at: Lying, tensors: tuple[Tensor, ...], **rest: bool) -> None:
     m = table.shape[-1]
-    width, total = triton.next_power_of_2(m), at.outer * at.groups * at.inner
+    width, total = 1 << (m - 1).bit_length(), at.outer * at.groups * at.inner
     block = max(1, _NUMBERS // width)
     sizes = {"total": total, "groups": at.groups, "inner": at.inner, "length": live.shape[-1]}
-    kernel[(triton.cdiv(total, block),)](*tensors, **sizes, m=m, width=width, block=block, **rest)
+    kernel[(-(-total // block),)](*tensors, **sizes, m=m, width=width, block=block, **rest)

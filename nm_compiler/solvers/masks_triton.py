@@ -122,7 +122,7 @@ def bits(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
     width = -(-length // 8)
     packed = torch.empty((*plain.shape[:-1], width), dtype=torch.uint8, device=weight.device)
     if packed.numel():
-        _pack_rows[(triton.cdiv(packed.numel(), 512),)](plain, packed, length, width, packed.numel(), block=512)
+        _pack_rows[(-(-packed.numel() // 512),)](plain, packed, length, width, packed.numel(), block=512)
     return packed
 
 
@@ -147,13 +147,13 @@ def _launch(given: Tensor, result: Tensor, inner: int, n: int, m: int, keep_weig
     target = result.view(whole) if keep_weight else result
     if size in SIZES and m in RANKED[1:] and inner > 1:
         block = _APART // m
-        _rank_apart[(triton.cdiv(groups, block),)](
+        _rank_apart[(-(-groups // block),)](
             given.view(whole), target, groups, inner, n, m, size=size, block=block, keep_weight=keep_weight, num_warps=_WARPS
         )  # fmt: skip
         return
-    width = triton.next_power_of_2(m)
+    width = 1 << (m - 1).bit_length()
     block = max(1, min(256, _COMPARED // width**2))
-    _rank_groups[(triton.cdiv(groups, block),)](
+    _rank_groups[(-(-groups // block),)](
         given.view(whole), target, groups, inner, torch.iinfo(whole).max, n,
         m=m, width=width, block=block, keep_weight=keep_weight,
     )  # fmt: skip
@@ -166,7 +166,7 @@ def _launch_neighbours(given: Tensor, result: Tensor, n: int, m: int, keep_weigh
     width, size = wide(m), given.element_size()
     units = given.numel() // width
     block = _NEIGHBOURS // (width * size)
-    _rank_neighbours[(triton.cdiv(units, block),)](
+    _rank_neighbours[(-(-units // block),)](
         given.view(-1).view(WORDS), result.view(-1).view(WORDS if keep_weight else _BYTES[width]), units, n, m,
         width=width, size=size, block=block, keep_weight=keep_weight, num_warps=_WARPS,
     )  # fmt: skip

@@ -43,10 +43,10 @@ def largest_rows(weight: Tensor, order: Tensor, n: int, m: int, inner: int, out:
     weight, out: of 2, 4 or 8 bytes a number, lying alike as ``[experts, outer, rows, inner]`` without gaps; order: int64
     ``[.., rows]``, contiguous, with ``new[i] = old[order[i]]`` for every expert; ``m`` divides the rows.
     """
-    whole, width = _WHOLE[weight.element_size()], triton.next_power_of_2(m)
+    whole, width = _WHOLE[weight.element_size()], 1 << (m - 1).bit_length()
     columns = weight.numel() // order.numel()
-    block = min(triton.next_power_of_2(columns), max(1, _COMPARED // width**2))
-    parts = triton.cdiv(columns, block)
+    block = min(1 << (columns - 1).bit_length(), max(1, _COMPARED // width**2))
+    parts = -(-columns // block)
     _rank_rows[(order.numel() // m * parts,)](
         weight.view(whole), order, out.view(whole), order.shape[-1], columns // inner, inner, parts, torch.iinfo(whole).max, n,
         m=m, width=width, block=block,

@@ -42,7 +42,7 @@ def _pull(grad, weight, masked, out, total, decay: tl.constexpr, block: tl.const
 def keep(values: Tensor, mask: Tensor, out: Tensor) -> None:
     """Write ``values where mask else 0``, to the bit. values, out: of 2, 4 or 8 bytes a number; mask: bool."""
     whole, total = _WHOLE[values.element_size()], values.numel()
-    _keep[(triton.cdiv(total, _BLOCK),)](values.view(whole), mask.view(torch.uint8), out.view(whole), total, block=_BLOCK)
+    _keep[(-(-total // _BLOCK),)](values.view(whole), mask.view(torch.uint8), out.view(whole), total, block=_BLOCK)
 
 
 def decay(grad: Tensor, weight: Tensor, masked: Tensor, amount: float, out: Tensor) -> None:
@@ -52,6 +52,4 @@ def decay(grad: Tensor, weight: Tensor, masked: Tensor, amount: float, out: Tens
     """
     total = weight.numel()
     tensors = (storable(tensor) for tensor in (grad, weight, masked, out))
-    _pull[(triton.cdiv(total, _BLOCK),)](
-        *tensors, total, decay=amount, block=_BLOCK, brain=is_brain(weight), enable_fp_fusion=False
-    )
+    _pull[(-(-total // _BLOCK),)](*tensors, total, decay=amount, block=_BLOCK, brain=is_brain(weight), enable_fp_fusion=False)

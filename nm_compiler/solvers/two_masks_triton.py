@@ -97,7 +97,7 @@ def _launch_blocks(given: Tensor, order: Tensor | None, masked: Tensor, turned: 
     if given.data_ptr() % 16:
         given = given.clone()
     width, (down, across), (out, inputs) = wide(m), _TILE, given.shape
-    _mask_and_turn_blocks[(triton.cdiv(out, width * down), triton.cdiv(inputs, width * across))](
+    _mask_and_turn_blocks[(-(-out // (width * down)), -(-inputs // (width * across)))](
         given.view(WORDS), given if order is None else order.contiguous(), masked.view(WORDS), turned.view(WORDS), out, inputs,
         n, m, width=width, size=given.element_size(), down=down, across=across, ordered=order is not None, num_warps=_WARPS,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def _launch_tiles(given: Tensor, order: Tensor | None, masked: Tensor, turned: T
     whole, (out, inputs) = _WHOLE[given.element_size()], given.shape
     width = 64 if m <= 8 else 32
     height = min(64, _COMPARED // (m * width))
-    _mask_and_turn[(triton.cdiv(out, height), triton.cdiv(inputs, width))](
+    _mask_and_turn[(-(-out // height), -(-inputs // width))](
         given.view(whole), given if order is None else order.contiguous(), masked.view(whole), turned.view(whole), out, inputs,
         torch.iinfo(whole).max, n, m=m, height=height, width=width, ordered=order is not None,
     )  # fmt: skip
