@@ -490,3 +490,14 @@ def worker(rank: int, out: str) -> None:
 def test_two_processes_train_as_they_do_with_single_ops(tmp_path: Path) -> None:
     run_two(worker, str(tmp_path))
     assert [torch.load(each) for each in sorted(tmp_path.iterdir())] == [True] * 6
+
+
+@pytest.mark.parametrize("method", [nm.LBC(), nm.SRSTE(), nm.Magnitude()], ids=lambda method: type(method).__name__)
+def test_a_profile_has_the_names_of_the_single_ops(method: Any) -> None:
+    model, x = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)]), torch.randn(3, 16)
+    sparse = nm.compile(model, (x,), method=method)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        sparse(x).sum().backward()
+    names = [event.name for event in trace.events()]
+    (forward,) = [name for name in names if name in ("nm::score_weight", "nm::srste_weight", "nm::masked_weight")]
+    assert names.count(f"{forward}_backward") == 1

@@ -34,7 +34,7 @@ class Op:
             raise TypeError(f"{name}{schema}: only positional arguments without defaults")
         self.backward: Function | None = None
         self.setup: Function | None = None
-        self._gradient = self._autograd_function(own)
+        self._gradient = self._autograd_function(f"{space}_{own}")
         self._library.impl(own, self._function, "CompositeExplicitAutograd")
         self._library.impl(own, self._differentiable, "Autograd", with_keyset=True)
 
@@ -62,7 +62,7 @@ class Op:
                 return self._function(*args)
             return self._opoverload.redispatch(left, *args)
 
-    def _autograd_function(self, own: str) -> Any:
+    def _autograd_function(self, name: str) -> Any:
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
             result = self._below(keyset, *args)
             if self.setup:
@@ -76,7 +76,7 @@ class Op:
             return (None, *found) if isinstance(found, tuple) else (None, found)
 
         both = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        return type(f"{own}_gradient", (torch.autograd.Function,), both)
+        return type(f"{name}_gradient", (torch.autograd.Function,), both)
 
 
 class _Context:

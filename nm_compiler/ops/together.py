@@ -11,6 +11,7 @@ was kept for those, and weights that it does not read get no gradient.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -91,7 +92,13 @@ def together(overload: Any, calls: Sequence[Sequence[Any]]) -> Sequence[Tensor]:
 
 
 def _computed(kind: Kind, calls: Sequence[Sequence[Any]]) -> Sequence[Tensor]:
-    return [kind.op.kernel(*call) for call in calls] if kind.many is None else kind.many(calls)
+    with _profiled(kind.op.name):
+        return [kind.op.kernel(*call) for call in calls] if kind.many is None else kind.many(calls)
+
+
+def _profiled(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Under a profiler, what is done here has the name of the single op."""
+    return torch.profiler.record_function(name) if autograd._profiler_enabled() else contextlib.nullcontext()
 
 
 def _is_plain() -> bool:
@@ -138,6 +145,11 @@ class _Together(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kind: Kind = ctx.kind
         single = torch.is_grad_enabled() or not _is_plain()
+        with _profiled(f"{kind.op.name}_backward"):
+            return _Together._gradients(ctx, kind, single, grads)
+
+    @staticmethod
+    def _gradients(ctx: Any, kind: Kind, single: bool, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         keep = autograd._get_current_graph_task_keep_graph()
         found: list[Tensor | None] = [None, None]
         for index, grad in enumerate(grads):
