@@ -114,12 +114,10 @@ def in_registers() -> Iterator[tuple[str, str]]:
     apart = {**whole, "source": "*i16", "target": "*u8", "n": 2, "m": 4, "size": 2, "block": 1024, "keep_weight": False}
     yield "apart 2:4", ptx(masks_triton._rank_apart, apart, multiples=sizes)
     for size in (2, 4):
-        given = {**whole, **tensors, "places": "*i32", "n": 2, "m": 4, "size": size, "brain": True, "ordered": True}
-        blocks = {**given, "width": 4, "down": 16, "across": 8}
-        yield f"two masks {size}", ptx(two_masks_triton._mask_and_turn_blocks, blocks, multiples=sizes)
-        yield f"packed rows {size}", ptx(pack_triton._pack_rows, {**given, "down": 16, "across": 8}, multiples=sizes)
-        columns = {**given, "values": "*i32", "lines": 4, "down": 32, "across": 4}
-        yield f"packed columns {size}", ptx(pack_triton._pack_columns, columns, multiples=sizes)
+        given = {**whole, **tensors, "n": 2, "m": 4, "size": size, "ordered": True, "width": 4, "down": 16, "across": 8}
+        yield f"two masks {size}", ptx(two_masks_triton._mask_and_turn_blocks, given, multiples=sizes)
+    given = {**whole, **tensors, "places": "*i32", "down": 16, "across": 8}
+    yield "packed rows", ptx(pack_triton._pack_rows, given, multiples=sizes)
 
 
 if __name__ == "__main__":

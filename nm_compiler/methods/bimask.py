@@ -143,11 +143,8 @@ class BiMask(Method):
         """Search the orders of some weights with their seeds."""
         orders, problems = [], []
         for weight, seed in some:
-            order, value, mask = (
-                weight.read("order"),
-                weight.value,
-                forward_mask(weight),
-            )  # all ranks, which may have to gather
+            order, value = weight.read("order"), weight.value
+            mask = forward_mask(weight)  # on all ranks, which may have to gather
             orders.append(order)
             if _rank() == 0:
                 problems.append(self._problems(weight.site, value, mask, order, seed))
