@@ -9,7 +9,6 @@ moved or registered on the model is what the graph reads. Constants and subgraph
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
 import io
 import linecache
@@ -28,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path, tidy
+from nm_compiler.memory import own_cycles_freed
 from nm_compiler.regions import checkpoints_open, open_regions
 from nm_compiler.signature import Signature, describe
 from nm_compiler.vmapped import without_vmap
@@ -66,10 +66,8 @@ def capture_mode(
         if hasattr(GraphModule, name) or name == "extras":
             raise NMError(f"{type(model).__name__}.{name} has a name that graphs use themselves: rename it, or wrap the model")
     hidden = without_cache(model, kwargs)
-    with in_mode(model, training):
-        captured = _export(model, args, {**kwargs, **hidden}, dynamic_shapes, hidden, training)
-    gc.collect()  # an exported program is one large cycle: two at a time would double the peak
-    return captured
+    with own_cycles_freed(), in_mode(model, training):  # an exported program is one large cycle: two would double the peak
+        return _export(model, args, {**kwargs, **hidden}, dynamic_shapes, hidden, training)
 
 
 def _export(

@@ -64,14 +64,6 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _imports_are_not_garbage() -> Generator[None]:
-    """Every capture collects garbage; what is there before a test need not be looked at again each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """Compare text with tests/golden/<name>.txt, or rewrite it under --update-golden."""

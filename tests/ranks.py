@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import tempfile
@@ -26,7 +25,6 @@ def run_two(worker: Callable[..., None], *args: Any) -> None:
 
 def _rank(rank: int, worker: Callable[..., None], store: str, args: tuple[Any, ...]) -> None:
     """Leaves without freeing the group: its destructor may wait for a thread of gloo's that waits for the GIL, for ever."""
-    gc.freeze()  # every capture looks for garbage, and need not look through what was imported
     unmeasured()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)

@@ -9,7 +9,6 @@ test_tensorrt.py runs it in a process of its own, because the stand-in (tensorrt
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import inspect
 import io
@@ -46,7 +45,6 @@ def frozen(
     model: nn.Module, *inputs: Any, dtype: torch.dtype = torch.half, include: tuple[str, ...] = (), **kwargs: Any
 ) -> tuple[nn.Module, list[str]]:
     """The model with 2:4 weights by magnitude, in ``dtype``, and the names of the weights that are sparse."""
-    gc.freeze()  # every capture looks for garbage, and need not look through what was imported
     sparse = nm.compile(model.eval(), inputs, kwargs or None, method=nm.Magnitude(), include=include)
     names = [site.name for site in sparse.plan.sites]
     return nm.freeze(sparse).to(dtype), names
