@@ -7,6 +7,7 @@ See README.md for what the columns mean.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def child(model_name: str, method_name: str, *, warm: bool, threads: int) -> dic
     torch.set_num_threads(threads)
     if warm:
         nm.compile(_Tiny(), (torch.randn(2, 3, 8, 8),), method=METHODS[method_name]())
+        gc.collect()  # what the tiny one left in cycles is not to make room for the other, or not to
     inputs = torch.randn(2, 3, 224, 224)
     empty = _resident("VmRSS")
     model = MODELS[model_name]()
