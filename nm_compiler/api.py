@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, overload
 
 import torch
@@ -13,8 +14,10 @@ from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
 from nm_compiler.graph import run
+from nm_compiler.importance import importance_of
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
+from nm_compiler.methods.magnitude import Magnitude
 from nm_compiler.module import SparseModule, attach_state, detach_state, unwrap
 from nm_compiler.passes.freeze_masks import masked_values
 from nm_compiler.pattern import PatternMap, PatternSpec
@@ -90,7 +93,8 @@ def compile(
     include, exclude: globs over parameter names; include also takes in the stem and the head, which stay dense otherwise.
     permute: ``"search"`` puts channels in an order in which the masks keep more, before anything else; ``"random"`` or a
     mapping are for experiments. The search minds backward masks as well where the method needs that (`Transposable`,
-    ``BiMask(fold=True)``). budget_s (seconds) and outputs (which must not change) as in `nm_compiler.permute`.
+    ``BiMask(fold=True)``), and keeps what ``Magnitude(importance=)`` goes by, which moves along. budget_s (seconds) and
+    outputs (which must not change) as in `nm_compiler.permute`.
     seed: of the search, and of everything the method draws at random.
     then: without example inputs, what runs the rewritten graphs: ``"inductor"`` (the default), ``"aot_eager"``, ``"eager"``.
 
@@ -103,8 +107,8 @@ def compile(
     pipeline(method, ())  # an unknown method is refused before anything else happens
     if example_inputs is None and not kwargs:
         told = {"permute": permute, "budget_s": budget_s, "outputs": outputs, "dynamic_shapes": dynamic_shapes}
-        options = {"include": globs(include), "exclude": globs(exclude), "seed": seed, "then": then or "inductor"}
-        return prepare(model, method, patterns, told, options)
+        said = {"include": globs(include), "exclude": globs(exclude), "seed": seed, "then": then or "inductor"}
+        return prepare(model, method, patterns, told, said)
     if then is not None:
         raise NMError(f"then={then!r} is for nm.compile(model) without example inputs; torch.compile what this returns")
     if permute is None and method.folds:
@@ -115,12 +119,13 @@ def compile(
     check_outside(model, routes, patterns, globs(exclude))
     plan = find(model, [route.whole for route in routes.values()], patterns, include=globs(include), exclude=globs(exclude))
     _check_weights(model, plan, method)
-    moved = (
-        None
-        if permute is None
-        else reorder(model, routes, plan, permute, outputs, seed=seed, budget_s=budget_s, backward=method.backward_share)
-    )
-    names = attach_state(model, plan, method)
+    moved, chosen = None, method
+    if permute is not None:
+        kept = _importances(model, plan, method)
+        options: dict[str, Any] = {"budget_s": budget_s, "backward": method.backward_share, "importance": kept or None}
+        moved = reorder(model, routes, plan, permute, outputs, seed=seed, along=kept, **options)
+        chosen = replace(method, importance=kept) if kept and isinstance(method, Magnitude) else method
+    names = attach_state(model, plan, chosen)
     try:
         for route in routes.values():
             route.rewrite(pipeline(method, plan.sites), plan)
@@ -194,7 +199,8 @@ def _check_masks(module: Carrier) -> None:
                 if fullest > site.pattern.n:
                     raise NMError(
                         f"{site.name} of shape {list(site.shape)}: its mask keeps {fullest} of {site.pattern.m} in a "
-                        f"group, not {site.pattern}; the state beside it was edited, load a healthy checkpoint"
+                        f"group, not {site.pattern}, although {module.method.name}.is_settled() says so; the state beside it "
+                        "was edited, load a healthy checkpoint"
                     )
 
 
@@ -227,6 +233,13 @@ def prepare(model: M, method: Method, patterns: PatternMap, told: Mapping[str, A
         method.check(site)
     made.attach()
     return model
+
+
+def _importances(model: nn.Module, plan: Plan, method: Method) -> dict[str, Tensor]:
+    """What one-shot masks go by, by weight, in memory of its own: it was measured in the order before a permutation."""
+    if not isinstance(method, Magnitude) or method.importance is None:
+        return {}
+    return {s.name: importance_of(method.importance, s, model.get_parameter(s.name)).detach().clone() for s in plan.sites}
 
 
 def _check_weights(model: nn.Module, plan: Plan, method: Method) -> None:

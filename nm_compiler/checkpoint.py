@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
 from nm_compiler.sharding import is_sharded
@@ -22,7 +24,8 @@ def save_checkpoint(path: str | Path, **parts: Any) -> None:
     parts: whatever has a ``state_dict()`` is saved as that, the rest (numbers, tensors, dicts) as it is. Every rank of a
     distributed training may call it; rank 0 writes. The file is written beside its place, flushed to the disk and then put
     there in one step: a process that dies, or a disk that fills up, leaves the old checkpoint as it was.
-    Raises NMError, the old file intact, if it cannot be written, and for a model in shards.
+    Raises NMError, the old file intact, if it cannot be written, for a model in shards, and for what could not be loaded:
+    files are read without running code of theirs, so a NumPy number or an object of a class of one's own is refused here.
     """
     file = Path(path)
     for name, part in parts.items():
@@ -35,6 +38,8 @@ def save_checkpoint(path: str | Path, **parts: Any) -> None:
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+    for name, value in state.items():
+        _check_readable(file, name, value)
     half = file.with_name(f".{file.name}.{os.getpid()}.half")
     try:
         with half.open("wb") as out:
@@ -83,6 +88,30 @@ def load_checkpoint(path: str | Path, *, map_location: Any = "cpu", **parts: Any
                 raise
             raise NMError(f"{name} of {file} does not fit, nothing was loaded: {error}") from error
     return {name: value for name, value in saved.items() if name not in parts}
+
+
+def _check_readable(file: Path, name: str, value: Any) -> None:
+    """Raise NMError if `load_checkpoint` could not read ``value``. Looks at all but tensors, so it costs next to nothing."""
+    bare = pytree.tree_map(lambda leaf: None if isinstance(leaf, Tensor) else leaf, value)
+    if _is_readable(bare):
+        return
+    wrong = next((leaf for leaf in pytree.tree_leaves(bare) if not _is_readable(leaf)), bare)
+    kind = f"{type(wrong).__module__}.{type(wrong).__qualname__}"
+    raise NMError(
+        f"{file} was not written: {name}= holds a {kind}, which could not be loaded again, as a checkpoint is read without "
+        "running code. Save numbers, strings, tensors, and lists or dicts of them: float(x), x.tolist(), vars(x), str(x)"
+    )
+
+
+def _is_readable(value: Any) -> bool:
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception:  # whatever pickle and the classes of others raise
+        return False
+    return True
 
 
 def _weight(part: Any) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nm_compiler.errors import NMError
+from nm_compiler.methods.base import state_of
 from nm_compiler.sharding import cut_like, whole
 from nm_compiler.state import RECIPE, learns
 
@@ -78,7 +79,7 @@ def fresh_state(carrier: Carrier, values: Mapping[str, Any], prefix: str = "") -
         name = weight.site.name
         given = values.get(prefix + name)
         base = whole(given.detach()) if isinstance(given, Tensor) and given.shape == weight.param.shape else weight.value
-        for suffix, value in carrier.method.state(weight.site, base).items():
+        for suffix, value in state_of(carrier.method, weight.site, base).items():
             fresh[f"{name}_{suffix}"] = cut_like(value.detach(), weight[suffix])
     return fresh
 

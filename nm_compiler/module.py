@@ -21,7 +21,7 @@ from nm_compiler.exported import Exported, moved
 from nm_compiler.graph import Pass
 from nm_compiler.links import links, replaced
 from nm_compiler.loading import check_values, compare, start_afresh
-from nm_compiler.methods.base import Method
+from nm_compiler.methods.base import Method, state_of
 from nm_compiler.recipe import pipeline
 from nm_compiler.sites import Plan
 from nm_compiler.state import RECIPE, Weight, mark, read_recipe, register, unmark, unregister, write_recipe
@@ -136,7 +136,7 @@ class SparseModule(nn.Module):
         with torch.no_grad():
             self._buffers[RECIPE] = write_recipe(self.method.layout(), self.plan.sites).to(device)
             for weight in self.weights:
-                for suffix, value in self.method.state(weight.site, weight.param.detach()).items():
+                for suffix, value in state_of(self.method, weight.site, weight.param.detach()).items():
                     weight[suffix].copy_(value)
         return self
 
@@ -305,7 +305,7 @@ def attach_state(model: nn.Module, plan: Plan, method: Method) -> list[str]:
     weights = [Weight(site, model) for site in plan.sites]
     extras: dict[str, Tensor] = {}
     for weight in weights:
-        for suffix, value in method.state(weight.site, weight.param.detach()).items():
+        for suffix, value in state_of(method, weight.site, weight.param.detach()).items():
             extras[f"{weight.site.name}_{suffix}"] = value
     some = weights[0].param
     extras[RECIPE] = write_recipe(method.layout(), plan.sites).to(some.device)

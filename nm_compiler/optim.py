@@ -111,7 +111,7 @@ class FirstStep:
         if stuck:
             raise NMError(
                 f"optimizer.step() changed the weights, but not {_named(list(stuck), stuck)}: the optimizer does not hold "
-                f"them. {_WAY_OUT}"
+                f"them, or did not step. {_WAY_OUT}; or give SparsityScheduler(optimizer=) the one that holds them"
             )
         return moved or not now
 

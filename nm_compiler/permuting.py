@@ -106,7 +106,8 @@ def permute(
     work that takes seconds and gives the same orders on every machine.
     backward: how much what a backward mask keeps (N:M along the output axis, after the forward mask) counts beside the
     forward mask, for `Transposable` or for Bi-Mask without gathers. `BiMask` finds an order of its own: 0 is right for it.
-    importance: what to keep instead of magnitude: a rule such as `nm.Wanda`, or tensors by parameter name.
+    importance: what to keep instead of magnitude: a rule such as `nm.Wanda`, or tensors by parameter name. It stays as it is,
+    of the order it was measured in: calibrate again afterwards, or use ``nm.compile(permute=)``, which moves it along.
 
     The state_dict keeps its names and shapes, and loads into any model of the architecture.
     Raises NMError, nothing changed, if the model cannot be captured or an order does not fit.
@@ -144,15 +145,16 @@ def coupled(model: nn.Module, routes: Routes, outputs: Outputs = None) -> Axes:
 
 def reorder(
     model: nn.Module, routes: Routes, plan: Plan, order: Order, outputs: Outputs = None, *,
-    optimizer: Optimizer | None = None, seed: int = 0, **searching: Any,
+    optimizer: Optimizer | None = None, along: Mapping[str, Tensor] | None = None, seed: int = 0, **searching: Any,
 ) -> Permutation:  # fmt: skip
     """Find or check the orders, then permute the model's state in place, all of it or nothing.
 
-    searching: budget_s, backward and importance of `nm_compiler.axes.search.search_orders`.
+    along: tensors of the shape of a parameter, by its name, that are permuted with it. searching: budget_s, backward and
+    importance of `nm_compiler.axes.search.search_orders`.
     """
     if not isinstance(order, Mapping) and order not in ("search", "random"):
         raise NMError(f'order={order!r}: use "search", "random", or a mapping from axes to orders')
-    beside = _beside(model, optimizer)
+    beside = [*_beside(model, optimizer), *(along or {}).items()]
     axes, gains = coupled(model, routes, outputs), tuple[Gain, ...]()
     if isinstance(order, Mapping):
         orders = checked(axes, order)

@@ -27,7 +27,7 @@ from nm_compiler.errors import NMError, Refusal
 from nm_compiler.evaluate import effective_weights
 from nm_compiler.links import Link, links, owner_at, replaced
 from nm_compiler.loading import check_values, compare, start_afresh
-from nm_compiler.methods.base import Method
+from nm_compiler.methods.base import Method, state_of
 from nm_compiler.outline import opened_up
 from nm_compiler.pattern import PatternMap
 from nm_compiler.sharding import cut_like, in_shards, parts, reshard
@@ -89,7 +89,7 @@ class Prepared:
         """Register the state of all candidates, the recipe and the entries on the model. All or nothing."""
         extras: dict[str, Tensor] = {}
         for weight in self.weights:
-            for suffix, value in self.method.state(weight.site, weight.value).items():
+            for suffix, value in state_of(self.method, weight.site, weight.value).items():
                 extras[f"{weight.site.name}_{suffix}"] = value
         extras[RECIPE] = self._recipe()
         register(self.origin, extras)
@@ -315,7 +315,7 @@ class Prepared:
         known = self.candidates.pop(name, None)
         if known is None or (known.layout, known.blocks) != (site.layout, site.blocks):
             weight = Weight(site, self.origin)
-            for suffix, value in self.method.state(site, weight.value).items():
+            for suffix, value in state_of(self.method, site, weight.value).items():
                 here = getattr(weight.owner, f"{weight.leaf}_{suffix}", None)
                 if here is None:
                     register(self.origin, {f"{name}_{suffix}": value})

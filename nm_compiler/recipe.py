@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import partial
 
 from torch import Tensor
@@ -18,6 +19,8 @@ from nm_compiler.sites import Site
 def pipeline(method: Method, sites: Sequence[Site]) -> list[Pass]:
     """What turns a captured graph into a sparse one that trains with ``method``. Raises NMError for what is no method."""
     if isinstance(method, Method):
+        if not is_dataclass(method):
+            raise NMError(f"{method.name} is no dataclass, so its options are unknown: put @dataclass(frozen=True) above it")
         return method.passes(sites)
     if isinstance(method, type) and issubclass(method, Method):
         raise NMError(f"method={method.__name__} is the class: did you mean nm.{method.__name__}()?")

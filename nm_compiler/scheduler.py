@@ -28,7 +28,8 @@ class SparsityScheduler:
     From here on glibc keeps what a step frees for the next one (`nm_compiler.memory`): a compiled ResNet-50 with
     LBC else made 36,000 page faults a step.
     Raises NMError if the length is missing, given twice or not positive, or if the optimizer lacks the scores. An optimizer
-    that was not given and lacks them is found out in the first step.
+    that was not given and lacks them is found out in the first step; where scores have an optimizer of their own that steps
+    later or less often than that of the weights, give that one.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class SparsityScheduler:
         if optimizer is not None:
             check_holds(optimizer, learned_state(self._model))
         self._optimizer, self._first = optimizer, FirstStep(self._model)
-        self._looked = self._followed = False
+        self._looked, self._followed = optimizer is not None, False  # one that was given holds all that learns
         self.last_step = 0
         keep_freed()
         self._begin()
@@ -75,7 +76,7 @@ class SparsityScheduler:
         check_holds(optimizer, learned_state(self._model))
         self._optimizer = optimizer
         optimizer.register_step_post_hook(lambda *_: self.step())
-        self._followed = True
+        self._followed = self._looked = True
         self._forget()
         return self
 

@@ -13,8 +13,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
+from nm_compiler.errors import NMError
+from nm_compiler.graph import getattr_path
+from nm_compiler.ops.weights import stands_for_weight
 from nm_compiler.rewrite import behind, call
 from nm_compiler.sites import Site
 
@@ -24,13 +28,32 @@ def insert_op(
 ) -> GraphModule:
     """Put ``op(weight, *state, *options(site))`` behind every site's weight.
 
-    op: from `nm_compiler.ops.define.weight_op`; state: suffixes of what the method registered beside the weight.
+    op: from `nm_compiler.ops.define.weight_op`, or an overload that says ``stands_for_weight = True``; state: suffixes of what
+    the method registered beside the weight. Raises NMError for other ops, and for state that is not there.
     """
+    if not (isinstance(op, torch._ops.OpOverload) and stands_for_weight(op)):
+        raise NMError(
+            f"insert_op(op={op}): nothing says that it stands for a weight, which would count as dense: make it by "
+            "nm_compiler.ops.define.weight_op, or give torch.ops.<namespace>.<name>.default, stands_for_weight = True on it"
+        )
     for site in sites:
         behind(gm, site.name, partial(_called, gm, site=site, op=op, options=options(site), state=state))
     return gm
 
 
 def _called(gm: GraphModule, weight: Node, *, site: Site, op: Any, options: tuple[Any, ...], state: Sequence[str]) -> Node:
+    for suffix in state:
+        if not _is_there(gm, f"{site.name}_{suffix}"):
+            raise NMError(
+                f"insert_op(state={tuple(state)}): {site.name} of shape {list(site.shape)} has no state {suffix!r}; what the "
+                "method's state() gives is what a pass can read"
+            )
     beside = [gm.graph.get_attr(f"{site.name}_{suffix}") for suffix in state]
     return call(gm, op, (weight, *beside, *options), f"{weight.name}_masked")
+
+
+def _is_there(gm: GraphModule, name: str) -> bool:
+    try:
+        return getattr_path(gm, name) is not None
+    except AttributeError:
+        return False

@@ -12,26 +12,27 @@ from torch import Tensor, nn
 
 from nm_compiler.carrier import carrier_of
 from nm_compiler.errors import NMError
-from nm_compiler.pattern import Pattern, PatternLike
+from nm_compiler.pattern import Pattern, PatternMap, PatternSpec
 from nm_compiler.sharding import whole
 from nm_compiler.solvers.check import nonzeros, worst_group
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """One weight: the axes along which it satisfies the pattern, and its share of non-zeros."""
+    """One weight: the axes along which it satisfies its pattern (None: no rule names it), and its share of non-zeros."""
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[int, ...]
     nonzero: float
+    pattern: Pattern | None
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
     """What `verify` found. ``print`` it; ``satisfied`` maps the names of sparse weights to their axes."""
 
-    pattern: Pattern
+    pattern: PatternMap
     weights: tuple[Checked, ...]
 
     @property
@@ -48,27 +49,35 @@ class Verification:
         lines = []
         for weight in self.weights:
             axes = "yes, axis " + " and ".join(map(str, weight.axes)) if weight.axes else "no"
+            asked = f"{weight.pattern}: {axes}" if weight.pattern else "no pattern"
             shape = "x".join(map(str, weight.shape))
-            lines.append(f"{weight.name:<{width}}  {shape:<14}  {weight.nonzero:6.1%} non-zero  {self.pattern}: {axes}")
+            lines.append(f"{weight.name:<{width}}  {shape:<14}  {weight.nonzero:6.1%} non-zero  {asked}")
         return "\n".join([*lines, f"{len(self.satisfied)} of {len(self.weights)} weights are {self.pattern}."])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-ready."""
-        rows = [{"name": w.name, "shape": list(w.shape), "axes": list(w.axes), "nonzero": w.nonzero} for w in self.weights]
+        rows = [
+            {
+                "name": w.name, "shape": list(w.shape), "axes": list(w.axes), "nonzero": w.nonzero,
+                "pattern": w.pattern and str(w.pattern),
+            }
+            for w in self.weights
+        ]  # fmt: skip
         return {"pattern": str(self.pattern), "weights": rows, "satisfied": len(self.satisfied)}
 
 
-def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternLike = "2:4") -> Verification:
+def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternSpec = "2:4") -> Verification:
     """Check every floating tensor of two or more axes for at most N non-zeros in each group of M.
 
     target: a module (a compiled one with its masks applied), a state_dict, a checkpoint folder with ``.safetensors`` shards,
     or the path of a ``.safetensors`` file (both read a tensor at a time), of a ``.pt``, ``.pth`` or ``.bin`` file (loaded with
     ``weights_only``), or of an ``.onnx`` file, of which only what Conv, MatMul and Gemm multiply with is checked, along the
     axis that they reduce. A weight that is zero altogether satisfies any pattern; its share of non-zeros tells.
+    pattern: as in `nm_compiler.compile`, also ``{"layer4.*": "1:4", "*": "2:4"}``; a weight without a rule satisfies nothing.
     Weights that are sharded are gathered one at a time, so every rank has to call it.
     Raises NMError for a file that is missing, truncated or of another kind.
     """
-    wanted = Pattern.parse(pattern)
+    wanted = PatternMap.parse(pattern)
     if isinstance(target, (str, Path)) and Path(target).suffix == ".onnx":
         return Verification(wanted, _of_onnx(Path(target), wanted))
     found = []
@@ -76,28 +85,33 @@ def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternL
         if tensor.ndim < 2 or not tensor.dtype.is_floating_point or tensor.is_meta:
             continue
         tensor = whole(tensor)
-        axes = [axis for axis in range(tensor.ndim) if tensor.shape[axis] and tensor.shape[axis] % wanted.m == 0]
-        kept = tuple(axis for axis in axes if worst_group(tensor, wanted.m, axis) <= wanted.n)
+        own = wanted.of(name)
+        axes = tuple(axis for axis in range(tensor.ndim) if own is not None and _holds(tensor, own, axis))
         nonzero = nonzeros(tensor) / max(1, tensor.numel())
-        found.append(Checked(name, tuple(tensor.shape), kept, nonzero))
+        found.append(Checked(name, tuple(tensor.shape), axes, nonzero, own))
     return Verification(wanted, tuple(found))
 
 
-def _of_onnx(path: Path, wanted: Pattern) -> tuple[Checked, ...]:
+def _holds(tensor: Tensor, pattern: Pattern, axis: int) -> bool:
+    size = tensor.shape[axis]
+    return size > 0 and size % pattern.m == 0 and worst_group(tensor, pattern.m, axis) <= pattern.n
+
+
+def _of_onnx(path: Path, wanted: PatternMap) -> tuple[Checked, ...]:
     """A line for each initialiser; the axes of one that several products read count if it is N:M for all of them."""
     from nm_compiler.runtime.onnx_files.reading import operands
 
     found: dict[str, list[Checked]] = {}
     for operand in operands(path):
-        nonzero, axis = torch.from_numpy(operand.value != 0), operand.axis
-        holds = nonzero.shape[axis] % wanted.m == 0 and worst_group(nonzero, wanted.m, axis) <= wanted.n
+        nonzero, axis, own = torch.from_numpy(operand.value != 0), operand.axis, wanted.of(operand.name)
+        holds = own is not None and _holds(nonzero, own, axis)
         share = float(nonzero.sum()) / max(1, nonzero.numel())
-        one = Checked(operand.name, tuple(nonzero.shape), (axis,) if holds and nonzero.shape[axis] else (), share)
+        one = Checked(operand.name, tuple(nonzero.shape), (axis,) if holds else (), share, own)
         found.setdefault(operand.name, []).append(one)
     rows = []
     for name, uses in found.items():
         axes = sorted({axis for use in uses for axis in use.axes}) if all(use.axes for use in uses) else ()
-        rows.append(Checked(name, uses[0].shape, tuple(axes), sum(use.nonzero for use in uses) / len(uses)))
+        rows.append(Checked(name, uses[0].shape, tuple(axes), sum(use.nonzero for use in uses) / len(uses), uses[0].pattern))
     return tuple(rows)
 
 

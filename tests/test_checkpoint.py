@@ -4,9 +4,11 @@
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import ConvNet, example
@@ -37,6 +39,29 @@ def snapshot(made: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+class Odd:
+    """Has a ``state_dict``, which holds more than tensors."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": [1.0, {"accuracy": np.float64(0.5)}]}
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [({"best": np.float64(0.5)}, r"best= holds a numpy.float64"), ({"args": Namespace(lr=0.1)}, r"args= holds a argparse.Namespace"),
+     ({"odd": Odd()}, r"odd= holds a numpy.float64"), ({"hook": lambda: None}, r"hook= holds a builtins.function")],
+)  # fmt: skip
+def test_what_could_not_be_loaded_again_is_not_saved_over_what_can(extra: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path, model = tmp_path / "run.pt", torch.nn.Linear(2, 2)
+    nm.save_checkpoint(path, model=model, epoch=1, best=0.5, args={"lr": 0.1}, seen={1, 2}, scale=torch.tensor(2.0))
+    with pytest.raises(nm.NMError, match=said):
+        nm.save_checkpoint(path, model=model, epoch=2, **extra)
+    assert nm.load_checkpoint(path, model=model) == {
+        "epoch": 1, "best": 0.5, "args": {"lr": 0.1}, "seen": {1, 2}, "scale": torch.tensor(2.0),
+    }  # fmt: skip
+    assert [each.name for each in tmp_path.iterdir()] == ["run.pt"]
 
 
 @pytest.mark.parametrize("method", [nm.LBC(), nm.BiMask(interval=2, moves=20)], ids=["LBC", "BiMask"])

@@ -111,6 +111,14 @@ def test_mixed_patterns_freeze_each_to_its_own(kind: type[nn.Module]) -> None:
     frozen = nm.freeze(sparse)
     for name, (pattern, axis) in wanted.items():
         assert axis in nm.verify(frozen, pattern).satisfied[name]
+    found = nm.verify(frozen, {other: "1:4", "*": "2:4"})
+    rows = {row.name: row for row in found.weights if row.name in wanted}
+    assert all(rows[name].pattern == pattern and axis in rows[name].axes for name, (pattern, axis) in wanted.items())
+    strict = {name for name, (pattern, _) in wanted.items() if pattern == nm.Pattern(1, 4)}
+    assert nm.verify(frozen, "1:4").satisfied.keys() & wanted.keys() == strict
+    some = nm.verify(frozen, {other: "1:4"})
+    assert some.satisfied.keys() == strict
+    assert "no pattern" in str(some)
 
 
 def test_the_users_own_buffers_that_look_like_state_stay() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import nm_compiler as nm
+from nm_compiler.solvers.importance import ria, wanda
 from nm_compiler.solvers.magnitude import magnitude_mask
 
 
@@ -147,6 +148,23 @@ def test_a_permutation_can_keep_what_wanda_finds_important() -> None:
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
     assert permutation.gains
     assert all(gain.after >= gain.before for gain in permutation.gains)
+
+
+@pytest.mark.parametrize("permute", ["search", "random"])
+@pytest.mark.parametrize("rule", [nm.Wanda, nm.RIA])
+def test_an_importance_moves_with_the_channels_that_compile_permutes(permute: str, rule: Any) -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(8, 32), nn.Linear(32, 16)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(64, 8) * torch.linspace(0.1, 3, 8)
+    plain, stats = first.weight.detach().clone(), nm.calibrate(model, [x])
+    kept = {name: squares.clone() for name, squares in stats.items()}
+    sparse = nm.compile(model, (x,), method=nm.Magnitude(importance=rule(stats)), permute=permute)
+    assert not torch.equal(first.weight, plain), "channels were put in another order"
+    assert all(torch.equal(stats[name], squares) for name, squares in kept.items()), "the user's statistics stay"
+    inner = torch.relu(first(x)).detach().square().sum(0)
+    importance = wanda(second.weight, inner) if rule is nm.Wanda else ria(second.weight, inner, out_axis=0, row_axes=[1])
+    assert torch.equal(sparse.masked("2.weight")[0] != 0, magnitude_mask(importance, 2, 4, 1))
 
 
 def test_transposable_masks_take_an_importance_too() -> None:

@@ -215,6 +215,15 @@ def test_gradual_starts_dense_and_only_ever_prunes_the_smallest_that_are_left(te
     assert method.is_settled(weight)
 
 
+def test_gradual_takes_its_schedule_in_order_and_a_checkpoint_of_another_one_is_refused() -> None:
+    assert nm.Gradual(0.1, 0.4, 2) == nm.Gradual(t_i=0.1, t_f=0.4, power=2)
+    with pytest.raises(TypeError):
+        nm.Gradual(importance={})  # type: ignore[call-arg]  # it prunes by magnitude, and would not look at it
+    schedulers = [nm.SparsityScheduler(compiled(MLP, nm.Gradual(t_f=t_f))[0], total_steps=8) for t_f in (0.3, 0.7)]
+    with pytest.raises(nm.NMError, match=r"saved for Gradual\(t_i=0.0, t_f=0.3, power=3\)"):
+        schedulers[1].load_state_dict(schedulers[0].state_dict())
+
+
 def test_gradual_can_be_finished_early_and_refuses_a_mask_that_keeps_too_few() -> None:
     sparse, _ = trained(MLP, nm.Gradual(), steps=1)
     with pytest.raises(nm.NMError, match="are not 2:4 yet"):

@@ -304,8 +304,14 @@ def test_a_mistake_is_told_and_nothing_is_written(folder: Path, tmp_path: Path, 
 
 def test_another_run_in_the_same_folder_is_refused_with_what_differs(folder: Path, tmp_path: Path) -> None:
     nm.prune_checkpoint(folder, tmp_path / "out")
-    with pytest.raises(NMError, match=r"another run of prune: pattern was 2:4, now 1:4"):
+    first = r"model\.layers\.\S+ was 2:4 along axis 1, now 1:4 along axis 1, and \d+ more\. Give the same"
+    with pytest.raises(NMError, match=rf"another run of prune: pattern was 2:4, now 1:4; {first}") as error:
         nm.prune_checkpoint(folder, tmp_path / "out", pattern="1:4")
+    assert str(error.value).count("along axis") == 2, "one weight of many"
+    with pytest.raises(
+        NMError, match=r"another run of prune: model\.layers\.0\.\S+ was 2:4 along axis 1, now dense, and \d+ more\."
+    ):
+        nm.prune_checkpoint(folder, tmp_path / "out", exclude=["model.layers.0.*"])
     other = write_folder(tmp_path / "other", layers(3))
     with pytest.raises(NMError, match="the checkpoint has changed or is another one"):
         nm.prune_checkpoint(other, tmp_path / "out")

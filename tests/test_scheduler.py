@@ -193,3 +193,27 @@ def test_a_scheduler_that_follows_an_optimizer_steps_by_itself_and_only_after_re
         schedules[0].follow(optimizers[0])
     with pytest.raises(nm.NMError, match="fc2.weight_scores"):
         nm.SparsityScheduler(called, 6).follow(torch.optim.SGD([called.fc1.weight], lr=0.1))
+
+
+def test_scores_that_step_less_often_than_weights_need_the_optimizer_that_holds_them() -> None:
+    told = []
+    for given in (False, True):
+        sparse = sparse_mlp()
+        scores = [p for name, p in sparse.named_parameters() if name.endswith("_scores")]
+        weights = [p for name, p in sparse.named_parameters() if not name.endswith("_scores")]
+        often, seldom = torch.optim.SGD(weights, lr=0.1), torch.optim.SGD(scores, lr=0.1)
+        scheduler = nm.SparsityScheduler(sparse, total_steps=4, optimizer=seldom if given else None)
+        try:
+            for step in range(4):
+                sparse(example(sparse.origin)).sum().backward()
+                often.step()
+                if step % 2:
+                    seldom.step()
+                scheduler.step()
+        except nm.NMError as error:
+            told.append(str(error))
+            continue
+        assert nm.verify(nm.freeze(sparse)).satisfied == {"fc2.weight": (1,)}
+    assert len(told) == 1
+    assert "or did not step" in told[0]
+    assert "give SparsityScheduler(optimizer=) the one that holds them" in told[0]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
+from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass
 from nm_compiler.sites import Site
 from nm_compiler.state import Weight
@@ -101,3 +102,26 @@ class Method(ABC):
 
     def settle(self, weight: Weight) -> None:  # noqa: B027  optional
         """Make it so at once (``freeze(finish=True)``)."""
+
+
+def state_of(method: Method, site: Site, weight: Tensor) -> dict[str, Tensor]:
+    """`Method.state` with memory of its own. Raises NMError where `Method.suffixes` names other state than it gives."""
+    state, named = method.state(site, weight), method.suffixes(site)
+    if set(state) != set(named):
+        raise NMError(
+            f"{site.name} of shape {list(site.shape)}: {method.name}.state() gives {_listed(state)}, but suffixes() names "
+            f"{_listed(named)}, and goes by that in checkpoints and at nm.freeze: name the same in both"
+        )
+    held = {weight.untyped_storage()._cdata}
+    for suffix, value in state.items():
+        if value.untyped_storage()._cdata in held:
+            raise NMError(
+                f"{site.name} of shape {list(site.shape)}: the {suffix!r} of {method.name}.state() shares memory with the "
+                "weight or with other state of it, so that a change of one would change both: return value.clone()"
+            )
+        held.add(value.untyped_storage()._cdata)
+    return state
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "nothing"

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nm_compiler.errors import NMError
+from nm_compiler.graph import Pass
 from nm_compiler.layout import as_groups
-from nm_compiler.methods.base import Clock
-from nm_compiler.methods.magnitude import Magnitude
+from nm_compiler.methods.base import Clock, Method
+from nm_compiler.passes.insert_fixed_masks import insert_fixed_masks
 from nm_compiler.sites import Site
 from nm_compiler.solvers.combinations import pack, unpack
 from nm_compiler.state import Weight
 
 
 @dataclass(frozen=True, slots=True)
-class Gradual(Magnitude):
+class Gradual(Method):
     """Keep all M of a group at first, and fewer of the largest magnitudes step by step, until N are left at ``t_f``.
 
     ``N + ceil((M - N) (1 - tau)^power)`` stay, tau from 0 at ``t_i`` to 1 at ``t_f`` (shares of the training steps). What was
@@ -36,6 +38,12 @@ class Gradual(Magnitude):
             raise NMError(f"Gradual(t_i={self.t_i!r}, t_f={self.t_f!r}): shares of training, 0 <= t_i < t_f <= 1")
         if isinstance(self.power, bool) or not isinstance(self.power, int) or not 1 <= self.power <= 8:
             raise NMError(f"Gradual(power={self.power!r}): of the schedule, a whole number from 1 to 8")
+
+    def passes(self, sites: Sequence[Site]) -> list[Pass]:
+        return [partial(insert_fixed_masks, sites=sites)]
+
+    def suffixes(self, site: Site) -> tuple[str, ...]:
+        return ("mask",)
 
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
         return {"mask": pack(torch.ones(site.shape, dtype=torch.bool, device=weight.device).flatten(1))}

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Gradient = Callable[..., Tensor]
-"""(g, weight, masked, *other arguments of the op) -> dW, with g the gradient of what the op returned."""
+Gradient = Callable[..., Tensor | tuple[Tensor, ...]]
+"""(g, weight, masked, *other arguments of the op) -> dW, or (dW, dstate, ..), with g the gradient of what the op returned."""
 
 
 def weight_op(name: str, *, gradient: Gradient) -> Callable[[Callable[..., Tensor]], Any]:
     """Turn ``f(weight, *state, **options) -> masked weight`` into the op ``name`` ("mine::my_weight"), with its gradient.
 
     f: plain torch code with annotated parameters (Tensor, int, float, bool, list[int]; `torch.library.custom_op` reads them),
-    the weight first. It returns a new tensor of the weight's shape; it is put into the weight's strides here. Only the weight
-    gets a gradient. Returns the op, for `nm_compiler.passes.insert_op`.
+    the weight first. It returns a new tensor of the weight's shape; it is put into the weight's strides here.
+    gradient: gives that of the weight, or a tuple: that of the weight, then of arguments behind it, for state that learns.
+    Returns the op, for `nm_compiler.passes.insert_op`.
     """
 
     def make(function: Callable[..., Tensor]) -> Any:
@@ -45,6 +46,8 @@ def _backward(gradient: Gradient) -> Callable[..., tuple[Tensor | None, ...]]:
         output, *tensors = ctx.saved_tensors
         left = iter(tensors)
         weight, *rest = (next(left) if value is None else value[0] for value in ctx.plain)
-        return gradient(grad, weight, output, *rest), *(None for _ in rest)
+        found = gradient(grad, weight, output, *rest)
+        several = found if isinstance(found, tuple) else (found,)
+        return *several, *(None for _ in range(1 + len(rest) - len(several)))
 
     return backward

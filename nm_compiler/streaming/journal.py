@@ -50,12 +50,23 @@ def read_journal(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | Non
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise NMError(f"{out / JOURNAL} cannot be read ({error}): remove {out}, or give a new folder") from error
     if differing:
-        said = "; ".join(
-            "the checkpoint has changed or is another one" if key == "source" else f"{key} was {before.get(key)}, "
-            f"now {settings[key]}" for key in differing
-        )  # fmt: skip
+        said = "; ".join(_difference(key, before.get(key), settings[key]) for key in differing)
         raise NMError(f"{out} holds another run of prune: {said}. Give the same options again, or a new folder")
     return dict(journal)
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """How a setting was and is; of weights, of which there may be hundreds, the first that differs."""
+    if key == "source":
+        return "the checkpoint has changed or is another one"
+    if key != "weights" or not isinstance(before, Mapping):
+        return f"{key} was {before}, now {now}"
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    was, will = (
+        "dense" if one is None else "{} along axis {}".format(*one) for one in (before.get(names[0]), now.get(names[0]))
+    )
+    more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]} was {was}, now {will}{more}"
 
 
 def write_journal(out: Path, journal: Mapping[str, Any]) -> None:

@@ -1,0 +1,139 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""A method of one's own: state that learns, and mistakes in writing one, each an error where it is made."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from models import MLP, example
+from torch import Tensor, nn
+
+import nm_compiler as nm
+from nm_compiler.graph import Pass
+from nm_compiler.ops.define import weight_op
+from nm_compiler.passes.insert_op import insert_op
+from nm_compiler.sites import Site
+from nm_compiler.solvers.magnitude import magnitude_mask
+
+
+def cut(site: Site) -> tuple[int, int, int]:
+    return site.pattern.n, site.pattern.m, site.in_axis
+
+
+def scored(g: Tensor, weight: Tensor, masked: Tensor, scores: Tensor, *rest: int) -> tuple[Tensor, Tensor]:
+    return torch.where(masked != 0, g, 0), g * weight
+
+
+@weight_op("own::scored_weight", gradient=scored)
+def scored_weight(weight: Tensor, scores: Tensor, n: int, m: int, in_axis: int) -> Tensor:
+    return torch.where(magnitude_mask(scores, n, m, in_axis), weight, 0)
+
+
+@torch.library.custom_op("own::silent_weight", mutates_args=())
+def silent_weight(weight: Tensor, scores: Tensor, n: int, m: int, in_axis: int) -> Tensor:
+    return torch.where(magnitude_mask(scores, n, m, in_axis), weight, 0)
+
+
+silent_weight.register_fake(lambda weight, *rest: torch.empty_like(weight))
+
+
+@dataclass(frozen=True, slots=True)
+class Scored(nm.Method):
+    """The weights with the largest scores stay; scores get the gradients of edge-popup."""
+
+    op: Any = scored_weight
+    reads: str = "scores"
+    gives: Callable[[Tensor], dict[str, Tensor]] = lambda weight: {"scores": nn.Parameter(weight.abs())}
+    names: tuple[str, ...] = ("scores",)
+
+    def passes(self, sites: Sequence[Site]) -> list[Pass]:
+        return [partial(insert_op, sites=sites, op=self.op, state=(self.reads,), options=cut)]
+
+    def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
+        return self.gives(weight)
+
+    def suffixes(self, site: Site) -> tuple[str, ...]:
+        return self.names
+
+
+def compiled(method: nm.Method, live: bool) -> tuple[Any, nn.Module]:
+    torch.manual_seed(0)
+    model = MLP().double()
+    sparse = (
+        nm.compile(model, method=method, then="eager") if live else nm.compile(model, example(model).double(), method=method)
+    )
+    return sparse, model
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+def test_scores_of_a_weight_op_learn_where_its_gradient_gives_them_one(live: bool) -> None:
+    sparse, model = compiled(Scored(), live)
+    x = example(model).double()
+    sparse(x)
+    optimizer = torch.optim.SGD(nm.parameter_groups(sparse), lr=1.0)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=3, optimizer=optimizer)
+    before, masks = model.fc2.weight_scores.detach().clone(), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        weight, scores = model.fc2.weight.detach().clone(), model.fc2.weight_scores.detach().clone()
+        mask = magnitude_mask(scores, 2, 4, 1)
+        masks.append(mask)
+        used = (weight * mask).requires_grad_()
+        hidden = torch.relu(nn.functional.linear(torch.relu(model.fc1(x)), used, model.fc2.bias))
+        expected = torch.autograd.grad(model.fc3(hidden).square().sum(), used)[0]
+        sparse(x).square().sum().backward()
+        torch.testing.assert_close(model.fc2.weight.grad, expected * mask)
+        torch.testing.assert_close(model.fc2.weight_scores.grad, expected * weight)
+        optimizer.step()
+        scheduler.step()
+    assert not torch.equal(model.fc2.weight_scores, before)
+    assert not torch.equal(masks[0], masks[-1]), "what the scores learned shows in the masks"
+    assert nm.verify(nm.freeze(sparse)).satisfied == {"fc2.weight": (1,)}
+    assert not [name for name in model.state_dict() if name.endswith("_scores")]
+
+
+MISTAKES = {
+    "suffixes that say nothing": (Scored(names=()), r"fc2.weight of shape \[16, 16\].*gives 'scores', but suffixes\(\) names nothing"),
+    "suffixes that say something else": (Scored(names=("score",)), r"gives 'scores', but suffixes\(\) names 'score'"),
+    "the weight itself": (Scored(gives=lambda weight: {"scores": weight}), r"fc2.weight.*'scores'.*shares memory with the weight"),
+    "a view of the weight": (Scored(gives=lambda weight: {"scores": nn.Parameter(weight.t())}), r"return value.clone\(\)"),
+    "state that no one gives": (Scored(reads="score"), r"fc2.weight of shape \[16, 16\] has no state 'score'"),
+    "an op that says nothing": (Scored(op=silent_weight._opoverload), r"own.silent_weight.*nothing says that it stands for a weight"),
+    "what torch.library returns": (Scored(op=silent_weight), r"give torch.ops.<namespace>.<name>.default"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_method_is_named_at_compile_and_leaves_the_model_as_it_was(mistake: str) -> None:
+    method, message = MISTAKES[mistake]
+    model = MLP()
+    keys = set(model.state_dict())
+    with pytest.raises(nm.NMError, match=message):
+        nm.compile(model, example(model), method=method)
+    assert set(model.state_dict()) == keys
+
+
+def test_a_method_that_is_no_dataclass_is_refused_before_it_fails_to_print_in_a_checkpoint() -> None:
+    class Bare(nm.Method):
+        def passes(self, sites: Sequence[Site]) -> list[Pass]:
+            return []
+
+        def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
+            return {}
+
+    with pytest.raises(nm.NMError, match=r"Bare is no dataclass.*@dataclass\(frozen=True\)"):
+        nm.compile(MLP(), example(MLP()), method=Bare())
+
+
+def test_a_method_that_takes_a_dense_weight_for_settled_is_told_so_at_freeze() -> None:
+    @weight_op("own::dense_weight", gradient=lambda g, *rest: g)
+    def dense_weight(weight: Tensor, scores: Tensor, n: int, m: int, in_axis: int) -> Tensor:
+        return weight
+
+    model = MLP()
+    sparse = nm.compile(model, example(model), method=Scored(op=dense_weight))
+    with pytest.raises(nm.NMError, match=r"keeps 4 of 4 in a group, not 2:4, although Scored.is_settled\(\) says so"):
+        nm.freeze(sparse)
