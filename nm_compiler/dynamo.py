@@ -75,6 +75,12 @@ class Fragments:
         self, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, watched: bool = True
     ) -> Any:
         """Call what `entry_of` gave, with errors instead of TorchDynamo's dense ways out. watched: see `_Watch`."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise NMError(
+                f"{type(self.model).__name__} was called inside torch.func (grad, vmap, ...), where TorchDynamo compiles "
+                "nothing and its weights would be dense: take loss.backward() or torch.autograd.grad in its place, or "
+                "nm.compile(model, example_inputs), whose graph torch.func can take, if it can be captured"
+            )
         try:
             with torch._dynamo.config.patch(_settings()), _Watch(self) if watched else contextlib.nullcontext():
                 return compiled(*args, **kwargs)
