@@ -290,6 +290,27 @@ def test_a_weight_of_several_products_has_a_row_for_each_and_is_counted_once() -
     assert report.totals["parameters"] == 8 * 16 + 16 * 16 + 16 * 4
 
 
+def test_slices_and_other_shapes_of_a_weight_are_one_tensor_in_the_totals() -> None:
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.cross = nn.Linear(8, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+            self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(self.stem(x))
+            y = self.cross(self.stem(x), y, y)[0].transpose(1, 2)
+            return self.head(nn.functional.conv1d(y, self.layer.weight.unsqueeze(2)).transpose(1, 2))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8)
+    model = nm.freeze(nm.compile(Crossed(), x, method=nm.Magnitude())).eval()
+    report = nm.report(nm.lower(model, x, backend="dense"))
+    assert {"cross.in_proj_weight", "cross.in_proj_weight [1]", "layer.weight [1]"} <= {row.name for row in report.rows}
+    assert report.totals["weights"] == report.totals["sparse"] + report.totals["dense"] == 5
+    assert report.totals["parameters"] == 8 * 16 + 48 * 16 + 16 * 16 + 16 * 16 + 16 * 4
+
+
 def test_the_report_draws_times_where_both_ways_were_measured() -> None:
     from nm_compiler.runtime.report import Report, Row
 
