@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -351,6 +352,24 @@ def test_a_saved_module_is_loaded_and_runs_in_a_process_that_has_lowered_nothing
     )  # fmt: skip
     assert not done.returncode, done.stderr[-2000:]
     assert "on cpu, 3 of" in done.stdout
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values", [None, "bfloat16", "int8"])
+def test_what_changes_no_dtype_leaves_packed_weights_as_they_lie(dtype: torch.dtype, values: str | None) -> None:
+    model = ConvNet().eval()
+    x = example(model)
+    model, x = frozen(model, x).to(dtype), x.to(dtype)
+    lowered = nm.lower(model, (x,), backend="cpu", options={"choose": False, **({"values": values} if values else {})})
+    before = lowered(x)
+    for same in ({"memory_format": torch.channels_last}, {"dtype": dtype}, {"device": "cpu"}):
+        twin = copy.deepcopy(lowered).to(**same)
+        torch.testing.assert_close(twin(x), before)
+        torch.testing.assert_close(twin(x.to(memory_format=torch.channels_last)), before)
+    with pytest.raises(nm.NMError, match=f"packed for {str(dtype).removeprefix('torch.')} on cpu: for float64 on cpu"):
+        lowered.double()
+    torch.testing.assert_close(lowered(x), before)
 
 
 @needs_kernels
