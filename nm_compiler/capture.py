@@ -81,7 +81,7 @@ def _export(
     training: bool,
 ) -> tuple[GraphModule, Signature]:
     given, named = (args, kwargs) if dynamic_shapes is not None else _repeat_batch_of_one(args, kwargs)
-    shapes = dynamic_shapes if dynamic_shapes is not None else _dynamic_batch(model, given, named)
+    shapes = _dynamic_batch(model, given, named) if dynamic_shapes is None else _with_hidden(dynamic_shapes, kwargs, hidden)
     try:
         with quiet(), checkpoints_open():
             program = torch.export.export(model, given, named or None, dynamic_shapes=shapes, strict=False)
@@ -103,6 +103,14 @@ def _export(
     _canonical_names(gm, model)
     tidy(gm)
     return gm, Signature.of(program, gm, given, named, hidden, model)
+
+
+def _with_hidden(shapes: Any, kwargs: Mapping[str, Any], hidden: Mapping[str, Any]) -> Any:
+    """The user's ``dynamic_shapes``, who knows nothing of the hidden keywords: nothing about them is dynamic."""
+    if isinstance(shapes, Mapping):
+        return {**shapes, **{name: None for name in hidden if name not in shapes}}
+    alone = len(kwargs) == len(hidden)  # else a sequence is in the order of the signature, where they need not be last
+    return (*shapes, *(None for _ in hidden)) if alone and isinstance(shapes, (tuple, list)) else shapes
 
 
 def flat_copy(graph: Graph) -> Graph:

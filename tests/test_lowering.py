@@ -352,6 +352,25 @@ def test_onnx_writes_a_file_whose_zeros_and_numbers_were_checked_and_a_report_be
         nm.lower(model, (x,), backend="onnx", options={"paths": path})
 
 
+@pytest.mark.required
+def test_inputs_and_weights_of_a_file_keep_their_names_beside_inputs_that_are_no_tensors(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="pip install 'nm_compiler[onnx]'")
+
+    class Scaled(MLP):
+        def forward(self, data: Tensor, scale: float = 1.0, mask: Tensor | None = None) -> Tensor:
+            y = super().forward(data) * scale
+            return y if mask is None else y * mask
+
+    torch.manual_seed(0)
+    given = {"data": torch.randn(4, 8), "scale": 2.0, "mask": torch.ones(4, 1)}
+    model = nm.freeze(nm.compile(Scaled(), kwargs=given, method=nm.Magnitude())).eval()
+    lowered = nm.lower(model, kwargs=given, backend="onnx", options={"path": tmp_path / "m.onnx"})
+    torch.testing.assert_close(lowered(**given), model(**given))
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert [each.name for each in graph.input] == ["data", "mask"]
+    assert {name for name, _ in model.named_parameters()} <= {each.name for each in graph.initializer}
+
+
 # -- tensorrt ---------------------------------------------------------------------------------------------------------------
 
 
