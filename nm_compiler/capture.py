@@ -42,6 +42,10 @@ _UNKNOWN_OUTPUT = (
     "torch.export takes outputs of types that it knows: return a tuple or a dict, or say once what yours holds, with "
     "torch.export.register_dataclass for a dataclass or torch.utils._pytree.register_pytree_node."
 )
+_UNKNOWN_INPUT = (
+    "torch.export takes inputs of types that it knows: pass tensors, tuples or dicts, or say once what yours holds, with "
+    "torch.export.register_dataclass for a dataclass or torch.utils._pytree.register_pytree_node."
+)
 _NOISY = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export", "torch._dynamo")
 
 
@@ -255,6 +259,8 @@ def _way_out(error: Exception) -> str:
         return _ON_DATA
     if "in output, which is not a known type" in str(error):
         return _UNKNOWN_OUTPUT
+    if "Unsupported input type" in str(error):
+        return _UNKNOWN_INPUT
     return "Check that model(*example_inputs) runs."
 
 

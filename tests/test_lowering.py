@@ -470,6 +470,26 @@ def test_an_output_of_a_class_that_export_does_not_know_names_the_way_out_and_it
     torch.testing.assert_close(nm.lower(model, x, backend="dense")(x).logits, model(x).logits)
 
 
+def test_an_input_of_a_class_that_export_does_not_know_is_shown_by_its_shapes_with_the_way_out_and_it_works() -> None:
+    @dataclass
+    class Batch:
+        data: Tensor
+        more: list[Tensor]
+        note: str = "n" * 1000
+
+    class Taking(MLP):
+        def forward(self, batch: Any) -> Tensor:
+            return super().forward(batch.data) + batch.more[0]
+
+    model, x = Taking(), Batch(torch.randn(2, 8), [torch.ones(4)])
+    model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval()
+    shown = r"inputs \(Batch\(data=float32\[2, 8\], more=\[float32\[4\]\], note='n{199}\.\.\.\)\)\n"
+    with pytest.raises(nm.NMError, match=rf"(?s){shown}.*torch\.export\.register_dataclass"):
+        nm.lower(model, (x,), backend="dense")
+    torch.export.register_dataclass(Batch)
+    torch.testing.assert_close(nm.lower(model, (x,), backend="dense")(x), model(x))
+
+
 def test_outputs_that_differ_after_lowering_are_an_error_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     import nm_compiler.lowering as lowering
 

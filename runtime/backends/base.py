@@ -137,7 +137,7 @@ def _of_tensors(gm: GraphModule, flat: Sequence[Any]) -> GraphModule:
     inputs = zip(twin.graph.find_nodes(op="placeholder"), flat, strict=True)
     fixed = {node: value for node, value in inputs if not isinstance(value, Tensor)}
     for user in {user: None for node in fixed for user in node.users}:
-        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda arg: fixed[arg] if arg in fixed else arg)
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda arg: fixed.get(arg, arg))
     for node in fixed:
         twin.graph.erase_node(node)
     twin.recompile()
