@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -73,6 +74,8 @@ class Prepared:
         self._weights_graph: GraphModule | None = None
         self._links: list[Link] | None = None
         self._twins: weakref.WeakSet[Prepared] = weakref.WeakSet()
+        self._turn = threading.RLock()  # calls from several threads take turns
+        self.thread: int | None = None  # whose turn it is, or was
 
     @property
     def live(self) -> Any:
@@ -141,8 +144,8 @@ class Prepared:
                 f"this {type(self.origin).__name__} was in shards before its first call, which plans it: run one batch "
                 "through the model after nm.compile and before fully_shard (on the meta device if it is large)"
             )
-        back = way_back(self.origin) if self.candidates or not self.looked else None
         with self._inside():
+            back = way_back(self.origin) if self.candidates or not self.looked else None
             try:
                 result = self.live.call(module, args, kwargs)
             except Undecided:
@@ -163,11 +166,13 @@ class Prepared:
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
-        self.active = True
-        try:
-            yield
-        finally:
-            self.active = False
+        with self._turn:
+            self.thread = threading.get_ident()
+            self.active = True
+            try:
+                yield
+            finally:
+                self.active = False
 
     def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the call once, dense and without a trace, to plan on all of its fragments together."""
@@ -420,7 +425,7 @@ class Prepared:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_live", "_weights_graph", "_links", "_twins")
+        left = ("_live", "_weights_graph", "_links", "_twins", "_turn", "thread")
         return {key: value for key, value in self.__dict__.items() if key not in left} | {"active": False, "looked": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

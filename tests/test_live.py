@@ -3,6 +3,7 @@
 
 import copy
 import io
+import threading
 from typing import Any
 
 import pytest
@@ -371,4 +372,23 @@ def test_an_op_that_fails_on_the_inputs_is_an_error_with_its_line_and_the_shapes
     expected = model(x)
     with pytest.raises(nm.NMError, match=r"MLP fails on inputs \(float32\[2, 7\]\)"):
         model(torch.ones(2, 7))
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_calls_from_several_threads_take_turns_and_none_runs_dense() -> None:
+    torch.manual_seed(0)
+    model, x = nm.compile(MLP(), then="eager", method=nm.SRSTE()).eval(), positive()
+    found: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: found.extend(model(x) for _ in range(20))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    model(x)  # the turn of this thread
+    expected = dense_call(model, x)
+    assert len(found) == 80
+    for result in found:
+        torch.testing.assert_close(result, expected)
+    carrier = unwrap(model)
+    carrier.active, carrier.thread = True, -1  # as if another thread were inside now
     torch.testing.assert_close(model(x), expected)
