@@ -68,6 +68,9 @@ def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternL
     Weights that are sharded are gathered one at a time, so every rank has to call it.
     Raises NMError for a file that is missing, truncated or of another kind.
     """
+    if isinstance(pattern, Mapping):
+        each = ", then ".join(f"nm.verify(model, {str(one)!r})" for one in dict.fromkeys(pattern.values()))
+        raise NMError(f"nm.verify takes one pattern a call: {each}; .satisfied of each names the weights that are")
     wanted = Pattern.parse(pattern)
     if isinstance(target, (str, Path)) and Path(target).suffix == ".onnx":
         return Verification(wanted, _of_onnx(Path(target), wanted))

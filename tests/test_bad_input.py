@@ -169,6 +169,11 @@ def test_functions_that_need_a_compiled_model_say_so() -> None:
             call(ConvNet())
 
 
+def test_verify_says_how_to_check_mixed_patterns() -> None:
+    with pytest.raises(nm.NMError, match=r"one pattern a call: nm.verify\(model, '1:4'\), then nm.verify\(model, '2:4'\); "):
+        nm.verify(ConvNet(), {"conv1.*": "1:4", "conv2.*": "2:4", "*": "2:4"})
+
+
 def test_sharded_weights_are_to_be_compiled_first() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
