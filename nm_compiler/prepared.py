@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 from nm_compiler.candidates import candidates
 from nm_compiler.carrier import CARRIER
 from nm_compiler.entries import install, remove
-from nm_compiler.errors import NMError, Refusal
+from nm_compiler.errors import NMError, Refusal, none_left
 from nm_compiler.evaluate import effective_weights
 from nm_compiler.links import Link, links, owner_at, replaced
 from nm_compiler.loading import check_values, compare, start_afresh
@@ -32,7 +32,7 @@ from nm_compiler.methods.base import Method
 from nm_compiler.outline import opened_up
 from nm_compiler.pattern import PatternMap
 from nm_compiler.sharding import cut_like, in_shards, parts, reshard
-from nm_compiler.sites import UNREAD, Plan, Site, find, none_left
+from nm_compiler.sites import UNREAD, Plan, Site, find
 from nm_compiler.state import MARK, RECIPE, Weight, learns, mark, read_recipe, register, unmark, unregister, write_recipe
 from nm_compiler.weights_graph import weights_graph
 

@@ -13,18 +13,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from nm_compiler.errors import NMError, Refusal
+from nm_compiler.errors import NMError, Refusal, none_left
 from nm_compiler.graph import getattr_path, reads
 from nm_compiler.layout import Layout
 from nm_compiler.pattern import Pattern, PatternMap, matches
 from nm_compiler.uses import FUSED, Blocked, Use, constants, ends, uses
 from nm_compiler.views import is_scale
 
-_WAYS_OUT = {
-    "include= makes it sparse": "take stem or head in with include=[...]",
-    "need a multiple of": "choose a pattern whose M divides the input channels",
-    "excluded by": "take a glob out of exclude=[...]",
-}  # by what is said in reasons
 UNREAD = "not read by the captured graph: give example inputs that use it"
 
 
@@ -138,17 +133,6 @@ def find(
     if not sites and not may_be_empty:
         raise none_left(model, patterns, refusals, shapes)
     return Plan(tuple(sites), tuple(refusals), shapes, ops)
-
-
-def none_left(
-    model: nn.Module, patterns: PatternMap, refusals: Collection[Refusal], shapes: Mapping[str, tuple[int, ...]]
-) -> NMError:
-    """Nothing can be sparse: the first reasons, and the ways out that some weight has."""
-    shown = "\n  ".join(f"{r.where} {list(shapes[r.where])}: {r.reason}" for r in list(refusals)[:12])
-    reasons = [refusal.reason for refusal in refusals]
-    ways = [way for part, way in _WAYS_OUT.items() if any(part in reason for reason in reasons)]
-    out = f"\n{', or '.join(ways)}" if ways else ""
-    return NMError(f"no weight of this {type(model).__name__} can be {patterns}:\n  {shown or 'it has no weights'}{out}")
 
 
 def check_globs(
