@@ -42,6 +42,10 @@ _UNKNOWN_OUTPUT = (
     "torch.export takes outputs of types that it knows: return a tuple or a dict, or say once what yours holds, with "
     "torch.export.register_dataclass for a dataclass or torch.utils._pytree.register_pytree_node."
 )
+_UNKNOWN_INPUT = (
+    "torch.export takes inputs of types that it knows: pass tensors, tuples or dicts, or say once what yours holds, with "
+    "torch.export.register_dataclass for a dataclass or torch.utils._pytree.register_pytree_node."
+)
 _NOISY = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export", "torch._dynamo")
 
 
@@ -79,7 +83,7 @@ def _export(
     training: bool,
 ) -> tuple[GraphModule, Signature]:
     given, named = (args, kwargs) if dynamic_shapes is not None else _repeat_batch_of_one(args, kwargs)
-    shapes = dynamic_shapes if dynamic_shapes is not None else _dynamic_batch(model, given, named)
+    shapes = _dynamic_batch(model, given, named) if dynamic_shapes is None else _with_hidden(dynamic_shapes, kwargs, hidden)
     try:
         with quiet(), checkpoints_open():
             program = torch.export.export(model, given, named or None, dynamic_shapes=shapes, strict=False)
@@ -101,6 +105,14 @@ def _export(
     _canonical_names(gm, model)
     tidy(gm)
     return gm, Signature.of(program, gm, given, named, hidden, model)
+
+
+def _with_hidden(shapes: Any, kwargs: Mapping[str, Any], hidden: Mapping[str, Any]) -> Any:
+    """The user's ``dynamic_shapes``, who knows nothing of the hidden keywords: nothing about them is dynamic."""
+    if isinstance(shapes, Mapping):
+        return {**shapes, **{name: None for name in hidden if name not in shapes}}
+    alone = len(kwargs) == len(hidden)  # else a sequence is in the order of the signature, where they need not be last
+    return (*shapes, *(None for _ in hidden)) if alone and isinstance(shapes, (tuple, list)) else shapes
 
 
 def flat_copy(graph: Graph) -> Graph:
@@ -245,6 +257,8 @@ def _way_out(error: Exception) -> str:
         return _ON_DATA
     if "in output, which is not a known type" in str(error):
         return _UNKNOWN_OUTPUT
+    if "Unsupported input type" in str(error):
+        return _UNKNOWN_INPUT
     return "Check that model(*example_inputs) runs."
 
 

@@ -33,6 +33,7 @@ from nm_compiler.graph import Pass, reads, run, show_graph
 from nm_compiler.ops.two_masks import TWO_MASKS
 from nm_compiler.ops.weights import stands_for_weight
 from nm_compiler.outline import Run, outline
+from nm_compiler.signature import describe
 from nm_compiler.sites import UNREAD, Plan
 from nm_compiler.uses import Use, uses
 
@@ -40,6 +41,10 @@ _log = logging.getLogger(__name__)
 
 _LATE = "first used after nm.compile, on a path that the example inputs did not take: give inputs that take it"
 _LIMIT = 64  # versions of one function: layers that share their code need one each; Dynamo's own limit is 8
+
+
+class OwnFault(NMError):
+    """An op of the model itself fails on the inputs it was given."""
 
 
 class Fragments:
@@ -75,11 +80,18 @@ class Fragments:
         self, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, watched: bool = True
     ) -> Any:
         """Call what `entry_of` gave, with errors instead of TorchDynamo's dense ways out. watched: see `_Watch`."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise NMError(
+                f"{type(self.model).__name__} was called inside torch.func (grad, vmap, ...), where TorchDynamo compiles "
+                "nothing and its weights would be dense: take loss.backward() or torch.autograd.grad in its place, or "
+                "nm.compile(model, example_inputs), whose graph torch.func can take, if it can be captured"
+            )
         try:
             with torch._dynamo.config.patch(_settings()), _Watch(self) if watched else contextlib.nullcontext():
                 return compiled(*args, **kwargs)
-        except torch._dynamo.exc.TorchRuntimeError:
-            raise  # an op of the model itself fails on these inputs
+        except torch._dynamo.exc.TorchRuntimeError as error:  # an op of the model itself fails on these inputs
+            inner = error.__context__.__cause__ if error.__context__ is not None else None
+            raise OwnFault(_fault(self.model, args, kwargs, error, inner or error)) from inner
         except torch._dynamo.exc.BackendCompilerFailed as error:
             inner = error.inner_exception
             if isinstance(inner, NMError):
@@ -373,6 +385,15 @@ def store_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     return (owner._parameters if leaf in owner._parameters else owner._buffers), leaf
+
+
+def _fault(model: nn.Module, args: Any, kwargs: Any, error: torch._dynamo.exc.TorchRuntimeError, inner: BaseException) -> str:
+    """The message for an op that fails. inner: what the op said, without TorchDynamo's words around it."""
+    line = user_line(error.real_stack) or python_line()
+    return (
+        f"{type(model).__name__} fails on inputs {describe(args, kwargs)}\n"
+        f"  {type(inner).__name__}: {_first_lines(inner, 4)}\n  at {line}\nCheck that it runs on them without nm.compile."
+    )
 
 
 def _first_lines(error: BaseException, count: int) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,7 @@ class Entry:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's result."""
-        if self.carrier.active:
+        if self.carrier.active and (torch.compiler.is_compiling() or self.carrier.thread in (None, get_ident())):
             return self.module._call_impl(*args, **kwargs)
         return self.carrier.call(self.module, args, kwargs)
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+
+_WAYS_OUT = {
+    "include= makes it sparse": "take stem or head in with include=[...]",
+    "need a multiple of": "choose a pattern whose M divides the input channels",
+    "excluded by": "take a glob out of exclude=[...]",
+}
+"""By what is said in a reason."""
 
 
 class NMError(Exception):
@@ -25,3 +33,13 @@ class Refusal:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
+
+
+def none_left(
+    model: object, patterns: object, refusals: Collection[Refusal], shapes: Mapping[str, tuple[int, ...]]
+) -> NMError:
+    """Nothing can be sparse: the first reasons, and the ways out that some weight has."""
+    shown = "\n  ".join(f"{each.where} {list(shapes[each.where])}: {each.reason}" for each in list(refusals)[:12])
+    ways = [way for part, way in _WAYS_OUT.items() if any(part in each.reason for each in refusals)]
+    out = f"\n{', or '.join(ways)}" if ways else ""
+    return NMError(f"no weight of this {type(model).__name__} can be {patterns}:\n  {shown or 'it has no weights'}{out}")

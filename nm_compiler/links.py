@@ -1,13 +1,19 @@
-"""Where the layers of a model lie, so that one that was replaced after `nm.compile` is found out at the next call."""
+"""Where the layers of a model lie and how they are set: what was changed after `nm.compile` is found out at the next call."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
 from nm_compiler.errors import NMError
 
+_SET: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.modules.dropout._DropoutNd: ("p",), nn.modules.batchnorm._NormBase: ("momentum",), nn.MultiheadAttention: ("dropout",),
+}  # fmt: skip
+Setting = tuple[dict[str, Any], str, Any, str]
+"""The attributes of a module, the name of one of them, what it was when the model was captured, and the module's path."""
 Link = tuple[dict[str, nn.Module | None], str, nn.Module | None, str]
 """The children of a module, the name of one of them, which module it is, and its path from the root."""
 
@@ -23,6 +29,15 @@ def links(root: nn.Module, names: Iterable[str]) -> Iterator[Link]:
             if path not in seen:
                 seen.add(path)
                 yield parent._modules, atom, module, path
+
+
+def settings(root: nn.Module) -> Iterator[Setting]:
+    """What trainers change between steps, and a captured graph holds as a number: dropouts and momenta of batch norms."""
+    for path, module in root.named_modules():
+        names = [name for kind, names in _SET.items() if isinstance(module, kind) for name in names]
+        for name in (*names, "drop_prob"):  # the latter of timm's and Hugging Face's layers
+            if name in module.__dict__:
+                yield module.__dict__, name, module.__dict__[name], path
 
 
 def owner_at(root: nn.Module, path: str) -> nn.Module:

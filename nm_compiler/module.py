@@ -19,7 +19,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
 from nm_compiler.exported import Exported, moved
 from nm_compiler.graph import Pass
-from nm_compiler.links import links, replaced
+from nm_compiler.links import links, replaced, settings
 from nm_compiler.loading import check_values, compare, start_afresh
 from nm_compiler.methods.base import Method, state_of
 from nm_compiler.recipe import pipeline
@@ -64,6 +64,7 @@ class SparseModule(nn.Module):
             origin=model, routes=dict(routes), training=model.training, frozen=False, _watched=list(model.modules())
         )
         self.__dict__["_links"] = list(links(model, [name for name, _ in model.named_parameters()]))
+        self.__dict__["_settings"] = list(settings(model))
         self.__dict__["forward"] = MethodType(_own_code(type(self).forward), self)
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -78,6 +79,8 @@ class SparseModule(nn.Module):
             self._check_layers()
         if isinstance(route, Exported):  # fragments follow the mode of every layer by themselves
             self._check_modes(route.signature.modes)
+            if eager and self.training:
+                self._check_settings()
             return route(args, kwargs, eager=eager and not hasattr(type(self), "reshard"))  # fully_shard has it
         return route(args, kwargs)
 
@@ -86,6 +89,15 @@ class SparseModule(nn.Module):
         for children, key, expected, path in self._links:
             if children.get(key) is not expected:
                 raise replaced(path, "the captured graph knows nothing of the new layer")
+
+    def _check_settings(self) -> None:
+        """Raise NMError if what a training graph holds of a layer is another number now, as a dropout's ``p``."""
+        for attributes, key, captured, path in self._settings:
+            if attributes.get(key) != captured:
+                raise NMError(
+                    f"{path}.{key} is {attributes.get(key)} now, and the captured graph holds {captured}: set it before "
+                    "nm.compile or after nm.freeze (as update_bn does); nm.compile(model), without inputs, follows changes"
+                )
 
     def _check_modes(self, modes: tuple[bool, ...]) -> None:
         for module, expected in zip(self._watched, modes, strict=True):

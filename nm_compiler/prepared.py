@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from torch.fx import GraphModule
 from nm_compiler.candidates import candidates
 from nm_compiler.carrier import CARRIER
 from nm_compiler.entries import install, remove
-from nm_compiler.errors import NMError, Refusal
+from nm_compiler.errors import NMError, Refusal, none_left
 from nm_compiler.evaluate import effective_weights
 from nm_compiler.links import Link, links, owner_at, replaced
 from nm_compiler.loading import check_values, compare, start_afresh
@@ -73,6 +74,8 @@ class Prepared:
         self._weights_graph: GraphModule | None = None
         self._links: list[Link] | None = None
         self._twins: weakref.WeakSet[Prepared] = weakref.WeakSet()
+        self._turn = threading.RLock()  # calls from several threads take turns
+        self.thread: int | None = None  # whose turn it is, or was
 
     @property
     def live(self) -> Any:
@@ -141,8 +144,8 @@ class Prepared:
                 f"this {type(self.origin).__name__} was in shards before its first call, which plans it: run one batch "
                 "through the model after nm.compile and before fully_shard (on the meta device if it is large)"
             )
-        back = way_back(self.origin) if self.candidates or not self.looked else None
         with self._inside():
+            back = way_back(self.origin) if self.candidates or not self.looked else None
             try:
                 result = self.live.call(module, args, kwargs)
             except Undecided:
@@ -163,11 +166,13 @@ class Prepared:
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
-        self.active = True
-        try:
-            yield
-        finally:
-            self.active = False
+        with self._turn:
+            self.thread = threading.get_ident()
+            self.active = True
+            try:
+                yield
+            finally:
+                self.active = False
 
     def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the call once, dense and without a trace, to plan on all of its fragments together."""
@@ -254,13 +259,7 @@ class Prepared:
             _log.warning("%s stays dense: %s", name, refused[-1].reason)
         self._apply(fresh, refused, plan.ops)
         if whole and not self.sites and not self.candidates:
-            shown = "\n  ".join(
-                f"{r.where} {list(self.shapes[r.where])}: {r.reason}" for r in list(self.refused.values())[:12]
-            )
-            raise NMError(
-                f"no weight of this {type(self.origin).__name__} can be {self.patterns}:\n  {shown or 'it has no weights'}\n"
-                "take stem or head in with include=[...], or choose a pattern whose M divides the input channels"
-            )
+            raise none_left(self.origin, self.patterns, self.refused.values(), self.shapes)
 
     def _apply(self, fresh: Mapping[str, Site], refused: Collection[Refusal], ops: Mapping[str, str]) -> None:
         """Decisions on weights that nothing was decided on, here and in the copies that wait for their first call.
@@ -426,7 +425,7 @@ class Prepared:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_live", "_weights_graph", "_links", "_twins")
+        left = ("_live", "_weights_graph", "_links", "_twins", "_turn", "thread")
         return {key: value for key, value in self.__dict__.items() if key not in left} | {"active": False, "looked": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

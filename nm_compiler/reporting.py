@@ -46,7 +46,8 @@ def _lowered(model: Lowered) -> Report:
     for product in result.products:
         site, found = product.site, result.decisions[product.node]
         size = math.prod(site.shape) * product.dtype.itemsize
-        before, held = rows.setdefault(site.name, []), (product.read, bool(found.kernel))
+        whole = math.prod(site.shape) == math.prod(model.plan.shapes[site.name])  # not a slice of it
+        before, held = rows.setdefault(site.name, []), (site.name if whole else product.read, bool(found.kernel))
         name = site.name if not before else f"{site.name} [{len(before)}]"
         before.append(
             Row(
@@ -55,7 +56,7 @@ def _lowered(model: Lowered) -> Report:
                 dense_ms=None if found.dense_s is None else 1e3 * found.dense_s,
                 sparse_ms=None if found.sparse_s is None else 1e3 * found.sparse_s,
                 bytes=size if found.bytes is None else found.bytes, hint=found.hint or None,
-                again=held in seen,
+                again=held in seen, of=site.name,
             )
         )  # fmt: skip
         seen.add(held)

@@ -54,16 +54,18 @@ def take(
 def _fragments(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool, refused: NMError
 ) -> Fragments:
-    from nm_compiler.dynamo import Fragments  # TorchDynamo is heavy, and most models do without
+    from nm_compiler.dynamo import Fragments, OwnFault  # TorchDynamo is heavy, and most models do without
 
     carrier = Fragments(model, without_cache(model, kwargs))
     try:
         with untouched(model), torch.set_grad_enabled(training), quiet():
             carrier.record(args, kwargs)
+    except OwnFault as fault:
+        if type(fault.__cause__) is not type(refused.__cause__):
+            raise  # export had stopped at something else before it came there
+        raise refused from refused.__cause__
     except NMError:
         raise
-    except torch._dynamo.exc.TorchRuntimeError:
-        raise refused from refused.__cause__  # the model does not run on these inputs, and export has said where
     except Exception as error:
         raise NMError(explain(model, error, args, kwargs, training)) from error
     return carrier

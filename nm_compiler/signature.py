@@ -6,6 +6,7 @@ says what was captured instead.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import re
@@ -20,6 +21,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
+
+_LONGEST = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -207,8 +210,14 @@ def _show(value: Any) -> str:
 
 
 def describe_leaf(value: Any) -> str:
-    """``float32[2, 3]`` for a tensor, the repr of anything else."""
-    return f"{str(value.dtype)[6:]}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    """``float32[2, 3]`` for a tensor, also inside a dataclass; the repr of anything else, its beginning if it is long."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype)[6:]}{list(value.shape)}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        held = {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if hasattr(value, each.name)}
+        return f"{type(value).__name__}{describe((), held)}"
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

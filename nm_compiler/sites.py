@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from nm_compiler.errors import NMError, Refusal
+from nm_compiler.errors import NMError, Refusal, none_left
 from nm_compiler.graph import getattr_path, reads
 from nm_compiler.layout import Layout
 from nm_compiler.pattern import Pattern, PatternMap, matches
@@ -131,11 +131,7 @@ def find(
         refusals.append(Refusal(name, reason))
         shapes[name], ops[name] = shape, op
     if not sites and not may_be_empty:
-        shown = "\n  ".join(f"{r.where} {list(shapes[r.where])}: {r.reason}" for r in refusals[:12])
-        raise NMError(
-            f"no weight of this {type(model).__name__} can be {patterns}:\n  {shown or 'it has no weights'}\n"
-            "take stem or head in with include=[...], or choose a pattern whose M divides the input channels"
-        )
+        raise none_left(model, patterns, refusals, shapes)
     return Plan(tuple(sites), tuple(refusals), shapes, ops)
 
 

@@ -11,14 +11,16 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 import nm_compiler.runtime.cusparselt.int8
 import nm_compiler.runtime.cusparselt.op
-import nm_compiler.runtime.cusparselt.unfold
-import nm_compiler.runtime.native.ops  # noqa: F401 - these register them
+import nm_compiler.runtime.cusparselt.unfold  # noqa: F401 - these register them
 from nm_compiler.errors import NMError
+from nm_compiler.graph import getattr_path
 from nm_compiler.runtime.backends.base import Result
+from nm_compiler.runtime.native.ops import CONV2D, LINEAR
 from nm_compiler.scaled import keep
 from nm_compiler.signature import Signature
 from nm_compiler.sites import Plan, Site
@@ -86,13 +88,22 @@ class Lowered(nn.Module):
         return super(Lowered, self.settle()).state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Of `to`, `half` and their like. Raises NMError where weights are packed for what they are now."""
-        given = torch.zeros(1, dtype=self.dtype or torch.float32)
+        """Of `to`, `half` and their like. Packed weights stay as they lie; raises NMError where they would have to change."""
+        if self.backend != "cpu":
+            return super(Lowered, self.settle())._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        given = torch.zeros(1, dtype=next((product.dtype for product in self.result.products), self.dtype or torch.float32))
         made = fn(given)
-        if self.backend == "cpu" and (made.dtype != given.dtype or made.device != given.device):
+        if made.dtype != given.dtype or made.device != given.device:
             now, then = (f"{str(each.dtype).removeprefix('torch.')} on {each.device}" for each in (given, made))
             raise NMError(f"this {self.title} is packed for {now}: for {then}, lower the model anew, with dtype=")
-        return super(Lowered, self.settle())._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        packed = set(map(id, _packed(self.settle().run)))
+
+        def changed(value: Tensor) -> Tensor:
+            result = fn(value)
+            same = result.dtype == value.dtype and (id(value) not in packed or result.stride() == value.stride())
+            return result if same else value
+
+        return super()._apply(changed, recurse)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Of `copy.deepcopy` and `torch.save`."""
@@ -104,6 +115,13 @@ class Lowered(nn.Module):
     def extra_repr(self) -> str:
         chosen = sum(1 for decision in self.result.decisions.values() if decision.kernel)
         return f"{self.title} on {self.backend}, {chosen} of {len(self.result.products)} products sparse"
+
+
+def _packed(run: nn.Module) -> Iterator[Tensor]:
+    """Values, codes and scales of the CPU kernels' products."""
+    for node in run.graph.nodes if isinstance(run, GraphModule) else ():
+        if node.target in (LINEAR, CONV2D):
+            yield from (getattr_path(run, part.target) for part in node.args[1:4] if isinstance(part, Node))
 
 
 def relative_error(found: Any, wanted: Any) -> float:

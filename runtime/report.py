@@ -18,6 +18,7 @@ class Row:
     Of a lowered model: eligible: whether the runtime has a sparse kernel for it; kernel: what runs it; dense_ms, sparse_ms:
     milliseconds a call, measured on the user's device; bytes: that the weight takes now; hint: what would change the status;
     again: an earlier row stands for the same weight, run in the same way for another product: totals count its time alone.
+    of: the weight that the row is of, where its name may be that of a part: totals count a weight once.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row:
     hint: str | None = None
     runs: int | None = None
     again: bool = False
+    of: str | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -59,10 +61,11 @@ class Report:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Counts of weights and parameters over the whole report."""
+        """Counts of weights and parameters over the whole report. A weight of which one part is dense counts as dense."""
         rows = [row for row in self.rows if not row.again]
         sparse = [row for row in rows if row.status == "sparse"]
         size, total = sum(map(_size, sparse)), sum(map(_size, rows))
+        weights, dense = {row.of or row.name for row in rows}, {row.of or row.name for row in rows if row.status != "sparse"}
         kept = [row.retained * _size(row) for row in sparse if row.retained is not None]
         timed = [row for row in self.rows if row.dense_ms is not None]
         spent = sum((row.sparse_ms if row.status == "sparse" else row.dense_ms) or 0.0 for row in timed)
@@ -72,9 +75,9 @@ class Report:
             "ms": spent,
         }
         return {
-            "weights": len(rows),
-            "sparse": len(sparse),
-            "dense": len(rows) - len(sparse),
+            "weights": len(weights),
+            "sparse": len(weights - dense),
+            "dense": len(dense),
             "parameters": total,
             "sparse_parameters": size,
             "sparse_share": size / total if total else 0.0,

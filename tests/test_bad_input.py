@@ -66,7 +66,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "a quantised weight": (lambda: with_inner_tensors(), {}, r"fc2.weight of shape \[16, 16\] is a TwoTensor, quantised already: .*quantise it afterwards"),
     "an include that matches nothing": (MLP, {"include": "layer9.*"}, r"include='layer9.\*' matches no weight; .* such as fc1.weight"),
     "an exclude that matches nothing": (MLP, {"exclude": ["fc1*", "fx2*"]}, r"exclude='fx2\*' matches no weight"),
-    "everything excluded": (MLP, {"exclude": "*"}, r"no weight[\s\S]*excluded by '\*'"),
+    "everything excluded": (MLP, {"exclude": "*"}, r"no weight[\s\S]*excluded by '\*'\ntake a glob out of exclude=\[\.\.\.\]$"),
     "an unknown method": (MLP, {"method": "lbc"}, r"method='lbc': choose nm.LBC\(\)"),
     "scores for every one of 12870 combinations": (lambda: MLP(16), {"pattern": "8:16", "method": nm.LBC(scores="combination"), "include": "fc2*"},
                                                    r"fc2.weight of shape \[16, 16\]: 8:16 has 12870 combinations.*use scores='position'"),

@@ -165,6 +165,12 @@ def test_a_cache_is_not_asked_for_unless_the_user_does() -> None:
     model = Cached()
     sparse = sparse_of(model, torch.randn(2, 8))
     assert sparse(torch.randn(3, 8))[1] is None
+    auto = torch.export.Dim.AUTO
+    for shapes in ({"x": {0: auto, 1: auto}}, ({0: auto, 1: auto},)):  # they need not know of use_cache
+        free = nm.compile(Cached(), torch.randn(2, 3, 8), dynamic_shapes=shapes, include="*")
+        assert free(torch.randn(4, 5, 8))[0].shape == (4, 5, 8)
+    named = nm.compile(Cached(), kwargs={"x": torch.randn(2, 3, 8)}, dynamic_shapes={"x": {1: auto}}, include="*")
+    assert named(x=torch.randn(2, 5, 8))[0].shape == (2, 5, 8)
 
 
 def test_plain_tensor_attributes_of_the_root_are_constants_of_the_graph() -> None:

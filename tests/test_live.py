@@ -3,6 +3,7 @@
 
 import copy
 import io
+import threading
 from typing import Any
 
 import pytest
@@ -346,3 +347,48 @@ def test_a_layer_without_weights_is_no_candidate() -> None:
     model.fc2.none = nn.utils.skip_init(nn.Linear, 16, 0)
     live = nm.compile(model, method=nm.LBC(), then="eager")
     assert [site.name for site in unwrap(live).plan.sites] == [name for name, p in MLP().named_parameters() if p.ndim == 2]
+
+
+class Wrong(nn.Module):
+    """Its second layer fits no input of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.wide, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            x = x * 2
+        return self.head(self.wide(self.up(x)))  # 16 into 8
+
+
+def test_an_op_that_fails_on_the_inputs_is_an_error_with_its_line_and_the_shapes() -> None:
+    x, message = torch.ones(2, 8), r"Wrong fails on inputs \(float32\[2, 8\]\)\n  RuntimeError: .*16.*8[\s\S]*# 16 into 8"
+    for call in (lambda: nm.compile(Wrong(), then="eager")(x), lambda: nm.compile(Wrong(), x)):
+        with pytest.raises(nm.NMError, match=message) as error:
+            call()
+        assert type(error.value.__cause__) is RuntimeError
+    model = nm.compile(MLP(), then="eager", method=nm.SRSTE())
+    expected = model(x)
+    with pytest.raises(nm.NMError, match=r"MLP fails on inputs \(float32\[2, 7\]\)"):
+        model(torch.ones(2, 7))
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_calls_from_several_threads_take_turns_and_none_runs_dense() -> None:
+    torch.manual_seed(0)
+    model, x = nm.compile(MLP(), then="eager", method=nm.SRSTE()).eval(), positive()
+    found: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: found.extend(model(x) for _ in range(20))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    model(x)  # the turn of this thread
+    expected = dense_call(model, x)
+    assert len(found) == 80
+    for result in found:
+        torch.testing.assert_close(result, expected)
+    carrier = unwrap(model)
+    carrier.active, carrier.thread = True, -1  # as if another thread were inside now
+    torch.testing.assert_close(model(x), expected)

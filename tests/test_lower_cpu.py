@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -351,6 +352,39 @@ def test_a_saved_module_is_loaded_and_runs_in_a_process_that_has_lowered_nothing
     )  # fmt: skip
     assert not done.returncode, done.stderr[-2000:]
     assert "on cpu, 3 of" in done.stdout
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
+def test_a_model_of_another_dtype_is_lowered_with_the_cast_that_the_error_names(dtype: torch.dtype) -> None:
+    model = ConvNet().eval()
+    x = example(model, batch=16).to(dtype)
+    model = frozen(model, example(model)).to(dtype)
+    if dtype != torch.bfloat16:
+        with pytest.raises(nm.NMError, match=r"float32 and bfloat16, say dtype=torch\.float32"):
+            forced(model, x)
+        assert "say dtype=torch.float32" in str(nm.report(nm.lower(model, (x,))))  # backend="auto"
+    lowered = forced(model, x, dtype=torch.float32)
+    assert lowered(x).dtype == torch.float32
+    torch.testing.assert_close(lowered(x), model.float()(x.float()), rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values", [None, "bfloat16", "int8"])
+def test_what_changes_no_dtype_leaves_packed_weights_as_they_lie(dtype: torch.dtype, values: str | None) -> None:
+    model = ConvNet().eval()
+    x = example(model)
+    model, x = frozen(model, x).to(dtype), x.to(dtype)
+    lowered = nm.lower(model, (x,), backend="cpu", options={"choose": False, **({"values": values} if values else {})})
+    before = lowered(x)
+    for same in ({"memory_format": torch.channels_last}, {"dtype": dtype}, {"device": "cpu"}):
+        twin = copy.deepcopy(lowered).to(**same)
+        torch.testing.assert_close(twin(x), before)
+        torch.testing.assert_close(twin(x.to(memory_format=torch.channels_last)), before)
+    with pytest.raises(nm.NMError, match=f"packed for {str(dtype).removeprefix('torch.')} on cpu: for float64 on cpu"):
+        lowered.double()
+    torch.testing.assert_close(lowered(x), before)
 
 
 @needs_kernels

@@ -290,6 +290,27 @@ def test_a_weight_of_several_products_has_a_row_for_each_and_is_counted_once() -
     assert report.totals["parameters"] == 8 * 16 + 16 * 16 + 16 * 4
 
 
+def test_slices_and_other_shapes_of_a_weight_are_one_tensor_in_the_totals() -> None:
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.cross = nn.Linear(8, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+            self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(self.stem(x))
+            y = self.cross(self.stem(x), y, y)[0].transpose(1, 2)
+            return self.head(nn.functional.conv1d(y, self.layer.weight.unsqueeze(2)).transpose(1, 2))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8)
+    model = nm.freeze(nm.compile(Crossed(), x, method=nm.Magnitude())).eval()
+    report = nm.report(nm.lower(model, x, backend="dense"))
+    assert {"cross.in_proj_weight", "cross.in_proj_weight [1]", "layer.weight [1]"} <= {row.name for row in report.rows}
+    assert report.totals["weights"] == report.totals["sparse"] + report.totals["dense"] == 5
+    assert report.totals["parameters"] == 8 * 16 + 48 * 16 + 16 * 16 + 16 * 16 + 16 * 4
+
+
 def test_the_report_draws_times_where_both_ways_were_measured() -> None:
     from nm_compiler.runtime.report import Report, Row
 
@@ -329,6 +350,25 @@ def test_onnx_writes_a_file_whose_zeros_and_numbers_were_checked_and_a_report_be
         nm.lower(model, (x,), backend="onnx")
     with pytest.raises(nm.NMError, match="has no option 'paths'"):
         nm.lower(model, (x,), backend="onnx", options={"paths": path})
+
+
+@pytest.mark.required
+def test_inputs_and_weights_of_a_file_keep_their_names_beside_inputs_that_are_no_tensors(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="pip install 'nm_compiler[onnx]'")
+
+    class Scaled(MLP):
+        def forward(self, data: Tensor, scale: float = 1.0, mask: Tensor | None = None) -> Tensor:
+            y = super().forward(data) * scale
+            return y if mask is None else y * mask
+
+    torch.manual_seed(0)
+    given = {"data": torch.randn(4, 8), "scale": 2.0, "mask": torch.ones(4, 1)}
+    model = nm.freeze(nm.compile(Scaled(), kwargs=given, method=nm.Magnitude())).eval()
+    lowered = nm.lower(model, kwargs=given, backend="onnx", options={"path": tmp_path / "m.onnx"})
+    torch.testing.assert_close(lowered(**given), model(**given))
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert [each.name for each in graph.input] == ["data", "mask"]
+    assert {name for name, _ in model.named_parameters()} <= {each.name for each in graph.initializer}
 
 
 # -- tensorrt ---------------------------------------------------------------------------------------------------------------
@@ -428,6 +468,26 @@ def test_an_output_of_a_class_that_export_does_not_know_names_the_way_out_and_it
         nm.lower(model, x, backend="dense")
     torch.export.register_dataclass(Result)
     torch.testing.assert_close(nm.lower(model, x, backend="dense")(x).logits, model(x).logits)
+
+
+def test_an_input_of_a_class_that_export_does_not_know_is_shown_by_its_shapes_with_the_way_out_and_it_works() -> None:
+    @dataclass
+    class Batch:
+        data: Tensor
+        more: list[Tensor]
+        note: str = "n" * 1000
+
+    class Taking(MLP):
+        def forward(self, batch: Any) -> Tensor:
+            return super().forward(batch.data) + batch.more[0]
+
+    model, x = Taking(), Batch(torch.randn(2, 8), [torch.ones(4)])
+    model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval()
+    shown = r"inputs \(Batch\(data=float32\[2, 8\], more=\[float32\[4\]\], note='n{199}\.\.\.\)\)\n"
+    with pytest.raises(nm.NMError, match=rf"(?s){shown}.*torch\.export\.register_dataclass"):
+        nm.lower(model, (x,), backend="dense")
+    torch.export.register_dataclass(Batch)
+    torch.testing.assert_close(nm.lower(model, (x,), backend="dense")(x), model(x))
 
 
 def test_outputs_that_differ_after_lowering_are_an_error_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,20 @@ def test_a_layer_switched_to_another_mode_than_captured_is_an_error_not_a_silent
     sparse(example(model))
 
 
+def test_a_number_that_the_training_graph_holds_and_that_is_changed_is_an_error_not_ignored() -> None:
+    sparse, model = compiled(ConvNet, dropout=0.5)
+    x = example(model)
+    for layer, name, value in ((model.dropout, "p", 0.1), (model.norm, "momentum", None)):
+        captured = getattr(layer, name)
+        setattr(layer, name, value)
+        with pytest.raises(nm.NMError, match=rf"{name} is {value} now, and the captured graph holds {captured}: .*nm.freeze"):
+            sparse(x)
+        sparse.eval()(x)  # holds neither
+        sparse.train()
+        setattr(layer, name, captured)
+        sparse(x)
+
+
 def test_a_model_whose_own_train_keeps_a_layer_frozen_is_captured_that_way() -> None:
     class FrozenNorm(ConvNet):
         def train(self, mode: bool = True) -> "FrozenNorm":

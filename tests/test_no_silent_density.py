@@ -212,3 +212,12 @@ def test_a_weight_that_no_call_ever_read_stays_dense_when_the_model_is_frozen() 
     frozen = nm.freeze(model)
     assert torch.equal(frozen.down.weight, before)
     assert set(frozen.state_dict()) == set(Branching().state_dict())
+
+
+def test_torch_func_around_a_live_model_is_an_error_that_names_the_way_out() -> None:
+    for model in (live(MLP()), nm.compile(Branching(), positive(), method=nm.SRSTE())):
+        x = torch.rand(2, 8) if isinstance(unwrap(model).origin, MLP) else positive()
+        model(x)
+        parameters = dict(model.named_parameters())
+        with pytest.raises(nm.NMError, match=r"called inside torch.func .* would be dense: take loss.backward\(\)"):
+            torch.func.grad(lambda given: torch.func.functional_call(model, given, (x,)).sum())(parameters)  # noqa: B023

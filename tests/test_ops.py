@@ -16,6 +16,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nm_compiler as nm
+from nm_compiler.ops.define import weight_op
 from nm_compiler.ops.weights import BACKWARD, MASKED
 from nm_compiler.pattern import Pattern, combination_table
 from nm_compiler.runtime.native import ops as _packed_ops  # noqa: F401 - registers them
@@ -295,3 +296,81 @@ def test_the_backward_weight_gets_no_gradient_and_the_order_no_say_in_the_output
             block = weight.site.out // weight.site.conv_groups
             weight["order"].copy_(torch.arange(weight.site.out).view(-1, block).flip(1).flatten())
     assert torch.equal(sparse(x), before)
+
+
+@every_method
+def test_torch_func_takes_the_gradients_of_a_backward_pass_at_every_level(method: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    sparse = nm.compile(model, x, method=method)
+    parameters = dict(sparse.named_parameters())
+
+    def loss(given: dict[str, torch.Tensor], data: torch.Tensor = x) -> torch.Tensor:
+        return torch.func.functional_call(sparse, given, (data,)).square().sum()
+
+    def slope(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum(grad.square().sum() for grad in torch.func.grad(loss)(given).values())
+
+    expected = torch.autograd.grad(sparse(x).square().sum(), list(parameters.values()), create_graph=True)
+    for name, grad in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(torch.func.grad(loss)(parameters)[name], grad)
+    twice = torch.autograd.grad(sum(grad.square().sum() for grad in expected), list(parameters.values()))
+    for name, grad in zip(parameters, twice, strict=True):
+        torch.testing.assert_close(torch.func.grad(slope)(parameters)[name], grad)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@each_method
+def test_gradients_of_each_example_by_vmap_are_those_of_the_examples_alone(method: Any) -> None:
+    sparse = nm.compile(
+        nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))).double(), torch.randn(2, 8).double(), method=method
+    )
+    parameters, x = dict(sparse.named_parameters()), torch.randn(4, 8).double()
+
+    def loss(given: dict[str, torch.Tensor], one: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(sparse, given, (one[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for index, one in enumerate(x):
+        for name, grad in torch.func.grad(loss)(parameters, one).items():
+            torch.testing.assert_close(each[name][index], grad)
+
+
+@every_method
+def test_forward_mode_is_an_error_and_drops_no_tangent_in_silence(method: Any) -> None:
+    sparse = nm.compile(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), torch.randn(2, 8), method=method)
+    parameters = {name: p.detach() for name, p in sparse.named_parameters()}
+
+    def loss(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(sparse, given, (torch.ones(2, 8),)).sum()
+
+    with pytest.raises(nm.NMError, match=r"on \[8, 8\] has no forward-mode gradient .*nm.freeze the model first"):
+        torch.func.jvp(loss, (parameters,), ({name: torch.ones_like(p) for name, p in parameters.items()},))
+
+
+@pytest.mark.parametrize("by_position", [True, False])
+def test_the_gradients_of_scores_have_gradients(by_position: bool) -> None:
+    weight, scores, *rest = scored(by_position=by_position)
+    weight, scores = (each.detach().double().requires_grad_() for each in (weight, scores))
+    grad = torch.randn_like(weight).requires_grad_()
+
+    def gradients(weight: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(OPS.score_weight(weight, scores, *rest), (weight, scores), grad, create_graph=True)
+
+    plain = OPS.score_weight_backward(grad.detach(), weight.detach(), *rest)
+    for once, found in zip(plain, gradients(weight, grad), strict=True):
+        torch.testing.assert_close(found, once)
+    assert torch.autograd.gradcheck(gradients, (weight, grad))
+
+
+def test_an_op_of_ones_own_may_have_defaults_and_may_be_defined_again() -> None:
+    for factor in (2.0, 3.0):
+
+        @weight_op("mine::scaled_again", gradient=lambda g, weight, scaled, by: g * by)
+        def scaled_again(weight: torch.Tensor, by: float = factor) -> torch.Tensor:
+            return weight * by
+
+        weight = torch.ones(4, 4, requires_grad=True)
+        (grad,) = torch.autograd.grad(scaled_again(weight).sum(), weight)
+        assert scaled_again(weight).eq(factor).all()
+        assert grad.eq(factor).all()

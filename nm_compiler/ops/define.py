@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nm_compiler.ops.lean import custom_op
+
 Gradient = Callable[..., Tensor | tuple[Tensor, ...]]
 """(g, weight, masked, *other arguments of the op) -> dW, or (dW, dstate, ..), with g the gradient of what the op returned."""
 
@@ -26,7 +28,7 @@ def weight_op(name: str, *, gradient: Gradient) -> Callable[[Callable[..., Tenso
             return torch.empty_like(weight).copy_(function(weight, *rest))
 
         schema = torch.library.infer_schema(function, mutates_args=())
-        op: Any = torch.library.custom_op(name, forward, mutates_args=(), schema=schema)
+        op: Any = custom_op(name, schema=schema)(forward)
         op.register_fake(lambda weight, *rest: torch.empty_like(weight))
         op.register_autograd(_backward(gradient), setup_context=_save)
         overload = op._opoverload

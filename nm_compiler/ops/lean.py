@@ -2,18 +2,23 @@
 
 torch's own wrapper looks defaults up in the schema, asks whether results alias arguments, and enters and leaves TorchDynamo,
 at every call. An op made here does none of it where nothing can depend on it, and is the same op to everything else: to
-`torch.export`, `torch.compile`, autograd, fake tensors, autocast and dispatch modes.
+`torch.export`, `torch.compile`, autograd, fake tensors, autocast and dispatch modes. Unlike torch's, it has gradients under
+`torch.func` as well. Defined again, as a notebook does, it replaces the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch._C import DispatchKey
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._library.custom_ops import get_library_allowing_overwrite
+from torch.autograd import forward_ad
+
+from nm_compiler.errors import NMError
 
 Function = Callable[..., Any]
 
@@ -25,13 +30,15 @@ class Op:
 
     def __init__(self, name: str, function: Function, schema: str, tags: Sequence[torch.Tag]) -> None:
         space, _, own = name.partition("::")
-        self.name, self._library, self._function = name, _library(space), _outside_dynamo(function)
+        self.name, self._library, self._function = name, get_library_allowing_overwrite(space, own), _outside_dynamo(function)
         self.kernel = function  # what it does, for callers who know that nobody looks
         self._library.define(own + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         self._opoverload: Any = getattr(getattr(torch.ops, space), own).default
         self.overload = self._opoverload
-        if any(argument.kwarg_only or argument.has_default_value() for argument in self._opoverload._schema.arguments):
-            raise TypeError(f"{name}{schema}: only positional arguments without defaults")
+        arguments = self._opoverload._schema.arguments
+        if any(argument.kwarg_only for argument in arguments):
+            raise TypeError(f"{name}{schema}: only positional arguments")
+        self._defaults = tuple(argument.default_value for argument in arguments)
         self.backward: Function | None = None
         self.setup: Function | None = None
         self._gradient = self._autograd_function(f"{space}_{own}")
@@ -51,8 +58,24 @@ class Op:
         self.backward, self.setup = backward, setup_context
 
     def _differentiable(self, keyset: Any, *args: Any) -> Any:
-        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        return self._gradient.apply(keyset, *args) if wanted else self._below(keyset, *args)
+        args += self._defaults[len(args) :]  # the dispatcher leaves out what equals a default
+        if forward_ad._current_level >= 0:
+            self._check_tangents(args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return self._below(keyset, *args)
+        if not torch._C._are_functorch_transforms_active():
+            return self._gradient.apply(keyset, *args)
+        with enable_single_level_autograd_function():  # torch.func.grad: this is its level, `_below` goes to the next one out
+            return super(torch.autograd.Function, self._gradient).apply(keyset, *args)  # type: ignore[misc]
+
+    def _check_tangents(self, args: Any) -> None:
+        """Raise NMError in forward-mode differentiation, of which the op knows nothing: it would drop tangents."""
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            raise NMError(
+                f"{self.name} on {list(tensors[0].shape)} has no forward-mode gradient (torch.func.jvp, jacfwd, hessian): "
+                "take torch.func.grad, vjp or jacrev, or nm.freeze the model first, whose weights are plain ones"
+            )
 
     def _below(self, keyset: Any, *args: Any) -> Any:
         """The op itself: at once if nothing is in between, else through the dispatcher."""
@@ -64,7 +87,9 @@ class Op:
 
     def _autograd_function(self, name: str) -> Any:
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-            result = self._below(keyset, *args)
+            # the levels of torch.func further out may want gradients too
+            with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
+                result = self._below(keyset, *args)
             if self.setup:
                 self.setup(ctx, args, result)
             return result
@@ -107,11 +132,6 @@ def custom_op(
         return Op(name, function, schema or torch.library.infer_schema(function, mutates_args=mutates_args), tags)
 
     return make
-
-
-@cache
-def _library(space: str) -> torch.library.Library:
-    return torch.library.Library(space, "FRAGMENT")  # kept: the registrations live as long as this object
 
 
 def _outside_dynamo(function: Function) -> Function:

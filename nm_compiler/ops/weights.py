@@ -94,10 +94,28 @@ def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _score_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, live, table = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return *_differentiable_gradients(grad, weight, live, table, *ctx.rest), None, None, None, None, None
     if not ctx.needs_input_grad[1]:
         return _covered(grad, live, table, ctx.rest[1]), None, None, None, None, None, None
     grad_weight, grad_scores = torch.ops.nm.score_weight_backward(grad, weight, live, table, *ctx.rest)
     return grad_weight, grad_scores, None, None, None, None, None
+
+
+def _differentiable_gradients(
+    grad: Tensor, weight: Tensor, live: Tensor, table: Tensor, last: int, rows: list[int], by_position: bool
+) -> tuple[Tensor, Tensor]:
+    """As `score_weight_backward`, by torch operations, for gradients of gradients."""
+    m = table.shape[-1]
+    grad_weight = where(grad, torch.ops.nm.live_mask(live, table, list(weight.shape), rows))
+    choice = undecided(live, packed=table.ndim == 3, last=last)
+    if not by_position:
+        moved = as_groups(weight * grad_weight, rows, m).reshape(*live.shape[:-1], m)
+        return grad_weight, (moved @ table.to(moved.dtype).T) * live * choice.unsqueeze(-1)
+    learns = torch.empty_like(weight, dtype=torch.bool)
+    groups = as_groups(learns, rows, m)
+    groups.copy_(choice.view(groups.shape[:-1]).unsqueeze(-1))
+    return grad_weight, where(weight * grad_weight, learns)
 
 
 def score_gradients(

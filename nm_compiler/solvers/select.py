@@ -47,7 +47,7 @@ def decayed(grad: Tensor, weight: Tensor, masked: Tensor, decay: float) -> Tenso
             if done is not None:
                 return done
     # not add(alpha=): inductor (torch 2.13) drops alpha where it fuses the addition into the product before it
-    return (weight - masked).mul_(decay).add_(grad)
+    return (weight - masked).mul_(decay).add(grad)  # not in place: under torch.func.vmap grad may have an axis more
 
 
 def flattened(*tensors: Tensor) -> list[Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.fx.node import map_arg
 
 from nm_compiler.errors import NMError
 from nm_compiler.runtime.products import Decision, Product, products
@@ -53,18 +55,12 @@ class Job:
                 known |= {size.node.expr: real for size, real in pairs if not isinstance(size, int)}
         return [size if isinstance(size, int) else _real(size, known) for size in value.shape]
 
-    def in_program(self, read: str) -> str:
-        """What `program` calls a constant of the graph."""
-        return read if len(self.tensors) == len(self.flat) else f"gm.{read}"
-
     def program(self, *, dynamic: bool = True, one_batch: bool = False) -> ExportedProgram:
         """The graph exported anew; its inputs are the tensors alone.
 
         dynamic: with the dynamic axes that it was captured with, else for the sizes of the examples alone.
         one_batch: axis 0 of all inputs is the same batch, also where the capture did not need it to be.
         """
-        whole = len(self.tensors) == len(self.flat)  # then inputs keep their names
-        holder: nn.Module = self.gm if whole else _OnlyTensors(self.gm, self.flat)
         examples, axes = list[Tensor](), list[dict[int, str]]()
         for value, node in zip(self.flat, self.gm.graph.find_nodes(op="placeholder"), strict=True):
             if isinstance(value, Tensor):
@@ -75,10 +71,10 @@ class Job:
         scaled = {name: value for name, value in self.gm.named_buffers() if isinstance(value, Scaled)}
         with torch.no_grad(), stood_in(self.gm, read=False):
             try:
-                program = _exported(holder, examples, axes, _shared(axes), whole)
+                program = _exported(_of_tensors(self.gm, self.flat), examples, axes, _shared(axes))
             except torch._dynamo.exc.UserError:  # a size that is a formula of another: torch finds out which
-                program = _exported(holder, examples, axes, {}, whole)
-        program.state_dict.update({self.in_program(name): value for name, value in scaled.items()})
+                program = _exported(_of_tensors(self.gm, self.flat), examples, axes, {})
+        program.state_dict.update(scaled)
         return program
 
 
@@ -133,20 +129,19 @@ def _real(size: torch.SymInt, known: Mapping[Any, int]) -> int:
     return int(found) if found.is_Integer else int(getattr(size.node, "hint", None) or 1)
 
 
-class _OnlyTensors(nn.Module):
-    """A graph whose other inputs are fixed: exported programs take tensors."""
-
-    def __init__(self, gm: GraphModule, flat: Sequence[Any]) -> None:
-        super().__init__()
-        self.gm = gm
-        self._flat = [None if isinstance(value, Tensor) else value for value in flat]
-        self._places = [index for index, value in enumerate(flat) if isinstance(value, Tensor)]
-
-    def forward(self, *tensors: Tensor) -> Any:
-        flat = list(self._flat)
-        for place, tensor in zip(self._places, tensors, strict=True):
-            flat[place] = tensor
-        return self.gm(*flat)
+def _of_tensors(gm: GraphModule, flat: Sequence[Any]) -> GraphModule:
+    """The graph with its other inputs fixed: exported programs take tensors. Names of inputs and weights stay."""
+    if all(isinstance(value, Tensor) for value in flat):
+        return gm
+    twin = GraphModule(gm, copy.deepcopy(gm.graph))
+    inputs = zip(twin.graph.find_nodes(op="placeholder"), flat, strict=True)
+    fixed = {node: value for node, value in inputs if not isinstance(value, Tensor)}
+    for user in {user: None for node in fixed for user in node.users}:
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda arg: fixed.get(arg, arg))
+    for node in fixed:
+        twin.graph.erase_node(node)
+    twin.recompile()
+    return twin
 
 
 def _shared(axes: Sequence[Mapping[int, str]]) -> dict[str, Any]:
@@ -156,10 +151,10 @@ def _shared(axes: Sequence[Mapping[int, str]]) -> dict[str, Any]:
 
 
 def _exported(
-    holder: nn.Module, examples: list[Tensor], axes: Sequence[Mapping[int, str]], known: Mapping[str, Any], whole: bool
+    gm: GraphModule, examples: list[Tensor], axes: Sequence[Mapping[int, str]], known: Mapping[str, Any]
 ) -> ExportedProgram:
     shapes = tuple({axis: known.get(name, torch.export.Dim.AUTO) for axis, name in each.items()} or None for each in axes)
-    return torch.export.export(holder, tuple(examples), dynamic_shapes=shapes if whole else (shapes,))
+    return torch.export.export(gm, tuple(examples), dynamic_shapes=shapes)
 
 
 def _repeated(value: Tensor, dynamic: set[int]) -> Tensor:

@@ -59,10 +59,10 @@ def _sites(job: Job, found: list[Product]) -> dict[str, Site]:
     sites: dict[str, Site] = {}
     for each in found:
         name, used = each.site.name, {site.name for site in sites.values()}
-        if job.in_program(each.read) in sites:
+        if each.read in sites:
             continue
         count = sum(1 for other in used if other == name or other.startswith(f"{name}["))
-        sites[job.in_program(each.read)] = each.site if name not in used else replace(each.site, name=f"{name}[{count}]")
+        sites[each.read] = each.site if name not in used else replace(each.site, name=f"{name}[{count}]")
     return sites
 
 

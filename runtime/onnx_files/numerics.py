@@ -132,7 +132,8 @@ def _worst(
     if worst is not None and not errors[worst] <= allowed:
         raise NMError(
             f"output {worst} of shape {list(expected[worst].shape)} differs by {errors[worst]:.1e} relative from the "
-            f"program's, more than {allowed:.0e} ({dtype}), on inputs of {_shapes(inputs)}. Compare in float32, or allow "
+            f"program's, more than {allowed:.0e} ({dtype}), on inputs of {_shapes(inputs)}. Compare in float32, give an "
+            "example in which every token attends to some token (runtimes differ on padding that sees nothing), or allow "
             "more with tolerance="
         )
     return 0.0 if worst is None else errors[worst]
