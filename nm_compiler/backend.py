@@ -30,6 +30,7 @@ from nm_compiler.state import Weight
 
 _log = logging.getLogger(__name__)
 THEN = ("inductor", "aot_eager", "eager")
+_NEAR = 24  # frames between a call of a model and the torch.compile around it, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +189,10 @@ def check_same(prepared: Any, wanted: Options) -> None:
             )
 
 
-def outer_options(root: nn.Module, depth: int = 24) -> Options | None:
+def outer_options(root: nn.Module) -> Options | None:
     """What ``torch.compile(root, backend="nm_compiler", options=...)`` said, if the running call came through it."""
     frame = sys._getframe(1)
-    for _ in range(depth):
+    for _ in range(_NEAR):
         own = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames[:1] else None
         if isinstance(own, torch._dynamo.eval_frame.OptimizedModule) and own._orig_mod is root:
             wrapper: Any = own.dynamo_ctx.callback

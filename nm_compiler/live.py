@@ -8,7 +8,6 @@ be looked at (`Undecided`), as `nm.compile` does with example inputs.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -42,8 +41,6 @@ from nm_compiler.uses import Blocked, uses
 
 if TYPE_CHECKING:
     from nm_compiler.prepared import Prepared
-
-_log = logging.getLogger(__name__)
 
 
 class Undecided(NMError):

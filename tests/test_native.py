@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from packed_products import ACTIVATIONS, FORMS, VALUES, Operands, Product, libraries, running_on, sparse
+from packed_products import ACTIVATIONS, FORMS, VALUES, Operands, Product, libraries, running_on, sparse, unpack
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,7 +26,7 @@ import nm_compiler as nm
 from nm_compiler.pattern import Pattern
 from nm_compiler.runtime.native.library import Library, _parallel, load
 from nm_compiler.runtime.native.ops import FEW, packed_conv2d, packed_linear
-from nm_compiler.runtime.native.packing import MOST_M, code_bits, pack, unpack
+from nm_compiler.runtime.native.packing import MOST_M, code_bits, pack
 
 LIBRARIES = libraries()
 pytestmark = pytest.mark.skipif(not LIBRARIES, reason=f"no CPU kernels here: {load()}")

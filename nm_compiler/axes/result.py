@@ -176,5 +176,5 @@ def _lines(axes: Axes) -> Iterator[str]:
         yield f"  no rule for {op}: it pinned {count} {'axis' if count == 1 else 'axes'}"
 
 
-def _listed(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
