@@ -80,6 +80,21 @@ def reads(gm: GraphModule, name: str) -> list[Node]:
     return [node for node in gm.graph.nodes if node.op == "get_attr" and node.target == name]
 
 
+def arguments_of(node: Node) -> dict[str, Any]:
+    """A call's arguments by the names in the op's schema, given or by default; by position for what has no schema."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {str(i): arg for i, arg in enumerate(node.args)} | node.kwargs
+    bound = {}
+    for index, argument in enumerate(node.target._schema.arguments):
+        if index < len(node.args):
+            bound[argument.name] = node.args[index]
+        else:
+            bound[argument.name] = node.kwargs.get(
+                argument.name, argument.default_value if argument.has_default_value() else None
+            )
+    return bound
+
+
 def propagate_shapes(gm: GraphModule) -> None:
     """Fill in ``meta["val"]`` (a fake tensor) where a pass left it out, from its inputs' values."""
     missing = [n for n in gm.graph.nodes if n.op in ("get_attr", "call_function") and "val" not in n.meta]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from nm_compiler.equations import LINEAR, PRODUCTS, equation_of
-from nm_compiler.graph import getattr_path, reads, target_name
+from nm_compiler.graph import arguments_of, getattr_path, reads, target_name
 from nm_compiler.layout import Layout
 from nm_compiler.views import Seen, fragments, is_scale, is_view, reads_shape_only, start, start_of, step
 
@@ -130,11 +130,10 @@ def _classify(node: Node, seen: Seen, fixed: Collection[Node]) -> Use | Blocked:
 
 
 def _convolution(node: Node, seen: Seen) -> Use | Blocked:
-    general = node.target is aten.convolution.default
-    if general and node.args[6]:
+    given = arguments_of(node)
+    groups: Any = given["groups"]
+    if given.get("transposed"):
         return Blocked("conv_transpose", _TRANSPOSED)
-    at = 8 if general else 6
-    groups: Any = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
     if groups > 1 and seen.dims.shape[1] == 1:
         return Blocked("conv", "depthwise convolution: one input channel a group, nothing to choose from")
     parts = ("out", "in", *["taps"] * (seen.dims.ndim - 2))

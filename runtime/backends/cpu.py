@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
-from nm_compiler.graph import getattr_path, run, standalone
+from nm_compiler.graph import arguments_of, getattr_path, run, standalone
 from nm_compiler.memory import give_back, keep_freed
 from nm_compiler.passes.channels_last import channels_last
 from nm_compiler.passes.fuse_dense import fuse_dense
@@ -135,8 +135,8 @@ def _measurement(
     job: Job, product: Product, node: Node, weight: Tensor, x: Tensor, name: str, dtype: torch.dtype, inductor: bool
 ) -> tuple[str, Callable[[], Timing]]:
     """What it is known under, and how it is taken. The weight is computed and packed only if it is."""
-    given: Any = node.args
-    bias = value_of(job.gm, given[2]).detach() if len(given) > 2 and isinstance(given[2], Node) else None
+    given = arguments_of(node)["bias"]
+    bias = None if given is None else value_of(job.gm, given).detach()
     conv = None if product.site.op == "linear" else geometry(node)
     key = key_of(
         weight.device, kernel=name, weight=tuple(weight.shape), input=tuple(x.shape), strides=x.stride(), conv=conv,

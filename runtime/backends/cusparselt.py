@@ -8,9 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.fx import Node
 
-from nm_compiler.graph import getattr_path, run, standalone
+from nm_compiler.graph import arguments_of, getattr_path, run, standalone
 from nm_compiler.passes.lower_cusparselt import lower_cusparselt
 from nm_compiler.passes.lower_int8 import lower_int8
 from nm_compiler.pattern import matches
@@ -121,9 +120,8 @@ def _rounded(judged: Sequence[Candidate], globs: str | Sequence[str]) -> tuple[s
 
 def _timed(job: Job, product: Product, candidate: Candidate, ways: Ways, eight: bool) -> Timing:
     weight = getattr_path(job.gm, product.read).detach()
-    arguments: tuple[Any, ...] = candidate.node.args
-    given = arguments[0].meta["val"]
-    bias = len(arguments) > 2 and isinstance(arguments[2], Node)
+    given: Any = candidate.node.args[0].meta["val"]  # type: ignore[union-attr]
+    bias = arguments_of(candidate.node)["bias"] is not None
     geometry = None if (at := candidate.product.geometry) is None or at.plain else at
     case = Case(weight, tuple(job.sizes(given)), bias, lies_in_channels_last(given), geometry)
     facts = {"weight": tuple(weight.shape), "input": case.sizes, "channels_last": case.channels_last, "bias": bias,
