@@ -8,6 +8,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from nm_compiler.attaching import attach_state, detach_state
 from nm_compiler.axes.outputs import Outputs
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
@@ -15,7 +16,7 @@ from nm_compiler.evaluate import value_of
 from nm_compiler.graph import run
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
-from nm_compiler.module import SparseModule, attach_state, detach_state, unwrap
+from nm_compiler.module import SparseModule
 from nm_compiler.passes.freeze_masks import masked_values
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.permuting import Order, reorder
@@ -27,6 +28,7 @@ from nm_compiler.sharding import is_sharded, sharded_freeze
 from nm_compiler.sites import Plan, check_globs, find
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.state import learns
+from nm_compiler.unwrapping import unwrap
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -120,13 +122,13 @@ def compile(
         if permute is None
         else reorder(model, routes, plan, permute, outputs, seed=seed, budget_s=budget_s, backward=method.backward_share)
     )
-    names = attach_state(model, plan, method)
+    attach_state(model, plan, method)
     try:
         for route in routes.values():
             route.rewrite(pipeline(method, plan.sites), plan)
         return SparseModule(model, routes, plan, method, seed, notes=() if moved is None else moved.notes)
     except BaseException:
-        detach_state(model, plan, names)
+        detach_state(model, plan, method)
         if moved is not None:
             moved.undo(model)
         raise

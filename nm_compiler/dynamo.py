@@ -28,7 +28,7 @@ from nm_compiler.bodies import programs
 from nm_compiler.capture import user_line
 from nm_compiler.errors import NMError
 from nm_compiler.exported import copied
-from nm_compiler.fragments import bind_inputs, lower, state_names
+from nm_compiler.fragments import bind_inputs, lower, names_by_id
 from nm_compiler.graph import Pass, reads, run, show_graph
 from nm_compiler.ops.two_masks import TWO_MASKS
 from nm_compiler.ops.weights import stands_for_weight
@@ -97,7 +97,7 @@ class Fragments:
 
     def names_of(self, inputs: Sequence[Any]) -> tuple[str | None, ...]:
         """Which of ``inputs`` are the model's state now."""
-        self._names = state_names(self.model)
+        self._names = names_by_id(self.model)
         return tuple(self._names.get(id(value)) if isinstance(value, Tensor) else None for value in inputs)
 
     def _explain(self, error: BaseException) -> str:
@@ -211,7 +211,7 @@ class Fragments:
         """The full name of a parameter of the model, or None."""
         name = self._names.get(id(parameter))
         if name is None:
-            self._names = state_names(self.model)
+            self._names = names_by_id(self.model)
             name = self._names.get(id(parameter))
         return name
 

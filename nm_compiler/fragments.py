@@ -87,7 +87,7 @@ def bind_inputs(lowered: GraphModule, names: Sequence[str | None], model: nn.Mod
     return gm
 
 
-def state_names(model: nn.Module) -> dict[int, str]:
+def names_by_id(model: nn.Module) -> dict[int, str]:
     """Full names of all parameters and buffers by ``id``; tied ones by their first name."""
     names = {id(value): name for name, value in model.named_buffers()}
     return names | {id(value): name for name, value in model.named_parameters()}

@@ -24,7 +24,6 @@ from nm_compiler.capture import capture_mode, in_mode, without_cache
 from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass, run, standalone
 from nm_compiler.memory import give_back
-from nm_compiler.module import is_compiled
 from nm_compiler.passes.flatten_tokens import flatten_tokens
 from nm_compiler.passes.fold_batchnorm import fold_batchnorm
 from nm_compiler.passes.fold_weights import fold_weights
@@ -39,6 +38,7 @@ from nm_compiler.runtime.products import check_zeros, unread
 from nm_compiler.scaled import keep
 from nm_compiler.sites import Plan, Site, check_globs, find
 from nm_compiler.solvers.check import worst_group
+from nm_compiler.unwrapping import is_compiled
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Of the check after lowering: relative, in the norm of every output."""

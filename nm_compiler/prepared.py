@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from nm_compiler.attaching import attach_state, detach_state, recipe_tag, state_names
 from nm_compiler.candidates import candidates
 from nm_compiler.carrier import CARRIER
 from nm_compiler.entries import install, remove
@@ -32,7 +33,7 @@ from nm_compiler.outline import opened_up
 from nm_compiler.pattern import PatternMap
 from nm_compiler.sharding import cut_like, in_shards, parts, reshard
 from nm_compiler.sites import UNREAD, Plan, Site, find
-from nm_compiler.state import MARK, RECIPE, Weight, learns, mark, read_recipe, register, unmark, unregister, write_recipe
+from nm_compiler.state import MARK, RECIPE, Weight, learns, mark, read_recipe, register, unregister
 from nm_compiler.weights_graph import weights_graph
 
 _log = logging.getLogger(__name__)
@@ -87,21 +88,11 @@ class Prepared:
 
     def attach(self) -> None:
         """Register the state of all candidates, the recipe and the entries on the model. All or nothing."""
-        extras: dict[str, Tensor] = {}
-        for weight in self.weights:
-            for suffix, value in self.method.state(weight.site, weight.value).items():
-                extras[f"{weight.site.name}_{suffix}"] = value
-        extras[RECIPE] = self._recipe()
-        register(self.origin, extras)
-        mark(self.origin, self.candidates.values())
+        attach_state(self.origin, self.plan, self.method)
         self.origin.__dict__[CARRIER] = self
         self._hook = self.origin.register_load_state_dict_pre_hook(load_hook)
         install(self, self.candidates)
         self._check_modules()
-
-    def _recipe(self) -> Tensor:
-        device = next((p.device for p in self.origin.parameters()), torch.device("cpu"))
-        return write_recipe(self.method.layout(), self.plan.sites).to(device)
 
     def _drop(self, names: Collection[str]) -> None:
         """Take the state of candidates off that stay dense after all."""
@@ -116,10 +107,8 @@ class Prepared:
 
     def retire(self) -> None:
         """Take everything off the model: state, marks, entries."""
-        planned = list(self.plan.sites)
         self._live = self._weights_graph = None
-        unregister(self.origin, self.state_names())
-        unmark(self.origin, planned)
+        detach_state(self.origin, self.plan, self.method)
         remove(self.origin)
         if not self.bare:
             self._hook.remove()
@@ -276,7 +265,7 @@ class Prepared:
         self.sites = {name: self.sites[name] for name in self.shapes if name in self.sites}
         self._weights_graph = None
         if RECIPE in self.origin._buffers:
-            self.origin._buffers[RECIPE] = self._recipe()
+            self.origin._buffers[RECIPE] = recipe_tag(self.origin, self.plan, self.method)
         for twin in list(self._twins):
             twin._apply(fresh, refused, ops)
 
@@ -395,8 +384,7 @@ class Prepared:
 
     def state_names(self) -> list[str]:
         """The names of everything that was registered on the model."""
-        own = [f"{site.name}_{suffix}" for site in self.plan.sites for suffix in self.method.suffixes(site)]
-        return [*own, RECIPE]
+        return state_names(self.plan, self.method)
 
     # -- loading and copying -----------------------------------------------------------------------------------------
 
@@ -410,9 +398,10 @@ class Prepared:
             gone = [name for name in self.candidates if name not in theirs["weights"]]
             self._drop(gone)
             self.refused.update({name: loaded_dense(name) for name in gone})
-            compare(self, theirs, read_recipe(self._recipe()))
+            compare(self, theirs, read_recipe(recipe_tag(self.origin, self.plan, self.method)))
             check_values(self, state_dict, prefix)
-        self.origin._buffers[RECIPE] = state_dict[prefix + RECIPE] = self._recipe()  # also after to_empty, which forgets it
+        tag = recipe_tag(self.origin, self.plan, self.method)
+        self.origin._buffers[RECIPE] = state_dict[prefix + RECIPE] = tag  # also after to_empty, which forgets it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
         twin = type(self).__new__(type(self))

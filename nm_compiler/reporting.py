@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
-from nm_compiler.module import unwrap
 from nm_compiler.pattern import PatternLike
 from nm_compiler.runtime.lowered import Lowered
 from nm_compiler.runtime.report import Report, Row
 from nm_compiler.runtime.verify import verify
 from nm_compiler.state import Weight
+from nm_compiler.unwrapping import unwrap
 
 
 def report(model: nn.Module, pattern: PatternLike | None = None) -> Report:

@@ -13,7 +13,7 @@ from test_live import dense_call, positive
 from torch import Tensor, nn
 
 import nm_compiler as nm
-from nm_compiler.module import unwrap
+from nm_compiler.unwrapping import unwrap
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 import nm_compiler as nm
-from nm_compiler.api import attach_state, find
+from nm_compiler.attaching import attach_state
 from nm_compiler.capture import capture
 from nm_compiler.graph import Pass, run, show_graph
 from nm_compiler.passes.check_pattern import check_pattern
@@ -24,7 +24,7 @@ from nm_compiler.passes.insert_srste import insert_srste
 from nm_compiler.passes.linear_as_conv import linear_as_conv
 from nm_compiler.pattern import PatternMap
 from nm_compiler.recipe import pipeline
-from nm_compiler.sites import Plan
+from nm_compiler.sites import Plan, find
 
 Golden = Callable[[str, str], None]
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from nm_compiler.errors import NMError
-from nm_compiler.module import is_compiled
 from nm_compiler.scheduler import SparsityScheduler
 from nm_compiler.telemetry import Row, Telemetry
+from nm_compiler.unwrapping import is_compiled
 
 Write = Callable[[Row], object]
 
