@@ -32,7 +32,7 @@ from nm_compiler.methods.base import Method
 from nm_compiler.outline import opened_up
 from nm_compiler.pattern import PatternMap
 from nm_compiler.sharding import cut_like, in_shards, parts, reshard
-from nm_compiler.sites import UNREAD, Plan, Site, find
+from nm_compiler.sites import UNREAD, Plan, Site, find, refuse_all
 from nm_compiler.state import MARK, RECIPE, Weight, learns, mark, read_recipe, register, unregister
 from nm_compiler.weights_graph import weights_graph
 
@@ -243,13 +243,7 @@ class Prepared:
             _log.warning("%s stays dense: %s", name, refused[-1].reason)
         self._apply(fresh, refused, plan.ops)
         if whole and not self.sites and not self.candidates:
-            shown = "\n  ".join(
-                f"{r.where} {list(self.shapes[r.where])}: {r.reason}" for r in list(self.refused.values())[:12]
-            )
-            raise NMError(
-                f"no weight of this {type(self.origin).__name__} can be {self.patterns}:\n  {shown or 'it has no weights'}\n"
-                "take stem or head in with include=[...], or choose a pattern whose M divides the input channels"
-            )
+            refuse_all(self.origin, self.patterns, list(self.refused.values()), self.shapes)
 
     def _apply(self, fresh: Mapping[str, Site], refused: Collection[Refusal], ops: Mapping[str, str]) -> None:
         """Decisions on weights that nothing was decided on, here and in the copies that wait for their first call.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -131,12 +132,19 @@ def find(
         refusals.append(Refusal(name, reason))
         shapes[name], ops[name] = shape, op
     if not sites and not may_be_empty:
-        shown = "\n  ".join(f"{r.where} {list(shapes[r.where])}: {r.reason}" for r in refusals[:12])
-        raise NMError(
-            f"no weight of this {type(model).__name__} can be {patterns}:\n  {shown or 'it has no weights'}\n"
-            "take stem or head in with include=[...], or choose a pattern whose M divides the input channels"
-        )
+        refuse_all(model, patterns, refusals, shapes)
     return Plan(tuple(sites), tuple(refusals), shapes, ops)
+
+
+def refuse_all(
+    model: nn.Module, patterns: PatternMap, refusals: Sequence[Refusal], shapes: Mapping[str, tuple[int, ...]]
+) -> NoReturn:
+    """Raise NMError for a model of which no weight can be N:M, with the reasons."""
+    shown = "\n  ".join(f"{r.where} {list(shapes[r.where])}: {r.reason}" for r in refusals[:12])
+    raise NMError(
+        f"no weight of this {type(model).__name__} can be {patterns}:\n  {shown or 'it has no weights'}\n"
+        "take stem or head in with include=[...], or choose a pattern whose M divides the input channels"
+    )
 
 
 def check_globs(
