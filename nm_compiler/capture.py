@@ -27,7 +27,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
-from nm_compiler.graph import getattr_path, tidy
+from nm_compiler.graph import fake_mode_of, getattr_path, tidy
 from nm_compiler.regions import checkpoints_open, open_regions
 from nm_compiler.signature import Signature, describe
 from nm_compiler.vmapped import without_vmap
@@ -93,8 +93,7 @@ def _export(
     open_regions(exported)
     graph = flat_copy(exported.graph)
     extras = _extras(graph, exported, model)
-    mode = next((m for n in graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None)) is not None), None)
-    graph, constants = without_vmap(graph, "val", mode)
+    graph, constants = without_vmap(graph, "val", fake_mode_of(graph))
     gm = bind(graph, model, {**extras, **constants})
     for node in list(gm.graph.nodes):
         node.meta = {key: value for key, value in node.meta.items() if key in ("val", "stack_trace")}
@@ -137,7 +136,7 @@ def _extras(graph: Graph, exported: GraphModule, model: nn.Module) -> dict[str, 
     """
     found: dict[str, Any] = {}
     for node in graph.nodes:
-        if node.op != "get_attr" or _is_state(model, str(node.target)):
+        if node.op != "get_attr" or is_state(model, str(node.target)):
             continue
         value = getattr_path(exported, node.target)
         name = str(node.target).replace(".", "_")
@@ -147,7 +146,8 @@ def _extras(graph: Graph, exported: GraphModule, model: nn.Module) -> dict[str, 
     return found
 
 
-def _is_state(model: nn.Module, path: str) -> bool:
+def is_state(model: nn.Module, path: str) -> bool:
+    """Whether ``path`` names a parameter or a buffer of the model."""
     owner, _, leaf = path.rpartition(".")
     try:
         module = model.get_submodule(owner)
