@@ -17,18 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from nm_compiler.bodies import programs
-from nm_compiler.dynamo import (
-    PRODUCTS,
-    Fragments,
-    Variant,
-    entry_of,
-    outside_text,
-    program_text,
-    python_line,
-    store_of,
-    unwatched,
-    weakly,
-)
+from nm_compiler.dynamo import Fragments, Variant, entry_of, program_text, store_of, weakly
 from nm_compiler.errors import NMError
 from nm_compiler.fragments import bind_inputs, lower
 from nm_compiler.graph import reads, run
@@ -38,6 +27,7 @@ from nm_compiler.recipe import pipeline
 from nm_compiler.routes import way_back
 from nm_compiler.sharding import is_sharded, parallel
 from nm_compiler.uses import Blocked, uses
+from nm_compiler.watching import PRODUCTS, outside_text, python_line, unwatched
 
 if TYPE_CHECKING:
     from nm_compiler.prepared import Prepared
