@@ -14,11 +14,12 @@ from typing import NoReturn
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from nm_compiler.ends import ends
 from nm_compiler.errors import NMError, Refusal
 from nm_compiler.graph import getattr_path, reads
 from nm_compiler.layout import Layout
 from nm_compiler.pattern import Pattern, PatternMap, matches
-from nm_compiler.uses import FUSED, Blocked, Use, constants, ends, uses
+from nm_compiler.uses import FUSED, Blocked, Use, constants, uses
 from nm_compiler.views import is_scale
 
 UNREAD = "not read by the captured graph: give example inputs that use it"
