@@ -39,6 +39,7 @@ from nm_compiler.scaled import keep
 from nm_compiler.sites import Plan, Site, check_globs, find
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.unwrapping import is_compiled
+from nm_compiler.wording import dtype_name
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Of the check after lowering: relative, in the norm of every output."""
@@ -215,7 +216,7 @@ def _check(lowered: Lowered, wanted: Any, given: Any, dtype: torch.dtype) -> Non
     if not error <= bound:
         raise NMError(
             f"lowered to {lowered.backend}, the outputs differ from the model's by {error:.2g} (relative; up to {bound:.2g} "
-            f"is normal for {str(dtype).removeprefix('torch.')}). Try dtype=torch.bfloat16 or float32 if values overflow, "
+            f"is normal for {dtype_name(dtype)}). Try dtype=torch.bfloat16 or float32 if values overflow, "
             "exclude=[...] to find the layer, or check=False if you know better"
         )
     lowered.__dict__["error"] = error

@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
+from nm_compiler.wording import dtype_name
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _show(value: Any) -> str:
 
 def describe_leaf(value: Any) -> str:
     """``float32[2, 3]`` for a tensor, the repr of anything else."""
-    return f"{str(value.dtype)[6:]}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return f"{dtype_name(value.dtype)}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

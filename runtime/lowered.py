@@ -22,6 +22,7 @@ from nm_compiler.runtime.backends.base import Result
 from nm_compiler.scaled import keep
 from nm_compiler.signature import Signature
 from nm_compiler.sites import Plan, Site
+from nm_compiler.wording import dtype_name
 
 
 class Lowered(nn.Module):
@@ -90,7 +91,7 @@ class Lowered(nn.Module):
         given = torch.zeros(1, dtype=self.dtype or torch.float32)
         made = fn(given)
         if self.backend == "cpu" and (made.dtype != given.dtype or made.device != given.device):
-            now, then = (f"{str(each.dtype).removeprefix('torch.')} on {each.device}" for each in (given, made))
+            now, then = (f"{dtype_name(each.dtype)} on {each.device}" for each in (given, made))
             raise NMError(f"this {self.title} is packed for {now}: for {then}, lower the model anew, with dtype=")
         return super(Lowered, self.settle())._apply(fn, recurse)  # type: ignore[no-untyped-call]
 

@@ -25,6 +25,7 @@ from nm_compiler.runtime.cusparselt.packing import PACKED_SHARE
 from nm_compiler.runtime.cusparselt.search import SEEN, Searches
 from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.runtime.products import Decision, Product
+from nm_compiler.wording import dtype_name
 
 KERNEL = "cuSPARSELt"
 ROUGH = 0.25  # what 8 bits with one scale for all inputs may do to an output without being a fault
@@ -44,8 +45,7 @@ class CuSPARSELt(Backend):
     def missing(self, dtype: torch.dtype, device: torch.device) -> str | None:
         why = next(iter(of_machine(machine_of(device))), None)
         if why is None and dtype not in (torch.float16, torch.bfloat16):
-            name = str(dtype).removeprefix("torch.")
-            why = f"no sparse product is built for {name}: say dtype=torch.bfloat16 (or float16)"
+            why = f"no sparse product is built for {dtype_name(dtype)}: say dtype=torch.bfloat16 (or float16)"
         return why
 
     def lower(self, job: Job) -> Result:

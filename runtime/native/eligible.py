@@ -11,6 +11,7 @@ from torch.fx import Node
 from nm_compiler.graph import arguments_of
 from nm_compiler.runtime.native.packing import MOST_M
 from nm_compiler.runtime.products import Product
+from nm_compiler.wording import dtype_name
 
 aten = torch.ops.aten
 
@@ -34,8 +35,7 @@ def reasons(product: Product, node: Node) -> tuple[str, ...]:
     if product.site.pattern.m > MOST_M:
         found.append(f"M = {product.site.pattern.m}: the CPU kernels take M up to {MOST_M}")
     if product.dtype not in DTYPES:
-        name = str(product.dtype).removeprefix("torch.")
-        found.append(f"{name}: the CPU kernels take float32 and bfloat16, say dtype=torch.float32")
+        found.append(f"{dtype_name(product.dtype)}: the CPU kernels take float32 and bfloat16, say dtype=torch.float32")
     if node.target is not aten.linear.default and geometry(node) is None:
         found.append(
             f"{product.site.op} with this padding or number of axes: the CPU kernels take one or two axes, padded evenly"
