@@ -139,6 +139,8 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
 
     sparse: what `compile` returned, also inside DDP or ``torch.compile``; it cannot be used afterwards.
     finish: decide at once what training has not decided yet (LBC before t_f).
+
+    Returns the module that was given to `compile`, the method's state taken off it.
     Raises NMError, nothing changed, if masks are undecided and not ``finish``, or if a weight is in shards or not finite.
     """
     module = unwrap(sparse)
@@ -180,7 +182,9 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
 def show(sparse: nn.Module, *, training: bool = False) -> str:
     """The rewritten graph of a mode as a program: one node a line, with dtype and shape.
 
-    A mode that runs in fragments shows all that have run so far, in the order they were first met.
+    sparse: what `compile` returned, also inside DDP or ``torch.compile``; training: the mode, evaluation by default.
+    A mode that runs in fragments shows all that have run so far, in the order in which they were first met.
+    Raises NMError for a model that was not compiled, and for a live one before its first call.
     """
     return unwrap(sparse).text(training)
 

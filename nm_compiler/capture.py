@@ -232,6 +232,7 @@ def _dynamic_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> str:
+    """Why a model could not be captured, in words: the call, the error, the line of the user's code, and the way out."""
     message = str(error).strip().split("\n\nWhile executing")[0].strip()
     short = "\n  ".join(message.splitlines()[:6]) or type(error).__name__
     mode = "training" if training else "evaluation"

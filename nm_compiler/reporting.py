@@ -19,9 +19,11 @@ from nm_compiler.unwrapping import unwrap
 def report(model: nn.Module, pattern: PatternLike | None = None) -> Report:
     """A line for every weight of two or more axes: sparse or dense, why, and what its mask keeps now.
 
-    model: what `lower` returned: then each row says what runs it, how fast, or why it stays dense; what `compile` returned
-    (also inside DDP or ``torch.compile``); or a plain or frozen module, then ``pattern``
-    says what to look for ("2:4" if left out).
+    model: what `compile` returned, also inside DDP or ``torch.compile``; what `lower` returned, where each row says what runs
+    the weight, how fast, or why it stays dense; or a plain or frozen module.
+    pattern: what to look for in a plain module, "2:4" if left out; a compiled model knows its own.
+
+    Returns a `Report` to print, or to turn into plain values (``to_dict()``) or a page (``to_html()``).
     """
     if isinstance(model, Lowered):
         return _lowered(model)

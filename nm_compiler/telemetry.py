@@ -44,7 +44,7 @@ class Telemetry:
         return self.measure() if self.last_step % self.every == 0 else None
 
     def measure(self) -> Row:
-        """A row now."""
+        """Measure a row now, whatever ``every`` says; flips are counted from it on."""
         rows = {weight.site.name: self._sums(weight.site.name) for weight in self._model.weights}
         lives = {weight.site.name: self._model.method.live(weight) for weight in self._model.weights}
         groups = {weight.site.name: weight.param.numel() // weight.site.pattern.m for weight in self._model.weights}

@@ -87,7 +87,7 @@ class Lowered(nn.Module):
         return super(Lowered, self.settle()).state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Of `to`, `half` and their like. Raises NMError where weights are packed for what they are now."""
+        """For `to`, `half` and their like. Raises NMError where weights are packed for what they are now."""
         given = torch.zeros(1, dtype=self.dtype or torch.float32)
         made = fn(given)
         if self.backend == "cpu" and (made.dtype != given.dtype or made.device != given.device):
@@ -96,7 +96,7 @@ class Lowered(nn.Module):
         return super(Lowered, self.settle())._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Of `copy.deepcopy` and `torch.save`."""
+        """For `copy.deepcopy` and `torch.save`."""
         return super(Lowered, self.settle()).__reduce_ex__(protocol)
 
     def _cast(self, value: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def is_product(node: Node) -> bool:
 
 
 def conv_groups(node: Node) -> int:
-    """1 of a linear layer."""
+    """How many conv groups a product has: 1 for a linear."""
     return 1 if node.target is aten.linear.default else int(arguments_of(node)["groups"])
 
 

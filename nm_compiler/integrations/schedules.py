@@ -63,7 +63,7 @@ class Schedules:
         )
 
     def step(self) -> None:
-        """After every optimizer step."""
+        """Count one optimizer step, and do what falls due."""
         for each in self.tracked:
             each.scheduler.step()
             row = each.telemetry.step() if each.telemetry else None

@@ -59,7 +59,7 @@ def _hint(device: torch.device) -> str:
 
 
 def _made(name: str) -> Backend:
-    """Imported only when it is wanted."""
+    """A backend by name; its file is imported only when it is wanted."""
     if name == "onnx":
         from nm_compiler.runtime.backends.onnx import Onnx
 

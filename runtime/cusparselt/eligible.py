@@ -94,7 +94,7 @@ def of_pattern(pattern: Pattern) -> Iterable[str]:
 
 
 def of_dtype(dtype: torch.dtype) -> Iterable[str]:
-    """16 bits, without scales."""
+    """Weights have 16 bits and no scales."""
     name = dtype_name(dtype)
     if dtype in (torch.int8, torch.float8_e4m3fn):
         yield f"{name} without its scales: leave the weight in float16 or bfloat16, options={{'int8': ['*']}} rounds it"
@@ -115,7 +115,7 @@ def of_geometry(geometry: Geometry) -> Iterable[str]:
 
 
 def of_groups(groups: int) -> Iterable[str]:
-    """Of convolutions."""
+    """A grouped convolution is several small products."""
     if groups != 1:
         yield f"{groups} conv groups are as many small products, for which nothing has sparse kernels: use groups=1"
 

@@ -18,5 +18,5 @@ STEP = 64
 
 
 def packed_shape(out: int, inputs: int) -> tuple[int, int]:
-    """Of the packed tensor."""
+    """The shape of the packed tensor of a weight ``[out, inputs]``."""
     return out, inputs * 9 // 16

@@ -41,12 +41,12 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Of all its tensors."""
+        """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in (self.values, self.codes, self.scales) if tensor is not None)
 
 
 def code_bits(m: int) -> int:
-    """Bits of a code."""
+    """Bits of the code of a position in a group of ``m``."""
     return 2 if m <= 4 else 4 if m <= 16 else 8
 
 
