@@ -16,6 +16,8 @@ class NMError(Exception):
 class Refusal:
     """A weight that stays dense, and why. It ends up as a line of the report, never as an exception.
 
+    where: the parameter's name; reason: in words, with the way out where there is one.
+
     >>> str(Refusal("conv1.weight", "3 input channels, groups need a multiple of 4"))
     'conv1.weight: 3 input channels, groups need a multiple of 4'
     """

@@ -62,7 +62,7 @@ def lower(
     """Hand a frozen model to a runtime that multiplies with N:M weights, and say for each weight whether it does.
 
     model: what `freeze` returned, or any model whose weights are N:M; on the device it shall run on. It stays as it is.
-    example_inputs, kwargs: as for `compile`; batch and dtype are those that speed is measured with.
+    example_inputs, kwargs, dynamic_shapes: as for `compile`; batch and dtype are those that speed is measured with.
     backend: ``"tensorrt"``, ``"cusparselt"``, ``"cpu"``, ``"onnx"``, ``"dense"`` (the same graph without sparse kernels), or
     ``"auto"``: the CPU kernels for a model on a CPU, else the first of TensorRT and cuSPARSELt that works here, else dense,
     with the reasons in the report.
@@ -88,21 +88,8 @@ def lower(
     with untouched(twin):
         gm, signature = capture_mode(twin, given[0], given[1], dynamic_shapes, training=False)
     gm = run(gm, [without_switches])
-    everything = [name for name, p in twin.named_parameters() if p.ndim > 1 and p.is_floating_point()]
-    plan = find(twin, [gm], patterns, include=everything, exclude=globs(exclude), may_be_empty=True)
-    sites, dense = _sparse_sites(twin, plan)
-    if not sites:
-        raise NMError(
-            f"no weight of this {type(model).__name__} is {patterns}: nothing to lower. Train it with nm.compile and "
-            f"nm.freeze it, or say pattern=. {_first(dense)}"
-        )
-    exact = {} if twin is model else {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name in sites:
-        for node in gm.graph.find_nodes(op="get_attr", target=name):
-            node.meta["weight"] = name
-    for each in passes(exact, own=twin is not model):
-        gm = _checked(run(gm, [each]), sites, each)
-    gm = standalone(gm)
+    plan, sites, dense = _planned(twin, gm, patterns, globs(exclude))
+    gm = _rewritten(gm, sites, model, own=twin is not model)
     if not chosen.later:
         keep(gm)
     job = Job(gm, signature, sites, tuple(signature.flatten(*given)), globs(force), dict(options or {}))
@@ -164,6 +151,32 @@ def _check_frozen(model: Any) -> None:
     check_model(model, "nm.lower")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise NMError("this model is on the meta device: load its weights first, there are no zeros to look at")
+
+
+def _planned(
+    model: nn.Module, gm: GraphModule, patterns: PatternMap, exclude: Sequence[str]
+) -> tuple[Plan, dict[str, Site], dict[str, str]]:
+    """The plan, the weights that are N:M, stem and head too, and the reasons of the others. Raises NMError if none is."""
+    everything = [name for name, p in model.named_parameters() if p.ndim > 1 and p.is_floating_point()]
+    plan = find(model, [gm], patterns, include=everything, exclude=exclude, may_be_empty=True)
+    sites, dense = _sparse_sites(model, plan)
+    if not sites:
+        raise NMError(
+            f"no weight of this {type(model).__name__} is {patterns}: nothing to lower. Train it with nm.compile and "
+            f"nm.freeze it, or say pattern=. {_first(dense)}"
+        )
+    return plan, sites, dense
+
+
+def _rewritten(gm: GraphModule, sites: Mapping[str, Site], model: nn.Module, *, own: bool) -> GraphModule:
+    """The graph that every backend gets, by itself. own: it reads a copy of ``model``, whose values were rounded."""
+    exact = {**dict(model.named_parameters()), **dict(model.named_buffers())} if own else {}
+    for name in sites:
+        for node in gm.graph.find_nodes(op="get_attr", target=name):
+            node.meta["weight"] = name
+    for each in passes(exact, own=own):
+        gm = _checked(run(gm, [each]), sites, each)
+    return standalone(gm)
 
 
 def _sparse_sites(model: nn.Module, plan: Plan) -> tuple[dict[str, Site], dict[str, str]]:

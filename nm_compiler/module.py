@@ -40,7 +40,9 @@ class SparseModule(nn.Module):
 
     It shares the model's ``_parameters``, ``_buffers`` and ``_modules``, so names, ``state_dict``, ``.to()``, hooks of
     DDP and so on are the model's own plus the state beside the weights. ``forward`` runs one rewritten graph per mode,
-    or, in a mode that export cannot take, rewritten fragments.
+    or, in a mode that export cannot take, rewritten fragments. Made by `nm_compiler.compile`.
+
+    plan: which weights are N:M, and why the others are not; method: as given; origin: the model itself; notes: for the report.
     """
 
     def __init__(

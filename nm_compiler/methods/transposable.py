@@ -24,7 +24,8 @@ class Transposable(Magnitude):
 
     In every M x M tile at most N of each row and of each column are kept, those with the largest sum of magnitudes: the
     weight and its transpose are both N:M, so y = x (W * T)^T and dx = g (W * T) can both use sparse products. It is what
-    `Magnitude` is otherwise, a bit a weight. A weight whose output channels do not divide by M is N:M forward only.
+    `Magnitude` is otherwise, ``importance`` and a bit a weight. A weight whose output channels do not divide by M is N:M
+    forward only.
     """
 
     @property

@@ -91,6 +91,7 @@ def prune_checkpoint(
     permute: put coupled channels in an order that keeps more first, as `nm_compiler.permute` does; the axes come from the
     model that config.json describes, captured without values, the weights of one class at a time from the folder.
     seed, budget_s: of that search. Classes that would need more memory than two layers keep their order, and a note says so.
+    progress: told of every tensor that was written, see `Listener`.
 
     A run that was killed, or met a full disk, goes on where it was when it is called again the same way; shards take their
     place only when they are whole and `nm_compiler.verify` has read them back, and the index comes last.
