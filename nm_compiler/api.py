@@ -210,7 +210,7 @@ def prepare(model: M, method: Method, patterns: PatternMap, told: Mapping[str, A
     told: arguments that need example inputs. Raises NMError, the model unchanged, if one was given or nothing can be N:M.
     """
     from nm_compiler.backend import check_then
-    from nm_compiler.prepared import Prepared
+    from nm_compiler.live.prepared import Prepared
 
     for name, value in told.items():
         if value is not None:

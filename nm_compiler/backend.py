@@ -19,8 +19,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from nm_compiler.carrier import CARRIER, carrier_of
-from nm_compiler.entries import Entry
 from nm_compiler.errors import NMError
+from nm_compiler.live.entries import Entry
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.pattern import PatternMap, PatternSpec
@@ -101,7 +101,7 @@ def nm_compiler(
     if mode is not None:
         raise NMError(f"mode={mode!r}: backend 'nm_compiler' has no modes; options={{'then': 'inductor'}} says what runs it")
     root = root_on_stack()
-    from nm_compiler.live import refuse_rewritten
+    from nm_compiler.live.live import refuse_rewritten
 
     if root is None:
         if any(isinstance(value, nn.Parameter) and value.ndim >= 2 for value in inputs):
@@ -148,7 +148,7 @@ def strict() -> None:
 
 def bare(root: nn.Module, wanted: Options) -> Any:
     """Prepare a model that nobody prepared, with a method that needs no state."""
-    from nm_compiler.prepared import Prepared
+    from nm_compiler.live.prepared import Prepared
 
     method = wanted.method if wanted.method is not None else BiMask()
     if type(method) is BiMask:

@@ -18,8 +18,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from nm_compiler.attaching import recipe_tag
-from nm_compiler.candidates import candidates
 from nm_compiler.errors import NMError, Refusal
+from nm_compiler.live.candidates import candidates
 from nm_compiler.methods.base import Method
 from nm_compiler.outline import opened_up
 from nm_compiler.pattern import PatternMap

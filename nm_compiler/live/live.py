@@ -21,7 +21,7 @@ from nm_compiler.dynamo import Fragments, Variant, entry_of, program_text, store
 from nm_compiler.errors import NMError
 from nm_compiler.fragments import bind_inputs, lower
 from nm_compiler.graph import reads, run
-from nm_compiler.lifting import Lifted, form_of, lift
+from nm_compiler.live.lifting import Lifted, form_of, lift
 from nm_compiler.ops.weights import stands_for_weight
 from nm_compiler.recipe import pipeline
 from nm_compiler.routes import way_back
@@ -30,7 +30,7 @@ from nm_compiler.uses import Blocked, uses
 from nm_compiler.watching import PRODUCTS, outside_text, python_line, unwatched
 
 if TYPE_CHECKING:
-    from nm_compiler.prepared import Prepared
+    from nm_compiler.live.prepared import Prepared
 
 
 class Undecided(NMError):
@@ -243,7 +243,7 @@ def compile_lifted(lifted: Lifted, model: nn.Module, inputs: Sequence[Any], then
         states.append(value if mode is None else mode.from_tensor(value, static_shapes=True))
     backend: Any = lookup_backend(then)
     if then == "inductor":
-        from nm_compiler.inductor import compiled
+        from nm_compiler.live.inductor import compiled
 
         return compiled(backend, lifted.gm, [*states, *inputs])
     made: Callable[..., Any] = backend(lifted.gm, [*states, *inputs])

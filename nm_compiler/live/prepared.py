@@ -1,7 +1,7 @@
 """Prepared: the carrier of a live model. Its weights have their state now, its graphs come from TorchDynamo at its calls.
 
     nm.compile(model)  ──►  candidates get state, modules get entries
-    model(x)           ──►  fragments, planned (`nm_compiler.growing`) and rewritten as they come
+    model(x)           ──►  fragments, planned (`nm_compiler.live.growing`) and rewritten as they come
     nm.freeze(model)   ──►  zeros in the weights, state and entries gone
 
 The model stays the user's own object: its methods, its hooks and its control flow are what they were.
@@ -21,18 +21,18 @@ from torch.fx import GraphModule
 
 from nm_compiler.attaching import attach_state, detach_state, recipe_tag, state_names
 from nm_compiler.carrier import CARRIER
-from nm_compiler.entries import install, remove
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
-from nm_compiler.growing import GrowingPlan, loaded_dense, not_yet
 from nm_compiler.links import Link, links, owner_at, replaced
+from nm_compiler.live.entries import install, remove
+from nm_compiler.live.growing import GrowingPlan, loaded_dense, not_yet
+from nm_compiler.live.weights_graph import weights_graph
 from nm_compiler.loading import check_values, compare, start_afresh
 from nm_compiler.methods.base import Method
 from nm_compiler.pattern import PatternMap
 from nm_compiler.sharding import cut_like, parts, reshard
 from nm_compiler.sites import Plan, Site
 from nm_compiler.state import MARK, RECIPE, Weight, read_recipe
-from nm_compiler.weights_graph import weights_graph
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Prepared:
     def live(self) -> Any:
         """The fragments; TorchDynamo is imported at the first call."""
         if self._live is None:
-            from nm_compiler.live import Live
+            from nm_compiler.live.live import Live
 
             self._live = Live(self)
         return self._live
@@ -112,7 +112,7 @@ class Prepared:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the model, or a part of it that is called by itself. Raises NMError where a weight would be dense."""
-        from nm_compiler.live import Undecided
+        from nm_compiler.live.live import Undecided
         from nm_compiler.routes import way_back
 
         self._check_modules()
