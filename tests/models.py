@@ -25,6 +25,15 @@ class MLP(nn.Module):
         return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
 
 
+class Breaking(MLP):
+    """TorchDynamo takes it in two fragments: one ends between the second and the third linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.fc2(torch.relu(self.fc1(x))))
+        torch._dynamo.graph_break()
+        return self.fc3(y)
+
+
 class ConvNet(nn.Module):
     """A residual block with batch norm and dropout, a strided convolution, a mean and a linear head."""
 
