@@ -1,9 +1,6 @@
 """A model becomes an aten graph: `torch.export`, once in training and once in evaluation mode.
 
-    nn.Module --export (non-strict, batch dynamic)--> ExportedProgram --bind--> GraphModule over the model's own state
-
-The bound GraphModule shares the model's ``_parameters``, ``_buffers`` and ``_modules`` dicts, so whatever is loaded,
-moved or registered on the model is what the graph reads. Constants and subgraphs of the export lie beside them.
+nn.Module --export (non-strict, batch dynamic)--> ExportedProgram --bind--> GraphModule over the model's own state
 """
 
 from __future__ import annotations
@@ -26,13 +23,13 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
+from nm_compiler.binding import bind, flat_copy, is_state
 from nm_compiler.errors import NMError
 from nm_compiler.graph import fake_mode_of, getattr_path, tidy
 from nm_compiler.regions import checkpoints_open, open_regions
 from nm_compiler.signature import Signature, describe
 from nm_compiler.vmapped import without_vmap
 
-_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _ON_DATA = (
     "Control flow that depends on data cannot be captured: rewrite that line with torch.where or torch.cond, or move it "
@@ -104,31 +101,6 @@ def _export(
     return gm, Signature.of(program, gm, given, named, hidden, model)
 
 
-def flat_copy(graph: Graph) -> Graph:
-    """A copy of ``graph`` without pytree code: flat positional inputs, a flat tuple of outputs."""
-    copy = Graph()
-    output = copy.graph_copy(graph, {})
-    copy.output(output)
-    old = next(node for node in reversed(graph.nodes) if node.op == "output")
-    next(iter(reversed(copy.nodes))).meta.update(old.meta)
-    return copy
-
-
-def bind(graph: Graph, model: nn.Module, extras: Mapping[str, Any]) -> GraphModule:
-    """A GraphModule that is its own ``self`` and shares the model's children, parameters and buffers.
-
-    extras: constants and subgraphs of the export, reached by attribute and invisible to ``state_dict``.
-    """
-    gm = GraphModule(nn.Module(), Graph(), class_name=type(model).__name__)
-    for name in _SHARED:
-        gm.__dict__[name] = getattr(model, name)
-    gm.__dict__.update(extras)
-    gm.__dict__["extras"] = dict(extras)
-    gm.__dict__["training"] = model.training
-    gm.graph = graph
-    return gm
-
-
 def _extras(graph: Graph, exported: GraphModule, model: nn.Module) -> dict[str, Any]:
     """What the exported graph reads and the model does not have: lifted constants and higher-order subgraphs.
 
@@ -144,16 +116,6 @@ def _extras(graph: Graph, exported: GraphModule, model: nn.Module) -> dict[str, 
             name += "_"
         node.target, found[name] = name, value
     return found
-
-
-def is_state(model: nn.Module, path: str) -> bool:
-    """Whether ``path`` names a parameter or a buffer of the model."""
-    owner, _, leaf = path.rpartition(".")
-    try:
-        module = model.get_submodule(owner)
-    except AttributeError:
-        return False
-    return leaf in module._parameters or leaf in module._buffers
 
 
 def _canonical_names(gm: GraphModule, model: nn.Module) -> None:
