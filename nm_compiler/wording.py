@@ -1,6 +1,8 @@
-"""What tensors are called in messages and reports."""
+"""What tensors, and several names, are called in messages and reports."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,3 +24,12 @@ def shown(tensor: Tensor) -> str:
     '[2, 3] (float32, cpu)'
     """
     return f"{list(tensor.shape)} ({dtype_name(tensor.dtype)}, {tensor.device})"
+
+
+def several(names: Sequence[str], most: int) -> str:
+    """The first names, and how many more there are.
+
+    >>> several(["fc1", "fc2", "fc3"], 2)
+    'fc1, fc2 and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

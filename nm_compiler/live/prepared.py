@@ -33,6 +33,7 @@ from nm_compiler.pattern import PatternMap
 from nm_compiler.sharding import cut_like, parts, reshard
 from nm_compiler.sites import Plan, Site
 from nm_compiler.state import MARK, RECIPE, Weight, read_recipe
+from nm_compiler.wording import several
 
 _log = logging.getLogger(__name__)
 
@@ -198,12 +199,10 @@ class Prepared:
 
     def _tell_unread(self) -> None:
         if self.candidates:
-            names = list(self.candidates)
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             _log.warning(
-                "%s%s: prepared, but not read by the first call; each becomes sparse in the first call that reads it",
-                ", ".join(names[:3]), more,
-            )  # fmt: skip
+                "%s: prepared, but not read by the first call; each becomes sparse in the first call that reads it",
+                several(list(self.candidates), 3),
+            )
 
     # -- what a carrier is asked -------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from nm_compiler.streaming.planning import plan_tensors
 from nm_compiler.streaming.statistics import read_norms
 from nm_compiler.streaming.tensor_file import Entry, TensorFile, read_tensor_file
 from nm_compiler.streaming.whole import alone, sweep, whole
+from nm_compiler.wording import several
 
 _ROOM = 1 << 24  # bytes kept free beside what is written
 
@@ -66,8 +67,7 @@ class Pruned:
         for refusal in self.refusals:
             reasons.setdefault(refusal.reason, []).append(refusal.where)
         for reason, names in reasons.items():
-            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            lines.append(f"  dense: {some}: {reason}")
+            lines.append(f"  dense: {several(names, 3)}: {reason}")
         lines += [f"  {note}" for note in self.notes]
         if self.went_on:
             lines.append(f"  {self.went_on} of {self.shards} shards were there from a run before")
