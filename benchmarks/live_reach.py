@@ -17,8 +17,8 @@ from workers import Row
 from zoo import Entry, seeded
 
 import nm_compiler as nm
-from nm_compiler.module import unwrap
-from nm_compiler.prepared import Prepared
+from nm_compiler.live.prepared import Prepared
+from nm_compiler.unwrapping import unwrap
 
 METHODS: dict[str, Callable[[], nm.Method]] = {"LBC": nm.LBC, "BiMask": lambda: nm.BiMask(interval=1, moves=8)}
 STEPS = 2

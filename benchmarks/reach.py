@@ -19,13 +19,14 @@ from zoo import Entry, seeded
 import nm_compiler as nm
 from nm_compiler.axes.analyse import analyse
 from nm_compiler.capture import capture, in_mode
+from nm_compiler.ends import ends
 from nm_compiler.exported import Exported
 from nm_compiler.graph import reads
 from nm_compiler.law import permutation_law
 from nm_compiler.pattern import PatternMap
 from nm_compiler.signature import Signature
 from nm_compiler.sites import find
-from nm_compiler.uses import Use, constants, ends, layouts, uses
+from nm_compiler.uses import Use, constants, layouts, uses
 
 Captured = dict[bool, tuple[GraphModule, Signature]]
 

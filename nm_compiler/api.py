@@ -9,6 +9,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from nm_compiler.attaching import attach_state, detach_state
 from nm_compiler.axes.outputs import Outputs
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
@@ -18,7 +19,7 @@ from nm_compiler.importance import importance_of
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.methods.magnitude import Magnitude
-from nm_compiler.module import SparseModule, attach_state, detach_state, unwrap
+from nm_compiler.module import SparseModule
 from nm_compiler.passes.freeze_masks import masked_values
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.permuting import Order, reorder
@@ -30,6 +31,7 @@ from nm_compiler.sharding import is_sharded, sharded_freeze
 from nm_compiler.sites import Plan, check_globs, find
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.state import learns
+from nm_compiler.unwrapping import unwrap
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -125,13 +127,13 @@ def compile(
         options: dict[str, Any] = {"budget_s": budget_s, "backward": method.backward_share, "importance": kept or None}
         moved = reorder(model, routes, plan, permute, outputs, seed=seed, along=kept, **options)
         chosen = replace(method, importance=kept) if kept and isinstance(method, Magnitude) else method
-    names = attach_state(model, plan, chosen)
+    attach_state(model, plan, chosen)
     try:
         for route in routes.values():
             route.rewrite(pipeline(method, plan.sites), plan)
         return SparseModule(model, routes, plan, method, seed, notes=() if moved is None else moved.notes)
     except BaseException:
-        detach_state(model, plan, names)
+        detach_state(model, plan, method)
         if moved is not None:
             moved.undo(model)
         raise
@@ -142,6 +144,8 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
 
     sparse: what `compile` returned, also inside DDP or ``torch.compile``; it cannot be used afterwards.
     finish: decide at once what training has not decided yet (LBC before t_f).
+
+    Returns the module that was given to `compile`, the method's state taken off it.
     Raises NMError, nothing changed, if masks are undecided and not ``finish``, or if a weight is in shards or not finite.
     """
     module = unwrap(sparse)
@@ -183,7 +187,9 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
 def show(sparse: nn.Module, *, training: bool = False) -> str:
     """The rewritten graph of a mode as a program: one node a line, with dtype and shape.
 
-    A mode that runs in fragments shows all that have run so far, in the order they were first met.
+    sparse: what `compile` returned, also inside DDP or ``torch.compile``; training: the mode, evaluation by default.
+    A mode that runs in fragments shows all that have run so far, in the order in which they were first met.
+    Raises NMError for a model that was not compiled, and for a live one before its first call.
     """
     return unwrap(sparse).text(training)
 
@@ -210,7 +216,7 @@ def prepare(model: M, method: Method, patterns: PatternMap, told: Mapping[str, A
     told: arguments that need example inputs. Raises NMError, the model unchanged, if one was given or nothing can be N:M.
     """
     from nm_compiler.backend import check_then
-    from nm_compiler.prepared import Prepared
+    from nm_compiler.live.prepared import Prepared
 
     for name, value in told.items():
         if value is not None:

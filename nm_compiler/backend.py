@@ -19,8 +19,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from nm_compiler.carrier import CARRIER, carrier_of
-from nm_compiler.entries import Entry
 from nm_compiler.errors import NMError
+from nm_compiler.live.entries import Entry
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.pattern import PatternMap, PatternSpec
@@ -30,6 +30,7 @@ from nm_compiler.state import Weight
 
 _log = logging.getLogger(__name__)
 THEN = ("inductor", "aot_eager", "eager")
+_NEAR = 24  # frames between a call of a model and the torch.compile around it, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ def nm_compiler(
     if mode is not None:
         raise NMError(f"mode={mode!r}: backend 'nm_compiler' has no modes; options={{'then': 'inductor'}} says what runs it")
     root = root_on_stack()
-    from nm_compiler.live import refuse_rewritten
+    from nm_compiler.live.live import refuse_rewritten
 
     if root is None:
         if any(isinstance(value, nn.Parameter) and value.ndim >= 2 for value in inputs):
@@ -147,7 +148,7 @@ def strict() -> None:
 
 def bare(root: nn.Module, wanted: Options) -> Any:
     """Prepare a model that nobody prepared, with a method that needs no state."""
-    from nm_compiler.prepared import Prepared
+    from nm_compiler.live.prepared import Prepared
 
     method = wanted.method if wanted.method is not None else BiMask()
     if type(method) is BiMask:
@@ -188,10 +189,10 @@ def check_same(prepared: Any, wanted: Options) -> None:
             )
 
 
-def outer_options(root: nn.Module, depth: int = 24) -> Options | None:
+def outer_options(root: nn.Module) -> Options | None:
     """What ``torch.compile(root, backend="nm_compiler", options=...)`` said, if the running call came through it."""
     frame = sys._getframe(1)
-    for _ in range(depth):
+    for _ in range(_NEAR):
         own = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames[:1] else None
         if isinstance(own, torch._dynamo.eval_frame.OptimizedModule) and own._orig_mod is root:
             wrapper: Any = own.dynamo_ctx.callback

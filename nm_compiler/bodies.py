@@ -11,7 +11,7 @@ weight into the body instead would hide the product from the passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
-from nm_compiler.capture import bind, flat_copy
-from nm_compiler.graph import getattr_path, tidy
+from nm_compiler.binding import bind, flat_copy, is_state
+from nm_compiler.graph import body_of, getattr_path, tidy
 
 _higher = torch.ops.higher_order
 
@@ -46,19 +46,18 @@ def open_bodies(gm: GraphModule, model: nn.Module) -> None:
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or node.target not in HOSTS:
             continue
-        bodies = [arg for arg in node.args if isinstance(arg, Node) and _body(gm, arg) is not None]
+        bodies = {arg: body for arg in node.all_input_nodes if (body := body_of(arg)) is not None}
         given = _operands(node)
         inside = [index for index, arg in enumerate(given) if isinstance(arg, Node) and _reads_state(arg, model)]
-        for read in bodies:
-            body = _body(gm, read)
-            assert body is not None
-            reads = {index: str(given[index].target) for index in inside}
-            gm.__dict__["extras"][str(read.target)] = gm.__dict__[str(read.target)] = _bound(body, reads, model)
+        for read, body in bodies.items():
+            inner = bound(body, {index: str(given[index].target) for index in inside}, model)
+            inner.meta.update(body.meta)
+            gm.__dict__["extras"][str(read.target)] = gm.__dict__[str(read.target)] = inner
         left = tuple(arg for index, arg in enumerate(given) if index not in inside)
         if node.target is _higher.cond:
             node.args = (*node.args[:3], left)
         else:
-            options = _body(gm, bodies[0]).meta.get("_checkpoint_context_fn")  # type: ignore[union-attr]
+            options = next(iter(bodies.values())).meta.get("_checkpoint_context_fn")
             node.args = (node.args[0], *left)
             if options is not None:
                 node.kwargs = {**node.kwargs, "context_fn": options}
@@ -84,38 +83,34 @@ def _operands(node: Node) -> tuple[Any, ...]:
     return tuple(node.args[1:])
 
 
-def _body(gm: GraphModule, node: Node) -> GraphModule | None:
-    value = getattr_path(gm, node.target) if node.op == "get_attr" else None
-    return value if isinstance(value, GraphModule) else None
+def bound(program: GraphModule, reads: Mapping[int, str], model: nn.Module) -> GraphModule:
+    """A copy of ``program`` over ``model``, bodies in it as well.
 
-
-def _reads_state(node: Node, model: nn.Module) -> bool:
-    if node.op != "get_attr":
-        return False
-    owner, _, leaf = str(node.target).rpartition(".")
-    try:
-        module = model.get_submodule(owner)
-    except AttributeError:
-        return False
-    return isinstance(module._parameters.get(leaf, module._buffers.get(leaf)), Tensor)
-
-
-def _bound(body: GraphModule, reads: dict[int, str], model: nn.Module) -> GraphModule:
-    graph = flat_copy(body.graph)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    reads: which of its inputs become reads of the model's state, by place, and of what; the others stay, in their order.
+    """
+    graph = flat_copy(program.graph)
+    placeholders = graph.find_nodes(op="placeholder")
     for index, name in reads.items():
         node = placeholders[index]
         with graph.inserting_before(node):
             read = graph.create_node("get_attr", name, name=name.replace(".", "_"))
-        read.meta = dict(node.meta)
+        read.meta = {"val": _fake_like(node, getattr_path(model, name))}
         node.replace_all_uses_with(read)
         graph.erase_node(node)
     for node in graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if key in ("val", "stack_trace")}
     names = set(reads.values())
-    extras = {str(n.target): getattr_path(body, n.target) for n in graph.nodes if n.op == "get_attr" and n.target not in names}
-    gm = bind(graph, model, extras)
-    gm.meta.update(body.meta)
+    held = [str(node.target) for node in graph.nodes if node.op == "get_attr" and node.target not in names]
+    gm = bind(graph, model, {name: getattr_path(program, name) for name in held})
     open_bodies(gm, model)
     tidy(gm)
     return gm
+
+
+def _fake_like(node: Node, value: Tensor) -> Any:
+    """The input's own fake value, which shapes of later nodes are computed from."""
+    return node.meta["val"] if isinstance(node.meta.get("val"), Tensor) else value.detach().to("meta")
+
+
+def _reads_state(node: Node, model: nn.Module) -> bool:
+    return node.op == "get_attr" and is_state(model, str(node.target))

@@ -30,7 +30,10 @@ from nm_compiler.uses import Use, constants, uses
 
 @dataclass(frozen=True)
 class Calibration(Mapping[str, Tensor]):
-    """By parameter name: the sums of squares of what each weight was multiplied with, float64, broadcastable to the weight."""
+    """By parameter name: the sums of squares of what each weight was multiplied with, float64, broadcastable to the weight.
+
+    batches: how many of them it has seen.
+    """
 
     squares: Mapping[str, Tensor]
     batches: int
@@ -60,6 +63,7 @@ def calibrate(
 
     batches: such as a DataLoader; a batch is a tensor, a mapping of keyword inputs, or a tuple of positional inputs, of which
     as many are taken as ``forward`` has parameters (labels behind them are left). Inputs are moved to the model's device.
+    dynamic_shapes: as in `nm_compiler.compile`, for batches that differ in other sizes than axis 0.
     most: batches to take, all of them if None. pattern, include, exclude: which weights, as in `nm_compiler.compile`, stem and
     head included. One product more for every weight and batch; memory for sums, not for the batches.
 

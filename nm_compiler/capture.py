@@ -1,9 +1,6 @@
 """A model becomes an aten graph: `torch.export`, once in training and once in evaluation mode.
 
-    nn.Module --export (non-strict, batch dynamic)--> ExportedProgram --bind--> GraphModule over the model's own state
-
-The bound GraphModule shares the model's ``_parameters``, ``_buffers`` and ``_modules`` dicts, so whatever is loaded,
-moved or registered on the model is what the graph reads. Constants and subgraphs of the export lie beside them.
+nn.Module --export (non-strict, batch dynamic)--> ExportedProgram --bind--> GraphModule over the model's own state
 """
 
 from __future__ import annotations
@@ -25,14 +22,14 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
+from nm_compiler.binding import bind, flat_copy, is_state
 from nm_compiler.errors import NMError
-from nm_compiler.graph import getattr_path, tidy
+from nm_compiler.graph import fake_mode_of, getattr_path, tidy
 from nm_compiler.memory import own_cycles_freed
 from nm_compiler.regions import checkpoints_open, open_regions
 from nm_compiler.signature import Signature, describe
 from nm_compiler.vmapped import without_vmap
 
-_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _ON_DATA = (
     "Control flow that depends on data cannot be captured: rewrite that line with torch.where or torch.cond, or move it "
@@ -95,8 +92,7 @@ def _export(
     open_regions(exported)
     graph = flat_copy(exported.graph)
     extras = _extras(graph, exported, model)
-    mode = next((m for n in graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None)) is not None), None)
-    graph, constants = without_vmap(graph, "val", mode)
+    graph, constants = without_vmap(graph, "val", fake_mode_of(graph))
     gm = bind(graph, model, {**extras, **constants})
     for node in list(gm.graph.nodes):
         node.meta = {key: value for key, value in node.meta.items() if key in ("val", "stack_trace")}
@@ -115,31 +111,6 @@ def _with_hidden(shapes: Any, kwargs: Mapping[str, Any], hidden: Mapping[str, An
     return (*shapes, *(None for _ in hidden)) if alone and isinstance(shapes, (tuple, list)) else shapes
 
 
-def flat_copy(graph: Graph) -> Graph:
-    """A copy of ``graph`` without pytree code: flat positional inputs, a flat tuple of outputs."""
-    copy = Graph()
-    output = copy.graph_copy(graph, {})
-    copy.output(output)
-    old = next(node for node in reversed(graph.nodes) if node.op == "output")
-    next(iter(reversed(copy.nodes))).meta.update(old.meta)
-    return copy
-
-
-def bind(graph: Graph, model: nn.Module, extras: Mapping[str, Any]) -> GraphModule:
-    """A GraphModule that is its own ``self`` and shares the model's children, parameters and buffers.
-
-    extras: constants and subgraphs of the export, reached by attribute and invisible to ``state_dict``.
-    """
-    gm = GraphModule(nn.Module(), Graph(), class_name=type(model).__name__)
-    for name in _SHARED:
-        gm.__dict__[name] = getattr(model, name)
-    gm.__dict__.update(extras)
-    gm.__dict__["extras"] = dict(extras)
-    gm.__dict__["training"] = model.training
-    gm.graph = graph
-    return gm
-
-
 def _extras(graph: Graph, exported: GraphModule, model: nn.Module) -> dict[str, Any]:
     """What the exported graph reads and the model does not have: lifted constants and higher-order subgraphs.
 
@@ -147,7 +118,7 @@ def _extras(graph: Graph, exported: GraphModule, model: nn.Module) -> dict[str, 
     """
     found: dict[str, Any] = {}
     for node in graph.nodes:
-        if node.op != "get_attr" or _is_state(model, str(node.target)):
+        if node.op != "get_attr" or is_state(model, str(node.target)):
             continue
         value = getattr_path(exported, node.target)
         name = str(node.target).replace(".", "_")
@@ -155,15 +126,6 @@ def _extras(graph: Graph, exported: GraphModule, model: nn.Module) -> dict[str, 
             name += "_"
         node.target, found[name] = name, value
     return found
-
-
-def _is_state(model: nn.Module, path: str) -> bool:
-    owner, _, leaf = path.rpartition(".")
-    try:
-        module = model.get_submodule(owner)
-    except AttributeError:
-        return False
-    return leaf in module._parameters or leaf in module._buffers
 
 
 def _canonical_names(gm: GraphModule, model: nn.Module) -> None:
@@ -242,6 +204,7 @@ def _dynamic_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> str:
+    """Why a model could not be captured, in words: the call, the error, the line of the user's code, and the way out."""
     message = str(error).strip().split("\n\nWhile executing")[0].strip()
     short = "\n  ".join(message.splitlines()[:6]) or type(error).__name__
     mode = "training" if training else "evaluation"

@@ -58,6 +58,7 @@ def save_checkpoint(path: str | Path, **parts: Any) -> None:
 def load_checkpoint(path: str | Path, *, map_location: Any = "cpu", **parts: Any) -> dict[str, Any]:
     """Load what `save_checkpoint` wrote into ``parts``, by the same names; returns what was saved besides them.
 
+    path: of the file; map_location: as for `torch.load`.
     parts: objects with ``load_state_dict``. Schedules are loaded first and models last, so that a checkpoint of another
     method, pattern or schedule changes nothing: what was loaded before it is put back.
     Raises NMError if the file cannot be read, lacks a part, or does not fit.

@@ -13,7 +13,7 @@ import inspect
 import logging
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -21,14 +21,13 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.overrides import TorchFunctionMode
 
 from nm_compiler import records
 from nm_compiler.bodies import programs
 from nm_compiler.capture import user_line
 from nm_compiler.errors import NMError
 from nm_compiler.exported import copied
-from nm_compiler.fragments import bind_inputs, lower, state_names
+from nm_compiler.fragments import bind_inputs, lower, names_by_id
 from nm_compiler.graph import Pass, reads, run, show_graph
 from nm_compiler.ops.two_masks import TWO_MASKS
 from nm_compiler.ops.weights import stands_for_weight
@@ -36,6 +35,7 @@ from nm_compiler.outline import Run, outline
 from nm_compiler.signature import describe
 from nm_compiler.sites import UNREAD, Plan
 from nm_compiler.uses import Use, uses
+from nm_compiler.watching import PRODUCTS, Watch, outside_text, python_line, unwatched
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Fragments:
     def guarded(
         self, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, watched: bool = True
     ) -> Any:
-        """Call what `entry_of` gave, with errors instead of TorchDynamo's dense ways out. watched: see `_Watch`."""
+        """Call what `entry_of` gave, with errors instead of TorchDynamo's dense ways out. watched: see `Watch`."""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise NMError(
                 f"{type(self.model).__name__} was called inside torch.func (grad, vmap, ...), where TorchDynamo compiles "
@@ -87,7 +87,7 @@ class Fragments:
                 "nm.compile(model, example_inputs), whose graph torch.func can take, if it can be captured"
             )
         try:
-            with torch._dynamo.config.patch(_settings()), _Watch(self) if watched else contextlib.nullcontext():
+            with torch._dynamo.config.patch(_settings()), Watch(self) if watched else contextlib.nullcontext():
                 return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchRuntimeError as error:  # an op of the model itself fails on these inputs
             inner = error.__context__.__cause__ if error.__context__ is not None else None
@@ -109,7 +109,7 @@ class Fragments:
 
     def names_of(self, inputs: Sequence[Any]) -> tuple[str | None, ...]:
         """Which of ``inputs`` are the model's state now."""
-        self._names = state_names(self.model)
+        self._names = names_by_id(self.model)
         return tuple(self._names.get(id(value)) if isinstance(value, Tensor) else None for value in inputs)
 
     def _explain(self, error: BaseException) -> str:
@@ -223,25 +223,9 @@ class Fragments:
         """The full name of a parameter of the model, or None."""
         name = self._names.get(id(parameter))
         if name is None:
-            self._names = state_names(self.model)
+            self._names = names_by_id(self.model)
             name = self._names.get(id(parameter))
         return name
-
-
-def python_line() -> str:
-    """The user's line that is running."""
-    return user_line(traceback.extract_stack()) or "code outside the model"
-
-
-def outside_text(name: str, line: str, *, captured: bool = True) -> str:
-    """The message for a weight that would run dense. captured: with example inputs, so it could do without them."""
-    live = "; nm.compile(model), without example inputs, follows many such loops layer by layer" if captured else ""
-    return (
-        f"{name} is read by code that TorchDynamo does not compile, so it would be dense there:\n  {line}\n"
-        "Take the function that reads it out of torch._dynamo.disable, or whatever makes Dynamo skip it: a loop that branches "
-        f"on data, for instance, which can go into a method of its own, and the layers that it calls into another{live}. "
-        f"Or leave the weight dense with exclude={name!r}"
-    )
 
 
 def program_text(program: GraphModule) -> str:
@@ -287,52 +271,6 @@ class _Fragment:
         if self.carrier.runs is not None:
             self.carrier.runs.append(Run(found.program, tuple(inputs), tuple(outputs)))
         return outputs
-
-
-class _Watch(TorchFunctionMode):
-    """Sees every torch function that Python calls outside fragments. Inside them Dynamo traces it away."""
-
-    def __init__(self, carrier: Fragments) -> None:
-        super().__init__()
-        self.carrier = carrier
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.compiler.is_compiling():
-            if func is Tensor.unflatten:  # it is written in Python: Dynamo cannot go into it, but knows the method
-                return getattr(args[0], func.__name__)(*args[1:], **(kwargs or {}))
-            return func(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        self.look(func, args, kwargs, result)
-        return result
-
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
-    def look(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Note a parameter that a tensor was computed from."""
-        given = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, nn.Parameter)]
-        if not given or not isinstance(result, (Tensor, tuple, list)) or torch._guards.CompileContext.try_get() is not None:
-            return
-        for parameter in given:
-            name = self.carrier.name_of(parameter)
-            if name is not None:
-                self.carrier.note_outside(name, func)
-
-
-@contextlib.contextmanager
-def unwatched() -> Iterator[None]:
-    """Without the watch, which is for Python outside fragments; modes that ops need themselves, as flex attention, stay."""
-    watch = torch.overrides._get_current_function_mode()
-    if not isinstance(watch, _Watch):
-        yield
-        return
-    with torch.overrides._pop_mode_temporarily():
-        yield
-
-
-PRODUCTS = (
-    "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__", "bilinear",
-    "conv1d", "conv2d", "conv3d", "multi_head_attention_forward", "t", "transpose", "permute",
-)  # fmt: skip
-torch._dynamo.eval_frame.skip_code(_Watch.__torch_function__.__code__)  # as a frame of its own it must stay Python
 
 
 def _settings() -> dict[str, Any]:

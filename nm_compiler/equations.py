@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from nm_compiler.graph import arguments_of
+
 aten = torch.ops.aten
 
 LINEAR = aten.linear.default
@@ -63,7 +65,7 @@ def equation_of(node: Node) -> Equation | str:
     summed = {second[b]: first[a] for a, b in zip(ours, theirs, strict=True)}
     term = "".join(summed.get(letter, letter) for letter in second)
     out = "".join(letter for letter in first + second if letter not in summed and letter not in summed.values())
-    bias: Any = (args[2] if len(args) > 2 else node.kwargs.get("bias")) if target is LINEAR else None
+    bias: Any = arguments_of(node)["bias"] if target is LINEAR else None
     return Equation((left, right), (first, term), out, bias)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 _WAYS_OUT = {
     "include= makes it sparse": "take stem or head in with include=[...]",
@@ -24,6 +25,8 @@ class NMError(Exception):
 class Refusal:
     """A weight that stays dense, and why. It ends up as a line of the report, never as an exception.
 
+    where: the parameter's name; reason: in words, with the way out where there is one.
+
     >>> str(Refusal("conv1.weight", "3 input channels, groups need a multiple of 4"))
     'conv1.weight: 3 input channels, groups need a multiple of 4'
     """
@@ -35,11 +38,11 @@ class Refusal:
         return f"{self.where}: {self.reason}"
 
 
-def none_left(
+def refuse_all(
     model: object, patterns: object, refusals: Collection[Refusal], shapes: Mapping[str, tuple[int, ...]]
-) -> NMError:
-    """Nothing can be sparse: the first reasons, and the ways out that some weight has."""
+) -> NoReturn:
+    """Raise NMError where no weight can be sparse: the first reasons, and the ways out that some weight has."""
     shown = "\n  ".join(f"{each.where} {list(shapes[each.where])}: {each.reason}" for each in list(refusals)[:12])
     ways = [way for part, way in _WAYS_OUT.items() if any(part in each.reason for each in refusals)]
     out = f"\n{', or '.join(ways)}" if ways else ""
-    return NMError(f"no weight of this {type(model).__name__} can be {patterns}:\n  {shown or 'it has no weights'}{out}")
+    raise NMError(f"no weight of this {type(model).__name__} can be {patterns}:\n  {shown or 'it has no weights'}{out}")

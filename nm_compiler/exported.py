@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from nm_compiler import records
+from nm_compiler.binding import bind, flat_copy
 from nm_compiler.bodies import is_body, programs
-from nm_compiler.capture import bind, flat_copy
 from nm_compiler.graph import Pass, has_side_effect, run, show_graph
 from nm_compiler.ops.together import together
 from nm_compiler.passes.gather_masks import gather_masks

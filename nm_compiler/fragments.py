@@ -16,16 +16,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils import _pytree as pytree
 
-from nm_compiler.bodies import HOSTS, open_bodies
-from nm_compiler.capture import bind, flat_copy
+from nm_compiler.bodies import HOSTS, bound
 from nm_compiler.errors import NMError
-from nm_compiler.graph import getattr_path, tidy
+from nm_compiler.graph import getattr_path
 from nm_compiler.vmapped import without_vmap
 
 
@@ -66,28 +65,10 @@ def _check_nothing_lost(lowered: GraphModule) -> None:
 
 def bind_inputs(lowered: GraphModule, names: Sequence[str | None], model: nn.Module) -> GraphModule:
     """A graph over ``model`` that reads the named inputs by attribute; the others stay inputs, in their order."""
-    graph = flat_copy(lowered.graph)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node, name in zip(placeholders, names, strict=True):
-        if name is None:
-            continue
-        with graph.inserting_before(node):
-            read = graph.create_node("get_attr", name, name=name.replace(".", "_"))
-        read.meta = {"val": _fake_like(node, getattr_path(model, name))}
-        node.replace_all_uses_with(read)
-        graph.erase_node(node)
-    for node in graph.nodes:
-        node.meta = {key: value for key, value in node.meta.items() if key in ("val", "stack_trace")}
-    extras = {
-        str(n.target): getattr_path(lowered, n.target) for n in graph.nodes if n.op == "get_attr" and n.target not in names
-    }
-    gm = bind(graph, model, extras)
-    open_bodies(gm, model)
-    tidy(gm)
-    return gm
+    return bound(lowered, {index: name for index, name in enumerate(names) if name is not None}, model)
 
 
-def state_names(model: nn.Module) -> dict[int, str]:
+def names_by_id(model: nn.Module) -> dict[int, str]:
     """Full names of all parameters and buffers by ``id``; tied ones by their first name."""
     names = {id(value): name for name, value in model.named_buffers()}
     return names | {id(value): name for name, value in model.named_parameters()}
@@ -134,8 +115,3 @@ def _host_of(gm: GraphModule, name: str) -> Any:
 
 def _values(fragment: GraphModule) -> list[Any]:
     return [node.meta["example_value"] for node in fragment.graph.nodes if "example_value" in node.meta]
-
-
-def _fake_like(node: Node, value: Tensor) -> Any:
-    """The input's own fake value, which shapes of later nodes are computed from."""
-    return node.meta["val"] if isinstance(node.meta.get("val"), Tensor) else value.detach().to("meta")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from nm_compiler.scaled import Scaled
@@ -50,7 +50,7 @@ def has_side_effect(node: Node) -> bool:
         return True
     if node.op != "call_function":
         return False
-    bodies = [body for arg in node.all_input_nodes if (body := _body(arg)) is not None]
+    bodies = [body for arg in node.all_input_nodes if (body := body_of(arg)) is not None]
     if bodies or isinstance(node.target, torch._ops.HigherOrderOperator):
         return any(has_side_effect(inner) for body in bodies for inner in body.graph.nodes if inner.op == "call_function")
     if isinstance(node.target, torch._ops.OpOverload):
@@ -60,8 +60,8 @@ def has_side_effect(node: Node) -> bool:
     return node.is_impure()
 
 
-def _body(node: Node) -> GraphModule | None:
-    """The subgraph that a node stands for."""
+def body_of(node: Node) -> GraphModule | None:
+    """The subgraph that a node reads; None if it reads none."""
     if node.op != "get_attr":
         return None
     value = getattr_path(node.graph.owning_module, node.target)
@@ -80,10 +80,25 @@ def reads(gm: GraphModule, name: str) -> list[Node]:
     return [node for node in gm.graph.nodes if node.op == "get_attr" and node.target == name]
 
 
+def arguments_of(node: Node) -> dict[str, Any]:
+    """A call's arguments by the names in the op's schema, given or by default; by position for what has no schema."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {str(i): arg for i, arg in enumerate(node.args)} | node.kwargs
+    bound = {}
+    for index, argument in enumerate(node.target._schema.arguments):
+        if index < len(node.args):
+            bound[argument.name] = node.args[index]
+        else:
+            bound[argument.name] = node.kwargs.get(
+                argument.name, argument.default_value if argument.has_default_value() else None
+            )
+    return bound
+
+
 def propagate_shapes(gm: GraphModule) -> None:
     """Fill in ``meta["val"]`` (a fake tensor) where a pass left it out, from its inputs' values."""
     missing = [n for n in gm.graph.nodes if n.op in ("get_attr", "call_function") and "val" not in n.meta]
-    mode = next((m for n in gm.graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None)) is not None), None)
+    mode = fake_mode_of(gm.graph)
     if not missing or mode is None:
         return
     with mode:
@@ -98,6 +113,12 @@ def propagate_shapes(gm: GraphModule) -> None:
                 continue
             args, kwargs = pytree.tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
             node.meta["val"] = node.target(*args, **kwargs)
+
+
+def fake_mode_of(graph: Graph) -> Any:
+    """The mode in which the values of a graph are fake; None if none of them is."""
+    values = (node.meta.get("val") for node in graph.nodes)
+    return next((mode for value in values if (mode := getattr(value, "fake_mode", None)) is not None), None)
 
 
 def fake_of(mode: Any, value: torch.Tensor) -> torch.Tensor:

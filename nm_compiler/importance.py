@@ -36,7 +36,10 @@ class Wanda:
 
 @dataclass(frozen=True, slots=True)
 class RIA:
-    """Magnitude relative to its row and its column, times a power of the norm of the input. Ref: Zhang et al., ICLR 2024."""
+    """Magnitude relative to its row and its column, times a power of the norm of the input. Ref: Zhang et al., ICLR 2024.
+
+    inputs: from `nm_compiler.calibrate`; power: of the norm, 0.5 in the paper.
+    """
 
     inputs: Mapping[str, Tensor] = field(repr=False)
     power: float = 0.5

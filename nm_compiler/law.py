@@ -24,6 +24,7 @@ from nm_compiler.capture import capture, capture_mode
 from nm_compiler.errors import NMError
 from nm_compiler.passes.permute import permute
 from nm_compiler.signature import Signature
+from nm_compiler.wording import dtype_name
 
 BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5}
 """Largest relative error of an equal function, by precision."""
@@ -50,7 +51,7 @@ class Law:
         return self.error < BOUNDS[self.dtype] and not self.undetected
 
     def __str__(self) -> str:
-        name = str(self.dtype).removeprefix("torch.")
+        name = dtype_name(self.dtype)
         text = f"relative error {self.error:.1e} in {name} with {len(self.axes.free)} of {len(self.axes)} classes permuted"
         return text + f", {self.undone} axes undone, {len(self.undetected)} undetected {list(self.undetected[:8])}"
 

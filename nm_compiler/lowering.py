@@ -24,7 +24,6 @@ from nm_compiler.capture import capture_mode, in_mode, without_cache
 from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass, run, standalone
 from nm_compiler.memory import give_back
-from nm_compiler.module import is_compiled
 from nm_compiler.passes.flatten_tokens import flatten_tokens
 from nm_compiler.passes.fold_batchnorm import fold_batchnorm
 from nm_compiler.passes.fold_weights import fold_weights
@@ -39,6 +38,8 @@ from nm_compiler.runtime.products import check_zeros, unread
 from nm_compiler.scaled import keep
 from nm_compiler.sites import Plan, Site, check_globs, find
 from nm_compiler.solvers.check import worst_group
+from nm_compiler.unwrapping import is_compiled
+from nm_compiler.wording import dtype_name
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Of the check after lowering: relative, in the norm of every output."""
@@ -61,7 +62,7 @@ def lower(
     """Hand a frozen model to a runtime that multiplies with N:M weights, and say for each weight whether it does.
 
     model: what `freeze` returned, or any model whose weights are N:M; on the device it shall run on. It stays as it is.
-    example_inputs, kwargs: as for `compile`; batch and dtype are those that speed is measured with.
+    example_inputs, kwargs, dynamic_shapes: as for `compile`; batch and dtype are those that speed is measured with.
     backend: ``"tensorrt"``, ``"cusparselt"``, ``"cpu"``, ``"onnx"``, ``"dense"`` (the same graph without sparse kernels), or
     ``"auto"``: the CPU kernels for a model on a CPU, else the first of TensorRT and cuSPARSELt that works here, else dense,
     with the reasons in the report.
@@ -87,21 +88,8 @@ def lower(
     with untouched(twin):
         gm, signature = capture_mode(twin, given[0], given[1], dynamic_shapes, training=False)
     gm = run(gm, [without_switches])
-    everything = [name for name, p in twin.named_parameters() if p.ndim > 1 and p.is_floating_point()]
-    plan = find(twin, [gm], patterns, include=everything, exclude=globs(exclude), may_be_empty=True)
-    sites, dense = _sparse_sites(twin, plan)
-    if not sites:
-        raise NMError(
-            f"no weight of this {type(model).__name__} is {patterns}: nothing to lower. Train it with nm.compile and "
-            f"nm.freeze it, or say pattern=. {_first(dense)}"
-        )
-    exact = {} if twin is model else {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name in sites:
-        for node in gm.graph.find_nodes(op="get_attr", target=name):
-            node.meta["weight"] = name
-    for each in passes(exact, own=twin is not model):
-        gm = _checked(run(gm, [each]), sites, each)
-    gm = standalone(gm)
+    plan, sites, dense = _planned(twin, gm, patterns, globs(exclude))
+    gm = _rewritten(gm, sites, model, own=twin is not model)
     if not chosen.later:
         keep(gm)
     job = Job(gm, signature, sites, tuple(signature.flatten(*given)), globs(force), dict(options or {}))
@@ -166,6 +154,32 @@ def _check_frozen(model: Any) -> None:
         raise NMError("this model is on the meta device: load its weights first, there are no zeros to look at")
 
 
+def _planned(
+    model: nn.Module, gm: GraphModule, patterns: PatternMap, exclude: Sequence[str]
+) -> tuple[Plan, dict[str, Site], dict[str, str]]:
+    """The plan, the weights that are N:M, stem and head too, and the reasons of the others. Raises NMError if none is."""
+    everything = [name for name, p in model.named_parameters() if p.ndim > 1 and p.is_floating_point()]
+    plan = find(model, [gm], patterns, include=everything, exclude=exclude, may_be_empty=True)
+    sites, dense = _sparse_sites(model, plan)
+    if not sites:
+        raise NMError(
+            f"no weight of this {type(model).__name__} is {patterns}: nothing to lower. Train it with nm.compile and "
+            f"nm.freeze it, or say pattern=. {_first(dense)}"
+        )
+    return plan, sites, dense
+
+
+def _rewritten(gm: GraphModule, sites: Mapping[str, Site], model: nn.Module, *, own: bool) -> GraphModule:
+    """The graph that every backend gets, by itself. own: it reads a copy of ``model``, whose values were rounded."""
+    exact = {**dict(model.named_parameters()), **dict(model.named_buffers())} if own else {}
+    for name in sites:
+        for node in gm.graph.find_nodes(op="get_attr", target=name):
+            node.meta["weight"] = name
+    for each in passes(exact, own=own):
+        gm = _checked(run(gm, [each]), sites, each)
+    return standalone(gm)
+
+
 def _sparse_sites(model: nn.Module, plan: Plan) -> tuple[dict[str, Site], dict[str, str]]:
     """Planned weights that really are N:M, by name, and the reasons of all others."""
     sites, dense = {}, {refusal.where: refusal.reason for refusal in plan.refusals}
@@ -216,7 +230,7 @@ def _check(lowered: Lowered, wanted: Any, given: Any, dtype: torch.dtype) -> Non
     if not error <= bound:
         raise NMError(
             f"lowered to {lowered.backend}, the outputs differ from the model's by {error:.2g} (relative; up to {bound:.2g} "
-            f"is normal for {str(dtype).removeprefix('torch.')}). Try dtype=torch.bfloat16 or float32 if values overflow, "
+            f"is normal for {dtype_name(dtype)}). Try dtype=torch.bfloat16 or float32 if values overflow, "
             "exclude=[...] to find the layer, or check=False if you know better"
         )
     lowered.__dict__["error"] = error

@@ -54,5 +54,5 @@ def keep_freed() -> None:
 
 
 def _of_glibc(name: str) -> Any:
-    """None where there is none."""
+    """A function of glibc by name; None on other systems, and where it is missing."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from nm_compiler import records
+from nm_compiler.attaching import detach_state, recipe_tag, state_names
 from nm_compiler.bodies import programs
-from nm_compiler.carrier import Carrier, carrier_of
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
 from nm_compiler.exported import Exported, moved
@@ -24,7 +24,7 @@ from nm_compiler.loading import check_values, compare, start_afresh
 from nm_compiler.methods.base import Method, state_of
 from nm_compiler.recipe import pipeline
 from nm_compiler.sites import Plan
-from nm_compiler.state import RECIPE, Weight, mark, read_recipe, register, unmark, unregister, write_recipe
+from nm_compiler.state import RECIPE, Weight, read_recipe
 
 if TYPE_CHECKING:
     from nm_compiler.dynamo import Fragments
@@ -33,7 +33,6 @@ _SHARED = (
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
-_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
 
 
 class SparseModule(nn.Module):
@@ -41,7 +40,9 @@ class SparseModule(nn.Module):
 
     It shares the model's ``_parameters``, ``_buffers`` and ``_modules``, so names, ``state_dict``, ``.to()``, hooks of
     DDP and so on are the model's own plus the state beside the weights. ``forward`` runs one rewritten graph per mode,
-    or, in a mode that export cannot take, rewritten fragments.
+    or, in a mode that export cannot take, rewritten fragments. Made by `nm_compiler.compile`.
+
+    plan: which weights are N:M, and why the others are not; method: as given; origin: the model itself; notes: for the report.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class SparseModule(nn.Module):
             for name in tables.keys() & gm.__dict__["extras"].keys():
                 gm.__dict__["extras"][name] = gm.__dict__[name] = tables[name].to(device)
         with torch.no_grad():
-            self._buffers[RECIPE] = write_recipe(self.method.layout(), self.plan.sites).to(device)
+            self._buffers[RECIPE] = recipe_tag(self.origin, self.plan, self.method)
             for weight in self.weights:
                 for suffix, value in state_of(self.method, weight.site, weight.param.detach()).items():
                     weight[suffix].copy_(value)
@@ -214,8 +215,7 @@ class SparseModule(nn.Module):
 
     def state_names(self) -> list[str]:
         """The names of everything that was registered on the model."""
-        own = [f"{site.name}_{suffix}" for site in self.plan.sites for suffix in self.method.suffixes(site)]
-        return [*own, RECIPE]
+        return state_names(self.plan, self.method)
 
     def ready(self) -> list[Weight]:
         """All planned weights: both graphs are known."""
@@ -231,7 +231,7 @@ class SparseModule(nn.Module):
 
     def retire(self) -> None:
         """The masks are in the weights now: take the state off the model."""
-        detach_state(self.origin, self.plan, self.state_names())
+        detach_state(self.origin, self.plan, self.method)
         self.__dict__["frozen"] = True
 
     # -- loading -----------------------------------------------------------------------------------------------------
@@ -310,65 +310,3 @@ def _own_code(function: Any) -> Any:
     """
     twin = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__)
     return update_wrapper(twin, function)
-
-
-def attach_state(model: nn.Module, plan: Plan, method: Method) -> list[str]:
-    """Register the fresh state of all planned weights and the recipe tag. Returns the names. All or nothing."""
-    weights = [Weight(site, model) for site in plan.sites]
-    extras: dict[str, Tensor] = {}
-    for weight in weights:
-        for suffix, value in state_of(method, weight.site, weight.param.detach()).items():
-            extras[f"{weight.site.name}_{suffix}"] = value
-    some = weights[0].param
-    extras[RECIPE] = write_recipe(method.layout(), plan.sites).to(some.device)
-    register(model, extras)
-    mark(model, plan.sites)
-    return list(extras)
-
-
-def detach_state(model: nn.Module, plan: Plan, names: list[str]) -> None:
-    """Take the state and the marks off the model again."""
-    unregister(model, names)
-    unmark(model, plan.sites)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is what `nm.compile` gives: a `SparseModule`, or a live model."""
-    return isinstance(module, SparseModule) or carrier_of(module) is not None
-
-
-def unwrap(model: Any) -> Carrier:
-    """The carrier inside DDP, an averaged model or ``torch.compile``. Raises NMError if there is none, or if its
-    integer state was averaged.
-    """
-    inner, averaged = model, False
-    while not isinstance(inner, SparseModule) and carrier_of(inner) is None:
-        averaged = averaged or bool(getattr(inner, "use_buffers", False))
-        if isinstance(inner, _WRAPPERS):
-            inner = inner.module
-        elif isinstance(inner, nn.Module) and "_orig_mod" in inner._modules:
-            inner = inner._orig_mod
-        else:
-            raise NMError(_no_carrier(model))
-    carrier: Carrier = inner if isinstance(inner, SparseModule) else carrier_of(inner)
-    if averaged and not carrier.frozen:
-        _check_not_averaged(carrier)
-    return carrier
-
-
-def _check_not_averaged(module: Carrier) -> None:
-    buffers = dict(module.origin.named_buffers())
-    state = [name for name in module.state_names() if name in buffers and name != RECIPE]
-    if state:
-        raise NMError(
-            f"{state[0]} is of whole numbers, which AveragedModel(use_buffers=True) has averaged: set averaged.use_buffers = "
-            "False and call averaged.update_parameters(sparse) once more, which then copies it"
-        )
-
-
-def _no_carrier(model: Any) -> str:
-    kind = type(model).__name__
-    inside = [n for n, m in model.named_modules() if is_compiled(m)] if isinstance(model, nn.Module) else []
-    if inside:
-        return f"{kind} is not a compiled model itself, but its submodule {inside[0]!r} is: pass that one"
-    return f"{kind} is not a compiled model: call nm.compile(model, example_inputs) first"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
-from nm_compiler.module import unwrap
 from nm_compiler.state import learns
+from nm_compiler.unwrapping import unwrap
 
 
 def parameter_groups(

@@ -96,7 +96,8 @@ def permute(
 ) -> Permutation:
     """Put the channels of ``model`` in another order, in place; it computes the same function.
 
-    pattern, include, exclude: which weights the search has in mind, as in `compile`;
+    example_inputs, kwargs, dynamic_shapes: to capture the model with, as in `compile`.
+    pattern, include, exclude: which weights the search has in mind, as there.
     order: ``"search"`` for the most retained magnitude, ``"random"``, or a mapping from axes (see `show_axes`) to orders,
     int64 ``[size]`` with ``new[i] = old[order[i]]``; what it does not name stays.
     outputs: those that must not change, as index, name, several, or a function of the outputs. By default all, but for models
@@ -132,7 +133,11 @@ def show_axes(
 ) -> Axes:
     """Which axes of the model's weights one order must permute together, and which are pinned and why.
 
+    example_inputs, kwargs, dynamic_shapes: to capture the model with, as in `compile`.
+    outputs: those that must not change, as in `permute`.
+
     Returns a value to print, to iterate over and to ``draw("axes.svg")``. Nothing is changed; meta weights will do.
+    Raises NMError if neither mode can be captured as one graph.
     """
     return coupled(model, prepared(model, example_inputs, kwargs, dynamic_shapes, what="nm.show_axes"), outputs)
 

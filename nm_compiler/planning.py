@@ -51,8 +51,9 @@ def plan_bytes(
     """Bytes per rank of training ``weights`` with ``method`` (by default `BiMask`), from shapes: meta tensors will do.
 
     weights: a model on any device, or shapes by parameter name. Linears are planned as `nm_compiler.prune_checkpoint` does,
-    by modules or by names; all of them in ``dtype``. moments: numbers that the optimizer keeps for a parameter, of its dtype:
-    2 for Adam, 1 for SGD with momentum. The method's own functions make the state, of a few rows of each weight.
+    by modules or by names; pattern, include and exclude as there; all of them in ``dtype``. ranks: over which FSDP2 cuts
+    every tensor. moments: numbers that the optimizer keeps for a parameter, of its dtype: 2 for Adam, 1 for SGD with
+    momentum. The method's own functions make the state, of a few rows of each weight.
     Raises NMError for options out of range, and if there is nothing to make N:M.
     """
     whole = isinstance(ranks, int) and isinstance(moments, int) and not isinstance(ranks, bool)

@@ -8,20 +8,22 @@ from torch import Tensor, nn
 
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
-from nm_compiler.module import unwrap
 from nm_compiler.pattern import PatternLike
 from nm_compiler.runtime.lowered import Lowered
 from nm_compiler.runtime.report import Report, Row
 from nm_compiler.runtime.verify import verify
 from nm_compiler.state import Weight
+from nm_compiler.unwrapping import unwrap
 
 
 def report(model: nn.Module, pattern: PatternLike | None = None) -> Report:
     """A line for every weight of two or more axes: sparse or dense, why, and what its mask keeps now.
 
-    model: what `lower` returned: then each row says what runs it, how fast, or why it stays dense; what `compile` returned
-    (also inside DDP or ``torch.compile``); or a plain or frozen module, then ``pattern``
-    says what to look for ("2:4" if left out).
+    model: what `compile` returned, also inside DDP or ``torch.compile``; what `lower` returned, where each row says what runs
+    the weight, how fast, or why it stays dense; or a plain or frozen module.
+    pattern: what to look for in a plain module, "2:4" if left out; a compiled model knows its own.
+
+    Returns a `Report` to print, or to turn into plain values (``to_dict()``) or a page (``to_html()``).
     """
     if isinstance(model, Lowered):
         return _lowered(model)

@@ -1,4 +1,4 @@
-"""Small steps that the inserting passes share: put an op behind a weight, read state and constants."""
+"""Small steps that passes share: put an op behind a weight or in the place of another, read state and constants."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def behind(gm: GraphModule, name: str, build: Callable[[Node], Node]) -> None:
 
 def _anchor() -> None:
     """A place in the graph, gone before the pass returns."""
+
+
+def replace(node: Node, new: Node) -> None:
+    """Put ``new`` in the place of ``node``, which goes: whoever read that reads it, and it has its shape and dtype."""
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
 
 
 def constant(gm: GraphModule, name: str, value: Tensor) -> Node:

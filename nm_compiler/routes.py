@@ -81,7 +81,7 @@ def check_outside(
             weight, pattern = parameters[name], patterns.of(name)
             could = weight.ndim >= 2 and weight.is_floating_point() and pattern is not None and not matches(name, exclude)
             if could and any(size % pattern.m == 0 for size in weight.shape):  # type: ignore[union-attr]
-                from nm_compiler.dynamo import outside_text
+                from nm_compiler.watching import outside_text
 
                 raise NMError(outside_text(name, line))
 

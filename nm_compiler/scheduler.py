@@ -11,8 +11,8 @@ from torch import nn
 from nm_compiler.errors import NMError
 from nm_compiler.memory import keep_freed
 from nm_compiler.methods.base import Clock
-from nm_compiler.module import unwrap
 from nm_compiler.optim import FirstStep, check_holds, drop_frozen, learned_state, rate_of
+from nm_compiler.unwrapping import unwrap
 
 
 class SparsityScheduler:

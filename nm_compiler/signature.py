@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
+from nm_compiler.wording import dtype_name
 
 _LONGEST = 200  # characters of a value in a message
 
@@ -212,7 +213,7 @@ def _show(value: Any) -> str:
 def describe_leaf(value: Any) -> str:
     """``float32[2, 3]`` for a tensor, also inside a dataclass; the repr of anything else, its beginning if it is long."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype)[6:]}{list(value.shape)}"
+        return f"{dtype_name(value.dtype)}{list(value.shape)}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         held = {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if hasattr(value, each.name)}
         return f"{type(value).__name__}{describe((), held)}"

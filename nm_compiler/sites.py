@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from nm_compiler.errors import NMError, Refusal, none_left
+from nm_compiler.ends import ends
+from nm_compiler.errors import NMError, Refusal, refuse_all
 from nm_compiler.graph import getattr_path, reads
 from nm_compiler.layout import Layout
 from nm_compiler.pattern import Pattern, PatternMap, matches
-from nm_compiler.uses import FUSED, Blocked, Use, constants, ends, uses
+from nm_compiler.uses import FUSED, Blocked, Use, constants, uses
 from nm_compiler.views import is_scale
 
 UNREAD = "not read by the captured graph: give example inputs that use it"
@@ -131,7 +132,7 @@ def find(
         refusals.append(Refusal(name, reason))
         shapes[name], ops[name] = shape, op
     if not sites and not may_be_empty:
-        raise none_left(model, patterns, refusals, shapes)
+        refuse_all(model, patterns, refusals, shapes)
     return Plan(tuple(sites), tuple(refusals), shapes, ops)
 
 

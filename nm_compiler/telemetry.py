@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
-from nm_compiler.module import unwrap
 from nm_compiler.sharding import whole
 from nm_compiler.solvers.combinations import pack, unpack
+from nm_compiler.unwrapping import unwrap
 
 Row = dict[str, Any]
 
@@ -44,7 +44,7 @@ class Telemetry:
         return self.measure() if self.last_step % self.every == 0 else None
 
     def measure(self) -> Row:
-        """A row now."""
+        """Measure a row now, whatever ``every`` says; flips are counted from it on."""
         rows = {weight.site.name: self._sums(weight.site.name) for weight in self._model.weights}
         lives = {weight.site.name: self._model.method.live(weight) for weight in self._model.weights}
         groups = {weight.site.name: weight.param.numel() // weight.site.pattern.m for weight in self._model.weights}

@@ -16,9 +16,9 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from nm_compiler.equations import LINEAR, PRODUCTS, equation_of
-from nm_compiler.graph import getattr_path, reads, target_name
+from nm_compiler.graph import arguments_of, reads, target_name
 from nm_compiler.layout import Layout
-from nm_compiler.views import Seen, fragments, is_scale, is_view, reads_shape_only, start, start_of, step
+from nm_compiler.views import Seen, fragments, is_scale, reads_shape_only, start, start_of, step
 
 aten = torch.ops.aten
 
@@ -29,7 +29,7 @@ CONVS = {
 }  # fmt: skip
 GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")  # by name: transformers need not be there
 _TRANSPOSED_CONVS = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +130,10 @@ def _classify(node: Node, seen: Seen, fixed: Collection[Node]) -> Use | Blocked:
 
 
 def _convolution(node: Node, seen: Seen) -> Use | Blocked:
-    general = node.target is aten.convolution.default
-    if general and node.args[6]:
+    given = arguments_of(node)
+    groups: Any = given["groups"]
+    if given.get("transposed"):
         return Blocked("conv_transpose", _TRANSPOSED)
-    at = 8 if general else 6
-    groups: Any = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
     if groups > 1 and seen.dims.shape[1] == 1:
         return Blocked("conv", "depthwise convolution: one input channel a group, nothing to choose from")
     parts = ("out", "in", *["taps"] * (seen.dims.ndim - 2))
@@ -192,7 +191,7 @@ def _why_not(node: Node, *, computed: bool) -> str:
         return "an embedding: rows are looked up, not multiplied"
     if name in _TRANSPOSED_CONVS:
         return _TRANSPOSED
-    if name in _RECURRENT:
+    if name in RECURRENT:
         return FUSED
     if node.op == "output":
         return "returned by the model as it is"
@@ -217,43 +216,6 @@ def _read_by(node: Node) -> str:
 
 def _op_name(node: Node) -> str:
     return node.target._opname if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
-
-
-def ends(gm: GraphModule, fixed: Collection[Node]) -> tuple[set[Node], set[Node]]:
-    """The products of the graph with no weighted op before them (stems) and with none after them (heads)."""
-    chosen = {node for node in gm.graph.nodes if _is_weighted(gm, node, fixed)}
-    after: set[Node] = set()
-    for node in gm.graph.nodes:
-        if any(arg in after or arg in chosen for arg in node.all_input_nodes):
-            after.add(node)
-    before: set[Node] = set()
-    for node in reversed(gm.graph.nodes):
-        if any(user in before or user in chosen for user in node.users):
-            before.add(node)
-    return chosen - after, chosen - before
-
-
-def _is_weighted(gm: GraphModule, node: Node, fixed: Collection[Node]) -> bool:
-    """A product, convolution (also transposed), embedding or recurrent op that reads a parameter."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    if node in fixed and node.target is not LINEAR:  # weights multiplied with weights
-        return False
-    name = node.target._opname
-    product = node.target in PRODUCTS or target_name(node.target) in GROUPED or name == "bilinear"
-    known = product or name.startswith(("conv", "embedding")) or name in _RECURRENT
-    return known and any(_holds_weight(gm, arg, fixed) for arg in node.all_input_nodes)
-
-
-def _holds_weight(gm: GraphModule, node: Node, fixed: Collection[Node]) -> bool:
-    """Whether a node is computed from a parameter of two or more axes alone, or is rows of one that an index chose."""
-    if node.op == "get_attr":
-        value = getattr_path(gm, node.target)
-        return isinstance(value, nn.Parameter) and value.ndim >= 2
-    if node in fixed:
-        return any(_holds_weight(gm, arg, fixed) for arg in node.all_input_nodes)
-    first = node.args[0] if node.op == "call_function" and node.args else None
-    return isinstance(first, Node) and is_view(node) and _holds_weight(gm, first, fixed)
 
 
 def layouts(graphs: Sequence[GraphModule], model: nn.Module) -> dict[str, Layout]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from nm_compiler.rewrite import leading_sizes
+from nm_compiler.rewrite import leading_sizes, replace
 
 aten = torch.ops.aten
 
@@ -29,7 +29,5 @@ def flatten_tokens(gm: GraphModule) -> GraphModule:
                 tokens = gm.graph.call_function(aten.reshape.default, (data, [-1, width]))
                 product = gm.graph.call_function(aten.linear.default, (tokens, *node.args[1:]), node.kwargs)
                 result = gm.graph.call_function(aten.reshape.default, (product, [*leading_sizes(gm, data), out]))
-            result.meta = dict(node.meta)
-            node.replace_all_uses_with(result)
-            gm.graph.erase_node(node)
+            replace(node, result)
     return gm

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import is_constant, value_of
+from nm_compiler.graph import arguments_of
 from nm_compiler.rewrite import constant, discard, weight_of
 from nm_compiler.scaled import Scaled
 from nm_compiler.uses import CONVS
@@ -49,7 +50,7 @@ def _foldable(norm: Node, product: Node) -> bool:
     training, statistics = norm.args[5], norm.args[3:5]
     if training or any(s is None for s in statistics) or product.target not in CONVS or len(product.users) != 1:
         return False
-    if product.target is aten.convolution.default and product.args[6]:
+    if arguments_of(product).get("transposed"):
         return False
     constants = [arg for arg in (*product.args[1:3], *norm.args[1:5]) if isinstance(arg, Node)]
     return all(is_constant(node) for node in constants)
@@ -57,7 +58,7 @@ def _foldable(norm: Node, product: Node) -> bool:
 
 def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor], *, later: bool) -> None:
     weight = _value(gm, product.args[1], exact)
-    bias = _value(gm, product.args[2] if len(product.args) > 2 else None, exact)
+    bias = _value(gm, arguments_of(product)["bias"], exact)
     gain, shift, mean, variance = (_value(gm, arg, exact) for arg in norm.args[1:5])
     assert weight is not None
     assert mean is not None
@@ -71,8 +72,8 @@ def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor
         folded = Scaled(weight, scale, dtype)
         new_weight = constant(gm, name, folded if later else folded.value())
         new_bias = constant(gm, f"{name}_bias", offset.to(dtype))
-        rest = product.args[3:]
-        new = gm.graph.call_function(product.target, (product.args[0], new_weight, new_bias, *rest), product.kwargs)  # type: ignore[arg-type]
+        rest = {name: value for name, value in product.kwargs.items() if name != "bias"}
+        new = gm.graph.call_function(product.target, (product.args[0], new_weight, new_bias, *product.args[3:]), rest)  # type: ignore[arg-type]
     if source is not None:
         new_weight.meta["weight"] = source
     new.meta = dict(norm.meta)

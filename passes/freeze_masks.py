@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import value_of
-from nm_compiler.rewrite import is_masked, read_behind
+from nm_compiler.rewrite import is_masked, read_behind, replace
 from nm_compiler.runtime.cusparselt.training import cslt_train_linear
 
 aten = torch.ops.aten
@@ -72,6 +72,4 @@ def _masked(gm: GraphModule) -> list[Node]:
 def _become(gm: GraphModule, node: Node, target: object, args: tuple[object, ...]) -> None:
     with gm.graph.inserting_before(node):
         new = gm.graph.call_function(target, args)  # type: ignore[arg-type]
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
+    replace(node, new)

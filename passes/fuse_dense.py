@@ -10,13 +10,12 @@ Depthwise convolutions gain: an activation, a pass over memory, takes about as l
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import GraphModule, Node
 
+from nm_compiler.graph import arguments_of
 from nm_compiler.passes.fuse_epilogues import activation_of, next_step, written_between
-from nm_compiler.rewrite import call
+from nm_compiler.rewrite import call, replace
 from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.runtime.native.eligible import Conv, geometry
 from nm_compiler.uses import CONVS
@@ -50,12 +49,9 @@ def _computed_by_onednn(node: Node) -> bool:
 
 
 def _fuse(gm: GraphModule, node: Node, step: Node, conv: Conv, how: tuple[str, list[float], str]) -> None:
-    bias: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     sizes = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
     with gm.graph.inserting_before(step):
         target = torch.ops.mkldnn._convolution_pointwise.default
-        fused = call(gm, target, (*node.args[:2], bias, *sizes, *how), f"{node.name}_fused")
-    fused.meta = dict(step.meta)
-    step.replace_all_uses_with(fused)
-    gm.graph.erase_node(step)
+        fused = call(gm, target, (*node.args[:2], arguments_of(node)["bias"], *sizes, *how), f"{node.name}_fused")
+    replace(step, fused)
     gm.graph.erase_node(node)

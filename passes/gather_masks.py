@@ -31,6 +31,7 @@ from torch.fx.node import map_arg
 
 from nm_compiler.graph import getattr_path
 from nm_compiler.ops.together import KINDS, together
+from nm_compiler.rewrite import replace
 
 CHUNK = 6_000_000  # numbers: 24 MB in f32, about a bucket of DistributedDataParallel
 
@@ -139,6 +140,4 @@ def _merge(graph: Graph, target: Any, chunk: list[Node]) -> None:
     if all("val" in node.meta for node in chunk):
         every.meta["val"] = [node.meta["val"] for node in chunk]
     for node, item in zip(chunk, items, strict=True):
-        item.meta = dict(node.meta)
-        node.replace_all_uses_with(item)
-        graph.erase_node(node)
+        replace(node, item)

@@ -33,12 +33,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from nm_compiler.equations import Equation, equation_of
-from nm_compiler.graph import target_name
+from nm_compiler.graph import arguments_of, target_name
 from nm_compiler.ops import einsum as _einsum  # noqa: F401  registers nm::einsum, and so on
 from nm_compiler.ops import grouped_mm as _grouped_mm  # noqa: F401
 from nm_compiler.ops import products as _products  # noqa: F401
 from nm_compiler.ops import weights as _weights  # noqa: F401
-from nm_compiler.rewrite import call, masked_nodes
+from nm_compiler.rewrite import call, masked_nodes, replace
 from nm_compiler.sites import Site
 from nm_compiler.uses import CONVS, GROUPED, Use, constants, uses
 from nm_compiler.views import is_scale
@@ -88,9 +88,7 @@ def _replace(gm: GraphModule, use: Use, seen: dict[Node, Node]) -> None:
             equation = equation_of(node)
             assert isinstance(equation, Equation)
             new = _product(gm, equation, view, seen[view])
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
+    replace(node, new)
 
 
 def _same_step(gm: GraphModule, before: Node, after: Node, backward: Node) -> Node:
@@ -130,19 +128,17 @@ def _product(gm: GraphModule, equation: Equation, forward: Node, backward: Node)
 
 def _conv(gm: GraphModule, node: Node, forward: Node, backward: Node) -> Node:
     taps = list(forward.meta["val"].shape[2:])
-    given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation"), node.args, strict=False)) | node.kwargs
-    stride, dilation = (_each(given.get(name, 1), len(taps)) for name in ("stride", "dilation"))
-    at = 8 if node.target is aten.convolution.default else 6
-    groups = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
-    data, padding = given["input"], given.get("padding", 0)
+    given = arguments_of(node)
+    stride, dilation = (_each(given[name], len(taps)) for name in ("stride", "dilation"))
+    data, padding = given["input"], given["padding"]
     if isinstance(padding, str):
-        data, sides = _by_name(gm, data, padding, taps, dilation)  # type: ignore[arg-type]
+        data, sides = _by_name(gm, data, padding, taps, dilation)
     else:
         sides = _each(padding, len(taps))
-    unbatched = given["input"].meta["val"].ndim == len(taps) + 1  # type: ignore[union-attr]
+    unbatched = given["input"].meta["val"].ndim == len(taps) + 1
     if unbatched:
         data = gm.graph.call_function(aten.unsqueeze.default, (data, 0))
-    arguments = (data, forward, backward, given.get("bias"), stride, sides, dilation, groups)
+    arguments = (data, forward, backward, given["bias"], stride, sides, dilation, given["groups"])
     product = gm.graph.call_function(torch.ops.nm.conv.default, arguments)
     return gm.graph.call_function(aten.squeeze.dim, (product, 0)) if unbatched else product
 

@@ -20,7 +20,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import value_of
-from nm_compiler.rewrite import constant, leading_sizes, weight_of
+from nm_compiler.graph import arguments_of
+from nm_compiler.rewrite import constant, leading_sizes, replace, weight_of
 
 aten = torch.ops.aten
 
@@ -42,10 +43,9 @@ def _rewrite(gm: GraphModule, node: Node, data: Node, read: Node) -> None:
     with gm.graph.inserting_before(node):
         kernel = constant(gm, f"{read.target}_1x1".replace(".", "_"), weight.view(out, width, 1, 1))
         tokens = gm.graph.call_function(aten.reshape.default, (data, [-1, width, 1, 1]))
-        product = gm.graph.call_function(aten.conv2d.default, (tokens, kernel, *node.args[2:3]))
+        bias = arguments_of(node)["bias"]
+        product = gm.graph.call_function(aten.conv2d.default, (tokens, kernel, *([] if bias is None else [bias])))
         result = gm.graph.call_function(aten.reshape.default, (product, [*leading_sizes(gm, data), out]))
     if source is not None:
         kernel.meta["weight"] = source
-    result.meta = dict(node.meta)
-    node.replace_all_uses_with(result)
-    gm.graph.erase_node(node)
+    replace(node, result)

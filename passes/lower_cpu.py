@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import value_of
+from nm_compiler.graph import arguments_of
 from nm_compiler.memory import give_back
-from nm_compiler.rewrite import call, constant
+from nm_compiler.rewrite import call, constant, replace
 from nm_compiler.runtime.native.eligible import Conv, geometry
 from nm_compiler.runtime.native.ops import CONV2D, LINEAR
 from nm_compiler.runtime.native.packing import Packed, pack
@@ -50,9 +51,7 @@ def lower_cpu(gm: GraphModule, *, chosen: Collection[Product], values: torch.dty
                 give_back()
         with gm.graph.inserting_before(node):
             result = _product(gm, node, read, known[product.read])
-        result.meta = dict(node.meta)
-        node.replace_all_uses_with(result)
-        gm.graph.erase_node(node)
+        replace(node, result)
     return gm
 
 
@@ -79,7 +78,7 @@ def _convolution(gm: GraphModule, node: Node, packed: Packed, operands: list[Any
 
 def _bias(gm: GraphModule, node: Node) -> Node | None:
     """In float32: what sums start with."""
-    bias: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    bias: Any = arguments_of(node)["bias"]
     if bias is None:
         return None
     value: Tensor = value_of(gm, bias)

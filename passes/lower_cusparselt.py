@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import value_of
-from nm_compiler.rewrite import call, constant
+from nm_compiler.graph import arguments_of
+from nm_compiler.rewrite import call, constant, replace
 from nm_compiler.runtime.cusparselt.candidates import LINEAR, Candidate, candidates
 from nm_compiler.runtime.cusparselt.consumers import between, leave_in_columns
 from nm_compiler.runtime.cusparselt.direct import binding
@@ -110,7 +111,7 @@ def _searched(
 ) -> int:
     if candidate.product.tokens is None:
         return 0
-    bias = candidate.node.args[2] if len(candidate.node.args) > 2 else None
+    bias = arguments_of(candidate.node)["bias"]
     x = torch.randn(candidate.product.tokens, value.shape[1], device=value.device, dtype=value.dtype)
     with torch.no_grad():
         added = None if bias is None else value_of(gm, bias)
@@ -123,7 +124,7 @@ def _rewrite(
     node = candidate.node
     data: Any = node.args[0]
     out, width = value.shape
-    bias = node.args[2] if len(node.args) > 2 else None
+    bias = arguments_of(node)["bias"]
     convolved = node.target is not LINEAR
     rank = data.meta["val"].ndim
     lead = list(range(rank - 3))
@@ -145,9 +146,7 @@ def _rewrite(
             back = [*lead, rank - 1, rank - 3, rank - 2]
             result = gm.graph.call_function(aten.permute.default, (result, back))
             result = gm.graph.call_function(aten.contiguous.default, (result,), {"memory_format": _format(node)})
-    result.meta = dict(node.meta)
-    node.replace_all_uses_with(result)
-    gm.graph.erase_node(node)
+    replace(node, result)
     return result
 
 

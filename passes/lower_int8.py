@@ -14,13 +14,13 @@ Ref: Mishra et al. 2021, section 3; Dettmers et al. 2022 (LLM.int8) for what out
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import value_of
-from nm_compiler.rewrite import call, constant
+from nm_compiler.graph import arguments_of
+from nm_compiler.rewrite import call, constant, replace
 from nm_compiler.runtime.cusparselt.candidates import Candidate
 from nm_compiler.runtime.cusparselt.int8 import cslt_linear_int8, pack_int8
 
@@ -41,12 +41,9 @@ def lower_int8(gm: GraphModule, *, found: Iterable[Candidate], choose: Callable[
                     constant(gm, f"{weight.name}_int8", whole),
                     constant(gm, f"{weight.name}_scale", scale),
                 )
-        bias: Any = node.args[2] if len(node.args) > 2 else None
-        given = (node.args[0], *packed[weight], bias, each.product.shape[1], False)
+        given = (node.args[0], *packed[weight], arguments_of(node)["bias"], each.product.shape[1], False)
         with gm.graph.inserting_before(node):
             columns = call(gm, cslt_linear_int8._opoverload, given, f"{node.name}_int8")
             result = gm.graph.call_function(aten.contiguous.default, (columns,))
-        result.meta = dict(node.meta)
-        node.replace_all_uses_with(result)
-        gm.graph.erase_node(node)
+        replace(node, result)
     return gm

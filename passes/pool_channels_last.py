@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule
 
+from nm_compiler.rewrite import replace
 from nm_compiler.runtime.memory_format import lies_in_channels_last
 
 aten = torch.ops.aten
@@ -28,7 +29,5 @@ def pool_channels_last(gm: GraphModule) -> GraphModule:
             data = gm.graph.call_function(aten.contiguous.default, (node.args[0],), {"memory_format": torch.channels_last})
             pooled = gm.graph.call_function(node.target, (data, *node.args[1:]), dict(node.kwargs))
             result = gm.graph.call_function(aten.contiguous.default, (pooled,))
-        result.meta = dict(node.meta)
-        node.replace_all_uses_with(result)
-        gm.graph.erase_node(node)
+        replace(node, result)
     return gm

@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 from nm_compiler.graph import propagate_shapes
 from nm_compiler.ops.two_masks import TWO_MASKS
 from nm_compiler.ops.weights import BACKWARD
-from nm_compiler.rewrite import call, leading_sizes, masked_nodes
+from nm_compiler.rewrite import call, leading_sizes, masked_nodes, replace
 from nm_compiler.runtime.cusparselt.consumers import between, leave_in_columns
 from nm_compiler.runtime.cusparselt.eligible import of_pattern, of_sizes
 from nm_compiler.runtime.cusparselt.training import cslt_train_linear
@@ -95,7 +95,5 @@ def _product(gm: GraphModule, node: Node, masked: Node, turned: Node, order: Nod
         result = product
         if not flat:
             result = gm.graph.call_function(aten.reshape.default, (product, [*leading_sizes(gm, data), out]))
-    result.meta = dict(node.meta)
-    node.replace_all_uses_with(result)
-    gm.graph.erase_node(node)
+    replace(node, result)
     return product

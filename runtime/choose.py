@@ -42,7 +42,7 @@ class Timing:
 
     @property
     def sparse_wins(self) -> bool:
-        """By more than noise."""
+        """Whether sparse is faster by more than noise."""
         return self.speedup > MARGIN
 
 

@@ -24,6 +24,7 @@ from nm_compiler.runtime.native.ops import CONV2D, LINEAR
 from nm_compiler.scaled import keep
 from nm_compiler.signature import Signature
 from nm_compiler.sites import Plan, Site
+from nm_compiler.wording import dtype_name
 
 
 class Lowered(nn.Module):
@@ -88,13 +89,13 @@ class Lowered(nn.Module):
         return super(Lowered, self.settle()).state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Of `to`, `half` and their like. Packed weights stay as they lie; raises NMError where they would have to change."""
+        """For `to`, `half` and their like. Packed weights stay as they lie; raises NMError where they would have to change."""
         if self.backend != "cpu":
             return super(Lowered, self.settle())._apply(fn, recurse)  # type: ignore[no-untyped-call]
         given = torch.zeros(1, dtype=next((product.dtype for product in self.result.products), self.dtype or torch.float32))
         made = fn(given)
         if made.dtype != given.dtype or made.device != given.device:
-            now, then = (f"{str(each.dtype).removeprefix('torch.')} on {each.device}" for each in (given, made))
+            now, then = (f"{dtype_name(each.dtype)} on {each.device}" for each in (given, made))
             raise NMError(f"this {self.title} is packed for {now}: for {then}, lower the model anew, with dtype=")
         packed = set(map(id, _packed(self.settle().run)))
 
@@ -106,7 +107,7 @@ class Lowered(nn.Module):
         return super()._apply(changed, recurse)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Of `copy.deepcopy` and `torch.save`."""
+        """For `copy.deepcopy` and `torch.save`."""
         return super(Lowered, self.settle()).__reduce_ex__(protocol)
 
     def _cast(self, value: Tensor) -> Tensor:

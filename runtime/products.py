@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from nm_compiler.graph import getattr_path
+from nm_compiler.graph import arguments_of, getattr_path
 from nm_compiler.layout import Layout
 from nm_compiler.rewrite import weight_of
 from nm_compiler.scaled import value_if_scaled
@@ -98,12 +97,8 @@ def is_product(node: Node) -> bool:
 
 
 def conv_groups(node: Node) -> int:
-    """1 of a linear layer."""
-    if node.target is aten.linear.default:
-        return 1
-    at = 8 if node.target is aten.convolution.default else 6
-    found: Any = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
-    return int(found)
+    """How many conv groups a product has: 1 for a linear."""
+    return 1 if node.target is aten.linear.default else int(arguments_of(node)["groups"])
 
 
 def _op(node: Node) -> str:

@@ -51,6 +51,14 @@ def _unmeasured() -> None:
     unmeasured()
 
 
+@pytest.fixture
+def threads() -> Generator[Callable[[int], None]]:
+    """Set how many threads torch has in a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _choices_of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
     """What other processes measured on this machine decides nothing here."""

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from itertools import chain
 
 import torch
+from plain_packing import pack_plainly
 from torch import Tensor
 from triton_steps import cases, counts
 
 from nm_compiler.pattern import Pattern
-from nm_compiler.runtime.cusparselt.layout import pack_plainly
 from nm_compiler.solvers.magnitude import magnitude_mask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

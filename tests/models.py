@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from nm_compiler.uses import CONVS
 
 
 class MLP(nn.Module):
@@ -20,6 +23,15 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
+
+
+class Breaking(MLP):
+    """TorchDynamo takes it in two fragments: one ends between the second and the third linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.fc2(torch.relu(self.fc1(x))))
+        torch._dynamo.graph_break()
+        return self.fc3(y)
 
 
 class ConvNet(nn.Module):
@@ -129,6 +141,17 @@ class Grouped(nn.Module):
         x = torch.tanh(self.grouped(torch.tanh(self.stem(x))))
         x = torch.tanh(self.narrow(torch.tanh(self.dilated(x))))
         return self.head(x.mean((2, 3)))
+
+
+def by_keyword(gm: GraphModule) -> GraphModule:
+    """The graph, its linears and convolutions given all but data and weight by keyword."""
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.aten.linear.default or node.target in CONVS:
+            names = [argument.name for argument in node.target._schema.arguments]
+            node.kwargs = {**node.kwargs, **dict(zip(names[2:], node.args[2:], strict=False))}
+            node.args = node.args[:2]
+    gm.recompile()
+    return gm
 
 
 def example(model: nn.Module, batch: int = 2, seed: int = 0) -> Tensor:

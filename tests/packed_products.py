@@ -17,7 +17,7 @@ from torch.nn import functional
 from nm_compiler.pattern import Pattern
 from nm_compiler.runtime.native import ops
 from nm_compiler.runtime.native.library import INSTRUCTION_SETS, Library, load
-from nm_compiler.runtime.native.packing import Packed, pack, unpack
+from nm_compiler.runtime.native.packing import LANES, Packed, code_bits, pack, sizes
 
 VALUES = (torch.float32, torch.bfloat16, torch.int8)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -51,6 +51,24 @@ def sparse(shape: tuple[int, ...], pattern: Pattern) -> Tensor:
     kept = torch.rand(groups.shape).argsort(-1).argsort(-1) < pattern.n
     kept &= torch.rand(groups.shape) < 0.9
     return (groups * kept).flatten(-2).movedim(-1, 1).contiguous()
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The dense weight again, float32. What was packed as float32 comes back as it was, to the bit."""
+    pattern, (tiles, steps, _) = packed.pattern, sizes(packed.shape, packed.pattern, packed.conv_groups)
+    bits = code_bits(pattern.m)
+    shifts = torch.arange(0, 32, bits).view(-1, 1)
+    codes = ((packed.codes.unsqueeze(3) >> shifts) & ((1 << bits) - 1)).flatten(2, 3)[:, :, :steps]
+    values = packed.values.float()
+    if packed.scales is not None:
+        values = values * packed.scales.unsqueeze(2)
+    rows = packed.shape[0] // packed.conv_groups
+    places, kept = (
+        each.transpose(2, 3).reshape(packed.conv_groups, tiles * LANES, -1, pattern.n)[:, :rows] for each in (codes, values)
+    )
+    grouped = torch.zeros(*places.shape[:-1], pattern.m).scatter_(-1, places.long(), kept)
+    flat = grouped.reshape(packed.shape[0], -1, packed.shape[1])
+    return flat.movedim(-1, 1).reshape(packed.shape).contiguous()
 
 
 def laid_out(x: Tensor, form: str) -> Tensor:

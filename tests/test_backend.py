@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, ConvNet, example
+from models import MLP, Breaking, ConvNet, example
 from torch import Tensor, nn
 
 import nm_compiler as nm
@@ -115,12 +115,6 @@ def test_past_the_recompile_limit_a_bare_compile_raises() -> None:
 
 
 def test_a_bare_compile_in_several_fragments_warns_that_python_is_not_seen(caplog: Any) -> None:
-    class Breaking(MLP):
-        def forward(self, x: Tensor) -> Tensor:
-            y = torch.relu(self.fc2(torch.relu(self.fc1(x))))
-            torch._dynamo.graph_break()
-            return self.fc3(y)
-
     model = Breaking()
     with caplog.at_level(logging.WARNING, "nm_compiler"):
         compiled(model)(example(model))

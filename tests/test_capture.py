@@ -208,7 +208,11 @@ def test_compiling_under_inference_mode_leaves_a_model_that_trains() -> None:
     with torch.inference_mode():
         sparse = nm.compile(model, torch.randn(2, 8), method=nm.BiMask(interval=1, moves=40))
     sparse(torch.randn(2, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    before = sparse.weights[0]["order"].clone()
     nm.SparsityScheduler(sparse, total_steps=1).step()
+    assert not torch.equal(sparse.weights[0]["order"], before)
+    assert not any(value.is_inference() for value in sparse.state_dict().values())
 
 
 def test_a_model_that_rewrites_its_weights_in_train_and_eval_is_left_as_it_was() -> None:

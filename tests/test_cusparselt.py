@@ -4,6 +4,7 @@
 What only a GPU can show is in test_gpu.py.
 """
 
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cusparselt_standin import install, unpacked
-from models import Attention
+from models import Attention, by_keyword
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
@@ -557,6 +558,20 @@ def test_unfolded_convolutions_compute_what_they_did_at_any_batch_and_size(calls
     with torch.no_grad():
         compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x)[0], wanted, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(Blocks(), (5, 16)), (Pointwise(), (2, 16, 4, 6)), (Convs(), (2, 16, 9, 7))],
+    ids=["linear", "1x1", "taps"],
+)
+def test_arguments_that_a_graph_gives_by_keyword_are_read_too(calls: Any, model: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape).half()
+    gm, sites = frozen(copy.deepcopy(model), x)
+    wanted = gm(x)[0]
+    gm = lowered(by_keyword(gm), sites, unfold=True)
+    assert count(gm, PACKED) >= 3
+    torch.testing.assert_close(gm(x)[0], wanted, **CLOSE)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels first", "channels last"])

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_packing import pack_plainly
 from torch import Tensor
 
 from nm_compiler.runtime.cusparselt import compress as module
 from nm_compiler.runtime.cusparselt.compress import compress, writes_as_library
-from nm_compiler.runtime.cusparselt.layout import pack_plainly, packed_shape
+from nm_compiler.runtime.cusparselt.layout import packed_shape
 from nm_compiler.solvers.masks import masked
 
 SEEN = json.loads(Path(__file__).with_name("cusparselt_layout.json").read_text())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex
 
 import nm_compiler as nm
-from nm_compiler.module import unwrap
+from nm_compiler.unwrapping import unwrap
 
 
 def slow(value: Any) -> Any:

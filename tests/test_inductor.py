@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from nm_compiler.inductor import MasksFirst, compiled
+from nm_compiler.live.inductor import MasksFirst, compiled
 
 NM, ATEN = torch.ops.nm, torch.ops.aten
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import nm_compiler as nm
-from nm_compiler.module import unwrap
+from nm_compiler.unwrapping import unwrap
 
 METHODS = [nm.LBC(), nm.BiMask(interval=2, moves=40), nm.Magnitude(), nm.SSTE()]  # SSTE brings an op of its own
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

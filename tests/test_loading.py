@@ -43,8 +43,13 @@ def test_a_dense_state_dict_of_a_model_with_two_names_for_one_layer_loads_strict
             super().__init__()
             self.alias = self.fc2
 
-    sparse, _ = compiled(Alias, method)
-    sparse.load_state_dict(Alias().state_dict(), strict=True)
+    sparse, model = compiled(Alias, method)
+    other = Alias()
+    sparse.load_state_dict(other.state_dict(), strict=True)
+    assert model.alias is model.fc2
+    assert torch.equal(model.fc2.weight, other.fc2.weight)
+    names = [name for name in sparse.state_dict() if name.startswith("fc2.")]
+    assert {f"alias.{name.removeprefix('fc2.')}" for name in names} <= set(sparse.state_dict())
     sparse.load_state_dict(sparse.state_dict(), strict=True)
 
 

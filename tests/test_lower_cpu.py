@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from models import Attention, ConvNet, Grouped, Matmuls, example
+from packed_products import unpack
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -37,7 +38,7 @@ from nm_compiler.runtime.native.measuring import (
     timed,
 )
 from nm_compiler.runtime.native.ops import CONV2D, LINEAR
-from nm_compiler.runtime.native.packing import pack, unpack
+from nm_compiler.runtime.native.packing import pack
 from nm_compiler.runtime.native.whole import Whole, compared
 from nm_compiler.solvers.masks import masked
 

@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from packed_products import ACTIVATIONS, FORMS, VALUES, Operands, Product, libraries, running_on, sparse
+from packed_products import ACTIVATIONS, FORMS, VALUES, Operands, Product, libraries, running_on, sparse, unpack
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,7 +25,7 @@ import nm_compiler as nm
 from nm_compiler.pattern import Pattern
 from nm_compiler.runtime.native.library import Library, _parallel, load
 from nm_compiler.runtime.native.ops import FEW, packed_conv2d, packed_linear
-from nm_compiler.runtime.native.packing import MOST_M, code_bits, pack, unpack
+from nm_compiler.runtime.native.packing import MOST_M, code_bits, pack
 
 LIBRARIES = libraries()
 pytestmark = pytest.mark.skipif(not LIBRARIES, reason=f"no CPU kernels here: {load()}")
@@ -137,13 +136,6 @@ SAME = [
         form="channels_last",
     ),
 ]
-
-
-@pytest.fixture
-def threads() -> Iterator[Any]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @each_isa

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, Branching, example
+from models import MLP, Branching, Breaking, example
 from test_live import dense_call, positive
 from torch import Tensor, nn
 
 import nm_compiler as nm
-from nm_compiler.module import unwrap
+from nm_compiler.unwrapping import unwrap
 
 
 @pytest.fixture(autouse=True)
@@ -107,12 +107,6 @@ def test_suppressed_errors_are_not_suppressed_for_a_live_model() -> None:
 
 
 def test_a_graph_break_leaves_nothing_dense() -> None:
-    class Breaking(MLP):
-        def forward(self, x: Tensor) -> Tensor:
-            y = torch.relu(self.fc2(torch.relu(self.fc1(x))))
-            torch._dynamo.graph_break()
-            return self.fc3(y)
-
     model = live(Breaking())
     torch.testing.assert_close(model(example(model)), dense_call(model, example(model)))
     assert [row.runs for row in nm.report(model).rows] == [None, 1, None]

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 import nm_compiler as nm
 from nm_compiler.graph import getattr_path, has_side_effect, target_name
-from nm_compiler.module import unwrap
+from nm_compiler.unwrapping import unwrap
 
 
 class SelfAttention(nn.Module):

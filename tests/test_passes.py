@@ -6,23 +6,25 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import ConvNet, Grouped, Matmuls, example
+from models import Attention, ConvNet, Grouped, Matmuls, by_keyword, example
 from torch import nn
 from torch.fx import GraphModule
 
 import nm_compiler as nm
-from nm_compiler.api import attach_state, find
+from nm_compiler.attaching import attach_state
 from nm_compiler.capture import capture
-from nm_compiler.graph import run, show_graph
+from nm_compiler.graph import Pass, run, show_graph
 from nm_compiler.passes.check_pattern import check_pattern
+from nm_compiler.passes.flatten_tokens import flatten_tokens
 from nm_compiler.passes.fold_batchnorm import fold_batchnorm
 from nm_compiler.passes.freeze_masks import freeze_masks
 from nm_compiler.passes.insert_fixed_masks import insert_fixed_masks
 from nm_compiler.passes.insert_scores import insert_scores
 from nm_compiler.passes.insert_srste import insert_srste
+from nm_compiler.passes.linear_as_conv import linear_as_conv
 from nm_compiler.pattern import PatternMap
 from nm_compiler.recipe import pipeline
-from nm_compiler.sites import Plan
+from nm_compiler.sites import Plan, find
 
 Golden = Callable[[str, str], None]
 
@@ -102,6 +104,25 @@ def test_a_pass_on_a_graph_without_sites_changes_nothing() -> None:
     before = show_graph(gm)
     run(gm, [lambda g: insert_scores(g, sites=(), by_position=True), lambda g: insert_fixed_masks(g, sites=()), freeze_masks])
     assert show_graph(gm) == before
+
+
+@pytest.mark.parametrize("pass_", [fold_batchnorm, flatten_tokens, linear_as_conv], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("kind", [ConvNet, Attention])
+def test_arguments_that_a_graph_gives_by_keyword_are_read_too(kind: type[nn.Module], pass_: Pass) -> None:
+    model = kind().eval()
+    gm = by_keyword(capture(model, (example(model),), {})[False][0])
+    x = example(model)
+    expected = gm(x)[0]
+    assert any(node.kwargs.get("bias") is not None for node in gm.graph.nodes)
+    torch.testing.assert_close(run(gm, [pass_])(x)[0], expected)
+
+
+def test_bi_mask_reads_arguments_that_a_graph_gives_by_keyword() -> None:
+    model = Grouped()
+    gm, plan = prepared(model, nm.BiMask())
+    x = example(model)
+    expected = run(copy.deepcopy(gm), pipeline(nm.SRSTE(), plan.sites))(x)[0]
+    torch.testing.assert_close(run(by_keyword(gm), pipeline(nm.BiMask(), plan.sites))(x)[0], expected)
 
 
 def test_dead_code_goes_and_what_writes_a_buffer_stays() -> None:

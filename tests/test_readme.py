@@ -64,6 +64,16 @@ def test_every_file_and_make_target_a_page_names_exists(page: Path) -> None:
     assert set(re.findall(r"\bmake ([a-z]+)\b(?=[`\n ]*[`\n])", text)) <= targets
 
 
+def test_the_map_of_the_package_names_every_file_and_folder_once() -> None:
+    here = README[README.index("## Where things are") : README.index("## Papers")]
+    package = ROOT / "nm_compiler"
+    files = sorted(path.name for path in package.glob("*.py") if not path.name.startswith("__"))
+    rows = "".join(row for row in here.splitlines() if row.startswith("| ") and "?" in row.split("|")[1])
+    assert sorted(re.findall(r"`(\w+\.py)`", rows)) == files
+    folders = {path.parent.name for path in package.glob("*/__init__.py") if not path.parent.is_symlink()}
+    assert folders <= set(re.findall(r"^\| `nm_compiler/(\w+)/`", here, re.M))
+
+
 def test_the_table_of_methods_names_every_method_and_no_other() -> None:
     shown = set(re.findall(r"^\| `nm\.(\w+)\(\)`", README, re.M))
     exported = {

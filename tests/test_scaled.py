@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from models import ConvNet
+from packed_products import unpack
 from torch import Tensor, nn
 
 import nm_compiler as nm
-from nm_compiler.runtime.native.packing import pack, unpack
+from nm_compiler.runtime.native.packing import pack
 from nm_compiler.scaled import Scaled, keep, stood_in, value_if_scaled
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -109,13 +108,6 @@ def test_retiring_one_combination_at_a_time_takes_the_lowest_and_of_equals_the_l
 @given(case=cases(REAL, 9))
 def test_the_pull_of_pruned_weights_rounds_three_times_as_torch_does(isa: str, case: Case) -> None:
     check_decay(case, LIBRARIES[isa])
-
-
-@pytest.fixture
-def threads() -> Iterator[Any]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @each_isa

@@ -100,6 +100,7 @@ def test_steps_that_change_nothing_and_parameters_that_were_replaced_raise_no_al
         loss_of(sparse, batch(model, step)).backward()
         optimizer.step()
         scheduler.step()
+    assert scheduler.last_step == 5
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])

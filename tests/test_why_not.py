@@ -32,10 +32,10 @@ from nm_compiler.capture import capture_mode
 from nm_compiler.dynamo import Fragments
 from nm_compiler.equations import equation_of
 from nm_compiler.layout import Layout
+from nm_compiler.live.growing import loaded_dense, not_yet, too_late
 from nm_compiler.lowering import _sparse_sites
 from nm_compiler.methods import bimask as bimask_method
 from nm_compiler.pattern import Pattern, PatternMap
-from nm_compiler.prepared import loaded_dense, not_yet, too_late
 from nm_compiler.runtime.backends import cpu as cpu_backend
 from nm_compiler.runtime.backends import cusparselt as cusparselt_backend
 from nm_compiler.runtime.backends.base import Job
@@ -419,7 +419,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "nm_compiler/views.py": EVERYTHING,
     "nm_compiler/equations.py": EVERYTHING,
     "nm_compiler/dynamo.py": ("_tell",),
-    "nm_compiler/prepared.py": ("not_yet", "too_late", "loaded_dense"),
+    "nm_compiler/live/growing.py": ("not_yet", "too_late", "loaded_dense"),
     "nm_compiler/lowering.py": ("_sparse_sites",),
     "nm_compiler/reporting.py": ("_plain",),
     "nm_compiler/streaming/planning.py": ("plan_tensors", "_impossible", "_by_globs", "_by_name"),

@@ -80,7 +80,7 @@ class _Naming:
                     self.names.setdefault(id(leaf), f"{name}[{axis}]" + ("" if len(found) == 1 else f".{position}"))
 
     def axes(self, outputs: tuple[str, ...]) -> Axes:
-        """The result."""
+        """The axes, with the names that were found. outputs: those that keep their order."""
         members: dict[int, list[Member]] = {}
         for name, dims in self.state.items():
             for axis, term in enumerate(dims):

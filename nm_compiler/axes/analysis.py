@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from nm_compiler.axes.terms import Term, Terms
-from nm_compiler.graph import getattr_path, target_name
+from nm_compiler.graph import arguments_of, getattr_path, target_name
 
 Dims: TypeAlias = tuple[Term, ...]
 Value: TypeAlias = "Dims | tuple[Any, ...] | None"  # of a tensor, of several tensors, of what is no tensor
@@ -171,7 +171,7 @@ class Analysis:
         if rule is None:
             return self.pin_all(node, f"{name} has no rule", unknown=name)
         try:
-            value = rule(self, Call(node, name, _bound(node)))
+            value = rule(self, Call(node, name, arguments_of(node)))
         except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             _LOG.debug("the rule of %s did not fit %s", name, node.format_node(), exc_info=error)
             return self.pin_all(node, f"{name} is called in a way its rule does not know", unknown=name)
@@ -305,21 +305,6 @@ def _may_write(target: Any) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
     return isinstance(target, torch._ops.HigherOrderOperator)
-
-
-def _bound(node: Node) -> dict[str, Any]:
-    """Arguments by the names in the op's schema, defaults filled in; positions for what has no schema."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return {str(i): arg for i, arg in enumerate(node.args)} | node.kwargs
-    bound = {}
-    for index, argument in enumerate(node.target._schema.arguments):
-        if index < len(node.args):
-            bound[argument.name] = node.args[index]
-        else:
-            bound[argument.name] = node.kwargs.get(
-                argument.name, argument.default_value if argument.has_default_value() else None
-            )
-    return bound
 
 
 def _overlapping(model: nn.Module) -> dict[str, str]:

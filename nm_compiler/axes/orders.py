@@ -12,6 +12,7 @@ from torch import Tensor
 from nm_compiler.axes.reorder import random_order
 from nm_compiler.axes.result import Axes, AxisClass
 from nm_compiler.errors import NMError
+from nm_compiler.wording import dtype_name
 
 
 def checked(axes: Axes, orders: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -59,7 +60,7 @@ def _order(each: AxisClass, name: str, given: Any) -> Tensor:
     shape = (*each.rows, each.size)
     wanted = f"int64 [{', '.join(map(str, shape))}]" + (f" or [{each.size}]" if each.rows else "")
     if order.is_floating_point() or order.dtype == torch.bool or tuple(order.shape) not in (shape, shape[-1:]):
-        raise NMError(f"the order of {name} is {str(order.dtype)[6:]} {list(order.shape)}; it must be {wanted}")
+        raise NMError(f"the order of {name} is {dtype_name(order.dtype)} {list(order.shape)}; it must be {wanted}")
     order = order.to(torch.int64).expand(shape).contiguous()
     wrong = (order.sort(dim=-1).values != torch.arange(each.size)).any(dim=-1)
     if bool(wrong.any()):

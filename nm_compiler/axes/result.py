@@ -6,9 +6,11 @@ classes: most are one class; a merged axis is a `Product`, a concatenated one a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
+
+from nm_compiler.wording import several
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ def _lines(axes: Axes) -> Iterator[str]:
         yield f"  {each.name:{width}}  size {each.size}{rows}"
         for role, word in (("out", "outputs of"), ("in", "inputs of"), ("with", "along with")):
             if members := each.of(role):
-                yield f"    {word:10} {_listed([str(m) for m in members])}"
+                yield f"    {word:10} {several([str(m) for m in members], 6)}"
     reasons: dict[str, list[AxisClass]] = {}
     for each in axes.classes:
         if each.pinned:
@@ -171,10 +173,6 @@ def _lines(axes: Axes) -> Iterator[str]:
     if reasons:
         yield f"{len(axes) - len(free)} pinned"
     for reason, pinned in reasons.items():
-        yield f"  {reason}: {_listed([each.name for each in pinned])}"
+        yield f"  {reason}: {several([each.name for each in pinned], 6)}"
     for op, count in axes.unknown.items():
         yield f"  no rule for {op}: it pinned {count} {'axis' if count == 1 else 'axes'}"
-
-
-def _listed(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -68,7 +68,7 @@ class Row:
 
     @property
     def cells(self) -> list[str]:
-        """As people read it."""
+        """The row as text, a cell a column."""
         name, pattern = str(self.entry).removesuffix(f" {self.entry.pattern}"), str(self.entry.pattern or "-")
         accuracy = f"{self.accuracy:.2%}" + (f" ± {100 * self.deviation:.2f}" if self.seeds > 1 else "")
         if not self.entry.pattern:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from nm_compiler.errors import NMError
-from nm_compiler.module import is_compiled
 from nm_compiler.scheduler import SparsityScheduler
 from nm_compiler.telemetry import Row, Telemetry
+from nm_compiler.unwrapping import is_compiled
 
 Write = Callable[[Row], object]
 
@@ -63,7 +63,7 @@ class Schedules:
         )
 
     def step(self) -> None:
-        """After every optimizer step."""
+        """Count one optimizer step, and do what falls due."""
         for each in self.tracked:
             each.scheduler.step()
             row = each.telemetry.step() if each.telemetry else None

@@ -46,7 +46,8 @@ class BiMask(Method):
     or to search again, and channels that are not free keep the order they have.
     products: ``"cusparselt"`` runs y and dx of whole linears on the sparse tensor cores of an NVIDIA GPU, in float16 or
     bfloat16 (autocast too), wherever there are ``min_tokens`` tokens or more: packing both weights in every step has to pay.
-    All other products stay masked and dense, and `nm_compiler.report` says why. Not measured yet: see docs/cusparselt.md.
+    All other products stay masked and dense, and `nm_compiler.report` says why. Where the library packs, a step lost on an
+    H200 to what masks and packing cost; our own kernels for both have not run there yet: see docs/cusparselt.md.
     Raises NMError for values out of range.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,13 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass
 from nm_compiler.layout import as_groups
 from nm_compiler.methods.base import Clock, Method
+from nm_compiler.methods.decline import check_decline, left, window
+from nm_compiler.methods.magnitude import unpacked
 from nm_compiler.passes.insert_fixed_masks import insert_fixed_masks
 from nm_compiler.sites import Site
-from nm_compiler.solvers.combinations import pack, unpack
+from nm_compiler.solvers.combinations import pack
 from nm_compiler.state import Weight
 
 
@@ -34,10 +34,7 @@ class Gradual(Method):
     power: int = 3
 
     def __post_init__(self) -> None:
-        if not all(isinstance(t, (int, float)) for t in (self.t_i, self.t_f)) or not 0 <= self.t_i < self.t_f <= 1:
-            raise NMError(f"Gradual(t_i={self.t_i!r}, t_f={self.t_f!r}): shares of training, 0 <= t_i < t_f <= 1")
-        if isinstance(self.power, bool) or not isinstance(self.power, int) or not 1 <= self.power <= 8:
-            raise NMError(f"Gradual(power={self.power!r}): of the schedule, a whole number from 1 to 8")
+        check_decline(self.name, self.t_i, self.t_f, self.power)
 
     def passes(self, sites: Sequence[Site]) -> list[Pass]:
         return [partial(insert_fixed_masks, sites=sites)]
@@ -68,22 +65,15 @@ class Gradual(Method):
                 self._prune(weight, keep)
 
     def keep(self, site: Site, step: int, total: int) -> int:
-        """How many of a group are kept after ``step`` of ``total`` steps, in whole numbers."""
-        begin = min(int(self.t_i * total + 0.5), total - 1)
-        end = max(int(self.t_f * total + 0.5), begin + 1)
-        left = end - min(max(step, begin), end)
-        n, m = site.pattern.n, site.pattern.m
-        return n - (-(m - n) * int(left**self.power) // int((end - begin) ** self.power))
+        """How many of a group are kept after ``step`` of ``total`` steps."""
+        return left(step, window(self.t_i, self.t_f, total), self.power, entries=site.pattern.m, last=site.pattern.n)
 
     def _kept(self, site: Site, bits: Tensor) -> Tensor:
-        return as_groups(self._unpacked(site, bits), site.rows, site.pattern.m).sum(-1)
-
-    def _unpacked(self, site: Site, bits: Tensor) -> Tensor:
-        return unpack(bits, math.prod(site.shape[1:])).reshape(site.shape)
+        return as_groups(unpacked(bits, site), site.rows, site.pattern.m).sum(-1)
 
     def _prune(self, weight: Weight, keep: int) -> None:
         """Keep the largest of those that are still there; the lower index among equals."""
-        site, mask = weight.site, self._unpacked(weight.site, weight.read("mask"))
+        site, mask = weight.site, unpacked(weight.read("mask"), weight.site)
         magnitudes = as_groups(weight.value.abs().masked_fill(~mask, -1.0), site.rows, site.pattern.m)
         best = magnitudes.argsort(dim=-1, descending=True, stable=True)[..., :keep]
         as_groups(mask.zero_(), site.rows, site.pattern.m).scatter_(-1, best, True)

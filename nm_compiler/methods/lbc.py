@@ -15,6 +15,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass
 from nm_compiler.layout import as_rows
 from nm_compiler.methods.base import Clock, Method
+from nm_compiler.methods.decline import check_decline, left, window
 from nm_compiler.passes.insert_scores import insert_scores, table_of
 from nm_compiler.pattern import MAX_TABLE, combination_table
 from nm_compiler.sites import Site
@@ -48,11 +49,8 @@ class LBC(Method):
 
     def __post_init__(self) -> None:
         if self.scores not in ("position", "combination"):
-            raise NMError(f"LBC(scores={self.scores!r}): choose 'position' or 'combination'")
-        if not all(isinstance(t, (int, float)) for t in (self.t_i, self.t_f)) or not 0 <= self.t_i < self.t_f <= 1:
-            raise NMError(f"LBC(t_i={self.t_i!r}, t_f={self.t_f!r}): shares of training, 0 <= t_i < t_f <= 1")
-        if isinstance(self.power, bool) or not isinstance(self.power, int) or not 1 <= self.power <= 8:
-            raise NMError(f"LBC(power={self.power!r}): of the schedule, a whole number from 1 to 8 (3 in the paper)")
+            raise NMError(f"{self.name}(scores={self.scores!r}): choose 'position' or 'combination'")
+        check_decline(self.name, self.t_i, self.t_f, self.power)
 
     @property
     def by_position(self) -> bool:
@@ -138,15 +136,11 @@ class LBC(Method):
 
     def window(self, total: int) -> tuple[int, int]:
         """The steps at which retiring begins and at which one combination is left."""
-        begin = min(int(self.t_i * total + 0.5), total - 1)
-        return begin, max(int(self.t_f * total + 0.5), begin + 1)
+        return window(self.t_i, self.t_f, total)
 
     def live_count(self, site: Site, step: int, total: int) -> int:
-        """Live entries of a group after ``step`` of ``total`` steps, in whole numbers: a float ceil is off at times."""
-        begin, end = self.window(total)
-        last, entries = _last(site), _entries(site)
-        left = end - min(max(step, begin), end)
-        return last - (-(entries - last) * int(left**self.power) // int((end - begin) ** self.power))
+        """Live entries of a group after ``step`` of ``total`` steps."""
+        return left(step, self.window(total), self.power, entries=_entries(site), last=_last(site))
 
     def forward_mask(self, weight: Weight) -> Tensor:
         """1 where some live combination covers the position: bool of the weight's shape."""

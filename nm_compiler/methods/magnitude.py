@@ -46,7 +46,11 @@ class Magnitude(Method):
         return ("mask",)
 
     def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
-        mask = unpack(state["mask"], math.prod(site.shape[1:])).reshape(site.shape)
-        kept = as_groups(mask, site.rows, site.pattern.m).sum(-1)
+        kept = as_groups(unpacked(state["mask"], site), site.rows, site.pattern.m).sum(-1)
         exact = bool((kept == site.pattern.n).all())
         return None if exact else f"the mask does not keep exactly {site.pattern.n} of every {site.pattern.m}"
+
+
+def unpacked(bits: Tensor, site: Site) -> Tensor:
+    """The mask of a weight, bool of its shape, from the bits that are kept beside it."""
+    return unpack(bits, math.prod(site.shape[1:])).reshape(site.shape)

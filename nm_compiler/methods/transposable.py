@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from nm_compiler.importance import importance_of
 from nm_compiler.layout import as_rows
-from nm_compiler.methods.magnitude import Magnitude
+from nm_compiler.methods.magnitude import Magnitude, unpacked
 from nm_compiler.sites import Site
-from nm_compiler.solvers.combinations import pack, unpack
+from nm_compiler.solvers.combinations import pack
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.solvers.transposable import transposable_mask
 from nm_compiler.state import Weight
@@ -25,7 +24,8 @@ class Transposable(Magnitude):
 
     In every M x M tile at most N of each row and of each column are kept, those with the largest sum of magnitudes: the
     weight and its transpose are both N:M, so y = x (W * T)^T and dx = g (W * T) can both use sparse products. It is what
-    `Magnitude` is otherwise, a bit a weight. A weight whose output channels do not divide by M is N:M forward only.
+    `Magnitude` is otherwise, ``importance`` and a bit a weight. A weight whose output channels do not divide by M is N:M
+    forward only.
     """
 
     @property
@@ -48,7 +48,7 @@ class Transposable(Magnitude):
         return f"N:M forward only: {site.block} output channels in a block, not a multiple of {site.pattern.m}"
 
     def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
-        mask = _tiled(unpack(state["mask"], math.prod(site.shape[1:])).reshape(site.shape), site)
+        mask = _tiled(unpacked(state["mask"], site), site)
         for axis, there in ((-1, True), (-2, site.backward_groups)):
             groups = mask.movedim(axis, -1).unflatten(-1, (-1, site.pattern.m)) if there else mask[..., :0]
             if groups.numel() and int(groups.sum(-1).max()) > site.pattern.n:

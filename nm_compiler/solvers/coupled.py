@@ -18,7 +18,6 @@ import networkx as nx
 
 from nm_compiler.solvers.independent import Problem, search_all
 from nm_compiler.solvers.search import Found
-from nm_compiler.solvers.search_budget import Listener
 from nm_compiler.solvers.search_members import Array
 
 Class = TypeVar("Class", bound=Hashable)
@@ -48,11 +47,11 @@ class System(Protocol[Class]):  # type: ignore[misc]  # the graph can be read an
 
 def search_coupled(
     system: System[Class], *, budget_s: float | None = None, numbers: float | None = None, seed: int = 0,
-    workers: int | None = None, progress: Listener | None = None,
+    workers: int | None = None,
 ) -> dict[tuple[Class, Any], Found]:  # fmt: skip
     """Search all classes until no pass gains, or the budget is spent; the state of ``system`` moves along.
 
-    budget_s, numbers, workers, progress: as in `nm_compiler.solvers.independent.search_all`. Without edges one pass takes the
+    budget_s, numbers, workers: as in `nm_compiler.solvers.independent.search_all`. Without edges one pass takes the
     whole budget; with them each pass takes half of what the ones before have left (without a budget, seconds each).
     Returns what the first search of every class, and row of its order, found; later passes only add to it.
     """
@@ -64,7 +63,7 @@ def search_coupled(
         for group in _apart(system.graph, waiting):
             part = share * len(group) / len(waiting)
             limits = {"budget_s": None if budget_s is None else part * budget_s, "numbers": numbers and part * numbers}
-            found = _round(system, group, seed=seed + turn, workers=workers, progress=progress, stop=stop, **limits)
+            found = _round(system, group, seed=seed + turn, workers=workers, stop=stop, **limits)
             for each, results in found.items():
                 step = system.move(each, {row: result.order for row, result in results.items() if result.gain > 0})
                 gained += step

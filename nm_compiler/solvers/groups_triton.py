@@ -26,7 +26,7 @@ WORDS = torch.int64
 
 
 def wide(m: int) -> int:
-    """Entries of a unit."""
+    """How many entries a unit has: whole groups, four at least."""
     return max(m, 4)
 
 

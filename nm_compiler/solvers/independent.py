@@ -47,7 +47,7 @@ class Problem:
         return self.channels**2 * self.rows
 
     def search(self, **limits: object) -> Found:
-        """Search it; limits as in `nm_compiler.solvers.search.search`."""
+        """Search an order; limits as in `nm_compiler.solvers.search.search`."""
         return search(self.members(), pattern=self.pattern, **limits)  # type: ignore[arg-type]
 
 
@@ -61,7 +61,7 @@ class Gate:
 
     @contextmanager
     def room(self, needed: float) -> Iterator[None]:
-        """Wait for it, hold it."""
+        """Wait until ``needed`` bytes are free, and hold them inside the block."""
         with self._changed:
             self._changed.wait_for(lambda: not self._inside or sum(self._inside) + needed <= self.limit)
             self._inside.append(needed)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nm_compiler.errors import NMError
-from nm_compiler.pattern import Pattern
+from nm_compiler.pattern import Pattern, PatternLike
 from nm_compiler.solvers import sweeps
 from nm_compiler.solvers.combinations import pack
 from nm_compiler.solvers.magnitude import magnitude_mask
@@ -28,8 +28,6 @@ _BITS: dict[torch.dtype, type[np.unsignedinteger[Any]]] = {
     torch.float16: np.uint16, torch.bfloat16: np.uint16, torch.float32: np.uint32, torch.float64: np.uint64
 }  # fmt: skip
 _SMALL = 1 << 15  # weights below are masked by torch in less time than a compiled kernel takes to load
-
-PatternLike = str | tuple[int, int] | Pattern
 
 
 def top_mask(

@@ -69,7 +69,7 @@ def refill(order: Array, places: Array, scores: Array, noise: float, state: Arra
 
 @jit_finite
 def lowest(values: Array) -> Any:
-    """Of finite numbers, or infinity."""
+    """The smallest of finite numbers, infinity among them."""
     low = values[0]
     for j in range(values.shape[0]):
         low = min(low, values[j])

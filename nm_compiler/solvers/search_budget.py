@@ -37,13 +37,13 @@ class Meter:
     spent: int = 0
 
     def share(self) -> float:
-        """Of the budget, 0 at the start, >= 1 at the end. Depends on nothing but moves where only moves are given."""
+        """The share of the budget that is spent, 0 to 1 or more. It depends on moves alone where only moves are given."""
         by_moves = 0.0 if self.moves is None else self.spent / max(1, self.moves)
         by_time = 0.0 if self.budget_s is None else self.seconds() / max(1e-9, self.budget_s)
         return max(by_moves, by_time)
 
     def seconds(self) -> float:
-        """Since the search began."""
+        """Seconds since the search began."""
         return time.perf_counter() - self.begin
 
     def step(self, pieces: int, most: int) -> int:

@@ -59,7 +59,7 @@ class Member:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the values."""
+        """The shape of the values."""
         return tuple(self.values.shape) if isinstance(self.values, (np.ndarray, Tensor)) else np.shape(self.values)
 
     @property

@@ -16,8 +16,6 @@ from torch import Tensor
 from nm_compiler.solvers.blocks_triton import column_of, load_rows, row_of
 from nm_compiler.solvers.groups_triton import SIZES, WORDS, kept_of, masked_words, store_words, values_of, wide
 
-WIDEST = 16
-"""The largest M, a power of two, whose groups fit into a tile."""
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _COMPARED = 16384  # pairs of entries that one program compares at once
 _IN_REGISTERS = (2, 4, 8)
@@ -78,7 +76,7 @@ def _mask_and_turn_blocks(source, order, masked, turned, out, inputs, n: tl.cons
 
 
 def two_masks(weight: Tensor, order: Tensor | None, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """As `nm_compiler.solvers.two_masks.two_masks`, to the bit. m: a power of two up to `WIDEST`."""
+    """As `nm_compiler.solvers.two_masks.two_masks`, to the bit. m: a power of two up to 16."""
     out, inputs = weight.shape
     given = weight.detach().contiguous()
     masked, turned = torch.empty_like(given), given.new_empty(inputs, out)

@@ -46,7 +46,7 @@ class Folder:
 
     @property
     def nbytes(self) -> int:
-        """Of all shards."""
+        """Bytes of all shards."""
         return sum(shard.nbytes for shard in self.shards)
 
     def config(self) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ def fingerprint(folder: Folder) -> dict[str, str]:
 
 
 def digest(path: Path) -> str:
-    """Of a small file's content."""
+    """A digest of a small file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 

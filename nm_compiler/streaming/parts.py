@@ -64,7 +64,7 @@ def copy_bytes(source: FileIO, entry: Entry, target: BinaryIO) -> None:
 
 
 def write_tensor(target: BinaryIO, values: Tensor) -> None:
-    """The bytes of a contiguous tensor."""
+    """Write the bytes of a contiguous tensor."""
     target.write(_bytes_of(values))
 
 

@@ -33,6 +33,7 @@ from nm_compiler.streaming.planning import plan_tensors
 from nm_compiler.streaming.statistics import read_norms
 from nm_compiler.streaming.tensor_file import Entry, TensorFile, read_tensor_file
 from nm_compiler.streaming.whole import alone, sweep, whole
+from nm_compiler.wording import several
 
 _ROOM = 1 << 24  # bytes kept free beside what is written
 
@@ -66,8 +67,7 @@ class Pruned:
         for refusal in self.refusals:
             reasons.setdefault(refusal.reason, []).append(refusal.where)
         for reason, names in reasons.items():
-            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            lines.append(f"  dense: {some}: {reason}")
+            lines.append(f"  dense: {several(names, 3)}: {reason}")
         lines += [f"  {note}" for note in self.notes]
         if self.went_on:
             lines.append(f"  {self.went_on} of {self.shards} shards were there from a run before")
@@ -91,6 +91,7 @@ def prune_checkpoint(
     permute: put coupled channels in an order that keeps more first, as `nm_compiler.permute` does; the axes come from the
     model that config.json describes, captured without values, the weights of one class at a time from the folder.
     seed, budget_s: of that search. Classes that would need more memory than two layers keep their order, and a note says so.
+    progress: told of every tensor that was written, see `Listener`.
 
     A run that was killed, or met a full disk, goes on where it was when it is called again the same way; shards take their
     place only when they are whole and `nm_compiler.verify` has read them back, and the index comes last.

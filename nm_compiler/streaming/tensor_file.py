@@ -39,7 +39,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor."""
+        """Bytes of the tensor."""
         return self.end - self.begin
 
 
@@ -53,7 +53,7 @@ class TensorFile:
 
     @property
     def nbytes(self) -> int:
-        """Of the file."""
+        """Bytes of the file."""
         return self.entries[-1].end if self.entries else len(self.header)
 
 

@@ -5,6 +5,7 @@ dense        the graph as it is, no sparse kernels
 onnx         a file for other runtimes
 tensorrt     engines through Torch-TensorRT
 cusparselt   sparse products of NVIDIA GPUs inside PyTorch
+cpu          packed products on the CPU inside PyTorch
 choosing     from a name, or "auto", to a backend
 """
 

@@ -113,7 +113,7 @@ class Backend(ABC):
 
     @abstractmethod
     def lower(self, job: Job) -> Result:
-        """Lower. Raises NMError."""
+        """Lower a graph. Raises NMError, nothing changed, where it cannot."""
 
     def take(self, job: Job, *known: str) -> dict[str, Any]:
         """The user's options. Raises NMError for one that this backend does not have."""

@@ -7,6 +7,7 @@ import torch
 from nm_compiler.errors import NMError
 from nm_compiler.runtime.backends.base import Backend
 from nm_compiler.runtime.backends.dense import Dense
+from nm_compiler.wording import dtype_name
 
 NAMES = ("auto", "tensorrt", "cusparselt", "cpu", "onnx", "dense")
 
@@ -47,7 +48,7 @@ def _short(dtype: torch.dtype, device: torch.device) -> str:
     if device.type != "cuda":
         return f"no sparse kernels for {device.type} in this release"
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"{str(dtype).removeprefix('torch.')}: sparse kernels need float16 or bfloat16"
+        return f"{dtype_name(dtype)}: sparse kernels need float16 or bfloat16"
     return "neither TensorRT nor cuSPARSELt works here"
 
 
@@ -58,7 +59,7 @@ def _hint(device: torch.device) -> str:
 
 
 def _made(name: str) -> Backend:
-    """Imported only when it is wanted."""
+    """A backend by name; its file is imported only when it is wanted."""
     if name == "onnx":
         from nm_compiler.runtime.backends.onnx import Onnx
 

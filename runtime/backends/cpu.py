@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
-from nm_compiler.graph import getattr_path, run, standalone
+from nm_compiler.graph import arguments_of, getattr_path, run, standalone
 from nm_compiler.memory import give_back, keep_freed
 from nm_compiler.passes.channels_last import channels_last
 from nm_compiler.passes.fuse_dense import fuse_dense
@@ -33,6 +33,7 @@ from nm_compiler.runtime.native.pages import huge_pages
 from nm_compiler.runtime.native.whole import Whole, compared
 from nm_compiler.runtime.products import Decision, Product
 from nm_compiler.scaled import value_if_scaled
+from nm_compiler.wording import dtype_name
 
 VALUES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 ROUGH = {torch.bfloat16: 2e-2, torch.int8: 1e-1}
@@ -53,8 +54,7 @@ class Cpu(Backend):
         if device.type != "cpu":
             return f"the model is on {device}: model.cpu()"
         if dtype not in DTYPES:
-            name = str(dtype).removeprefix("torch.")
-            return f"{name}: the CPU kernels take float32 and bfloat16, say dtype=torch.float32"
+            return f"{dtype_name(dtype)}: the CPU kernels take float32 and bfloat16, say dtype=torch.float32"
         found = load()
         return found if isinstance(found, str) else None
 
@@ -113,7 +113,7 @@ def _decide(
         return Decision(reasons=why, hint=why[0].partition(": ")[2])
     weight: Tensor = getattr_path(job.gm, product.read).detach()
     site, dtype = product.site, values or weight.dtype
-    name = f"CPU packed {site.pattern}" + ("" if dtype == torch.float32 else f" {str(dtype).removeprefix('torch.')}")
+    name = f"CPU packed {site.pattern}" + ("" if dtype == torch.float32 else f" {dtype_name(dtype)}")
     decision = Decision(name, eligible=True, bytes=packed_bytes(tuple(weight.shape), site.pattern, site.conv_groups, dtype))
     if choices is None or matches(site.name, job.force) is not None:
         return decision
@@ -135,8 +135,8 @@ def _measurement(
     job: Job, product: Product, node: Node, weight: Tensor, x: Tensor, name: str, dtype: torch.dtype, inductor: bool
 ) -> tuple[str, Callable[[], Timing]]:
     """What it is known under, and how it is taken. The weight is computed and packed only if it is."""
-    given: Any = node.args
-    bias = value_of(job.gm, given[2]).detach() if len(given) > 2 and isinstance(given[2], Node) else None
+    given = arguments_of(node)["bias"]
+    bias = None if given is None else value_of(job.gm, given).detach()
     conv = None if product.site.op == "linear" else geometry(node)
     key = key_of(
         weight.device, kernel=name, weight=tuple(weight.shape), input=tuple(x.shape), strides=x.stride(), conv=conv,

@@ -8,9 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.fx import Node
 
-from nm_compiler.graph import getattr_path, run, standalone
+from nm_compiler.graph import arguments_of, getattr_path, run, standalone
 from nm_compiler.passes.lower_cusparselt import lower_cusparselt
 from nm_compiler.passes.lower_int8 import lower_int8
 from nm_compiler.pattern import matches
@@ -26,6 +25,7 @@ from nm_compiler.runtime.cusparselt.packing import PACKED_SHARE
 from nm_compiler.runtime.cusparselt.search import SEEN, Searches
 from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.runtime.products import Decision, Product
+from nm_compiler.wording import dtype_name
 
 KERNEL = "cuSPARSELt"
 ROUGH = 0.25  # what 8 bits with one scale for all inputs may do to an output without being a fault
@@ -45,8 +45,7 @@ class CuSPARSELt(Backend):
     def missing(self, dtype: torch.dtype, device: torch.device) -> str | None:
         why = next(iter(of_machine(machine_of(device))), None)
         if why is None and dtype not in (torch.float16, torch.bfloat16):
-            name = str(dtype).removeprefix("torch.")
-            why = f"no sparse product is built for {name}: say dtype=torch.bfloat16 (or float16)"
+            why = f"no sparse product is built for {dtype_name(dtype)}: say dtype=torch.bfloat16 (or float16)"
         return why
 
     def lower(self, job: Job) -> Result:
@@ -121,9 +120,8 @@ def _rounded(judged: Sequence[Candidate], globs: str | Sequence[str]) -> tuple[s
 
 def _timed(job: Job, product: Product, candidate: Candidate, ways: Ways, eight: bool) -> Timing:
     weight = getattr_path(job.gm, product.read).detach()
-    arguments: tuple[Any, ...] = candidate.node.args
-    given = arguments[0].meta["val"]
-    bias = len(arguments) > 2 and isinstance(arguments[2], Node)
+    given: Any = candidate.node.args[0].meta["val"]  # type: ignore[union-attr]
+    bias = arguments_of(candidate.node)["bias"] is not None
     geometry = None if (at := candidate.product.geometry) is None or at.plain else at
     case = Case(weight, tuple(job.sizes(given)), bias, lies_in_channels_last(given), geometry)
     facts = {"weight": tuple(weight.shape), "input": case.sizes, "channels_last": case.channels_last, "bias": bias,

@@ -17,6 +17,7 @@ from nm_compiler.runtime.tensorrt.build import build
 from nm_compiler.runtime.tensorrt.eligible import reasons
 from nm_compiler.runtime.tensorrt.log import SparsityLog
 from nm_compiler.runtime.tensorrt.versions import import_torch_tensorrt
+from nm_compiler.wording import dtype_name
 
 
 class TensorRT(Backend):
@@ -35,7 +36,7 @@ class TensorRT(Backend):
         if device.type != "cuda":
             return f"the model is on {device}: TensorRT runs on NVIDIA GPUs, model.cuda() and inputs on the GPU"
         if dtype not in (torch.float16, torch.bfloat16):
-            name = str(dtype).removeprefix("torch.")
+            name = dtype_name(dtype)
             return f"{name}: TensorRT has sparse kernels for float16 and bfloat16, say dtype=torch.float16 (or bfloat16)"
         return None
 

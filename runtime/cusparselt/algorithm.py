@@ -28,10 +28,10 @@ class Algorithm(NamedTuple):
 
     @property
     def code(self) -> int:
-        """The number."""
+        """The number that stands for it."""
         return self.config | self.split << 16 | self.mode << 24
 
     @classmethod
     def of(cls, code: int) -> Algorithm:
-        """From the number."""
+        """The algorithm that a number stands for."""
         return cls(code & 0xFFFF, code >> 16 & 0xFF, code >> 24 & 0xFF)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import value_of
-from nm_compiler.graph import target_name
+from nm_compiler.graph import arguments_of, target_name
 from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, Machine, Product, machine_of, reasons
 from nm_compiler.runtime.cusparselt.unfold import geometry_of, matrix_of
 from nm_compiler.sites import Site
@@ -102,7 +102,7 @@ def describe(node: Node, weight: Node, value: Tensor, site: Site) -> Product:
     sizes = node.meta["val"].shape
     if node.target is LINEAR:
         return Product("linear", shape, value.dtype, site.pattern, _hint(sizes[:-1]))
-    groups = int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
+    groups = int(arguments_of(node)["groups"])
     pixels = _hint((*sizes[:-3], *sizes[-2:]))
     return Product("conv2d", shape, value.dtype, site.pattern, pixels, geometry_of(node, shape[2:]), groups)
 

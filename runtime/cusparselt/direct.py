@@ -33,7 +33,7 @@ class Direct:
 
     @property
     def plans(self) -> Plans:
-        """Of this thread."""
+        """The plans of this thread: handles of the library are not shared."""
         try:
             mine: Plans = self._threads.plans
         except AttributeError:

@@ -11,6 +11,7 @@ import torch
 
 from nm_compiler.pattern import Pattern
 from nm_compiler.runtime.cusparselt.unfold import Geometry
+from nm_compiler.wording import dtype_name
 
 MIN_TOKENS = 1024
 """The fewest tokens at which every measured shape was faster packed (H200, bf16, CUDA graphs); at 256 half were not."""
@@ -93,8 +94,8 @@ def of_pattern(pattern: Pattern) -> Iterable[str]:
 
 
 def of_dtype(dtype: torch.dtype) -> Iterable[str]:
-    """16 bits, without scales."""
-    name = str(dtype).removeprefix("torch.")
+    """Weights have 16 bits and no scales."""
+    name = dtype_name(dtype)
     if dtype in (torch.int8, torch.float8_e4m3fn):
         yield f"{name} without its scales: leave the weight in float16 or bfloat16, options={{'int8': ['*']}} rounds it"
     elif dtype not in (torch.float16, torch.bfloat16):
@@ -114,7 +115,7 @@ def of_geometry(geometry: Geometry) -> Iterable[str]:
 
 
 def of_groups(groups: int) -> Iterable[str]:
-    """Of convolutions."""
+    """A grouped convolution is several small products."""
     if groups != 1:
         yield f"{groups} conv groups are as many small products, for which nothing has sparse kernels: use groups=1"
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 from nm_compiler.errors import NMError
 from nm_compiler.runtime.cusparselt.direct import binding
 from nm_compiler.runtime.cusparselt.eligible import multiple_of
-from nm_compiler.runtime.cusparselt.op import DTYPES
+from nm_compiler.runtime.cusparselt.op import DTYPES, empty_result
 from nm_compiler.runtime.cusparselt.unfold import matrix_of
 from nm_compiler.solvers.check import worst_group
 
@@ -64,7 +64,7 @@ def cslt_linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | No
     _check(x, packed, scale, in_features)
     tokens, out = x.shape[0], scale.shape[0]
     if tokens == 0:
-        return _empty(x, out, rows)
+        return empty_result(x, out, rows, TOKENS)
     step = (x.abs().amax().float() / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
     whole = (x.float() / step).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
     whole = functional.pad(whole, (0, 0, 0, -tokens % TOKENS)).contiguous()
@@ -82,15 +82,7 @@ def cslt_linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | No
 @cslt_linear_int8.register_fake
 def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, in_features: int, rows: bool) -> Tensor:
     _check(x, packed, scale, in_features)
-    return _empty(x, scale.shape[0], rows)
-
-
-def _empty(x: Tensor, out: int, rows: bool) -> Tensor:
-    tokens = x.shape[0]
-    if rows:
-        return x.new_empty((tokens, out))
-    padded = (tokens + TOKENS - 1) // TOKENS * TOKENS
-    return torch.empty_strided((tokens, out), (1, padded), dtype=x.dtype, device=x.device)
+    return empty_result(x, scale.shape[0], rows, TOKENS)
 
 
 def _check(x: Tensor, packed: Tensor, scale: Tensor, inputs: int) -> None:

@@ -26,6 +26,7 @@ from torch.nn import functional
 from nm_compiler.errors import NMError
 from nm_compiler.runtime.cusparselt.algorithm import Algorithm
 from nm_compiler.runtime.cusparselt.direct import binding
+from nm_compiler.wording import shown
 
 DTYPES = (torch.float16, torch.bfloat16)
 TOKENS = 8  # the library takes multiples of it in 16 bits
@@ -57,7 +58,7 @@ def _(
     activation: str = "",
 ) -> Tensor:  # fmt: skip
     _check(x, packed, bias, out_features, in_features, activation)
-    return _result(x, out_features, rows)
+    return empty_result(x, out_features, rows)
 
 
 def multiply(
@@ -69,7 +70,7 @@ def multiply(
     """
     tokens = x.shape[0]
     if tokens == 0:
-        return _result(x, out_features, rows)
+        return empty_result(x, out_features, rows)
     bias = bias if bias is None else aligned(bias.contiguous())
     dense = operand(x)
     y = _directly(packed, dense, bias, out_features, rows, algorithm, activation)
@@ -121,11 +122,12 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
-def _result(x: Tensor, out_features: int, rows: bool) -> Tensor:
+def empty_result(x: Tensor, out_features: int, rows: bool, multiple: int = TOKENS) -> Tensor:
+    """What a product of ``x`` returns, unwritten; in columns the tokens are rounded up to a multiple."""
     tokens = x.shape[0]
     if rows:
         return x.new_empty((tokens, out_features))
-    padded = (tokens + TOKENS - 1) // TOKENS * TOKENS
+    padded = (tokens + multiple - 1) // multiple * multiple
     return torch.empty_strided((tokens, out_features), (1, padded), dtype=x.dtype, device=x.device)
 
 
@@ -149,7 +151,7 @@ def _check(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, inputs: int
         )
     if bias is not None and (tuple(bias.shape) != (out,) or bias.dtype != x.dtype or bias.device != x.device):
         raise NMError(
-            f"nm::cslt_linear: a bias of {_shown(bias)} for {_given(x, packed)}; it has to be [{out}] of {x.dtype} there too"
+            f"nm::cslt_linear: a bias of {shown(bias)} for {_given(x, packed)}; it has to be [{out}] of {x.dtype} there too"
         )
     if activation not in ACTIVATIONS:
         raise NMError(
@@ -158,8 +160,4 @@ def _check(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, inputs: int
 
 
 def _given(x: Tensor, packed: Tensor) -> str:
-    return f"x of {_shown(x)}, a packed weight of {_shown(packed)}"
-
-
-def _shown(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} ({str(tensor.dtype).removeprefix('torch.')}, {tensor.device})"
+    return f"x of {shown(x)}, a packed weight of {shown(packed)}"

@@ -62,7 +62,7 @@ def _pack_rows(source, values, places, out, inputs, down: tl.constexpr, across: 
 def packed(weight: Tensor) -> Tensor:
     """weight: ``[out, in]``, float16 or bfloat16, both multiples of `layout.STEP`, at most 2 of 4 along `in` non-zero.
 
-    Returns what `layout.pack_plainly` does, to the bit.
+    Returns ``[out, in * 9 / 16]`` of the same dtype.
     """
     given = weight.detach().contiguous()
     given = given.clone() if given.data_ptr() % 16 else given

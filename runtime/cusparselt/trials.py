@@ -80,7 +80,7 @@ def _timed(run: Run, right: Callable[[Tensor], bool], codes: Sequence[int]) -> d
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call, on the device."""
+    """Seconds of one call on the device, which is waited for."""
     if device.type != "cuda":
         begin = time.perf_counter()
         for _ in range(CALLS):

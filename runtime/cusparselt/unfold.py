@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
 
+from nm_compiler.graph import arguments_of
+
 Pair = tuple[int, int]
 
 
@@ -40,22 +42,19 @@ class Geometry:
 
 def geometry_of(node: Node, taps: Sequence[int]) -> Geometry:
     """The geometry of an `aten.conv2d`, by numbers or by ``padding="same"``."""
-    given: tuple[Any, ...] = node.args
-    stride, padding, dilation = (given[at] if len(given) > at else None for at in (3, 4, 5))
-    steps, spread = _pair(stride, 1), _pair(dilation, 1)
+    given = arguments_of(node)
+    steps, spread, padding = _pair(given["stride"]), _pair(given["dilation"]), given["padding"]
     if padding == "same":  # an odd total has its larger half at the end, as torch pads
         totals = [spread[axis] * (taps[axis] - 1) for axis in (1, 0)]
         left, top = (total // 2 for total in totals)
         sides = left, totals[0] - left, top, totals[1] - top
     else:
-        top, left = (0, 0) if isinstance(padding, str) else _pair(padding, 0)
+        top, left = (0, 0) if isinstance(padding, str) else _pair(padding)
         sides = left, left, top, top
     return Geometry((taps[0], taps[1]), steps, sides, spread)
 
 
-def _pair(value: Any, usual: int) -> Pair:
-    if value is None:
-        return usual, usual
+def _pair(value: Any) -> Pair:
     sizes = [value] if isinstance(value, int) else list(value)
     return (sizes[0], sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from nm_compiler.graph import arguments_of
 from nm_compiler.runtime.native.packing import MOST_M
 from nm_compiler.runtime.products import Product
+from nm_compiler.wording import dtype_name
 
 aten = torch.ops.aten
 
@@ -33,8 +35,7 @@ def reasons(product: Product, node: Node) -> tuple[str, ...]:
     if product.site.pattern.m > MOST_M:
         found.append(f"M = {product.site.pattern.m}: the CPU kernels take M up to {MOST_M}")
     if product.dtype not in DTYPES:
-        name = str(product.dtype).removeprefix("torch.")
-        found.append(f"{name}: the CPU kernels take float32 and bfloat16, say dtype=torch.float32")
+        found.append(f"{dtype_name(product.dtype)}: the CPU kernels take float32 and bfloat16, say dtype=torch.float32")
     if node.target is not aten.linear.default and geometry(node) is None:
         found.append(
             f"{product.site.op} with this padding or number of axes: the CPU kernels take one or two axes, padded evenly"
@@ -44,21 +45,14 @@ def reasons(product: Product, node: Node) -> tuple[str, ...]:
 
 def geometry(node: Node) -> Conv | None:
     """Of a convolution; None if the kernels cannot compute it."""
-    names = ("stride", "padding", "dilation", "groups")
-    given: tuple[Any, ...] = node.args
     axes = _axes(node)
     if axes is None:
         return None
-    if node.target is aten.convolution.default:
-        if given[6]:
-            return None
-        stride, padding, dilation, groups = *given[3:6], given[8]
-    else:
-        stride, padding, dilation, groups = (
-            given[3 + i] if len(given) > 3 + i else node.kwargs.get(name, default)
-            for i, (name, default) in enumerate(zip(names, (1, 0, 1, 1), strict=True))
-        )
-    weight: Any = given[1]
+    given = arguments_of(node)
+    if given.get("transposed"):
+        return None
+    stride, padding, dilation = given["stride"], given["padding"], given["dilation"]
+    weight: Any = node.args[1]
     kernel = weight.meta["val"].shape[2:]
     strides, dilations = _pair(stride, axes), _pair(dilation, axes)
     if isinstance(padding, str):
@@ -67,7 +61,7 @@ def geometry(node: Node) -> Conv | None:
             return None
         padding = [amount // 2 for amount in total]
     paddings = (0, int(_each(padding, 1)[0])) if axes == 1 else _pair(padding, 2)
-    return Conv(strides, paddings, dilations, int(groups), axes == 1)
+    return Conv(strides, paddings, dilations, int(given["groups"]), axes == 1)
 
 
 def _axes(node: Node) -> int | None:

@@ -54,10 +54,10 @@ BYTES = _FIELDS.size
 
 
 def packed(job: Job, threads: int, scratch: tuple[int, int]) -> bytes:
-    """As C reads it. scratch: address and bytes."""
+    """The job as C reads it. scratch: address and bytes."""
     return _FIELDS.pack(*job, threads, *scratch)
 
 
 def address(tensor: Tensor | None) -> int:
-    """0 of None."""
+    """Where the values of a tensor lie; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -25,6 +25,7 @@ from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.runtime.native.job import ACTIVATIONS, DTYPES, Job, address
 from nm_compiler.runtime.native.library import Library, load
 from nm_compiler.runtime.native.packing import LANES, sizes
+from nm_compiler.wording import shown
 
 FEW = 24
 """Tokens up to which the weights' way through memory is what takes time."""
@@ -170,7 +171,7 @@ def _checked_sizes(
 
 def _check_residual(name: str, residual: Tensor | None, shape: tuple[int, ...]) -> None:
     if residual is not None and not (residual.shape == shape and residual.dtype in FLOATS and residual.is_cpu):
-        raise NMError(f"nm::{name} adds a residual of the result's shape {list(shape)}, on the CPU, not {_shown(residual)}")
+        raise NMError(f"nm::{name} adds a residual of the result's shape {list(shape)}, on the CPU, not {shown(residual)}")
 
 
 def _check(
@@ -193,14 +194,14 @@ def _check(
     )
     if not fits:
         raise NMError(
-            f"nm::{name}: x of {_shown(x)} and a weight {list(shape)} of {Pattern(*pattern)} do not fit packed values "
-            f"of {_shown(values)}, codes of {_shown(codes)} or the bias: pack again, or feed {shape[1] * groups} channels"
+            f"nm::{name}: x of {shown(x)} and a weight {list(shape)} of {Pattern(*pattern)} do not fit packed values "
+            f"of {shown(values)}, codes of {shown(codes)} or the bias: pack again, or feed {shape[1] * groups} channels"
         )
     others = (bias is None or bias.is_cpu) and (scales is None or scales.is_cpu)
     if not (x.is_cpu and values.is_cpu and codes.is_cpu and others):
-        raise NMError(f"nm::{name} runs on the CPU: x of {_shown(x)}, packed values of {_shown(values)}. Move all there")
+        raise NMError(f"nm::{name} runs on the CPU: x of {shown(x)}, packed values of {shown(values)}. Move all there")
     if x.dtype not in FLOATS:
-        raise NMError(f"nm::{name} takes float32, bfloat16 or float16: x of {_shown(x)}")
+        raise NMError(f"nm::{name} takes float32, bfloat16 or float16: x of {shown(x)}")
     if activation not in ACTIVATIONS:
         raise NMError(f"nm::{name}: activation={activation!r}; choose one of {', '.join(map(repr, ACTIVATIONS))}")
 
@@ -212,10 +213,6 @@ def _wanted(shape: tuple[int, ...], pattern: tuple[int, ...], groups: int) -> tu
         raise NMError(f"a packed weight has a pattern [n, m], not {list(pattern)}")
     tiles, steps, words = sizes(shape, Pattern(*pattern), groups)
     return (groups, tiles, steps, LANES), (groups, tiles, words, LANES), (groups, tiles, LANES)
-
-
-def _shown(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} ({str(tensor.dtype).removeprefix('torch.')}, {tensor.device})"
 
 
 def _linear_fake(

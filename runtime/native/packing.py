@@ -1,4 +1,4 @@
-"""From an N:M weight to what the kernels read, and back.
+"""From an N:M weight to what the kernels read.
 
     weight [out, in / conv groups, *taps]  ->  values [conv groups, tiles, steps, 16]   of dtype
                                                codes  [conv groups, tiles, words, 16]   int32
@@ -41,12 +41,12 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Of all its tensors."""
+        """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in (self.values, self.codes, self.scales) if tensor is not None)
 
 
 def code_bits(m: int) -> int:
-    """Bits of a code."""
+    """Bits of the code of a position in a group of ``m``."""
     return 2 if m <= 4 else 4 if m <= 16 else 8
 
 
@@ -106,24 +106,6 @@ def _packed_tiles(part: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     # non-zeros first, both parts in order; then the places that are kept in order again
     places = (grouped != 0).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :n].sort(-1).values
     return _lanes(grouped.gather(-1, places).float(), rows), _words(_lanes(places, rows), code_bits(m))
-
-
-def unpack(packed: Packed) -> Tensor:
-    """The dense weight again, float32. What was packed as float32 comes back as it was, to the bit."""
-    pattern, (tiles, steps, _) = packed.pattern, sizes(packed.shape, packed.pattern, packed.conv_groups)
-    bits = code_bits(pattern.m)
-    shifts = torch.arange(0, 32, bits).view(-1, 1)
-    codes = ((packed.codes.unsqueeze(3) >> shifts) & ((1 << bits) - 1)).flatten(2, 3)[:, :, :steps]
-    values = packed.values.float()
-    if packed.scales is not None:
-        values = values * packed.scales.unsqueeze(2)
-    rows = packed.shape[0] // packed.conv_groups
-    places, kept = (
-        each.transpose(2, 3).reshape(packed.conv_groups, tiles * LANES, -1, pattern.n)[:, :rows] for each in (codes, values)
-    )
-    grouped = torch.zeros(*places.shape[:-1], pattern.m).scatter_(-1, places.long(), kept)
-    flat = grouped.reshape(packed.shape[0], -1, packed.shape[1])
-    return flat.movedim(-1, 1).reshape(packed.shape).contiguous()
 
 
 def _lanes(tensor: Tensor, rows: int) -> Tensor:

@@ -43,5 +43,5 @@ BYTES = _FIELDS.size
 
 
 def packed(sweep: Sweep, threads: int) -> bytes:
-    """As C reads it."""
+    """The sweep as C reads it."""
     return _FIELDS.pack(*sweep, threads)

@@ -42,7 +42,7 @@ class Whole:
 
     @property
     def packed_wins(self) -> bool:
-        """Or is as fast, within noise."""
+        """Whether packed is faster than dense, or as fast within noise."""
         return self.speedup >= ENOUGH
 
     def __str__(self) -> str:

@@ -37,6 +37,7 @@ from nm_compiler.runtime.onnx_files.reading import load
 from nm_compiler.runtime.onnx_files.saving import Staged
 from nm_compiler.sites import Site
 from nm_compiler.solvers.check import worst_group
+from nm_compiler.wording import dtype_name
 
 ONE_FILE = 2**31 - 2**26  # protobuf ends at 2 GiB; the graph needs some of it
 _NOISY = ("onnxscript", "onnx_ir", "torch.onnx")
@@ -121,7 +122,7 @@ def write(
         weights, refusals = planned_constants(staged.outline, program, sites, origins)
         written = Written(
             path=staged.path,
-            dtype=str(precision(program, inputs)).removeprefix("torch."),
+            dtype=dtype_name(precision(program, inputs)),
             opset=opset,
             inputs=_inputs(staged.outline, program, inputs),
             weights=weights,

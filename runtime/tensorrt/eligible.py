@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from nm_compiler.runtime.products import Product
+from nm_compiler.wording import dtype_name
 
 _HALF = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 _LARGE = 256
@@ -22,7 +23,7 @@ def reasons(product: Product) -> tuple[tuple[str, ...], str]:
     if site.conv_groups > 1:
         return (f"{site.conv_groups} conv groups: TensorRT has no sparse kernel for grouped convolutions",), ""
     if product.dtype not in _HALF:
-        name = str(product.dtype).removeprefix("torch.")
+        name = dtype_name(product.dtype)
         return (f"{name}: sparse kernels exist for float16, bfloat16 and 8 bits",), "cast: nm.lower(..., dtype=torch.float16)"
     if out % 8 or inner % 16:
         padded = f"{-(-out // 8) * 8} x {-(-inner // 16) * 16}"

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
-from nm_compiler.capture import bind
+from nm_compiler.binding import bind
 from nm_compiler.graph import fake_of, propagate_shapes
 from nm_compiler.methods.base import Method
 from nm_compiler.recipe import pipeline

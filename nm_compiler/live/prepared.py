@@ -1,7 +1,7 @@
 """Prepared: the carrier of a live model. Its weights have their state now, its graphs come from TorchDynamo at its calls.
 
     nm.compile(model)  ──►  candidates get state, modules get entries
-    model(x)           ──►  fragments, planned (`decide`) and rewritten as they come
+    model(x)           ──►  fragments, planned (`nm_compiler.live.growing`) and rewritten as they come
     nm.freeze(model)   ──►  zeros in the weights, state and entries gone
 
 The model stays the user's own object: its methods, its hooks and its control flow are what they were.
@@ -13,28 +13,28 @@ import contextlib
 import copy
 import logging
 import threading
-import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from nm_compiler.candidates import candidates
+from nm_compiler.attaching import attach_state, detach_state, recipe_tag, state_names
 from nm_compiler.carrier import CARRIER
-from nm_compiler.entries import install, remove
-from nm_compiler.errors import NMError, Refusal, none_left
+from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
 from nm_compiler.links import Link, links, owner_at, replaced
+from nm_compiler.live.entries import install, remove
+from nm_compiler.live.growing import GrowingPlan, loaded_dense, not_yet
+from nm_compiler.live.weights_graph import weights_graph
 from nm_compiler.loading import check_values, compare, start_afresh
-from nm_compiler.methods.base import Method, state_of
-from nm_compiler.outline import opened_up
+from nm_compiler.methods.base import Method
 from nm_compiler.pattern import PatternMap
-from nm_compiler.sharding import cut_like, in_shards, parts, reshard
-from nm_compiler.sites import UNREAD, Plan, Site, find
-from nm_compiler.state import MARK, RECIPE, Weight, learns, mark, read_recipe, register, unmark, unregister, write_recipe
-from nm_compiler.weights_graph import weights_graph
+from nm_compiler.sharding import cut_like, parts, reshard
+from nm_compiler.sites import Plan, Site
+from nm_compiler.state import MARK, RECIPE, Weight, read_recipe
+from nm_compiler.wording import several
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 class Prepared:
     """A model that trains with N:M weights while it stays an ordinary module.
 
-    sites: the weights that a graph has planned; candidates: those that no graph has read yet; refused: the rest.
+    growing: what is decided on its weights.
     """
 
     def __init__(
@@ -57,23 +57,18 @@ class Prepared:
         then: str = "inductor",
     ) -> None:
         self.origin, self.method, self.patterns, self.seed, self.then = model, method, patterns, seed, then
-        self.include, self.exclude = include, exclude
         self.notes: tuple[str, ...] = ()
         self.frozen = self.active = self.looked = self.bare = False
         self.calls = 0
-        self.sites: dict[str, Site] = {}
-        self.refused: dict[str, Refusal] = {}
-        self.ops: dict[str, str] = {}
-        self.candidates = candidates(model, patterns, include=include, exclude=exclude)
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim >= 2}
+        self.include, self.exclude = include, exclude
+        self.growing = GrowingPlan(model, method, patterns, include=include, exclude=exclude)
         self.begin()
 
     def begin(self) -> None:
         """Forget what was compiled: the graphs of the next call are new, of the same plan."""
         self._live: Any = None
-        self._weights_graph: GraphModule | None = None
+        self._weights_graph: tuple[int, GraphModule] | None = None  # and the version of the plan that it is of
         self._links: list[Link] | None = None
-        self._twins: weakref.WeakSet[Prepared] = weakref.WeakSet()
         self._turn = threading.RLock()  # calls from several threads take turns
         self.thread: int | None = None  # whose turn it is, or was
 
@@ -81,48 +76,35 @@ class Prepared:
     def live(self) -> Any:
         """The fragments; TorchDynamo is imported at the first call."""
         if self._live is None:
-            from nm_compiler.live import Live
+            from nm_compiler.live.live import Live
 
             self._live = Live(self)
         return self._live
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """The weights that a graph has planned."""
+        return self.growing.sites
+
+    @property
+    def candidates(self) -> Mapping[str, Site]:
+        """Those that no graph has read yet."""
+        return self.growing.candidates
 
     # -- state beside the weights --------------------------------------------------------------------------------------
 
     def attach(self) -> None:
         """Register the state of all candidates, the recipe and the entries on the model. All or nothing."""
-        extras: dict[str, Tensor] = {}
-        for weight in self.weights:
-            for suffix, value in state_of(self.method, weight.site, weight.value).items():
-                extras[f"{weight.site.name}_{suffix}"] = value
-        extras[RECIPE] = self._recipe()
-        register(self.origin, extras)
-        mark(self.origin, self.candidates.values())
+        attach_state(self.origin, self.plan, self.method)
         self.origin.__dict__[CARRIER] = self
         self._hook = self.origin.register_load_state_dict_pre_hook(load_hook)
         install(self, self.candidates)
         self._check_modules()
 
-    def _recipe(self) -> Tensor:
-        device = next((p.device for p in self.origin.parameters()), torch.device("cpu"))
-        return write_recipe(self.method.layout(), self.plan.sites).to(device)
-
-    def _drop(self, names: Collection[str]) -> None:
-        """Take the state of candidates off that stay dense after all."""
-        gone = [(name, self.candidates.pop(name)) for name in names if name in self.candidates]
-        for name, site in gone:
-            weight = Weight(site, self.origin)
-            unregister(self.origin, [f"{name}_{suffix}" for suffix in self.method.suffixes(site)])
-            marked = weight.owner.__dict__.get(MARK, set())
-            marked.discard(weight.leaf)
-            if not marked:
-                weight.owner.__dict__.pop(MARK, None)
-
     def retire(self) -> None:
         """Take everything off the model: state, marks, entries."""
-        planned = list(self.plan.sites)
         self._live = self._weights_graph = None
-        unregister(self.origin, self.state_names())
-        unmark(self.origin, planned)
+        detach_state(self.origin, self.plan, self.method)
         remove(self.origin)
         if not self.bare:
             self._hook.remove()
@@ -134,7 +116,7 @@ class Prepared:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the model, or a part of it that is called by itself. Raises NMError where a weight would be dense."""
-        from nm_compiler.live import Undecided
+        from nm_compiler.live.live import Undecided
         from nm_compiler.routes import way_back
 
         self._check_modules()
@@ -186,7 +168,7 @@ class Prepared:
         undecided = {name: line for name, line in carrier.outside.items() if name in self.candidates}
         carrier.outside = undecided
         check_outside(self.origin, {self.origin.training: carrier}, self.patterns, self.exclude)
-        self.decide(carrier.whole, whole=True)
+        self.growing.decide(carrier.whole, whole=True)
         self.looked = True
 
     def _check_modules(self) -> None:
@@ -222,124 +204,17 @@ class Prepared:
 
     def _tell_unread(self) -> None:
         if self.candidates:
-            names = list(self.candidates)
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             _log.warning(
-                "%s%s: prepared, but not read by the first call; each becomes sparse in the first call that reads it",
-                ", ".join(names[:3]), more,
-            )  # fmt: skip
-
-    # -- planning ----------------------------------------------------------------------------------------------------
-
-    def undecided(self, names: Collection[str]) -> list[str]:
-        """Which of the parameters ``names`` no graph has been planned on yet."""
-        return [name for name in self.shapes if name in names and name not in self.sites and name not in self.refused]
-
-    def decide(self, program: GraphModule, *, whole: bool) -> None:
-        """Plan the undecided weights that ``program`` reads: all of a call, or (not ``whole``) a part of one.
-
-        In a part a weight counts as stem or head only if it is the model's first or last as well; as stem also in later calls,
-        which may go on from what an earlier one computed, as a decoder does from an encoder.
-        """
-        graph = opened_up(self.origin, program)
-        plan = find(self.origin, [graph], self.patterns, include=self.include, exclude=self.exclude, may_be_empty=True)
-        doubtful = [*(("stem:",) if self.sites or not whole else ()), *(() if whole else ("head:",))]
-        ends = [r.where for r in plan.refusals if r.reason.startswith(tuple(doubtful)) and not self._is_end(r.where)]
-        if ends:
-            more = (*self.include, *ends)
-            plan = find(self.origin, [graph], self.patterns, include=more, exclude=self.exclude, may_be_empty=True)
-        fresh = {site.name: site for site in plan.sites if site.name in self.undecided({site.name})}
-        refused = [r for r in plan.refusals if r.reason != UNREAD and r.where in self.shapes and self.undecided({r.where})]
-        lost = [refusal.where for refusal in refused if refusal.where in self.candidates]
-        self._check_wrapped(lost)
-        late = [name for name, site in fresh.items() if name not in self.candidates and self._learns(site)]
-        for name in late:
-            refused.append(too_late(name))
-            del fresh[name]
-            _log.warning("%s stays dense: %s", name, refused[-1].reason)
-        self._apply(fresh, refused, plan.ops)
-        if whole and not self.sites and not self.candidates:
-            raise none_left(self.origin, self.patterns, self.refused.values(), self.shapes)
-
-    def _apply(self, fresh: Mapping[str, Site], refused: Collection[Refusal], ops: Mapping[str, str]) -> None:
-        """Decisions on weights that nothing was decided on, here and in the copies that wait for their first call.
-
-        An average of the weights is such a copy, never called while the model trains: it reads the model's state in order.
-        """
-        self.ops.update({name: op for name, op in ops.items() if op != "-" or name not in self.ops})
-        self._drop([refusal.where for refusal in refused if self.undecided({refusal.where})])
-        new = {name: site for name, site in fresh.items() if self.undecided({name})}
-        self.refused.update({refusal.where: refusal for refusal in refused if self.undecided({refusal.where})})
-        for site in new.values():
-            self._settle(site)
-        self.sites = {name: self.sites[name] for name in self.shapes if name in self.sites}
-        self._weights_graph = None
-        if RECIPE in self.origin._buffers:
-            self.origin._buffers[RECIPE] = self._recipe()
-        for twin in list(self._twins):
-            twin._apply(fresh, refused, ops)
-
-    def _is_end(self, name: str) -> bool:
-        return name in (next(iter(self.shapes), None), next(reversed(self.shapes), None))
-
-    def _learns(self, site: Site) -> bool:
-        return any(learns(value) for value in self.method.state(site, Weight(site, self.origin).value).values())
-
-    def _check_wrapped(self, lost: Collection[str]) -> None:
-        ddp = nn.parallel.DistributedDataParallel._active_ddp_module is not None
-        held = [name for name in lost if self._is_held(name, ddp)]
-        if held and ddp:
-            raise NMError(
-                f"{', '.join(held)}: turns out to stay dense now, but DistributedDataParallel waits for gradients of its "
-                f"scores already. Run one batch through the model before wrapping it, or exclude={held}"
+                "%s: prepared, but not read by the first call; each becomes sparse in the first call that reads it",
+                several(list(self.candidates), 3),
             )
-        if held:
-            raise NMError(
-                f"{', '.join(held)}: read for the first time now and stays dense, but fully_shard holds its state already. "
-                f"Run what reads it once before fully_shard, or exclude={held}"
-            )
-
-    def _is_held(self, name: str, ddp: bool) -> bool:
-        """Whether a wrapper holds the state of a candidate, so that it cannot go any more."""
-        weight = Weight(self.candidates[name], self.origin)
-        if ddp:
-            return self._learns(weight.site)
-        state = [weight[suffix] for suffix in self.method.suffixes(weight.site)]
-        return in_shards(self.origin, name) and any(isinstance(value, nn.Parameter) for value in state)
-
-    def _settle(self, site: Site) -> None:
-        """A candidate is planned: keep its state where it fits, make it anew where the layout was guessed wrongly."""
-        name = site.name
-        self.method.check(site)
-        known = self.candidates.pop(name, None)
-        if known is None or (known.layout, known.blocks) != (site.layout, site.blocks):
-            weight = Weight(site, self.origin)
-            for suffix, value in state_of(self.method, site, weight.value).items():
-                here = getattr(weight.owner, f"{weight.leaf}_{suffix}", None)
-                if here is None:
-                    register(self.origin, {f"{name}_{suffix}": value})
-                elif isinstance(value, nn.Parameter) and here.shape == value.shape:
-                    continue
-                elif isinstance(value, nn.Parameter):
-                    raise NMError(
-                        f"{name} of shape {list(site.shape)} is summed over axis {site.in_axis}, unlike what was guessed: "
-                        "give nm.compile example inputs, or use LBC(scores='position')"
-                    )
-                elif here.shape != value.shape or (known is not None and known.layout != site.layout):
-                    weight.owner._buffers[f"{weight.leaf}_{suffix}"] = value.to(weight.param.device)
-            mark(self.origin, [site])
-        self.sites[name] = site
 
     # -- what a carrier is asked -------------------------------------------------------------------------------------
 
     @property
     def plan(self) -> Plan:
         """Planned weights and those that will be when a call reads them; refusals of the others."""
-        both = {**self.candidates, **self.sites}
-        sites = tuple(both[name] for name in self.shapes if name in both)
-        refusals = tuple(self.refused.get(name, not_yet(name)) for name in self.shapes if name not in both)
-        ops = {name: self.ops.get(name, both[name].op if name in both else "-") for name in self.shapes}
-        return Plan(sites, refusals, self.shapes, ops)
+        return self.growing.plan
 
     @property
     def weights(self) -> list[Weight]:
@@ -379,9 +254,9 @@ class Prepared:
 
     def masked(self, name: str) -> tuple[Tensor, Tensor | None]:
         """What the planned weight ``name`` is multiplied with now: forward, and backward under Bi-Mask."""
-        if self._weights_graph is None:
-            self._weights_graph = weights_graph(self.origin, self.method, list(self.plan.sites))
-        forward, backward = effective_weights(self._weights_graph, name)
+        if self._weights_graph is None or self._weights_graph[0] != self.growing.version:
+            self._weights_graph = self.growing.version, weights_graph(self.origin, self.method, list(self.plan.sites))
+        forward, backward = effective_weights(self._weights_graph[1], name)
         assert forward is not None, f"{name} is not planned"
         return forward, backward
 
@@ -394,8 +269,7 @@ class Prepared:
 
     def state_names(self) -> list[str]:
         """The names of everything that was registered on the model."""
-        own = [f"{site.name}_{suffix}" for site in self.plan.sites for suffix in self.method.suffixes(site)]
-        return [*own, RECIPE]
+        return state_names(self.plan, self.method)
 
     # -- loading and copying -----------------------------------------------------------------------------------------
 
@@ -406,46 +280,28 @@ class Prepared:
             start_afresh(self, state_dict, prefix)
         else:
             theirs = read_recipe(tag)
-            gone = [name for name in self.candidates if name not in theirs["weights"]]
-            self._drop(gone)
-            self.refused.update({name: loaded_dense(name) for name in gone})
-            compare(self, theirs, read_recipe(self._recipe()))
+            self.growing.forget([name for name in self.candidates if name not in theirs["weights"]], loaded_dense)
+            compare(self, theirs, read_recipe(recipe_tag(self.origin, self.plan, self.method)))
             check_values(self, state_dict, prefix)
-        self.origin._buffers[RECIPE] = state_dict[prefix + RECIPE] = self._recipe()  # also after to_empty, which forgets it
+        tag = recipe_tag(self.origin, self.plan, self.method)
+        self.origin._buffers[RECIPE] = state_dict[prefix + RECIPE] = tag  # also after to_empty, which forgets it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(self.__getstate__())
-        twin.sites, twin.candidates, twin.refused = dict(self.sites), dict(self.candidates), dict(self.refused)
-        twin.ops = dict(self.ops)
         twin.origin, twin._hook = copy.deepcopy(self.origin, memo), copy.deepcopy(self._hook, memo)
+        twin.growing = self.growing.copied(twin.origin)
         twin.begin()
-        self._twins.add(twin)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_live", "_weights_graph", "_links", "_twins", "_turn", "thread")
+        left = ("_live", "_weights_graph", "_links", "_turn", "thread")
         return {key: value for key, value in self.__dict__.items() if key not in left} | {"active": False, "looked": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.begin()
-
-
-def not_yet(name: str) -> Refusal:
-    """Of a weight that has state, or none, and that no graph has shown."""
-    return Refusal(name, "not read by any call so far")
-
-
-def too_late(name: str) -> Refusal:
-    """Of a weight that nothing told before the first graph, where the method learns something beside it."""
-    return Refusal(name, f"its scores were needed before the optimizer: name it in include=[{name!r}] of nm.compile")
-
-
-def loaded_dense(name: str) -> Refusal:
-    """Of a weight that has no state in a state_dict that came before the first call."""
-    return Refusal(name, "dense in the state_dict that was loaded before the first call")
 
 
 def load_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -8,7 +8,6 @@ be looked at (`Undecided`), as `nm.compile` does with example inputs.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,32 +17,20 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from nm_compiler.bodies import programs
-from nm_compiler.dynamo import (
-    PRODUCTS,
-    Fragments,
-    Variant,
-    entry_of,
-    outside_text,
-    program_text,
-    python_line,
-    store_of,
-    unwatched,
-    weakly,
-)
+from nm_compiler.dynamo import Fragments, Variant, entry_of, program_text, store_of, weakly
 from nm_compiler.errors import NMError
 from nm_compiler.fragments import bind_inputs, lower
 from nm_compiler.graph import reads, run
-from nm_compiler.lifting import Lifted, form_of, lift
+from nm_compiler.live.lifting import Lifted, form_of, lift
 from nm_compiler.ops.weights import stands_for_weight
 from nm_compiler.recipe import pipeline
 from nm_compiler.routes import way_back
 from nm_compiler.sharding import is_sharded, parallel
 from nm_compiler.uses import Blocked, uses
+from nm_compiler.watching import PRODUCTS, outside_text, python_line, unwatched
 
 if TYPE_CHECKING:
-    from nm_compiler.prepared import Prepared
-
-_log = logging.getLogger(__name__)
+    from nm_compiler.live.prepared import Prepared
 
 
 class Undecided(NMError):
@@ -125,11 +112,11 @@ class Live(Fragments):
         """Plan what the program reads for the first time, and apply the passes. Raises `Undecided`."""
         prepared, bodies = self.prepared, list(programs(program))
         read = {str(node.target) for each in bodies for node in each.graph.nodes if node.op == "get_attr"}
-        missing = prepared.undecided(read)
+        missing = prepared.growing.undecided(read)
         if not whole and not self.parts and (missing or not prepared.looked):
             raise Undecided(f"{', '.join(missing) or type(self.model).__name__}: read in part of a call")
         if missing:
-            prepared.decide(program, whole=whole)
+            prepared.growing.decide(program, whole=whole)
         sites = [site for name, site in prepared.sites.items() if name in read]
         for site in sites:
             self._check(site.name, bodies)
@@ -256,7 +243,7 @@ def compile_lifted(lifted: Lifted, model: nn.Module, inputs: Sequence[Any], then
         states.append(value if mode is None else mode.from_tensor(value, static_shapes=True))
     backend: Any = lookup_backend(then)
     if then == "inductor":
-        from nm_compiler.inductor import compiled
+        from nm_compiler.live.inductor import compiled
 
         return compiled(backend, lifted.gm, [*states, *inputs])
     made: Callable[..., Any] = backend(lifted.gm, [*states, *inputs])

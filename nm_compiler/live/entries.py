@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from nm_compiler.errors import NMError
 
 if TYPE_CHECKING:
-    from nm_compiler.prepared import Prepared
+    from nm_compiler.live.prepared import Prepared
 
 _ENTRY = "_nm_entry"  # where deepcopy and pickle find it
 

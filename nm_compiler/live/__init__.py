@@ -1,0 +1,11 @@
+"""Live models: what `nm.compile(model)` makes without example inputs. The model stays itself, TorchDynamo gives its graphs.
+
+prepared       the carrier: state beside the weights now, graphs at the calls
+candidates     which weights may become N:M, told without a graph
+growing        the plan, decided as graphs read the weights
+entries        how calls of the model, and of its parts, reach the carrier
+live           fragments of a call: planned, rewritten, compiled
+lifting        a program without attributes, as compilers take it
+inductor       what inductor is told about our ops
+weights_graph  a graph of nothing but weights, to ask what they are multiplied with
+"""

@@ -1,0 +1,57 @@
+"""Find the carrier of a compiled model inside what was put around it: DDP, an averaged model, ``torch.compile``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from nm_compiler.carrier import Carrier, carrier_of
+from nm_compiler.errors import NMError
+from nm_compiler.module import SparseModule
+from nm_compiler.state import RECIPE
+
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what `nm.compile` gives: a `SparseModule`, or a live model."""
+    return isinstance(module, SparseModule) or carrier_of(module) is not None
+
+
+def unwrap(model: Any) -> Carrier:
+    """The carrier inside DDP, an averaged model or ``torch.compile``. Raises NMError if there is none, or if its
+    integer state was averaged.
+    """
+    inner, averaged = model, False
+    while not isinstance(inner, SparseModule) and carrier_of(inner) is None:
+        averaged = averaged or bool(getattr(inner, "use_buffers", False))
+        if isinstance(inner, _WRAPPERS):
+            inner = inner.module
+        elif isinstance(inner, nn.Module) and "_orig_mod" in inner._modules:
+            inner = inner._orig_mod
+        else:
+            raise NMError(_no_carrier(model))
+    carrier: Carrier = inner if isinstance(inner, SparseModule) else carrier_of(inner)
+    if averaged and not carrier.frozen:
+        _check_not_averaged(carrier)
+    return carrier
+
+
+def _check_not_averaged(module: Carrier) -> None:
+    buffers = dict(module.origin.named_buffers())
+    state = [name for name in module.state_names() if name in buffers and name != RECIPE]
+    if state:
+        raise NMError(
+            f"{state[0]} is of whole numbers, which AveragedModel(use_buffers=True) has averaged: set averaged.use_buffers = "
+            "False and call averaged.update_parameters(sparse) once more, which then copies it"
+        )
+
+
+def _no_carrier(model: Any) -> str:
+    kind = type(model).__name__
+    inside = [n for n, m in model.named_modules() if is_compiled(m)] if isinstance(model, nn.Module) else []
+    if inside:
+        return f"{kind} is not a compiled model itself, but its submodule {inside[0]!r} is: pass that one"
+    return f"{kind} is not a compiled model: call nm.compile(model, example_inputs) first"
