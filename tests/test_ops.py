@@ -24,6 +24,7 @@ from nm_compiler.runtime.native.library import load
 from nm_compiler.runtime.native.packing import pack as pack_weight
 from nm_compiler.solvers.combinations import byte_table, pack
 from nm_compiler.solvers.masks import masked as masked_weight
+from nm_compiler.solvers.two_masks import two_masks
 
 OPS = torch.ops.nm
 
@@ -286,7 +287,7 @@ def test_autocast_to_float16_casts_the_two_weight_products_as_it_casts_torchs_ow
         assert OPS.linear(x, w, backward, None).dtype == torch.nn.functional.linear(x, w).dtype == torch.float16
 
 
-def test_the_backward_weight_gets_no_gradient_and_the_order_no_say_in_the_output() -> None:
+def test_an_order_has_no_say_in_the_output() -> None:
     model = Grouped()
     sparse = nm.compile(model, example(model), method=nm.BiMask())
     x = example(model)
@@ -296,6 +297,46 @@ def test_the_backward_weight_gets_no_gradient_and_the_order_no_say_in_the_output
             block = weight.site.out // weight.site.conv_groups
             weight["order"].copy_(torch.arange(weight.site.out).view(-1, block).flip(1).flatten())
     assert torch.equal(sparse(x), before)
+
+
+class Restated(torch.autograd.Function):
+    """x W_f^T, whose gradient of x is g W_b."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, backward)
+        return x @ forward.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, backward = ctx.saved_tensors
+        return grad @ backward, grad.T @ x, None
+
+
+@pytest.mark.parametrize(("live", "fold"), [(False, False), (False, True), (True, False)], ids=["captured", "folded", "live"])
+def test_a_penalty_on_input_gradients_goes_straight_through_both_masks(live: bool, fold: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    method, then = nm.BiMask(decay=0, fold=fold), "eager" if live else None
+    sparse = nm.compile(model, None if live else x, method=method, include=["*"], then=then)
+
+    def slope(y: torch.Tensor) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    def restated(layer: nn.Linear, data: torch.Tensor) -> torch.Tensor:
+        order = layer.weight_order if hasattr(layer, "weight_order") else torch.arange(layer.out_features)
+        forward, turned = two_masks(layer.weight.detach(), order, 2, 4)
+        straight = layer.weight - layer.weight.detach()
+        return Restated.apply(data, forward + straight, turned.T[order.argsort()] + straight) + layer.bias  # type: ignore[no-any-return]
+
+    first, _, second, _, third = model
+    weights = [layer.weight for layer in (first, second, third)]
+    found = torch.autograd.grad(slope(sparse(x)), weights)
+    hidden = restated(second, restated(first, x).tanh()).tanh()
+    for mine, expected in zip(found, torch.autograd.grad(slope(restated(third, hidden)), weights), strict=True):
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-12)
 
 
 @every_method

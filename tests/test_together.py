@@ -343,7 +343,7 @@ def test_weights_changed_before_the_backward_pass_are_an_error() -> None:
             loss.backward()
 
 
-@pytest.mark.parametrize("method", ["SRSTE", "Magnitude", "LBC", "LBC-combination"])
+@pytest.mark.parametrize("method", ["SRSTE", "Magnitude", "LBC", "LBC-combination", "BiMask"])
 def test_gradients_of_gradients_are_those_of_the_single_ops(method: str) -> None:
     one, other, data = pair(METHODS[method])
     one, other, data, found = one.double(), other.double(), data.double(), []

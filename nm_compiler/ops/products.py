@@ -2,7 +2,8 @@
 
     y = x W_f^T + b        dx = g W_b        dW_f = g^T x        db = sum of g
 
-dW_f is dense and goes straight through to the weight; W_b gets no gradient. Ref: Bi-Mask, section 3.2.
+dW_f is dense and goes straight through to the weight; W_b gets a gradient only where that of x is differentiated once more.
+Ref: Bi-Mask, section 3.2.
 A convolution's gradients are real convolution kernels, so there is no unfolded copy of the activations.
 """
 

@@ -32,6 +32,7 @@ from nm_compiler.ops.weights import (
     score_weight,
     srste_gradient,
     srste_weight,
+    through_gradient,
 )
 
 _TYPES = (Tensor, torch.nn.Parameter)
@@ -51,7 +52,8 @@ class Kind(NamedTuple):
     """How one op runs many times.
 
     learned: how many arguments, the leading ones, get gradients
-    kept: which arguments the gradient reads; with_result: whether it reads what the op returned too
+    kept: which arguments the gradient reads; with_result: whether it reads what the op returned too; one that reads neither
+    keeps nothing, so that its arguments may belong to anybody
     gradients: ``(grad, needs, result, *arguments) -> one for each learned``
     many: all calls at once, for an op that nothing is learned through
     """
@@ -63,6 +65,11 @@ class Kind(NamedTuple):
     gradients: Callable[..., tuple[Tensor | None, ...]] | None = None
     many: Callable[[Sequence[Sequence[Any]]], Sequence[Tensor]] | None = None
 
+    @property
+    def keeps(self) -> bool:
+        """Whether a backward pass reads anything but its gradients."""
+        return self.with_result or bool(self.kept)
+
 
 KINDS = {
     kind.op.overload: kind
@@ -71,8 +78,8 @@ KINDS = {
         Kind(score_weight, 2, (0, 2, 3), False, score_gradients),
         Kind(srste_weight, 1, (0,), True, srste_gradient),
         Kind(masked_weight, 1, (1,), False, masked_gradient),
-        Kind(backward_weight),
-        Kind(backward_groups),
+        Kind(backward_weight, 1, gradients=through_gradient),
+        Kind(backward_groups, 1, gradients=through_gradient),
     )
 }
 """By overload, an op before those that read its results."""
@@ -82,7 +89,7 @@ def together(overload: Any, calls: Sequence[Sequence[Any]]) -> Sequence[Tensor]:
     """``[overload(*call) for call in calls]``, tensors on one device. overload: of `KINDS`."""
     kind = KINDS[overload]
     learned = [value for call in calls for value in call[: kind.learned]]
-    if not _is_plain() or not _are_plain(calls, learned):
+    if not _is_plain() or not _are_plain(calls, learned if kind.keeps else ()):
         return [overload(*call) for call in calls]
     if learned and torch.is_grad_enabled() and any(value.requires_grad for value in learned):
         results: tuple[Tensor, ...] = _Together.apply(kind, calls, *learned)  # type: ignore[no-untyped-call]
@@ -138,7 +145,8 @@ class _Together(torch.autograd.Function):
         if kind.with_result:
             ctx.save_for_backward(*results)  # read only where a graph is recorded: what is kept below does not belong to one
         kept = [result.detach() for result in results] if kind.with_result else [None] * len(calls)
-        ctx.kind, ctx.entries = kind, [_entry(kind, call, result) for call, result in zip(calls, kept, strict=True)]
+        entries = [_entry(kind, call, result) for call, result in zip(calls, kept, strict=True)] if kind.keeps else []
+        ctx.kind, ctx.entries = kind, entries
         return results
 
     @staticmethod
@@ -156,17 +164,20 @@ class _Together(torch.autograd.Function):
             if grad is None:
                 found += [None] * kind.learned
                 continue
+            needs = ctx.needs_input_grad[2 + index * kind.learned : 2 + (index + 1) * kind.learned]
+            assert kind.gradients is not None
+            if not kind.keeps:
+                found += kind.gradients(grad, needs, None)
+                continue
             entry = ctx.entries[index]
             if entry is None:
                 raise RuntimeError(_AGAIN)
             call, result, versions = entry
             if _versions(kind, call, result) != versions:
                 raise RuntimeError(_CHANGED)
-            needs = ctx.needs_input_grad[2 + index * kind.learned : 2 + (index + 1) * kind.learned]
             if single or type(grad) not in _TYPES:
                 found += _by_the_op(kind, grad, needs, call, ctx.saved_tensors[index] if kind.with_result else None)
             else:
-                assert kind.gradients is not None
                 found += kind.gradients(grad, needs, result, *call)
             if not keep:
                 ctx.entries[index] = None

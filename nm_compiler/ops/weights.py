@@ -209,7 +209,8 @@ def backward_weight(masked: Tensor, order: Tensor, n: int, m: int, rows: list[in
     """Bi-Mask's backward weight W * B, B the top ``n`` of every ``m`` output rows, taken in ``order``.
 
     masked: W * F; rows: its axes as (*batch, out, *taps, in); order: int64 ``[*batch, out]``, ``new[i] = old[order[i]]``,
-    within the blocks of rows. B is a subset of F. Not differentiated. Ref: Bi-Mask, eq. 8.
+    within the blocks of rows. B is a subset of F. Its gradient, which only gradients of gradients have, goes straight through.
+    Ref: Bi-Mask, eq. 8.
     """
     *batch, out_axis = rows[: order.ndim]
     out_axis -= sum(axis < out_axis for axis in batch)
@@ -237,9 +238,6 @@ def _(masked: Tensor, n: int, m: int, out_axis: int) -> Tensor:
     return torch.empty_like(masked)
 
 
-backward_groups.register_autograd(lambda ctx, grad: (None, None, None, None))
-
-
 def _at(tensor: Tensor, axes: list[int], index: tuple[int, ...]) -> Tensor:
     """One expert of several: a view."""
     for axis, place in sorted(zip(axes, index, strict=True), reverse=True):
@@ -252,11 +250,22 @@ def _(masked: Tensor, order: Tensor, n: int, m: int, rows: list[int]) -> Tensor:
     return torch.empty_like(masked)
 
 
-def _no_gradient(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-    return None, None, None, None, None
+def _through_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.set_materialize_grads(False)  # products send none: only what is done with the gradients that they gave does
+    ctx.others = len(inputs) - 1
 
 
-backward_weight.register_autograd(_no_gradient)
+def _through(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    return grad, *(None for _ in range(ctx.others))
+
+
+def through_gradient(grad: Tensor, needs: tuple[bool, ...], result: Any, *rest: Any) -> tuple[Tensor]:
+    """``(dW,)``, straight through."""
+    return (grad,)
+
+
+backward_weight.register_autograd(_through, setup_context=_through_setup)
+backward_groups.register_autograd(_through, setup_context=_through_setup)
 
 
 MASKED = (torch.ops.nm.score_weight.default, torch.ops.nm.srste_weight.default, torch.ops.nm.masked_weight.default)
