@@ -3,6 +3,7 @@
 
 import copy
 import io
+import sys
 import threading
 from typing import Any
 
@@ -377,13 +378,19 @@ def test_an_op_that_fails_on_the_inputs_is_an_error_with_its_line_and_the_shapes
 
 def test_calls_from_several_threads_take_turns_and_none_runs_dense() -> None:
     torch.manual_seed(0)
+    torch._dynamo.reset()  # so that the first of them compiles
     model, x = nm.compile(MLP(), then="eager", method=nm.SRSTE()).eval(), positive()
     found: list[Tensor] = []
     threads = [threading.Thread(target=lambda: found.extend(model(x) for _ in range(20))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that others come in while it does
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(usual)
     model(x)  # the turn of this thread
     expected = dense_call(model, x)
     assert len(found) == 80

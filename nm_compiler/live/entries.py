@@ -35,7 +35,7 @@ class Entry:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's result."""
-        if self.carrier.active and (torch.compiler.is_compiling() or self.carrier.thread in (None, get_ident())):
+        if self.carrier.active and (torch.compiler.is_dynamo_compiling() or self.carrier.thread in (None, get_ident())):
             return self.module._call_impl(*args, **kwargs)
         return self.carrier.call(self.module, args, kwargs)
 
