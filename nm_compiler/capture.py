@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from nm_compiler.binding import bind, flat_copy, is_state
 from nm_compiler.errors import NMError
 from nm_compiler.graph import fake_mode_of, getattr_path, tidy
-from nm_compiler.memory import own_cycles_freed
+from nm_compiler.memory import free_young, own_cycles_freed
 from nm_compiler.regions import checkpoints_open, open_regions
 from nm_compiler.signature import Signature, describe
 from nm_compiler.vmapped import without_vmap
@@ -88,6 +88,7 @@ def _export(
         raise
     except Exception as error:
         raise NMError(explain(model, error, given, named, training)) from error
+    free_young()  # of what traced it
     exported = program.module(check_guards=False)
     open_regions(exported)
     graph = flat_copy(exported.graph)

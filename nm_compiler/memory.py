@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
+_NEVER = 2**31 - 1  # young collections
 _KEPT, _LARGEST = 256 * 2**20, 32 * 2**20
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
@@ -19,19 +20,21 @@ _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD
 def own_cycles_freed() -> Generator[None]:
     """Free at the end, errors too, what the body left behind in cycles, and look at no older object for it.
 
-    A whole collection visits every object of the process: 0.2 s once torch is imported, seconds beside transformers. What is
-    there before is frozen for the time being. What somebody else has frozen stays so: a collection passes it over anyway.
+    A whole collection visits every object of the process: 0.2 s once torch is imported, ten seconds beside much else. While
+    automatic collections are of the youngest only, what survives them lies in the next generation: see `free_young`.
     """
-    ours = gc.get_freeze_count() == 0
-    if ours:
-        gc.collect(1)  # the young are few
-        gc.freeze()
+    thresholds = gc.get_threshold()
+    gc.set_threshold(thresholds[0], _NEVER, _NEVER)
     try:
         yield
     finally:
-        gc.collect()
-        if ours:
-            gc.unfreeze()
+        free_young()
+        gc.set_threshold(*thresholds)
+
+
+def free_young() -> None:
+    """Free the cycles of the two younger generations; of all where Python collects old ones bit by bit."""
+    gc.collect(1 if sys.version_info < (3, 14) else 2)
 
 
 def give_back() -> None:

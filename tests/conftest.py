@@ -51,6 +51,14 @@ def _unmeasured() -> None:
     unmeasured()
 
 
+@pytest.fixture(autouse=True)
+def _imports_are_not_garbage() -> Generator[None]:
+    """Collections, automatic ones too, need not look again at what was there before the test."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def threads() -> Generator[Callable[[int], None]]:
     """Set how many threads torch has in a test."""

@@ -328,7 +328,7 @@ def test_a_penalty_on_input_gradients_goes_straight_through_both_masks(live: boo
         order = layer.weight_order if hasattr(layer, "weight_order") else torch.arange(layer.out_features)
         forward, turned = two_masks(layer.weight.detach(), order, 2, 4)
         straight = layer.weight - layer.weight.detach()
-        return Restated.apply(data, forward + straight, turned.T[order.argsort()] + straight) + layer.bias  # type: ignore[no-any-return]
+        return Restated.apply(data, forward + straight, turned.T[order.argsort()] + straight) + layer.bias
 
     first, _, second, _, third = model
     weights = [layer.weight for layer in (first, second, third)]
