@@ -48,7 +48,7 @@ def gather_masks(gm: GraphModule, *, limit: int = CHUNK) -> GraphModule:
 def _chunks(gm: GraphModule, target: Any, limit: int) -> list[list[Node]]:
     """The nodes that can be one call, placed where the first of them is."""
     place = {node: index for index, node in enumerate(gm.graph.nodes)}
-    alone = set(_read_often(gm)) if KINDS[target].learned else set()
+    alone = set(_read_often(gm)) if KINDS[target].keeps else set()
     chunks: list[list[Node]] = [[]]
     left = limit
     for node in gm.graph.nodes:
@@ -56,7 +56,7 @@ def _chunks(gm: GraphModule, target: Any, limit: int) -> list[list[Node]]:
             chunks.append([])
         if node.target is not target or node.args[0] in alone or not isinstance(node.args[0], Node) or node.kwargs:
             continue
-        if KINDS[target].learned and node.args[0].op != "get_attr":
+        if KINDS[target].keeps and node.args[0].op != "get_attr":
             continue
         chunk, size = chunks[-1], _size(gm, node)
         there = not chunk or all(each.op == "get_attr" or place[each] < place[chunk[0]] for each in node.all_input_nodes)
