@@ -14,8 +14,10 @@ from nm_compiler.axes.outputs import Outputs
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
+from nm_compiler.exported import Exported
 from nm_compiler.graph import run
 from nm_compiler.importance import importance_of
+from nm_compiler.links import check_hooks
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.methods.magnitude import Magnitude
@@ -119,6 +121,7 @@ def compile(
         raise NMError('budget_s= and outputs= are about the permutation: say permute="search" too')
     routes = prepared(model, example_inputs, kwargs, dynamic_shapes, what="nm.compile")
     check_outside(model, routes, patterns, globs(exclude))
+    notes = check_hooks(model) if isinstance(routes[True], Exported) else ()
     plan = find(model, [route.whole for route in routes.values()], patterns, include=globs(include), exclude=globs(exclude))
     _check_weights(model, plan, method)
     moved, chosen = None, method
@@ -131,7 +134,7 @@ def compile(
     try:
         for route in routes.values():
             route.rewrite(pipeline(method, plan.sites), plan)
-        return SparseModule(model, routes, plan, method, seed, notes=() if moved is None else moved.notes)
+        return SparseModule(model, routes, plan, method, seed, notes=(*(() if moved is None else moved.notes), *notes))
     except BaseException:
         detach_state(model, plan, method)
         if moved is not None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from nm_compiler.errors import NMError
+from nm_compiler.wording import several
 
 _SET: dict[type[nn.Module], tuple[str, ...]] = {
     nn.modules.dropout._DropoutNd: ("p",), nn.modules.batchnorm._NormBase: ("momentum",), nn.MultiheadAttention: ("dropout",),
 }  # fmt: skip
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 Setting = tuple[dict[str, Any], str, Any, str]
 """The attributes of a module, the name of one of them, what it was when the model was captured, and the module's path."""
 Link = tuple[dict[str, nn.Module | None], str, nn.Module | None, str]
 """The children of a module, the name of one of them, which module it is, and its path from the root."""
+Hooks = tuple[dict[int, Callable[..., Any]], int, str]
+"""The hooks of one kind of a module, how many there were when the model was captured, and which module that is."""
 
 
 def links(root: nn.Module, names: Iterable[str]) -> Iterator[Link]:
@@ -38,6 +42,41 @@ def settings(root: nn.Module) -> Iterator[Setting]:
         for name in (*names, "drop_prob"):  # the latter of timm's and Hugging Face's layers
             if name in module.__dict__:
                 yield module.__dict__, name, module.__dict__[name], path
+
+
+def hooks(root: nn.Module) -> Iterator[Hooks]:
+    """What would be called around the layers: a captured graph has what they computed then, and calls none of them."""
+    for path, module in root.named_modules():
+        for kind in _HOOKS:
+            registered = getattr(module, kind)
+            yield registered, len(registered), f"{path or 'the model'} ({type(module).__name__})"
+
+
+def check_hooks(root: nn.Module) -> tuple[str, ...]:
+    """A note for the report on layers with forward hooks. Raises NMError for backward hooks: a graph would lose gradients."""
+    noted = list[str]()
+    for path, module in root.named_modules():
+        told = f"{path or 'the model'} ({type(module).__name__})"
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise NMError(
+                f"{told} has a backward hook, which a captured graph does not call: remove it before nm.compile, or say "
+                "nm.compile(model), without inputs, which calls all hooks"
+            )
+        called = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if any(not str(getattr(hook, "__module__", "")).startswith("torch.nn.utils.") for hook in called):  # weight_norm, ..
+            noted.append(told)
+    if not noted:
+        return ()
+    return (f"Forward hooks of {several(noted, 3)}: what they compute is in the graph, which does not call them again.",)
+
+
+def hooked(where: str) -> NMError:
+    """What to say of a module whose hooks are others than when it was captured."""
+    return NMError(
+        f"{where} got or lost a hook after nm.compile, and the captured graph calls none. Hooks on what nm.compile returned "
+        "are called; on layers, register what computes something before nm.compile or after nm.freeze, return what others "
+        "look at from forward(), or say nm.compile(model), without inputs, which calls all hooks"
+    )
 
 
 def owner_at(root: nn.Module, path: str) -> nn.Module:

@@ -19,7 +19,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
 from nm_compiler.exported import Exported, moved
 from nm_compiler.graph import Pass
-from nm_compiler.links import links, replaced, settings
+from nm_compiler.links import hooked, hooks, links, replaced, settings
 from nm_compiler.loading import check_values, compare, start_afresh
 from nm_compiler.methods.base import Method, state_of
 from nm_compiler.recipe import pipeline
@@ -66,6 +66,7 @@ class SparseModule(nn.Module):
         )
         self.__dict__["_links"] = list(links(model, [name for name, _ in model.named_parameters()]))
         self.__dict__["_settings"] = list(settings(model))
+        self.__dict__["_hooks"] = list(hooks(model))
         self.__dict__["forward"] = MethodType(_own_code(type(self).forward), self)
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -80,6 +81,8 @@ class SparseModule(nn.Module):
             self._check_layers()
         if isinstance(route, Exported):  # fragments follow the mode of every layer by themselves
             self._check_modes(route.signature.modes)
+            if eager:
+                self._check_hooks()
             if eager and self.training:
                 self._check_settings()
             return route(args, kwargs, eager=eager and not hasattr(type(self), "reshard"))  # fully_shard has it
@@ -99,6 +102,12 @@ class SparseModule(nn.Module):
                     f"{path}.{key} is {attributes.get(key)} now, and the captured graph holds {captured}: set it before "
                     "nm.compile or after nm.freeze (as update_bn does); nm.compile(model), without inputs, follows changes"
                 )
+
+    def _check_hooks(self) -> None:
+        """Raise NMError if a layer has hooks that the graph has not seen, or has lost one that is in the graph."""
+        for registered, captured, where in self._hooks:
+            if len(registered) != captured:
+                raise hooked(where)
 
     def _check_modes(self, modes: tuple[bool, ...]) -> None:
         for module, expected in zip(self._watched, modes, strict=True):

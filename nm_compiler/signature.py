@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
@@ -100,7 +101,7 @@ class Signature:
         flat, in_spec = pytree.tree_flatten_with_path((args, dict(kwargs)))
         paths = tuple(_path(key, arg_names) for key, _ in flat)
         guards = tuple(getattr(program, "_guards_code", None) or ())
-        out_spec = program.call_spec.out_spec
+        out_spec = _mutable(program.call_spec.out_spec)
         modes = tuple(module.training for module in model.modules())
         return cls(arg_names, tuple(kwargs), dict(hidden), in_spec, out_spec, inputs, paths, guards, modes)
 
@@ -197,6 +198,14 @@ def _tensor_input(value: Tensor, ranges: Mapping[str, Any], alone: set[str]) -> 
         low.append(2 if str(size) in alone else 0 if lower <= 2 else lower)
         high.append(int(upper) if upper is not None and upper.is_Integer and int(upper) < 2**31 else None)
     return TensorInput(tuple(sizes), tuple(low), tuple(high), value.is_floating_point())
+
+
+def _mutable(spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    """Plain dicts and lists: a model that is an FX graph, such as a feature extractor, is exported with FX's own."""
+    kinds: dict[Any, type] = {immutable_dict: dict, immutable_list: list}
+    if spec.is_leaf():
+        return spec
+    return pytree.TreeSpec(kinds.get(spec.type, spec.type), spec.context, [_mutable(child) for child in spec.children()])
 
 
 def _path(key: Sequence[Any], arg_names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 # mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
 """Capture: both modes, any batch, keyword inputs, and errors that name the user's line."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -289,3 +290,28 @@ def test_outputs_that_no_pytree_knows_are_carried_in_fragments() -> None:
         torch.testing.assert_close(found.out, expected.out)
         torch.testing.assert_close(found.hidden, expected.hidden)
     assert {site.name for site in sparse.plan.sites} == {"fc2.weight"}
+
+
+class Several(nn.Module):
+    """Gives a dict that has a list in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = MLP()
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.body(x)
+        return {"y": y, "both": [y, (y + 1, y + 2)]}
+
+
+def test_a_model_that_is_an_fx_graph_gives_dicts_and_lists_that_can_be_changed_as_it_does_itself() -> None:
+    x = torch.randn(2, 8)
+    model = torch.fx.symbolic_trace(Several())
+    sparse = nm.compile(model, (x,), method=nm.Magnitude())
+    frozen = nm.freeze(copy.deepcopy(sparse))
+    for each in (sparse, nm.lower(frozen, (x,), backend="dense")):
+        found = each(x)
+        assert type(found) is dict
+        assert type(found["both"]) is list
+        found["both"].append(x)
+        torch.testing.assert_close({**found, "both": found["both"][:2]}, frozen(x))

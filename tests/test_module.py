@@ -89,6 +89,66 @@ def test_a_number_that_the_training_graph_holds_and_that_is_changed_is_an_error_
         sparse(x)
 
 
+HOOKS = [
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+]
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("path", ["", "fc2"])
+def test_a_hook_that_the_graph_would_not_call_is_an_error_not_ignored(kind: str, path: str) -> None:
+    sparse, model = compiled(MLP)
+    x = example(model)
+    handle = getattr(model.get_submodule(path), kind)(lambda *_: None)
+    for training in (True, False):
+        with pytest.raises(nm.NMError, match=f"{path or 'the model'} .* got or lost a hook after nm.compile"):
+            sparse.train(training)(x)
+    handle.remove()
+    sparse(x)
+    called = list[Any]()
+    sparse.register_forward_hook(lambda *_: called.append(1))
+    sparse(x)
+    assert called == [1]
+
+
+def test_forward_hooks_from_before_are_in_the_graph_and_noted_and_backward_ones_are_refused() -> None:
+    model = MLP()
+    x = example(model)
+    handle = model.fc2.register_forward_hook(lambda _module, _inputs, out: 3 * out)
+    model.fc2.register_forward_pre_hook(lambda _module, inputs: (inputs[0] + 1,))
+    sparse = nm.compile(model, (x,), method=nm.Magnitude())
+    assert "Forward hooks of fc2 (Linear): what they compute is in the graph" in str(nm.report(sparse))
+    hidden = torch.relu(model.fc1(x)) + 1
+    wanted = model.fc3(torch.relu(3 * nn.functional.linear(hidden, sparse.masked("fc2.weight")[0], model.fc2.bias)))
+    torch.testing.assert_close(sparse(x), wanted)
+    handle.remove()
+    with pytest.raises(nm.NMError, match="fc2 .Linear. got or lost a hook"):
+        sparse(x)
+    other = MLP()
+    other.fc2.register_full_backward_hook(lambda _module, gradients, _outer: tuple(2 * g for g in gradients))
+    names = set(other.state_dict())
+    with pytest.raises(nm.NMError, match=r"fc2 \(Linear\) has a backward hook"):
+        nm.compile(other, (x,))
+    assert set(other.state_dict()) == names
+    live = nm.compile(other, method=nm.SRSTE(decay=0.0), then="eager", include=["fc1*"], exclude=["fc2*", "fc3*"])
+    live(x).sum().backward()
+    doubled = other.fc1.weight.grad.clone()
+    other.fc2._backward_hooks.clear()
+    live.zero_grad()
+    live(x).sum().backward()
+    torch.testing.assert_close(doubled, 2 * other.fc1.weight.grad)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hooks_of_weight_norm_are_not_worth_a_note() -> None:
+    model = MLP()
+    torch.nn.utils.weight_norm(model.fc1)
+    assert "hooks" not in str(nm.report(nm.compile(model, (example(model),))))
+
+
 def test_a_model_whose_own_train_keeps_a_layer_frozen_is_captured_that_way() -> None:
     class FrozenNorm(ConvNet):
         def train(self, mode: bool = True) -> "FrozenNorm":

@@ -535,6 +535,31 @@ def test_values_that_bodies_read_or_that_are_returned_as_they_are_cross_the_cuts
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
 
 
+class Upscaled(nn.Module):
+    """The end of a U-Net: half the size and back, to the sizes of what came before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        b = self.b(nn.functional.max_pool2d(a, 2))
+        return a + nn.functional.interpolate(b, size=a.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def test_a_network_that_resizes_to_sizes_of_its_own_is_written_and_resizes_images_of_any_size(tmp_path: Path) -> None:
+    x, path = torch.randn(2, 8, 8, 12), tmp_path / "model.onnx"
+    model = nm.freeze(nm.compile(Upscaled(), (x,), method=nm.Magnitude(), include=["*"])).eval()
+    free = ({0: BATCH, 2: BATCH, 3: BATCH},)
+    nm.lower(model, (x,), backend="onnx", dynamic_shapes=free, options={"path": str(path)})
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for size in ((1, 8, 8, 12), (3, 8, 13, 21)):
+        y = torch.randn(size)
+        (found,) = session.run(None, {session.get_inputs()[0].name: y.numpy()})
+        np.testing.assert_allclose(found, model(y).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_wide_products_are_those_of_float32_rounded_once() -> None:
     model, x, _, _ = convnet()
     half = copy.deepcopy(model).half()

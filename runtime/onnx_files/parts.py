@@ -112,14 +112,19 @@ def _part(
 
 
 def _value(name: str, kind: Any) -> Any:
-    """A ValueInfoProto without sizes: the batch of the example is not the only one that is run."""
+    """A ValueInfoProto without sizes: the batch of the example is not the only one that is run.
+
+    A vector keeps a length that is fixed: onnxruntime takes that of a Resize's sizes for 0 where it is not told.
+    """
     import onnx
 
     told = onnx.ValueInfoProto(name=name)
     if kind is not None:
         told.type.CopyFrom(kind)
-        for size in told.type.tensor_type.shape.dim if told.type.HasField("tensor_type") else ():
-            size.Clear()
+        sizes = told.type.tensor_type.shape.dim if told.type.HasField("tensor_type") else ()
+        for size in sizes:
+            if len(sizes) > 1 or not size.HasField("dim_value"):
+                size.Clear()
     return told
 
 
