@@ -8,20 +8,21 @@ from torch import Tensor, nn
 
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
-from nm_compiler.pattern import PatternLike
+from nm_compiler.pattern import PatternLike, PatternSpec
 from nm_compiler.runtime.lowered import Lowered
 from nm_compiler.runtime.report import Report, Row
 from nm_compiler.runtime.verify import verify
+from nm_compiler.sites import Plan
 from nm_compiler.state import Weight
 from nm_compiler.unwrapping import unwrap
 
 
-def report(model: nn.Module, pattern: PatternLike | None = None) -> Report:
+def report(model: nn.Module, pattern: PatternSpec | None = None) -> Report:
     """A line for every weight of two or more axes: sparse or dense, why, and what its mask keeps now.
 
     model: what `compile` returned, also inside DDP or ``torch.compile``; what `lower` returned, where each row says what runs
     the weight, how fast, or why it stays dense; or a plain or frozen module.
-    pattern: what to look for in a plain module, "2:4" if left out; a compiled model knows its own.
+    pattern: what to look for in a plain module, as in `nm_compiler.compile`, "2:4" if left out; a compiled one knows its own.
 
     Returns a `Report` to print, or to turn into plain values (``to_dict()``) or a page (``to_html()``).
     """
@@ -32,7 +33,7 @@ def report(model: nn.Module, pattern: PatternLike | None = None) -> Report:
     except NMError:
         return _plain(model, pattern or "2:4")
     if module.frozen:
-        return _plain(module.origin, pattern or module.plan.sites[0].pattern)
+        return _plain(module.origin, pattern or _own_patterns(module.plan))
     rows = {refusal.where: _refused(module, refusal.where, refusal.reason) for refusal in module.plan.refusals}
     names = {weight.site.name for weight in module.weights} & set(module.late)
     rows |= {w.site.name: _planned(module, w) for w in module.weights if w.site.name not in names}
@@ -104,14 +105,22 @@ def _magnitude(weight: Tensor) -> float:
     return float(weight.abs().sum(dtype=None if weight.dtype.itemsize > 4 else weight.double().dtype))
 
 
-def _plain(model: nn.Module, pattern: PatternLike) -> Report:
-    rows = []
-    for checked in verify(model, pattern).weights:
+def _own_patterns(plan: Plan) -> PatternSpec:
+    """The pattern of a frozen model's weights, or, where they differ, that of each."""
+    own: dict[str, PatternLike] = {site.name: site.pattern for site in plan.sites}
+    return own if len(set(own.values())) > 1 else plan.sites[0].pattern
+
+
+def _plain(model: nn.Module, pattern: PatternSpec) -> Report:
+    rows, found = [], verify(model, pattern)
+    for checked in found.weights:
         owner = model.get_submodule(checked.name.rpartition(".")[0])
         sparse = bool(checked.axes)
         along = " and ".join(map(str, checked.axes))
-        reason = f"{pattern} along axis {along}" if sparse else f"not {pattern} along any axis"
-        shown, status = (str(pattern), "sparse") if sparse else (None, "dense")
+        reason = f"{checked.pattern} along axis {along}" if sparse else f"not {checked.pattern} along any axis"
+        if checked.pattern is None:
+            reason = f"no rule of pattern={found.pattern} matches it: add one"
+        shown, status = (str(checked.pattern), "sparse") if sparse else (None, "dense")
         op = type(owner).__name__
         rows.append(Row(checked.name, op, checked.shape, shown, status, reason, nonzero=checked.nonzero))
-    return Report(f"{type(model).__name__}, checked for {pattern}", tuple(rows))
+    return Report(f"{type(model).__name__}, checked for {found.pattern}", tuple(rows))

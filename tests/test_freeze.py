@@ -254,3 +254,17 @@ def test_a_plain_or_frozen_module_is_reported_by_what_its_zeros_show() -> None:
         status = {row.name: row.status for row in nm.report(target, pattern="1:4").rows}
         assert status == {"stem.weight": "dense", "conv1.weight": "sparse", "conv2.weight": "sparse", "head.weight": "dense"}
     assert {row.status for row in nm.report(MLP()).rows} == {"dense"}
+
+
+def test_a_frozen_model_of_mixed_patterns_is_reported_with_each_weights_own() -> None:
+    mixed = {"grouped*": "1:4", "*": "2:8"}
+    sparse, _ = trained(Grouped, nm.SRSTE(), mixed)
+    wanted = {site.name: str(site.pattern) for site in sparse.plan.sites}
+    assert set(wanted.values()) == {"1:4", "2:8"}
+    frozen = nm.freeze(sparse)
+    for found in (nm.report(frozen, mixed), nm.report(sparse)):
+        assert {row.name: row.pattern for row in found.rows if row.status == "sparse"}.items() >= wanted.items()
+    some = {row.name: row for row in nm.report(frozen, {"grouped*": "1:4"}).rows}
+    assert {row.name for row in some.values() if "no rule of pattern=grouped* 1:4 matches it" in row.reason} == {
+        name for name in some if not name.startswith("grouped")
+    }
