@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from nm_compiler.carrier import Carrier
-from nm_compiler.errors import NMError
 from nm_compiler.pattern import PatternLike, PatternSpec
 from nm_compiler.runtime.lowered import Lowered
 from nm_compiler.runtime.report import Report, Row
 from nm_compiler.runtime.verify import verify
 from nm_compiler.sites import Plan
 from nm_compiler.state import Weight
-from nm_compiler.unwrapping import unwrap
+from nm_compiler.unwrapping import carrier_in, compiled_parts
 
 
 def report(model: nn.Module, pattern: PatternSpec | None = None) -> Report:
     """A line for every weight of two or more axes: sparse or dense, why, and what its mask keeps now.
 
     model: what `compile` returned, also inside DDP or ``torch.compile``; what `lower` returned, where each row says what runs
-    the weight, how fast, or why it stays dense; or a plain or frozen module.
+    the weight, how fast, or why it stays dense; or a plain or frozen module, which may hold compiled ones.
     pattern: what to look for in a plain module, as in `nm_compiler.compile`, "2:4" if left out; a compiled one knows its own.
 
     Returns a `Report` to print, or to turn into plain values (``to_dict()``) or a page (``to_html()``).
     """
     if isinstance(model, Lowered):
         return _lowered(model)
-    try:
-        module = unwrap(model)
-    except NMError:
+    module = carrier_in(model)
+    if module is None:
         return _plain(model, pattern or "2:4")
     if module.frozen:
         return _plain(module.origin, pattern or _own_patterns(module.plan))
+    return _compiled(module)
+
+
+def _compiled(module: Carrier) -> Report:
     rows = {refusal.where: _refused(module, refusal.where, refusal.reason) for refusal in module.plan.refusals}
     names = {weight.site.name for weight in module.weights} & set(module.late)
     rows |= {w.site.name: _planned(module, w) for w in module.weights if w.site.name not in names}
@@ -123,4 +126,11 @@ def _plain(model: nn.Module, pattern: PatternSpec) -> Report:
         shown, status = (str(checked.pattern), "sparse") if sparse else (None, "dense")
         op = type(owner).__name__
         rows.append(Row(checked.name, op, checked.shape, shown, status, reason, nonzero=checked.nonzero))
-    return Report(f"{type(model).__name__}, checked for {found.pattern}", tuple(rows))
+    parts = {name: _compiled(carrier) for name, carrier in compiled_parts(model).items() if not carrier.frozen}
+    for name, part in parts.items():  # by its masks and reasons, not by the zeros there are
+        at = next((i for i, row in enumerate(rows) if row.name.startswith(f"{name}.")), len(rows))
+        rows = [row for row in rows if not row.name.startswith(f"{name}.")]
+        rows[at:at] = [replace(row, name=f"{name}.{row.name}") for row in part.rows]
+    title = f"{type(model).__name__}, checked for {found.pattern}"
+    held = [f"; {name!r} is a {part.title}" for name, part in parts.items()]
+    return Report(title + "".join(held), tuple(rows), tuple(note for part in parts.values() for note in part.notes))

@@ -268,3 +268,20 @@ def test_a_frozen_model_of_mixed_patterns_is_reported_with_each_weights_own() ->
     assert {row.name for row in some.values() if "no rule of pattern=grouped* 1:4 matches it" in row.reason} == {
         name for name in some if not name.startswith("grouped")
     }
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+def test_the_report_of_a_module_around_a_compiled_one_has_its_masks_and_reasons(live: bool) -> None:
+    model = MLP()
+    inner = (
+        nm.compile(model, method=nm.SRSTE(), then="eager") if live else nm.compile(model, example(model), method=nm.SRSTE())
+    )
+    inner(example(model))
+    around = nn.Sequential(nn.Linear(4, 4), inner, nn.Linear(4, 4))
+    found, own = nm.report(around), nm.report(inner)
+    assert "'1' is a MLP with SRSTE" in found.title
+    assert [row.name for row in found.rows] == ["0.weight", *(f"1.{row.name}" for row in own.rows), "2.weight"]
+    rows = {row.name: row for row in found.rows}
+    assert all(rows[f"1.{row.name}"].reason == row.reason for row in own.rows)
+    assert rows["1.fc2.weight"].retained < 1
+    assert rows["0.weight"].reason == "not 2:4 along any axis"
