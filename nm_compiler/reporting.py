@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from nm_compiler.runtime.verify import verify
 from nm_compiler.sites import Plan
 from nm_compiler.state import Weight
 from nm_compiler.unwrapping import carrier_in, compiled_parts
+from nm_compiler.wording import several
 
 
 def report(model: nn.Module, pattern: PatternSpec | None = None) -> Report:
@@ -73,7 +75,15 @@ def _lowered(model: Lowered) -> Report:
         rows[name] = [Row(name, model.plan.ops[name], model.plan.shapes[name], None, "dense", reason, eligible=False)]
     checked = () if model.error is None else (f"Checked against the model: outputs differ by {model.error:.1e} (relative).",)
     ordered = tuple(row for name in model.plan.shapes for row in rows[name])
-    return Report(f"{model.title} on {model.backend}", ordered, (*model.notes, *result.notes, *checked))
+    return Report(f"{model.title} on {model.backend}", ordered, (*model.notes, *_shared(rows), *result.notes, *checked))
+
+
+def _shared(rows: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:
+    """A note on weights of several rows."""
+    shared = [f"{name} by {len(found)}" for name, found in rows.items() if len(found) > 1]
+    if not shared:
+        return ()
+    return (f"Rows numbered [1], [2], .. are of the same tensor, read by several products: {several(shared, 3)}.",)
 
 
 def _refused(module: Carrier, name: str, reason: str) -> Row:
