@@ -3,6 +3,7 @@
 
 import copy
 import io
+import logging
 import threading
 from typing import Any
 
@@ -392,3 +393,43 @@ def test_calls_from_several_threads_take_turns_and_none_runs_dense() -> None:
     carrier = unwrap(model)
     carrier.active, carrier.thread = True, -1  # as if another thread were inside now
     torch.testing.assert_close(model(x), expected)
+
+
+class Asking(MLP):
+    """Breaks the graph with an item; ``wrong`` gives it an op that fails."""
+
+    wrong = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.fc1(x))
+        if self.wrong:
+            x = torch.cat((x, x.new_ones(3, 3)))
+        return self.fc3(torch.relu(self.fc2(x) if x.sum().item() > 0 else x))
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["as it is", "TORCH_LOGS=dynamo"])
+def test_what_torch_says_of_breaks_and_failing_ops_stays_away_unless_it_is_asked_for(
+    asked: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch._dynamo.variables.tensor.TensorVariable._warn_capture_scalar_outputs.cache_clear()
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo.variables.tensor", "torch._subclasses.fake_tensor")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.addHandler(caplog.handler)
+            logger.setLevel(logging.INFO if asked else logging.WARNING)
+        model = nm.compile(Asking(), then="eager")
+        model(positive())
+        model.wrong = True
+        with pytest.raises(nm.NMError, match="Asking fails on inputs"):
+            model(positive())
+        live = [record.getMessage()[:16] for record in caplog.records if record.name in [logger.name for logger in loggers]]
+        assert {"Graph break from", "failed while att"} <= set(live) if asked else not live
+        caplog.clear()
+        torch.compile(Asking(), backend="eager")(positive())
+        assert bool(caplog.records) != asked, "torch says it once a process: a live model does not use that up in silence"
+        assert not any(logger.filters for logger in loggers)
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.removeHandler(caplog.handler)
+            logger.setLevel(level)
