@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import nm_compiler as nm
+from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.unwrapping import unwrap
 
 METHODS = [nm.LBC(), nm.BiMask(interval=2, moves=40), nm.Magnitude(), nm.SSTE()]  # SSTE brings an op of its own
@@ -433,3 +434,27 @@ def test_what_torch_says_of_breaks_and_failing_ops_stays_away_unless_it_is_asked
         for logger, level in zip(loggers, before, strict=True):
             logger.removeHandler(caplog.handler)
             logger.setLevel(level)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["first call", "later"])
+def test_functional_call_with_plain_tensors_is_an_error_that_says_so_and_its_ways_out_are_sparse(called: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nm.compile(MLP().double(), method=nm.SRSTE(), then="eager"), positive().double()
+    expected = model(x).detach() if called else None
+    twice = {name: 2 * p.detach() for name, p in model.named_parameters()}
+    with pytest.raises(nm.NMError, match=r"fc\d.weight of this MLP is a plain tensor in this call.*functional_call") as error:
+        functional_call(model, twice, (x,))
+    assert "_dynamo" not in str(error.value)
+    if called:
+        torch.testing.assert_close(model(x), expected)
+    given = {name: nn.Parameter(value) for name, value in twice.items()}
+    found = functional_call(model, given, (x,))
+    masked = {**twice, "fc2.weight": twice["fc2.weight"] * magnitude_mask(twice["fc2.weight"], 2, 4, 1)}
+    torch.testing.assert_close(found, functional_call(MLP().double(), masked, (x,)))
+    found.sum().backward()
+    assert given["fc2.weight"].grad is not None
+    captured = nm.compile(MLP().double(), (x,), method=nm.SRSTE())
+    leaf = torch.ones((), dtype=torch.float64, requires_grad=True)
+    result = functional_call(captured, {name: value * leaf for name, value in twice.items()}, (x,))
+    torch.testing.assert_close(result, found)
+    assert torch.autograd.grad(result.sum(), leaf)[0] != 0
