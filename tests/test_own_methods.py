@@ -137,3 +137,29 @@ def test_a_method_that_takes_a_dense_weight_for_settled_is_told_so_at_freeze() -
     sparse = nm.compile(model, example(model), method=Scored(op=dense_weight))
     with pytest.raises(nm.NMError, match=r"keeps 4 of 4 in a group, not 2:4, although Scored.is_settled\(\) says so"):
         nm.freeze(sparse)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+@pytest.mark.parametrize(
+    ("gradient", "what"),
+    [
+        (lambda g, *rest: None, r"None for its weight of shape \[16, 16\]"),
+        (lambda g, *rest: (g, None), r"None for its argument 1 behind it, which learns, of shape \[16, 16\]"),
+        (lambda g, *rest: g, r"None for its argument 1 behind it, which learns, of shape \[16, 16\]"),
+    ],
+    ids=["nothing", "none for the scores", "the weight's alone"],
+)
+def test_a_gradient_that_leaves_out_what_learns_is_named_in_the_first_backward_pass(
+    gradient: Any, what: str, live: bool
+) -> None:
+    @weight_op("own::forgetful_weight", gradient=gradient)
+    def forgetful_weight(weight: Tensor, scores: Tensor, n: int, m: int, in_axis: int) -> Tensor:
+        return torch.where(magnitude_mask(scores, n, m, in_axis), weight, 0)
+
+    sparse, model = compiled(Scored(op=forgetful_weight), live)
+    out = sparse(example(model).double()).sum()
+    with pytest.raises(nm.NMError, match=r"the gradient of own::forgetful_weight gives " + what):
+        out.backward()
+    model.fc2.weight.requires_grad_(False)
+    model.fc2.weight_scores.requires_grad_(False)
+    sparse(example(model).double()).sum().backward()
