@@ -14,6 +14,7 @@ from nm_compiler.runtime.lowered import Lowered
 from nm_compiler.runtime.report import Report, Row
 from nm_compiler.runtime.verify import verify
 from nm_compiler.sites import Plan
+from nm_compiler.solvers.check import worst_group
 from nm_compiler.state import Weight
 from nm_compiler.unwrapping import carrier_in, compiled_parts
 from nm_compiler.wording import several
@@ -103,9 +104,12 @@ def _planned(module: Carrier, weight: Weight) -> Row:
         )
     forward, backward = module.masked(site.name)
     total, kept = _magnitude(weight.value), _magnitude(forward)
+    reason = module.method.remark(weight) or f"{site.pattern} along the input axis"
+    fullest = worst_group(forward, site.pattern.m, site.in_axis)
+    if fullest > site.pattern.n:
+        reason += f"; not {site.pattern} yet: its mask keeps up to {fullest} of {site.pattern.m}"
     return Row(
-        site.name, site.op, site.shape, str(site.pattern), "sparse",
-        module.method.remark(weight) or f"{site.pattern} along the input axis",
+        site.name, site.op, site.shape, str(site.pattern), "sparse", reason,
         retained=kept / total if total else 1.0,
         backward_kept=None if backward is None else (_magnitude(backward) / kept if kept else 1.0),
         live=module.method.live(weight),

@@ -285,3 +285,18 @@ def test_the_report_of_a_module_around_a_compiled_one_has_its_masks_and_reasons(
     assert all(rows[f"1.{row.name}"].reason == row.reason for row in own.rows)
     assert rows["1.fc2.weight"].retained < 1
     assert rows["0.weight"].reason == "not 2:4 along any axis"
+
+
+@pytest.mark.parametrize("method", [nm.LBC(), nm.Gradual()], ids=str)
+def test_the_report_says_of_masks_that_are_still_open_how_full_they_are(method: Any) -> None:
+    model = MLP()
+    sparse = nm.compile(model, example(model), method=method)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=20)
+    reasons = []
+    for _ in range(20):
+        scheduler.step()
+        reasons.append(next(row.reason for row in nm.report(sparse).rows if row.name == "fc2.weight"))
+    opened = ["; not 2:4 yet: its mask keeps up to " in reason for reason in reasons]
+    assert opened == sorted(opened, reverse=True), "once it is 2:4 it stays so"
+    assert opened[0]
+    assert not opened[-1]
