@@ -126,7 +126,7 @@ def test_telemetry_of_another_model_is_refused_and_changes_nothing() -> None:
     other = nm.Telemetry(compiled(nm.SRSTE(), Grouped)[0], every=1)
     other.step()
     smaller = {"last_step": 5, "before": {"conv1.weight": torch.zeros(1, dtype=torch.uint8)}}
-    cases = (({}, "before, last_step missing"), (other.state_dict(), "grouped.weight is not sparse in this one"))
+    cases: Any = (({}, "before, last_step missing"), (other.state_dict(), "grouped.weight is not sparse in this one"))
     for state, message in (*cases, (smaller, r"conv1.weight has shape \[.*\] in this one")):
         with pytest.raises(nm.NMError, match=message):
             telemetry.load_state_dict(state)
