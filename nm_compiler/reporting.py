@@ -140,11 +140,16 @@ def _plain(model: nn.Module, pattern: PatternSpec) -> Report:
         shown, status = (str(checked.pattern), "sparse") if sparse else (None, "dense")
         op = type(owner).__name__
         rows.append(Row(checked.name, op, checked.shape, shown, status, reason, nonzero=checked.nonzero))
+    return _with_parts(Report(f"{type(model).__name__}, checked for {found.pattern}", tuple(rows)), model)
+
+
+def _with_parts(plain: Report, model: nn.Module) -> Report:
+    """The report of a plain module with that of each compiled one in it: by masks and reasons, not by the zeros there are."""
+    title, rows = plain.title, list(plain.rows)
     parts = {name: _compiled(carrier) for name, carrier in compiled_parts(model).items() if not carrier.frozen}
-    for name, part in parts.items():  # by its masks and reasons, not by the zeros there are
+    for name, part in parts.items():
         at = next((i for i, row in enumerate(rows) if row.name.startswith(f"{name}.")), len(rows))
         rows = [row for row in rows if not row.name.startswith(f"{name}.")]
         rows[at:at] = [replace(row, name=f"{name}.{row.name}") for row in part.rows]
-    title = f"{type(model).__name__}, checked for {found.pattern}"
-    held = [f"; {name!r} is a {part.title}" for name, part in parts.items()]
-    return Report(title + "".join(held), tuple(rows), tuple(note for part in parts.values() for note in part.notes))
+        title += f"; {name!r} is a {part.title}"
+    return Report(title, tuple(rows), tuple(note for part in parts.values() for note in part.notes))
