@@ -15,7 +15,8 @@ nm.permute(model, (x,)), nm.show_axes(model, (x,))                       # reord
 """
 
 from nm_compiler.api import compile, freeze, show
-from nm_compiler.calibrating import Calibration, calibrate
+from nm_compiler.calibrating import calibrate
+from nm_compiler.calibration import Calibration
 from nm_compiler.checkpoint import load_checkpoint, save_checkpoint
 from nm_compiler.errors import NMError, Refusal
 from nm_compiler.importance import RIA, Saliency, Wanda

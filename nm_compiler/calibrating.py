@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from nm_compiler.calibration import Calibration, sums_of
 from nm_compiler.capture import in_mode
 from nm_compiler.errors import NMError
 from nm_compiler.exported import Exported
@@ -24,35 +23,7 @@ from nm_compiler.graph import reads
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.preparing import globs, prepared
 from nm_compiler.sites import Site, find
-from nm_compiler.streaming.statistics import save_norms
 from nm_compiler.uses import Use, constants, uses
-
-
-@dataclass(frozen=True)
-class Calibration(Mapping[str, Tensor]):
-    """By parameter name: the sums of squares of what each weight was multiplied with, float64, broadcastable to the weight.
-
-    batches: how many of them it has seen.
-    """
-
-    squares: Mapping[str, Tensor]
-    batches: int
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.squares[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.squares)
-
-    def __len__(self) -> int:
-        return len(self.squares)
-
-    def save(self, path: str | Path) -> None:
-        """Write the norms to a .safetensors file, for ``nm-compiler prune --statistics``. Raises NMError if that fails."""
-        save_norms(self.squares, path)
-
-    def __repr__(self) -> str:
-        return f"Calibration({len(self)} weights, {self.batches} batches)"
 
 
 def calibrate(
@@ -89,7 +60,8 @@ def calibrate(
             meter.run(*route.signature.flatten(args, kwargs))
             if count == most:
                 break
-    return Calibration(meter.squares, count)
+    sums = {site.name: sums_of(site, model.get_parameter(site.name)) for site in plan.sites if site.name in meter.squares}
+    return Calibration(meter.squares, count, sums)
 
 
 def _all(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

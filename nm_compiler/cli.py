@@ -60,8 +60,12 @@ def _verify(options: argparse.Namespace) -> int:
     from nm_compiler.pattern import matches
     from nm_compiler.runtime.verify import verify
 
-    found = verify(options.file, options.pattern)
+    patterns = _patterns(options.pattern)
+    found = verify(options.file, patterns)
     print(found)
+    for glob, pattern in patterns.items():
+        if glob != "*" and not any(matches(weight.name, (glob,)) for weight in found.weights):
+            raise NMError(f"--pattern {glob}={pattern} matches no weight of {options.file}: globs run over the names above")
     for glob in options.weights:
         if not any(matches(weight.name, (glob,)) for weight in found.weights):
             raise NMError(f"--weights {glob} matches no weight of {options.file}: globs run over the names above")
@@ -81,7 +85,7 @@ def _report(options: argparse.Namespace) -> int:
     model = model_of(options.model)
     inputs = example_inputs(options.inputs, model)
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    found = report(lower(model, inputs, backend=options.backend, pattern=options.pattern, dtype=dtype))
+    found = report(lower(model, inputs, backend=options.backend, pattern=_patterns(options.pattern), dtype=dtype))
     print(found)
     if options.html:
         options.html.write_text(found.to_html())
@@ -97,7 +101,7 @@ def _prune(options: argparse.Namespace) -> int:
 
     try:
         found = prune_checkpoint(
-            options.checkpoint, options.out, pattern=options.pattern, importance=options.importance,
+            options.checkpoint, options.out, pattern=_patterns(options.pattern), importance=options.importance,
             statistics=options.statistics, include=options.include, exclude=options.exclude,
             permute=options.permute, seed=options.seed, budget_s=options.budget,
             progress=progress if sys.stderr.isatty() else None,
@@ -106,6 +110,22 @@ def _prune(options: argparse.Namespace) -> int:
         print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr)
     print(found)
     return 0
+
+
+def _patterns(given: Sequence[str] | None) -> dict[str, str]:
+    """What ``--pattern`` says, given once or several times: globs to patterns, the one for all other weights last."""
+    from nm_compiler.errors import NMError
+
+    found: dict[str, str] = {}
+    for word in given or ["2:4"]:
+        glob, _, pattern = word.rpartition("=")
+        if found.setdefault(glob or "*", pattern) != pattern:
+            raise NMError(
+                f"--pattern {word}: another --pattern gives {glob or 'all weights'} {found[glob or '*']}, leave one out"
+            )
+    if "*" in found:
+        found["*"] = found.pop("*")
+    return found
 
 
 def _check_extras() -> None:
@@ -126,13 +146,20 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "file", metavar="FILE", help="a .safetensors, .onnx, .pt, .pth, .bin or .ckpt file, or a folder of shards"
     )
-    check.add_argument("--pattern", default="2:4", metavar="N:M", help="at most N non-zeros of every M (default 2:4)")
+    _add_pattern(check)
     named = "weights that must all satisfy it, by name: 'layer4.*' (default: it is enough that one weight does)"
     check.add_argument("--weights", nargs="+", default=[], metavar="GLOB", help=named)
     check.set_defaults(command=_verify)
     _add_prune(commands.add_parser("prune", help="prune a checkpoint folder of any size, once", description=_PRUNE))
     _add_report(commands.add_parser("report", help="lower a frozen model and say what is sparse", description=_REPORT))
     return parser
+
+
+def _add_pattern(command: argparse.ArgumentParser) -> None:
+    told = (
+        "at most N non-zeros of every M (default 2:4); again for weights that differ: --pattern 'layer4.*=1:4' --pattern 2:4"
+    )
+    command.add_argument("--pattern", action="append", metavar="[GLOB=]N:M", help=told)
 
 
 _DEMO = """Dense, one-shot magnitude, SR-STE, LBC and Bi-Mask on real scanned digits (packaged with scikit-learn), with one
@@ -154,7 +181,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument(
         "--backend", default="auto", choices=[name for name in NAMES if name != "onnx"], help="default %(default)s"
     )
-    report.add_argument("--pattern", default="2:4", metavar="N:M", help="default 2:4")
+    _add_pattern(report)
     report.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="cast a copy first")
     report.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page too")
     report.set_defaults(command=_report)
@@ -169,7 +196,7 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
 
     prune.add_argument("checkpoint", metavar="CHECKPOINT_DIR", help="with model.safetensors, or shards and their index")
     prune.add_argument("out", metavar="OUT", help="a new folder, or that of a run that was cut off")
-    prune.add_argument("--pattern", default="2:4", metavar="N:M", help="at most N non-zeros of every M (default 2:4)")
+    _add_pattern(prune)
     rules = f"of {' '.join(IMPORTANCES)} (default magnitude)"
     prune.add_argument("--importance", default="magnitude", metavar="RULE", help=rules)
     prune.add_argument("--statistics", metavar="FILE", help="norms of inputs for wanda and ria: nm.calibrate(...).save(FILE)")

@@ -33,6 +33,7 @@ from nm_compiler.ops.two_masks import TWO_MASKS
 from nm_compiler.ops.weights import stands_for_weight
 from nm_compiler.outline import Run, outline
 from nm_compiler.signature import describe
+from nm_compiler.silence import expected
 from nm_compiler.sites import UNREAD, Plan
 from nm_compiler.uses import Use, uses
 from nm_compiler.watching import PRODUCTS, Watch, outside_text, python_line, unwatched
@@ -87,7 +88,7 @@ class Fragments:
                 "nm.compile(model, example_inputs), whose graph torch.func can take, if it can be captured"
             )
         try:
-            with torch._dynamo.config.patch(_settings()), Watch(self) if watched else contextlib.nullcontext():
+            with expected(), torch._dynamo.config.patch(_settings()), Watch(self) if watched else contextlib.nullcontext():
                 return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchRuntimeError as error:  # an op of the model itself fails on these inputs
             inner = error.__context__.__cause__ if error.__context__ is not None else None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nm_compiler.calibration import Calibration
 from nm_compiler.errors import NMError
 from nm_compiler.sites import Site
 from nm_compiler.solvers.importance import ria, saliency, wanda
@@ -30,8 +31,8 @@ class Wanda:
     inputs: Mapping[str, Tensor] = field(repr=False)
 
     def __call__(self, site: Site, weight: Tensor) -> Tensor:
-        """Of the weight's shape. Raises NMError for a weight whose inputs were not seen."""
-        return wanda(weight, _of(self.inputs, site, "inputs"))
+        """Of the weight's shape. Raises NMError for a weight whose inputs were not seen, or were in another order."""
+        return wanda(weight, _inputs(self.inputs, site, weight))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +46,10 @@ class RIA:
     power: float = 0.5
 
     def __call__(self, site: Site, weight: Tensor) -> Tensor:
-        """Of the weight's shape. Raises NMError for a weight whose inputs were not seen."""
+        """Of the weight's shape. Raises NMError for a weight whose inputs were not seen, or were in another order."""
         out, batch = site.layout.out_axis, site.layout.batch
         row = [axis for axis in range(weight.ndim) if axis != out and axis not in batch]
-        return ria(weight, _of(self.inputs, site, "inputs"), out_axis=out, row_axes=row, power=self.power)
+        return ria(weight, _inputs(self.inputs, site, weight), out_axis=out, row_axes=row, power=self.power)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,12 @@ def importance_of(importance: Importance | None, site: Site, weight: Tensor) -> 
                 f"importance of {site.name} has NaN, infinite or negative entries: it says how much to keep, from 0 on"
             )
     return given
+
+
+def _inputs(inputs: Mapping[str, Tensor], site: Site, weight: Tensor) -> Tensor:
+    if isinstance(inputs, Calibration):
+        inputs.check_order(site, weight)
+    return _of(inputs, site, "inputs")
 
 
 def _of(values: Mapping[str, Tensor], site: Site, what: str) -> Tensor:

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from nm_compiler.carrier import Carrier
-from nm_compiler.errors import NMError
-from nm_compiler.pattern import PatternLike
+from nm_compiler.pattern import PatternLike, PatternSpec
 from nm_compiler.runtime.lowered import Lowered
 from nm_compiler.runtime.report import Report, Row
 from nm_compiler.runtime.verify import verify
+from nm_compiler.sites import Plan
+from nm_compiler.solvers.check import worst_group
 from nm_compiler.state import Weight
-from nm_compiler.unwrapping import unwrap
+from nm_compiler.unwrapping import carrier_in, compiled_parts
+from nm_compiler.wording import several
 
 
-def report(model: nn.Module, pattern: PatternLike | None = None) -> Report:
+def report(model: nn.Module, pattern: PatternSpec | None = None) -> Report:
     """A line for every weight of two or more axes: sparse or dense, why, and what its mask keeps now.
 
     model: what `compile` returned, also inside DDP or ``torch.compile``; what `lower` returned, where each row says what runs
-    the weight, how fast, or why it stays dense; or a plain or frozen module.
-    pattern: what to look for in a plain module, "2:4" if left out; a compiled model knows its own.
+    the weight, how fast, or why it stays dense; or a plain or frozen module, which may hold compiled ones.
+    pattern: what to look for in a plain module, as in `nm_compiler.compile`, "2:4" if left out; a compiled one knows its own.
 
     Returns a `Report` to print, or to turn into plain values (``to_dict()``) or a page (``to_html()``).
     """
     if isinstance(model, Lowered):
         return _lowered(model)
-    try:
-        module = unwrap(model)
-    except NMError:
+    module = carrier_in(model)
+    if module is None:
         return _plain(model, pattern or "2:4")
     if module.frozen:
-        return _plain(module.origin, pattern or module.plan.sites[0].pattern)
+        return _plain(module.origin, pattern or _own_patterns(module.plan))
+    return _compiled(module)
+
+
+def _compiled(module: Carrier) -> Report:
     rows = {refusal.where: _refused(module, refusal.where, refusal.reason) for refusal in module.plan.refusals}
     names = {weight.site.name for weight in module.weights} & set(module.late)
     rows |= {w.site.name: _planned(module, w) for w in module.weights if w.site.name not in names}
@@ -69,7 +76,15 @@ def _lowered(model: Lowered) -> Report:
         rows[name] = [Row(name, model.plan.ops[name], model.plan.shapes[name], None, "dense", reason, eligible=False)]
     checked = () if model.error is None else (f"Checked against the model: outputs differ by {model.error:.1e} (relative).",)
     ordered = tuple(row for name in model.plan.shapes for row in rows[name])
-    return Report(f"{model.title} on {model.backend}", ordered, (*model.notes, *result.notes, *checked))
+    return Report(f"{model.title} on {model.backend}", ordered, (*model.notes, *_shared(rows), *result.notes, *checked))
+
+
+def _shared(rows: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:
+    """A note on weights of several rows."""
+    shared = [f"{name} by {len(found)}" for name, found in rows.items() if len(found) > 1]
+    if not shared:
+        return ()
+    return (f"Rows numbered [1], [2], .. are of the same tensor, read by several products: {several(shared, 3)}.",)
 
 
 def _refused(module: Carrier, name: str, reason: str) -> Row:
@@ -89,9 +104,12 @@ def _planned(module: Carrier, weight: Weight) -> Row:
         )
     forward, backward = module.masked(site.name)
     total, kept = _magnitude(weight.value), _magnitude(forward)
+    reason = module.method.remark(weight) or f"{site.pattern} along the input axis"
+    fullest = worst_group(forward, site.pattern.m, site.in_axis)
+    if fullest > site.pattern.n:
+        reason += f"; not {site.pattern} yet: its mask keeps up to {fullest} of {site.pattern.m}"
     return Row(
-        site.name, site.op, site.shape, str(site.pattern), "sparse",
-        module.method.remark(weight) or f"{site.pattern} along the input axis",
+        site.name, site.op, site.shape, str(site.pattern), "sparse", reason,
         retained=kept / total if total else 1.0,
         backward_kept=None if backward is None else (_magnitude(backward) / kept if kept else 1.0),
         live=module.method.live(weight),
@@ -104,14 +122,34 @@ def _magnitude(weight: Tensor) -> float:
     return float(weight.abs().sum(dtype=None if weight.dtype.itemsize > 4 else weight.double().dtype))
 
 
-def _plain(model: nn.Module, pattern: PatternLike) -> Report:
-    rows = []
-    for checked in verify(model, pattern).weights:
+def _own_patterns(plan: Plan) -> PatternSpec:
+    """The pattern of a frozen model's weights, or, where they differ, that of each."""
+    own: dict[str, PatternLike] = {site.name: site.pattern for site in plan.sites}
+    return own if len(set(own.values())) > 1 else plan.sites[0].pattern
+
+
+def _plain(model: nn.Module, pattern: PatternSpec) -> Report:
+    rows, found = [], verify(model, pattern)
+    for checked in found.weights:
         owner = model.get_submodule(checked.name.rpartition(".")[0])
         sparse = bool(checked.axes)
         along = " and ".join(map(str, checked.axes))
-        reason = f"{pattern} along axis {along}" if sparse else f"not {pattern} along any axis"
-        shown, status = (str(pattern), "sparse") if sparse else (None, "dense")
+        reason = f"{checked.pattern} along axis {along}" if sparse else f"not {checked.pattern} along any axis"
+        if checked.pattern is None:
+            reason = f"no rule of pattern={found.pattern} matches it: add one"
+        shown, status = (str(checked.pattern), "sparse") if sparse else (None, "dense")
         op = type(owner).__name__
         rows.append(Row(checked.name, op, checked.shape, shown, status, reason, nonzero=checked.nonzero))
-    return Report(f"{type(model).__name__}, checked for {pattern}", tuple(rows))
+    return _with_parts(Report(f"{type(model).__name__}, checked for {found.pattern}", tuple(rows)), model)
+
+
+def _with_parts(plain: Report, model: nn.Module) -> Report:
+    """The report of a plain module with that of each compiled one in it: by masks and reasons, not by the zeros there are."""
+    title, rows = plain.title, list(plain.rows)
+    parts = {name: _compiled(carrier) for name, carrier in compiled_parts(model).items() if not carrier.frozen}
+    for name, part in parts.items():
+        at = next((i for i, row in enumerate(rows) if row.name.startswith(f"{name}.")), len(rows))
+        rows = [row for row in rows if not row.name.startswith(f"{name}.")]
+        rows[at:at] = [replace(row, name=f"{name}.{row.name}") for row in part.rows]
+        title += f"; {name!r} is a {part.title}"
+    return Report(title, tuple(rows), tuple(note for part in parts.values() for note in part.notes))

@@ -29,7 +29,8 @@ class Telemetry:
     gradient_gap  sum ((F - B) * w)^2 / sum (F * w)^2, likewise. Ref: Bi-Mask, section 3.3
 
     model: what `compile` returned, also inside DDP or ``torch.compile``. A row costs about as much as masking every weight
-    twice, and a bit of memory for each weight between rows. Raises NMError if ``every`` is not positive.
+    twice, and a bit of memory for each weight between rows. ``state_dict`` and ``load_state_dict``, as `nm.save_checkpoint`
+    takes them, go on counting steps and flips. Raises NMError if ``every`` is not positive.
     """
 
     def __init__(self, model: nn.Module, every: int = 100) -> None:
@@ -53,6 +54,23 @@ class Telemetry:
         mean = sum(live * size for live, size in counted) / sum(size for _, size in counted) if counted else None
         total = {**_shares(_added(list(rows.values()))), "live": mean}
         return {"step": self.last_step, "total": total, "weights": weights}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps so far, and by weight a bit for each entry that the last row saw masked or not."""
+        return {"last_step": self.last_step, "before": dict(self._before)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken. Raises NMError, nothing changed, if it is of another model."""
+        missing = {"last_step", "before"} - set(state_dict)
+        if missing:
+            raise NMError(f"this is not a Telemetry state_dict: {', '.join(sorted(missing))} missing")
+        params = {weight.site.name: weight.param for weight in self._model.weights}
+        for name, bits in state_dict["before"].items():
+            if name not in params or bits.numel() != -(-params[name].numel() // 8):
+                here = f"has shape {list(params[name].shape)}" if name in params else "is not sparse"
+                raise NMError(f"this Telemetry state_dict is of another model: {name} {here} in this one")
+        self._before = {name: bits.to(params[name].device) for name, bits in state_dict["before"].items()}
+        self.last_step = state_dict["last_step"]
 
     def _sums(self, name: str) -> dict[str, float]:
         """All that is needed of a weight, in one transfer from its device. NaN stands for what there is not."""

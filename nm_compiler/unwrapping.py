@@ -24,6 +24,14 @@ def unwrap(model: Any) -> Carrier:
     """The carrier inside DDP, an averaged model or ``torch.compile``. Raises NMError if there is none, or if its
     integer state was averaged.
     """
+    carrier = carrier_in(model)
+    if carrier is None:
+        raise NMError(_no_carrier(model))
+    return carrier
+
+
+def carrier_in(model: Any) -> Carrier | None:
+    """`unwrap`, or None where there is none."""
     inner, averaged = model, False
     while not isinstance(inner, SparseModule) and carrier_of(inner) is None:
         averaged = averaged or bool(getattr(inner, "use_buffers", False))
@@ -32,11 +40,20 @@ def unwrap(model: Any) -> Carrier:
         elif isinstance(inner, nn.Module) and "_orig_mod" in inner._modules:
             inner = inner._orig_mod
         else:
-            raise NMError(_no_carrier(model))
+            return None
     carrier: Carrier = inner if isinstance(inner, SparseModule) else carrier_of(inner)
     if averaged and not carrier.frozen:
         _check_not_averaged(carrier)
     return carrier
+
+
+def compiled_parts(model: nn.Module) -> dict[str, Carrier]:
+    """The carriers of the outermost compiled submodules, by name."""
+    found: dict[str, Carrier] = {}
+    for name, module in model.named_modules():
+        if is_compiled(module) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = unwrap(module)
+    return found
 
 
 def _check_not_averaged(module: Carrier) -> None:
@@ -51,7 +68,7 @@ def _check_not_averaged(module: Carrier) -> None:
 
 def _no_carrier(model: Any) -> str:
     kind = type(model).__name__
-    inside = [n for n, m in model.named_modules() if is_compiled(m)] if isinstance(model, nn.Module) else []
+    inside = list(compiled_parts(model)) if isinstance(model, nn.Module) else []
     if inside:
         return f"{kind} is not a compiled model itself, but its submodule {inside[0]!r} is: pass that one"
     return f"{kind} is not a compiled model: call nm.compile(model, example_inputs) first"

@@ -152,7 +152,8 @@ def _tensors(target: nn.Module | Mapping[str, Any] | str | Path) -> dict[str, Te
                 prefix = f"{path}." if path else ""
                 found = {name: value for name, value in found.items() if not name.startswith(prefix)}
                 found |= {prefix + name: value for name, value in masked().items()}
-        return found
+        order = {name: at for at, (name, _) in enumerate(target.named_parameters(remove_duplicate=False))}
+        return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
     values: Any = _load(Path(target)) if isinstance(target, (str, Path)) else target
     if isinstance(values, Mapping) and not any(isinstance(value, Tensor) for value in values.values()):
         nested = [value for value in values.values() if isinstance(value, Mapping)]

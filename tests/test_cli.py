@@ -28,6 +28,24 @@ def test_verify_exits_with_1_if_no_weight_does(tmp_path: Path, capsys: pytest.Ca
     assert "0 of 1 weights are 1:4." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("order", [("a*=1:4", "2:4"), ("2:4", "a*=1:4")], ids=str)
+def test_verify_takes_patterns_by_glob_and_one_for_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], order: tuple[str, str]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.eye(4), "b": SPARSE}, path)
+    words = ["verify", str(path), "--pattern", order[0], "--pattern", order[1], "--weights", "a", "b"]
+    assert cli.main(words) == 0
+    assert "2 of 2 weights are a* 1:4, * 2:4." in capsys.readouterr().out
+    save_file({"a": SPARSE, "b": SPARSE.clone()}, path)
+    assert cli.main(words) == 1
+    capsys.readouterr()
+    assert cli.main([*words, "--pattern", "c=2:4"]) == 2
+    assert "--pattern c=2:4 matches no weight" in capsys.readouterr().err
+    assert cli.main([*words, "--pattern", "1:4"]) == 2
+    assert "--pattern 1:4: another --pattern gives all weights 2:4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("module", ["nm_compiler", "nm_compiler.cli"])
 def test_as_a_module_it_exits_with_the_same_status(tmp_path: Path, module: str) -> None:
     save_file({"a": SPARSE}, tmp_path / "model.safetensors")
@@ -120,6 +138,8 @@ def test_report_lowers_a_model_and_prints_a_line_a_weight(factory: str, capsys: 
         said,
     ), said
     assert "<table>" in Path("page.html").read_text()
+    assert cli.main(["report", f"{factory}:load", "--inputs", "4x16", "--pattern", "2.*=2:4", "--pattern", "1:8"]) == 0
+    assert re.search(r"2\.weight +linear +64x64 +2:4 ", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -254,3 +254,49 @@ def test_a_plain_or_frozen_module_is_reported_by_what_its_zeros_show() -> None:
         status = {row.name: row.status for row in nm.report(target, pattern="1:4").rows}
         assert status == {"stem.weight": "dense", "conv1.weight": "sparse", "conv2.weight": "sparse", "head.weight": "dense"}
     assert {row.status for row in nm.report(MLP()).rows} == {"dense"}
+
+
+def test_a_frozen_model_of_mixed_patterns_is_reported_with_each_weights_own() -> None:
+    mixed = {"grouped*": "1:4", "*": "2:8"}
+    sparse, _ = trained(Grouped, nm.SRSTE(), mixed)
+    wanted = {site.name: str(site.pattern) for site in sparse.plan.sites}
+    assert set(wanted.values()) == {"1:4", "2:8"}
+    frozen = nm.freeze(sparse)
+    for found in (nm.report(frozen, mixed), nm.report(sparse)):
+        assert {row.name: row.pattern for row in found.rows if row.status == "sparse"}.items() >= wanted.items()
+    some = {row.name: row for row in nm.report(frozen, {"grouped*": "1:4"}).rows}
+    assert {row.name for row in some.values() if "no rule of pattern=grouped* 1:4 matches it" in row.reason} == {
+        name for name in some if not name.startswith("grouped")
+    }
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+def test_the_report_of_a_module_around_a_compiled_one_has_its_masks_and_reasons(live: bool) -> None:
+    model = MLP()
+    inner = (
+        nm.compile(model, method=nm.SRSTE(), then="eager") if live else nm.compile(model, example(model), method=nm.SRSTE())
+    )
+    inner(example(model))
+    around = nn.Sequential(nn.Linear(4, 4), inner, nn.Linear(4, 4))
+    found, own = nm.report(around), nm.report(inner)
+    assert "'1' is a MLP with SRSTE" in found.title
+    assert [row.name for row in found.rows] == ["0.weight", *(f"1.{row.name}" for row in own.rows), "2.weight"]
+    rows = {row.name: row for row in found.rows}
+    assert all(rows[f"1.{row.name}"].reason == row.reason for row in own.rows)
+    assert rows["1.fc2.weight"].retained < 1
+    assert rows["0.weight"].reason == "not 2:4 along any axis"
+
+
+@pytest.mark.parametrize("method", [nm.LBC(), nm.Gradual()], ids=str)
+def test_the_report_says_of_masks_that_are_still_open_how_full_they_are(method: Any) -> None:
+    model = MLP()
+    sparse = nm.compile(model, example(model), method=method)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=20)
+    reasons = []
+    for _ in range(20):
+        scheduler.step()
+        reasons.append(next(row.reason for row in nm.report(sparse).rows if row.name == "fc2.weight"))
+    opened = ["; not 2:4 yet: its mask keeps up to " in reason for reason in reasons]
+    assert opened == sorted(opened, reverse=True), "once it is 2:4 it stays so"
+    assert opened[0]
+    assert not opened[-1]

@@ -167,6 +167,42 @@ def test_an_importance_moves_with_the_channels_that_compile_permutes(permute: st
     assert torch.equal(sparse.masked("2.weight")[0] != 0, magnitude_mask(importance, 2, 4, 1))
 
 
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+@pytest.mark.parametrize("rule", [nm.Wanda, nm.RIA])
+def test_statistics_of_before_a_permutation_are_refused_after_it(rule: Any, live: bool) -> None:
+    def compiled() -> Any:
+        method = nm.Magnitude(importance=rule(stats))
+        return nm.compile(model, method=method, then="eager") if live else nm.compile(model, (x,), method=method)
+
+    torch.manual_seed(0)
+    model, x = ConvNet(), torch.randn(4, 3, 8, 8)
+    stats = nm.calibrate(model, [x])
+    before, permutation = dict(model.state_dict()), nm.permute(model, (x,), order="random")
+    with pytest.raises(nm.NMError, match=r"conv\d.weight of shape .* in another order.*: calibrate again"):
+        compiled()
+    assert list(model.state_dict()) == list(before)
+    permutation.undo(model)
+    compiled()
+
+
+@pytest.mark.parametrize("change", ["trained on", "rounded", "cast", "reinitialised", "scaled"])
+def test_weights_that_were_changed_but_not_moved_take_statistics_of_before(change: str) -> None:
+    torch.manual_seed(0)
+    model, x = Layers(), torch.randn(6, 8)
+    stats = nm.calibrate(model, [x])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if change == "trained on":
+                parameter.add_(torch.randn_like(parameter), alpha=1e-4)
+            elif change == "reinitialised":
+                parameter.normal_()
+            elif change == "scaled":
+                parameter.mul_(2)
+    model = model.bfloat16() if change == "rounded" else model.double() if change == "cast" else model
+    x = x.to(model.linear.weight.dtype)
+    assert nm.compile(model, (x,), method=nm.Magnitude(importance=nm.Wanda(stats))).plan.sites
+
+
 def test_transposable_masks_take_an_importance_too() -> None:
     model, x = Layers(), torch.randn(6, 8)
     importance = {"twice.weight": torch.rand(12, 12)}

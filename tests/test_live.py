@@ -3,6 +3,7 @@
 
 import copy
 import io
+import logging
 import sys
 import threading
 from typing import Any
@@ -15,6 +16,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import nm_compiler as nm
+from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.unwrapping import unwrap
 
 METHODS = [nm.LBC(), nm.BiMask(interval=2, moves=40), nm.Magnitude(), nm.SSTE()]  # SSTE brings an op of its own
@@ -399,3 +401,67 @@ def test_calls_from_several_threads_take_turns_and_none_runs_dense() -> None:
     carrier = unwrap(model)
     carrier.active, carrier.thread = True, -1  # as if another thread were inside now
     torch.testing.assert_close(model(x), expected)
+
+
+class Asking(MLP):
+    """Breaks the graph with an item; ``wrong`` gives it an op that fails."""
+
+    wrong = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.fc1(x))
+        if self.wrong:
+            x = torch.cat((x, x.new_ones(3, 3)))
+        return self.fc3(torch.relu(self.fc2(x) if x.sum().item() > 0 else x))
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["as it is", "TORCH_LOGS=dynamo"])
+def test_what_torch_says_of_breaks_and_failing_ops_stays_away_unless_it_is_asked_for(
+    asked: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch._dynamo.variables.tensor.TensorVariable._warn_capture_scalar_outputs.cache_clear()
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo.variables.tensor", "torch._subclasses.fake_tensor")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.addHandler(caplog.handler)
+            logger.setLevel(logging.INFO if asked else logging.WARNING)
+        model = nm.compile(Asking(), then="eager")
+        model(positive())
+        model.wrong = True
+        with pytest.raises(nm.NMError, match="Asking fails on inputs"):
+            model(positive())
+        live = [record.getMessage()[:16] for record in caplog.records if record.name in [logger.name for logger in loggers]]
+        assert {"Graph break from", "failed while att"} <= set(live) if asked else not live
+        caplog.clear()
+        torch.compile(Asking(), backend="eager")(positive())
+        assert bool(caplog.records) != asked, "torch says it once a process: a live model does not use that up in silence"
+        assert not any(logger.filters for logger in loggers)
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.removeHandler(caplog.handler)
+            logger.setLevel(level)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["first call", "later"])
+def test_functional_call_with_plain_tensors_is_an_error_that_says_so_and_its_ways_out_are_sparse(called: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nm.compile(MLP().double(), method=nm.SRSTE(), then="eager"), positive().double()
+    expected = model(x).detach() if called else None
+    twice = {name: 2 * p.detach() for name, p in model.named_parameters()}
+    with pytest.raises(nm.NMError, match=r"fc\d.weight of this MLP is a plain tensor in this call.*functional_call") as error:
+        functional_call(model, twice, (x,))
+    assert "_dynamo" not in str(error.value)
+    if called:
+        torch.testing.assert_close(model(x), expected)
+    given = {name: nn.Parameter(value) for name, value in twice.items()}
+    found = functional_call(model, given, (x,))
+    masked = {**twice, "fc2.weight": twice["fc2.weight"] * magnitude_mask(twice["fc2.weight"], 2, 4, 1)}
+    torch.testing.assert_close(found, functional_call(MLP().double(), masked, (x,)))
+    found.sum().backward()
+    assert given["fc2.weight"].grad is not None
+    captured = nm.compile(MLP().double(), (x,), method=nm.SRSTE())
+    leaf = torch.ones((), dtype=torch.float64, requires_grad=True)
+    result = functional_call(captured, {name: value * leaf for name, value in twice.items()}, (x,))
+    torch.testing.assert_close(result, found)
+    assert torch.autograd.grad(result.sum(), leaf)[0] != 0

@@ -268,7 +268,7 @@ def test_the_report_has_a_row_for_every_weight_with_a_reason_and_what_would_help
     assert "<table>" in report.to_html()
 
 
-def test_a_weight_of_several_products_has_a_row_for_each_and_is_counted_once() -> None:
+def test_a_weight_of_several_products_has_a_row_for_each_is_counted_once_and_the_report_says_so() -> None:
     class Looped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -288,6 +288,10 @@ def test_a_weight_of_several_products_has_a_row_for_each_and_is_counted_once() -
     ]  # fmt: skip
     assert report.totals["weights"] == 3
     assert report.totals["parameters"] == 8 * 16 + 16 * 16 + 16 * 4
+    said = "[1], [2], .. are of the same tensor, read by several products: layer.weight by 3."
+    assert said in str(report)
+    assert said in report.to_html()
+    assert "same tensor" not in str(nm.report(nm.lower(frozen(ConvNet)[0], example(ConvNet()), backend="dense")))
 
 
 def test_slices_and_other_shapes_of_a_weight_are_one_tensor_in_the_totals() -> None:

@@ -128,12 +128,41 @@ def test_a_method_that_is_no_dataclass_is_refused_before_it_fails_to_print_in_a_
         nm.compile(MLP(), example(MLP()), method=Bare())
 
 
-def test_a_method_that_takes_a_dense_weight_for_settled_is_told_so_at_freeze() -> None:
+def test_a_method_that_takes_a_dense_weight_for_settled_is_told_so_in_the_report_and_at_freeze() -> None:
     @weight_op("own::dense_weight", gradient=lambda g, *rest: g)
     def dense_weight(weight: Tensor, scores: Tensor, n: int, m: int, in_axis: int) -> Tensor:
         return weight
 
     model = MLP()
     sparse = nm.compile(model, example(model), method=Scored(op=dense_weight))
+    row = next(row for row in nm.report(sparse).rows if row.name == "fc2.weight")
+    assert row.nonzero == 1.0
+    assert row.reason == "2:4 along the input axis; not 2:4 yet: its mask keeps up to 4 of 4"
     with pytest.raises(nm.NMError, match=r"keeps 4 of 4 in a group, not 2:4, although Scored.is_settled\(\) says so"):
         nm.freeze(sparse)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+@pytest.mark.parametrize(
+    ("gradient", "what"),
+    [
+        (lambda g, *rest: None, r"None for its weight of shape \[16, 16\]"),
+        (lambda g, *rest: (g, None), r"None for its argument 1 behind it, which learns, of shape \[16, 16\]"),
+        (lambda g, *rest: g, r"None for its argument 1 behind it, which learns, of shape \[16, 16\]"),
+    ],
+    ids=["nothing", "none for the scores", "the weight's alone"],
+)
+def test_a_gradient_that_leaves_out_what_learns_is_named_in_the_first_backward_pass(
+    gradient: Any, what: str, live: bool
+) -> None:
+    @weight_op("own::forgetful_weight", gradient=gradient)
+    def forgetful_weight(weight: Tensor, scores: Tensor, n: int, m: int, in_axis: int) -> Tensor:
+        return torch.where(magnitude_mask(scores, n, m, in_axis), weight, 0)
+
+    sparse, model = compiled(Scored(op=forgetful_weight), live)
+    out = sparse(example(model).double()).sum()
+    with pytest.raises(nm.NMError, match=r"the gradient of own::forgetful_weight gives " + what):
+        out.backward()
+    model.fc2.weight.requires_grad_(False)
+    model.fc2.weight_scores.requires_grad_(False)
+    sparse(example(model).double()).sum().backward()

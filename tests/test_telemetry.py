@@ -2,11 +2,12 @@
 """Telemetry: every number against its definition."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import ConvNet, Grouped
+from models import ConvNet, Grouped, example
 from precompiled import precompiled
 
 import nm_compiler as nm
@@ -87,3 +88,46 @@ def test_numbers_are_what_their_definitions_say(method: Any, kind: Any) -> None:
 def test_an_interval_that_is_no_positive_number_is_refused(every: Any) -> None:
     with pytest.raises(nm.NMError, match="Telemetry"):
         nm.Telemetry(compiled(nm.SRSTE())[0], every=every)
+
+
+def test_telemetry_in_a_checkpoint_goes_on_with_its_steps_and_flips(tmp_path: Path) -> None:
+    def run(parts: dict[str, Any], count: int) -> list[Any]:
+        rows = []
+        for _ in range(count):
+            parts["optimizer"].zero_grad()
+            parts["model"](example(ConvNet(), batch=4)).square().sum().backward()
+            parts["optimizer"].step()
+            rows.append(parts["telemetry"].step())
+        return rows
+
+    def parts() -> dict[str, Any]:
+        sparse, _ = compiled(nm.SRSTE())
+        sparse.eval()
+        return {
+            "model": sparse,
+            "optimizer": torch.optim.SGD(sparse.parameters(), lr=0.3),
+            "telemetry": nm.Telemetry(sparse, every=3),
+        }
+
+    straight, first, second = parts(), parts(), parts()
+    expected = run(straight, 9)
+    assert expected[5]["total"]["flipped"] > 0
+    got = run(first, 4)
+    nm.save_checkpoint(tmp_path / "run.pt", **first)
+    run(second, 2)
+    nm.load_checkpoint(tmp_path / "run.pt", **second)
+    assert got + run(second, 5) == expected
+
+
+def test_telemetry_of_another_model_is_refused_and_changes_nothing() -> None:
+    telemetry = nm.Telemetry(compiled(nm.SRSTE())[0], every=1)
+    telemetry.step()
+    before = telemetry.state_dict()
+    other = nm.Telemetry(compiled(nm.SRSTE(), Grouped)[0], every=1)
+    other.step()
+    smaller = {"last_step": 5, "before": {"conv1.weight": torch.zeros(1, dtype=torch.uint8)}}
+    cases: Any = (({}, "before, last_step missing"), (other.state_dict(), "grouped.weight is not sparse in this one"))
+    for state, message in (*cases, (smaller, r"conv1.weight has shape \[.*\] in this one")):
+        with pytest.raises(nm.NMError, match=message):
+            telemetry.load_state_dict(state)
+        assert telemetry.state_dict() == before

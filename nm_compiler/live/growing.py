@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 
 from nm_compiler.attaching import recipe_tag
 from nm_compiler.errors import NMError, Refusal, refuse_all
+from nm_compiler.links import owner_at
 from nm_compiler.live.candidates import candidates
 from nm_compiler.methods.base import Method, state_of
 from nm_compiler.outline import opened_up
@@ -82,6 +83,7 @@ class GrowingPlan:
         In a part a weight counts as stem or head only if it is the model's first or last as well; as stem also in later calls,
         which may go on from what an earlier one computed, as a decoder does from an encoder.
         """
+        check_parameters(self.model, self.shapes)
         graph = opened_up(self.model, program)
         plan = find(self.model, [graph], self.patterns, include=self.include, exclude=self.exclude, may_be_empty=True)
         doubtful = [*(("stem:",) if self.sites or not whole else ()), *(() if whole else ("head:",))]
@@ -187,6 +189,20 @@ class GrowingPlan:
         self._drop(names)
         self.refused.update({name: why(name) for name in names})
         self.version += 1
+
+
+def check_parameters(model: nn.Module, names: Collection[str]) -> None:
+    """Raise NMError, before anything is decided, for a parameter that is lent as another tensor."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        held = owner_at(model, path)._parameters.get(leaf)
+        if held is not None and not isinstance(held, nn.Parameter):
+            raise NMError(
+                f"{name} of this {type(model).__name__} is a plain tensor in this call, as torch.func.functional_call(model, "
+                "tensors, x) puts one in the place of an nn.Parameter, and a live model knows its weights as parameters. "
+                "Pass {name: nn.Parameter(tensor)}, or, to differentiate with respect to tensors that were computed, "
+                "nm.compile(model, (x,)), whose graph takes them"
+            )
 
 
 def not_yet(name: str) -> Refusal:

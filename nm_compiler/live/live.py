@@ -21,6 +21,7 @@ from nm_compiler.dynamo import Fragments, Variant, entry_of, program_text, store
 from nm_compiler.errors import NMError
 from nm_compiler.fragments import bind_inputs, lower
 from nm_compiler.graph import reads, run
+from nm_compiler.live.growing import check_parameters
 from nm_compiler.live.lifting import Lifted, form_of, lift
 from nm_compiler.ops.weights import stands_for_weight
 from nm_compiler.recipe import pipeline
@@ -131,6 +132,7 @@ class Live(Fragments):
 
     def _check(self, name: str, bodies: Sequence[GraphModule]) -> None:
         """A later path has to use a planned weight as the first one did."""
+        check_parameters(self.model, [name])
         site, shape = self.prepared.sites[name], tuple(self.model.get_parameter(name).shape)
         if shape != site.shape:
             raise NMError(
