@@ -38,6 +38,7 @@ from nm_compiler.runtime.products import check_zeros, unread
 from nm_compiler.scaled import keep
 from nm_compiler.sites import Plan, Site, check_globs, find
 from nm_compiler.solvers.check import worst_group
+from nm_compiler.sparser import sparser_note
 from nm_compiler.unwrapping import is_compiled
 from nm_compiler.wording import dtype_name
 
@@ -89,6 +90,7 @@ def lower(
         gm, signature = capture_mode(twin, given[0], given[1], dynamic_shapes, training=False)
     gm = run(gm, [without_switches])
     plan, sites, dense = _planned(twin, gm, patterns, globs(exclude))
+    notes = (*chosen.notes, *(sparser_note(twin, sites.values()) if chosen.any_pattern else ()))
     gm = _rewritten(gm, sites, model, own=twin is not model)
     if not chosen.later:
         keep(gm)
@@ -96,7 +98,7 @@ def lower(
     lost = unread(gm, sites)
     lowered = Lowered(
         chosen.lower(job), title=type(model).__name__, backend=chosen.name, signature=signature, plan=plan, sites=sites,
-        dense=dense, unread=lost, dtype=dtype, notes=chosen.notes,
+        dense=dense, unread=lost, dtype=dtype, notes=notes,
     )  # fmt: skip
     give_back()
     if check:

@@ -565,6 +565,25 @@ def test_whole_graphs_are_timed_in_every_way() -> None:
 
 
 @needs_kernels
+@needs_kernels
+def test_weights_sparser_than_they_are_packed_for_are_named_with_their_pattern() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), torch.randn(4, 32)
+    patterns = {"0.weight": "2:8", "2.weight": "1:4", "4.weight": "2:4"}
+    with torch.no_grad():
+        for name, pattern in patterns.items():
+            model.get_parameter(name).copy_(masked(model.get_parameter(name), pattern=pattern))
+
+    def lines(pattern: Any) -> str:
+        return str(nm.report(nm.lower(model, x, backend="cpu", pattern=pattern, force=["*"])))
+
+    assert "Sparser than pattern= says: 2.weight is 1:4. Packed" in lines({**patterns, "2.weight": "2:4"})
+    assert "Sparser than" not in lines(patterns)
+    with torch.no_grad():
+        model[4].weight.zero_()
+        model[0].weight.copy_(model[2].weight)
+    assert "Sparser than pattern= says: 0.weight, 2.weight are 1:4. Packed" in lines("2:4")
+
+
 def test_options_that_there_are_not_are_refused() -> None:
     model, x = choices()
     with pytest.raises(nm.NMError, match="'values': 'int4'.*choose one of float32, bfloat16, int8"):

@@ -100,12 +100,14 @@ class Backend(ABC):
     later: whether a graph may come with folded weights that are computed when they are read (`nm_compiler.scaled`), and the
     result may hold such weights too: they are computed for good when it has been checked.
     for_files: the result is a file, and the module that comes back may never be called: such weights wait until it is.
+    any_pattern: whether it has kernels for patterns sparser than 2:4.
     """
 
     name: str = ""
     notes: tuple[str, ...] = ()
     later: bool = False
     for_files: bool = False
+    any_pattern: bool = False
 
     @abstractmethod
     def missing(self, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -49,6 +49,7 @@ class Cpu(Backend):
 
     name = "cpu"
     later = True
+    any_pattern = True
 
     def missing(self, dtype: torch.dtype, device: torch.device) -> str | None:
         if device.type != "cpu":
