@@ -10,6 +10,7 @@ Convolutions hold N:M weights along axis 1, linears become MatMul with a ``[K, N
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from torch import SymInt, Tensor
 from torch.export import ExportedProgram
 
 from nm_compiler.errors import NMError, Refusal
-from nm_compiler.memory import give_back, own_cycles_freed
+from nm_compiler.memory import give_back
 from nm_compiler.runtime.onnx_files.dtypes import match_dtypes
 from nm_compiler.runtime.onnx_files.folding import fold_moves
 from nm_compiler.runtime.onnx_files.found import SparseConstant, planned_constants
@@ -109,15 +110,13 @@ def write(
     require("onnx", "onnxscript", "onnxruntime", why="an ONNX file")
     _check_zeros(program, sites)
     with Staged(Path(path)) as staged:
-        with own_cycles_freed():  # the exporter leaves behind what may hold the weights once more
-            model, origins = _exported(program, precision(program, inputs))
-            _name_after_parameters(model, sites, origins)
-            size = sum(
-                value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
-            )
-            staged.save(model, size, one_file)
-            opset = model.opset_imports[""]
-            del model  # it may hold the weights once more, turned
+        model, origins = _exported(program, precision(program, inputs))
+        _name_after_parameters(model, sites, origins)
+        size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+        staged.save(model, size, one_file)
+        opset = model.opset_imports[""]
+        del model  # it may hold the weights once more, turned
+        gc.collect()  # so may what the exporter left behind, in cycles
         give_back()
         _check_valid(staged.outline)
         weights, refusals = planned_constants(staged.outline, program, sites, origins)
