@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,14 +19,41 @@ from nm_compiler.scaled import value_if_scaled
 from nm_compiler.sharding import whole
 
 
-def value_of(gm: GraphModule, node: Any) -> Any:
+def value_of(gm: GraphModule, node: Node) -> Any:
     """Compute ``node`` without gradients. An input of the graph among its ancestors is a broken invariant."""
+    order, values = _and_ancestors(node), dict[Node, Any]()
+    left = Counter(each for one in order for each in one.all_input_nodes)
+    for one in order:
+        values[one] = _value(gm, one, values)
+        for each in one.all_input_nodes:
+            left[each] -= 1
+            if not left[each]:
+                del values[each]
+    return values[node]
+
+
+def _value(gm: GraphModule, node: Node, values: Mapping[Node, Any]) -> Any:
     if node.op == "get_attr":
         value = getattr_path(gm, node.target)
         return value_if_scaled(whole(value)) if isinstance(value, Tensor) else value
-    assert node.op == "call_function", f"%{node.name} depends on the input %{node}"
+    assert node.op == "call_function", f"a weight depends on the input %{node}"
+    function: Any = node.target
     with torch.no_grad():
-        return node.target(*map_arg(node.args, lambda n: value_of(gm, n)), **map_arg(node.kwargs, lambda n: value_of(gm, n)))
+        return function(*map_arg(node.args, values.__getitem__), **map_arg(node.kwargs, values.__getitem__))
+
+
+def _and_ancestors(node: Node) -> list[Node]:
+    """What a node is computed from, each once and behind its own inputs, and the node itself. Graphs may be deep."""
+    order, seen, stack = list[Node](), set[Node](), [(node, False)]
+    while stack:
+        one, inputs_are_there = stack.pop()
+        if inputs_are_there:
+            order.append(one)
+        elif one not in seen:
+            seen.add(one)
+            stack.append((one, True))
+            stack += [(each, False) for each in reversed(one.all_input_nodes)]
+    return order
 
 
 def effective_weights(gm: GraphModule, name: str) -> tuple[Tensor | None, Tensor | None]:
@@ -42,4 +71,12 @@ def effective_weights(gm: GraphModule, name: str) -> tuple[Tensor | None, Tensor
 
 def is_constant(node: Node) -> bool:
     """Whether a node depends on parameters, buffers and constants alone."""
-    return node.op == "get_attr" or (node.op == "call_function" and all(map(is_constant, node.all_input_nodes)))
+    seen, stack = {node}, [node]
+    while stack:
+        one = stack.pop()
+        if one.op not in ("get_attr", "call_function"):
+            return False
+        fresh = [each for each in one.all_input_nodes if each not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return True
