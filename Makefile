@@ -27,7 +27,7 @@ TEST_ENV := OMP_NUM_THREADS=$(if $(filter 0,$(WORKERS)),,1) PYTHONDONTWRITEBYTEC
 
 help:
 	@echo "make demo    train one network five ways on real digits, write nm_compiler_demo.html (DEMO_ARGS=--quick: a look)"
-	@echo "make test    run the tests      (PYTEST_ARGS='-k bimask --slow', WORKERS=0 for one process)"
+	@echo "make test    run the tests      (PYTEST_ARGS=--ci: all that CI runs, PYTEST_ARGS='-k bimask --slow', WORKERS=0: one process)"
 	@echo "make lint    ruff check, ruff format --check"
 	@echo "make types   mypy --strict"
 	@echo "make bench   run the benchmarks (BENCH_ARGS=--quick: to see that they run)"

@@ -25,7 +25,7 @@ from nm_compiler.module import SparseModule
 from nm_compiler.passes.freeze_masks import masked_values
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.permuting import Order, reorder
-from nm_compiler.preparing import check_model, globs, prepared
+from nm_compiler.preparing import captured, check_model, globs
 from nm_compiler.recipe import freezing, pipeline
 from nm_compiler.rewrite import masked_nodes
 from nm_compiler.routes import check_outside
@@ -119,7 +119,7 @@ def compile(
         permute = "search"
     if permute is None and (budget_s is not None or outputs is not None):
         raise NMError('budget_s= and outputs= are about the permutation: say permute="search" too')
-    routes = prepared(model, example_inputs, kwargs, dynamic_shapes, what="nm.compile")
+    routes = captured(model, example_inputs, kwargs, dynamic_shapes, what="nm.compile")
     check_outside(model, routes, patterns, globs(exclude))
     notes = check_hooks(model) if isinstance(routes[True], Exported) else ()
     plan = find(model, [route.whole for route in routes.values()], patterns, include=globs(include), exclude=globs(exclude))

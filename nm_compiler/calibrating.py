@@ -21,7 +21,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.exported import Exported
 from nm_compiler.graph import reads
 from nm_compiler.pattern import PatternMap, PatternSpec
-from nm_compiler.preparing import globs, prepared
+from nm_compiler.preparing import captured, globs
 from nm_compiler.sites import Site, find
 from nm_compiler.uses import Use, constants, uses
 
@@ -47,7 +47,7 @@ def calibrate(
     if first is None or most == 0:
         raise NMError("nm.calibrate(model, batches): there is no batch to run the model on")
     args, kwargs = first
-    route = prepared(model, args, kwargs, dynamic_shapes, what="nm.calibrate")[False]
+    route = captured(model, args, kwargs, dynamic_shapes, what="nm.calibrate")[False]
     if not isinstance(route, Exported):
         raise NMError(
             f"{type(model).__name__} is no single graph in evaluation mode, so inputs cannot be followed to its weights: "

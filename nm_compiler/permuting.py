@@ -23,7 +23,7 @@ from nm_compiler.importance import Importance
 from nm_compiler.passes.permute import permute as permute_pass
 from nm_compiler.passes.permute import permute_state
 from nm_compiler.pattern import PatternMap, PatternSpec
-from nm_compiler.preparing import Routes, globs, prepared
+from nm_compiler.preparing import Routes, captured, globs
 from nm_compiler.signature import Signature
 from nm_compiler.sites import Plan, find
 from nm_compiler.solvers.magnitude import magnitude_mask
@@ -114,7 +114,7 @@ def permute(
     Raises NMError, nothing changed, if the model cannot be captured or an order does not fit.
     Reference: Pool & Yu, NeurIPS 2021.
     """
-    routes = prepared(model, example_inputs, kwargs, dynamic_shapes, what="nm.permute")
+    routes = captured(model, example_inputs, kwargs, dynamic_shapes, what="nm.permute")
     whole = [route.whole for route in routes.values()]
     plan = find(
         model, whole, PatternMap.parse(pattern), include=globs(include), exclude=globs(exclude), may_be_empty=order != "search"
@@ -139,7 +139,7 @@ def show_axes(
     Returns a value to print, to iterate over and to ``draw("axes.svg")``. Nothing is changed; meta weights will do.
     Raises NMError if neither mode can be captured as one graph.
     """
-    return coupled(model, prepared(model, example_inputs, kwargs, dynamic_shapes, what="nm.show_axes"), outputs)
+    return coupled(model, captured(model, example_inputs, kwargs, dynamic_shapes, what="nm.show_axes"), outputs)
 
 
 def coupled(model: nn.Module, routes: Routes, outputs: Outputs = None) -> Axes:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Routes = Mapping[bool, "Exported | Fragments"]
 
 
-def prepared(
+def captured(
     model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any, *, what: str
 ) -> Routes:
     """Both modes of ``model``, captured. what: the function that was called, for messages. Raises NMError."""

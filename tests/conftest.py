@@ -1,4 +1,4 @@
-"""Fixtures: golden files, a fixed seed, and the --slow and --update-golden options."""
+"""Fixtures: golden files, a fixed seed; which tests run everywhere, in CI or by hand (--ci, --slow); --update-golden."""
 
 from __future__ import annotations
 
@@ -26,14 +26,36 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt; read the diff afterwards")
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--ci", action="store_true", help="run the tests marked ci as well, as CI does (NM_CI=1)")
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well, and those marked ci")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+    slow = config.getoption("--slow")
+    ci = slow or config.getoption("--ci") or bool(os.environ.get("NM_CI"))
+    for item in items:
+        if "slow" in item.keywords and not slow:
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        left = item.get_closest_marker("ci")
+        if left and not ci and not any(part in item.name for part in left.kwargs.get("here", ())):
+            item.add_marker(pytest.mark.skip(reason="takes seconds, left to CI: run with --ci"))
+    if not any("::" in argument for argument in config.args):
+        _check_here(items)
+
+
+def _check_here(items: list[pytest.Item]) -> None:
+    """Every part in a `here` names a case; else a renamed case would run in CI alone, and nobody would know."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for item in items:
+        left = item.get_closest_marker("ci")
+        if left and "here" in left.kwargs:
+            where = item.nodeid.partition("[")[0]
+            for part in left.kwargs["here"]:
+                cases.setdefault((where, part), []).append(item.name)
+    lost = [key for key, names in cases.items() if not any(key[1] in name for name in names)]
+    if lost:
+        named = "; ".join(f"{where} has no case {part!r}" for where, part in lost)
+        raise pytest.UsageError(f"marks ci(here=...) name cases that are not there: {named}")
 
 
 @pytest.hookimpl(wrapper=True)

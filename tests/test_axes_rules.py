@@ -53,6 +53,7 @@ def checked(names: Sequence[str], undo: int = 0) -> Law:
     )
 
 
+@pytest.mark.ci(here=["moe_gather", "[lstm", "attn_causal", "inplace_swap", "where_param"])
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: f"{names[0]}...{names[-1]}")
 @pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")
 def test_a_random_order_of_all_that_is_free_changes_nothing(names: list[str]) -> None:

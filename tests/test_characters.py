@@ -121,6 +121,7 @@ def test_every_method_starts_at_the_same_weights_and_another_seed_at_others() ->
     assert isinstance(network(TINY, 0), GPT)
 
 
+@pytest.mark.ci(here=["[lbc", "[bimask", "[dense"])
 @pytest.mark.parametrize("pattern", ["2:4", "1:16"])
 @pytest.mark.parametrize("method", ["dense", "magnitude", "srste", "lbc", "bimask"])
 def test_a_run_ends_exactly_n_m_and_tests_the_frozen_model(method: str, pattern: str, text: Text) -> None:
@@ -208,6 +209,7 @@ def short(**change: Any) -> Training:
     return Training(digits(256), epochs=7, **change)
 
 
+@pytest.mark.ci
 def test_a_search_keeps_more_than_random_orders_do_and_these_more_than_none() -> None:
     searched, drawn, none = (
         orders.measure(short(), variant, 5, "1:4", 0)
@@ -218,6 +220,7 @@ def test_a_search_keeps_more_than_random_orders_do_and_these_more_than_none() ->
     assert 0 < searched["accuracy"] <= 1
 
 
+@pytest.mark.ci
 def test_without_momentum_and_decay_the_released_retirement_is_for_good_too() -> None:
     plain = short(momentum=0.0, weight_decay=0.0, lr=0.02)
     found = [retirement.measure(plain, variant, "2:4", 1.0, 0) for variant in retirement.VARIANTS[1:]]
@@ -225,6 +228,7 @@ def test_without_momentum_and_decay_the_released_retirement_is_for_good_too() ->
     assert found[1]["revived"] == 0
 
 
+@pytest.mark.ci
 def test_what_retired_for_good_never_comes_back_and_what_was_released_does_once_scores_are_near_zero() -> None:
     found = {variant: retirement.measure(short(), variant, "2:4", 1e-3, 0) for variant in retirement.VARIANTS}
     assert [found[variant]["revived"] > 0 for variant in retirement.VARIANTS] == [False, False, True]

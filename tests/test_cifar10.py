@@ -146,6 +146,7 @@ def test_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found.test.shape == (1, 32, 32, 3)
 
 
+@pytest.mark.ci(here=["lbc", "[dense]", "[bimask]"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_every_method_ends_exactly_n_m_and_writes_its_json(method: str, tmp_path: Path, tiny: None) -> None:
     run = trainer(tmp_path, method)
@@ -161,6 +162,7 @@ def test_a_run_of_every_method_ends_exactly_n_m_and_writes_its_json(method: str,
     assert not run.checkpoint.exists()
 
 
+@pytest.mark.ci(here=["[lbc]"])
 @pytest.mark.parametrize("method", ["dense", pytest.param("magnitude", marks=pytest.mark.slow), "lbc", "bimask"])
 def test_a_run_that_was_stopped_ends_at_the_same_weights(
     method: str, tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
@@ -271,6 +273,7 @@ def test_runs_in_processes_of_their_own_end_in_the_time_given_and_one_that_fails
     assert lengths.pop() >= 1
 
 
+@pytest.mark.ci
 def test_runs_together_in_one_process_are_the_runs_alone(tmp_path: Path, tiny: None) -> None:
     cells = [Cell("resnet20", method, pattern, 0) for method, pattern in (("dense", ""), ("lbc", "2:4"), ("bimask", "2:4"))]
     images, recipe = saved(tmp_path), Recipe(**{**vars_of(SHORT), "epochs": 2})

@@ -472,6 +472,7 @@ def test_a_view_between_packed_products_becomes_a_reshape(calls: Any) -> None:
     assert count(gm, aten.view.default) == 1
 
 
+@pytest.mark.ci
 def test_a_graph_deeper_than_the_recursion_limit_is_looked_through(calls: Any) -> None:
     class Deep(nn.Module):
         def __init__(self) -> None:
@@ -669,6 +670,7 @@ def test_a_searched_algorithm_writes_rows_and_needs_no_copy(calls: Any, monkeypa
     assert {(call["alg_id"], call["transpose_result"]) for call in calls} == {(3, True)}
 
 
+@pytest.mark.ci
 def test_inductor_compiles_a_lowered_graph_whole(calls: Any) -> None:
     model = Blocks()
     gm, sites = frozen(model, torch.randn(2, 8, 16).half())

@@ -68,6 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_train_as_one_with_the_same_global_batch_uneven_last_batches_included(name: str, trained: Path) -> None:
     sparse, optimizer = parts(METHODS[name])

@@ -185,6 +185,7 @@ def outcome() -> Outcome:
     return found
 
 
+@pytest.mark.ci
 def test_every_contestant_ends_exactly_n_of_m_with_a_finite_accuracy(outcome: Outcome) -> None:
     rows = outcome.rows()
     assert [row.entry for row in rows] == [DENSE, *(Entry(method, Pattern(2, 4)) for method in METHODS)]
@@ -199,6 +200,7 @@ def test_every_contestant_ends_exactly_n_of_m_with_a_finite_accuracy(outcome: Ou
         assert row.step > 0
 
 
+@pytest.mark.ci
 def test_one_shot_magnitude_is_the_dense_run_until_half_way(outcome: Outcome) -> None:
     (dense,), (pruned,) = outcome.of(DENSE), outcome.of(Entry("magnitude", Pattern(2, 4)))
     assert pruned.begun == 4
@@ -206,6 +208,7 @@ def test_one_shot_magnitude_is_the_dense_run_until_half_way(outcome: Outcome) ->
     assert len(pruned.seconds) == len(dense.seconds) == 8
 
 
+@pytest.mark.ci
 def test_live_combinations_fall_from_all_to_one(outcome: Outcome) -> None:
     live = [value for _, value in outcome.of(Entry("lbc", Pattern(2, 4)))[0].live]
     assert live[0] == 6
@@ -213,6 +216,7 @@ def test_live_combinations_fall_from_all_to_one(outcome: Outcome) -> None:
     assert live == sorted(live, reverse=True)
 
 
+@pytest.mark.ci
 def test_the_searched_order_keeps_at_least_what_the_own_order_keeps_in_most_layers(outcome: Outcome) -> None:
     (found,) = outcome.of(Entry("bimask", Pattern(2, 4)))
     assert len(found.orders) == 8
@@ -220,6 +224,7 @@ def test_the_searched_order_keeps_at_least_what_the_own_order_keeps_in_most_laye
     assert all(0.5 < layer.chance <= 1 for layer in found.orders)
 
 
+@pytest.mark.ci
 def test_the_page_needs_nothing_else_and_shows_everything(outcome: Outcome) -> None:
     text = page.page(outcome)
     assert not re.findall(r"""(?:src|href|url\()\s*=?\s*["']?(?:https?:)?//""", text)

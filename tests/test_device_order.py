@@ -140,6 +140,7 @@ def test_searching_all_is_searching_one_after_the_other() -> None:
         assert search_all(search, [], moves=300) == []
 
 
+@pytest.mark.ci(here=["[0]"])
 @pytest.mark.parametrize("limit", [0, 1500, 10**9])
 def test_how_many_weights_are_searched_at_once_changes_no_order(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, orders = ConvNet(16), []
@@ -186,6 +187,7 @@ def test_exchanges_find_the_best_order_of_a_tiny_matrix() -> None:
     assert kept(importance, found, 1, 2) == pytest.approx(best)
 
 
+@pytest.mark.ci(here=["2-4-normal"])
 @pytest.mark.parametrize("heavy", [False, True], ids=["normal", "heavy"])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 16)])
 def test_exchanges_reach_what_assignments_reach_with_the_same_moves(n: int, m: int, heavy: bool) -> None:

@@ -95,6 +95,7 @@ def test_a_frozen_grouped_matmul_is_torchs_own_again() -> None:
     assert {"up": (2,), "down": (1,)}.items() <= {k: v[-1:] for k, v in nm.verify(frozen).satisfied.items()}.items()
 
 
+@pytest.mark.ci(here=["Mixtral"])
 @pytest.mark.required
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_weight_of_a_language_model_is_planned_or_refused_for_a_good_reason(name: str) -> None:
@@ -145,6 +146,7 @@ class Encoder(nn.Module):
         return self.head(self.attention(x, other, other)[0])
 
 
+@pytest.mark.ci(here=["self"])
 @pytest.mark.parametrize(
     ("memory", "options", "blocks"),
     [(0, {}, {"in_proj_weight": 1}), (16, {}, {"in_proj_weight": 3}), (8, {"kdim": 8, "vdim": 8}, {})],

@@ -101,6 +101,7 @@ def test_a_weight_first_seen_in_a_later_branch_is_told_in_the_log_and_in_the_rep
     assert "did not take" in {row.name: row.reason for row in nm.report(sparse).rows}["down.weight"]
 
 
+@pytest.mark.ci(here=["LBC(scores='position'"])
 @pytest.mark.parametrize("method", [nm.SRSTE(decay=0.0), nm.LBC(), nm.LBC(scores="combination")], ids=str)
 def test_a_training_step_is_that_of_the_masked_eager_model_in_float64(method: Any) -> None:
     model = Branching().double()
@@ -128,6 +129,7 @@ def test_a_training_step_is_that_of_the_masked_eager_model_in_float64(method: An
     torch.testing.assert_close(model.norm.running_mean, twin.norm.running_mean, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.ci(here=["LBC(scores='position'"])
 @each_method
 def test_training_freezing_and_the_frozen_model_fit_together(method: Any) -> None:
     sparse, model = branching(method)
@@ -142,6 +144,7 @@ def test_training_freezing_and_the_frozen_model_fit_together(method: Any) -> Non
     assert planned <= {name for name, axes in nm.verify(frozen).satisfied.items() if 1 in axes}
 
 
+@pytest.mark.ci(here=["LBC(scores='position'"])
 @each_method
 def test_copies_and_saved_files_go_on_alone_with_the_same_function(method: Any) -> None:
     sparse, _ = branching(method)
@@ -162,6 +165,7 @@ def test_copies_and_saved_files_go_on_alone_with_the_same_function(method: Any) 
         nm.freeze(twin, finish=True)
 
 
+@pytest.mark.ci
 def test_state_dicts_casts_and_assigned_parameters_take_effect_at_the_next_forward() -> None:
     sparse, _ = branching()
     other, _ = branching()
@@ -253,6 +257,7 @@ class LoopOfExperts(nn.Module):
         return self.head(y)
 
 
+@pytest.mark.ci
 def test_a_loop_that_asks_the_data_is_an_error_that_points_to_a_model_without_inputs_which_takes_it() -> None:
     torch.manual_seed(0)
     model, x = LoopOfExperts(), torch.randn(40, 8)
@@ -312,6 +317,7 @@ class Routed(nn.Module):
         return out.index_add(0, rows, expert(y[rows]))
 
 
+@pytest.mark.ci
 def test_a_loop_that_branches_on_data_is_an_error_that_names_the_way_out_and_it_works() -> None:
     torch.manual_seed(0)
     x = torch.randn(32, 8)
@@ -332,12 +338,14 @@ def test_a_planned_weight_that_later_code_reads_outside_fragments_is_an_error_to
         sparse(positive())
 
 
+@pytest.mark.ci
 def test_with_dynamo_switched_off_nothing_runs_dense_in_silence() -> None:
     sparse, _ = branching()
     with torch.compiler.set_stance("force_eager"), pytest.raises(nm.NMError, match="weight is read by code that TorchDynamo"):
         sparse(positive())
 
 
+@pytest.mark.ci
 def test_past_the_recompile_limit_there_is_an_error_and_not_dense_code(monkeypatch: Any) -> None:
     class Named(Branching):
         def forward(self, x: Tensor, name: str = "a") -> Tensor:
@@ -353,6 +361,7 @@ def test_past_the_recompile_limit_there_is_an_error_and_not_dense_code(monkeypat
     assert (config.fail_on_recompile_limit_hit, config.suppress_errors, config.optimize_ddp) == before
 
 
+@pytest.mark.ci
 def test_a_function_whose_first_call_computes_nothing_is_not_left_to_python() -> None:
     class Skipping(Branching):
         def forward(self, x: Tensor, keep: bool = True) -> Tensor:
@@ -373,6 +382,7 @@ def test_a_function_whose_first_call_computes_nothing_is_not_left_to_python() ->
         torch.testing.assert_close(twin(x, keep), masked_call(sparse, x, keep))
 
 
+@pytest.mark.ci
 def test_many_models_of_one_class_do_not_share_a_recompile_limit(monkeypatch: Any) -> None:
     monkeypatch.setattr("nm_compiler.dynamo._LIMIT", 4)
     x = positive()
@@ -382,6 +392,7 @@ def test_many_models_of_one_class_do_not_share_a_recompile_limit(monkeypatch: An
             torch.testing.assert_close(sparse.eval()(x), masked_call(sparse, x))
 
 
+@pytest.mark.ci(here=["LBC(scores='position'"])
 @pytest.mark.parametrize("method", [nm.LBC(), nm.BiMask(), nm.SRSTE()], ids=str)
 def test_weights_under_checkpointing_are_sparse_and_recomputed_with_the_same_dropout(method: Any) -> None:
     class Checkpointed(Branching):
@@ -513,6 +524,7 @@ def test_carriers_and_their_models_are_freed() -> None:
 QUICK = ("computed_weight", "cross_attention", "experts", "left_operand", "shared_weight")
 
 
+@pytest.mark.ci(here=["shared_weight", "branch_on_data", "experts"])
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in AWKWARD])
 def test_both_ways_find_the_same_weights_and_compute_the_same(name: str, monkeypatch: Any) -> None:
     model, args, kwargs = AWKWARD[name]()

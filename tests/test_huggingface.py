@@ -42,6 +42,7 @@ def loss_of(output: Any) -> Tensor:
     return sum((value.square().sum() for key, value in output.items() if key in ("logits", "pred_boxes")), torch.zeros(()))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("method", "make"),
     [
@@ -78,6 +79,7 @@ def test_a_model_that_branches_on_data_in_training_trains_every_planned_weight(m
     assert set(masks) <= {name for name, axes in nm.verify(frozen).satisfied.items() if 1 in axes}
 
 
+@pytest.mark.ci
 def test_a_cache_that_is_asked_for_comes_back() -> None:
     config = transformers.LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=32

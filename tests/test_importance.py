@@ -68,6 +68,7 @@ def test_convolutions_are_measured_tap_by_tap_with_stride_padding_and_groups(
     torch.testing.assert_close(stats["0.weight"].expand_as(conv.weight), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.ci(here=["attention"])
 @pytest.mark.parametrize("make", [lambda: (ConvNet(), torch.randn(4, 3, 8, 8)), lambda: (Attention(), torch.randint(12, (4, 6))),
                                   lambda: (Matmuls(), torch.randn(4, 8))], ids=["conv", "attention", "matmuls"])  # fmt: skip
 def test_calibration_leaves_the_model_as_it_was_and_measures_every_weight_that_can_be_sparse(make: Any) -> None:

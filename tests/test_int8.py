@@ -117,6 +117,7 @@ class Net(nn.Module):
         return self.head(torch.relu(self.odd(y)))
 
 
+@pytest.mark.ci
 def test_named_weights_are_lowered_to_8_bits_if_that_was_faster_and_others_are_not(
     calls: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, golden: Callable[[str, str], None]
 ) -> None:

@@ -49,6 +49,7 @@ def live_bits(sparse: nm.SparseModule) -> torch.Tensor:
     return unpack(live, weight.site.pattern.combinations) if method.by_position else live.bool()
 
 
+@pytest.mark.ci(here=["2:4"])
 @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "2:8"])
 def test_position_scores_are_combination_scores_under_sgd_with_momentum_and_weight_decay(text: str) -> None:
     by_position, by_combination = (start(nm.LBC(scores=s, t_f=0.9), text, STEPS) for s in ("position", "combination"))
@@ -171,6 +172,7 @@ def test_where_there_are_as_many_combinations_as_positions_the_lowest_scored_sti
     assert torch.equal(kept, table[best].bool())
 
 
+@pytest.mark.ci
 def test_every_method_trains_under_adam_with_gradient_clipping() -> None:
     for method in (nm.LBC(), nm.LBC(scores="combination"), nm.BiMask(interval=3), nm.SRSTE(), nm.Magnitude()):
         torch.manual_seed(0)

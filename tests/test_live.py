@@ -126,6 +126,7 @@ def test_a_weight_that_is_first_met_within_a_call_leaves_no_trace_of_the_call_th
     assert following == torch.rand([])
 
 
+@pytest.mark.ci(here=["LBC"])
 @each_method
 def test_schedule_report_verify_telemetry_and_freeze_work_on_it(method: nm.Method) -> None:
     model = nm.compile(ConvNet(), method=method, then="aot_eager")
@@ -148,6 +149,7 @@ def test_schedule_report_verify_telemetry_and_freeze_work_on_it(method: nm.Metho
     nm.compile(frozen, method=method, then="eager")  # and again
 
 
+@pytest.mark.ci
 def test_inductor_runs_it_with_changing_batches_and_without_gradients() -> None:
     model = nm.compile(MLP(), method=nm.BiMask())
     losses = train(model, example(model, 4), 2, nm.SparsityScheduler(model, total_steps=9))
@@ -175,6 +177,7 @@ def test_the_report_says_of_recurrent_layers_that_they_are_fused_though_no_fragm
     assert all(reason.startswith("inside a fused LSTM, GRU or RNN op") for reason in reasons.values()), reasons
 
 
+@pytest.mark.ci(here=["[eager]"])
 @each_then
 def test_control_flow_on_data_is_planned_as_a_whole_and_both_branches_are_sparse(then: str) -> None:
     model = nm.compile(Branching(), method=nm.SRSTE(), then=then).eval()
@@ -193,6 +196,7 @@ def test_control_flow_on_data_is_planned_as_a_whole_and_both_branches_are_sparse
     assert int(model.norm.num_batches_tracked) == 1
 
 
+@pytest.mark.ci(here=["[eager]"])
 @each_then
 def test_weights_under_checkpointing_and_in_branches_of_cond_are_sparse(then: str) -> None:
     class Bodies(Branching):
@@ -310,6 +314,7 @@ def test_a_raw_parameter_is_found_by_the_graph_and_what_is_none_loses_its_state(
     assert nm.verify(nm.freeze(model)).satisfied["right"] == (0,)  # x @ W: groups run along axis 0
 
 
+@pytest.mark.ci
 def test_carriers_and_their_models_are_freed() -> None:
     import gc
     import weakref
@@ -403,6 +408,24 @@ def test_calls_from_several_threads_take_turns_and_none_runs_dense() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+def test_a_call_that_waits_long_for_its_turn_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("nm_compiler.live.prepared._LONG_S", 0.05)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    nm.compile(model, method=nm.SRSTE(), include="*", then="eager")
+    model(torch.randn(4, 8))
+    carrier, found = unwrap(model), list[Tensor]()
+    with carrier._inside():  # as a forward that hands its work to another thread and waits for it
+        other = threading.Thread(target=lambda: found.append(model(torch.randn(4, 8))))
+        other.start()
+        other.join(0.5)
+        assert not found
+        assert "waited 0.05 s for one in another thread" in caplog.text
+    other.join(60)
+    assert len(found) == 1
+
+
 class Asking(MLP):
     """Breaks the graph with an item; ``wrong`` gives it an op that fails."""
 
@@ -415,6 +438,7 @@ class Asking(MLP):
         return self.fc3(torch.relu(self.fc2(x) if x.sum().item() > 0 else x))
 
 
+@pytest.mark.ci(here=["as it is"])
 @pytest.mark.parametrize("asked", [False, True], ids=["as it is", "TORCH_LOGS=dynamo"])
 def test_what_torch_says_of_breaks_and_failing_ops_stays_away_unless_it_is_asked_for(
     asked: bool, caplog: pytest.LogCaptureFixture

@@ -278,6 +278,7 @@ def both(folder: Path, name: str) -> tuple[Any, Any]:
     return tuple(torch.load(folder / f"{name}.{rank}", weights_only=False) for rank in (0, 1))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", METHODS)
 def test_two_ranks_in_shards_train_what_one_process_does(name: str, folder: Path) -> None:
     parts = made(METHODS[name], None)
@@ -293,6 +294,7 @@ def test_two_ranks_in_shards_train_what_one_process_does(name: str, folder: Path
                 assert number == (None if expected_number is None else pytest.approx(expected_number, rel=1e-9))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["LBC", "BiMask"])
 def test_state_is_cut_with_its_weight_also_where_rows_do_not_divide_by_the_ranks(name: str, folder: Path) -> None:
     first, second = (found["rows"] for found in both(folder, name))
@@ -305,6 +307,7 @@ def test_state_is_cut_with_its_weight_also_where_rows_do_not_divide_by_the_ranks
             assert (first[key], second[key]) == (first[weight], second[weight]), key
 
 
+@pytest.mark.ci
 def test_a_sharded_checkpoint_goes_from_one_process_to_two_and_back_with_its_optimizer(folder: Path) -> None:
     alone = train(made(nm.LBC(), None), None, range(STEPS))
     for found in both(folder, "checkpoints"):
@@ -331,6 +334,7 @@ def test_gathered_bfloat16_weights_are_exactly_two_of_four(folder: Path) -> None
         assert ((found["gathered"] != 0).view(20, 4, 4).sum(-1) == 2).all()
 
 
+@pytest.mark.ci
 def test_what_cannot_be_in_shards_is_refused_with_the_way_out(folder: Path) -> None:
     for found in both(folder, "LBC"):
         freeze, saving, late = found["refused"]

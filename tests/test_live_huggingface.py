@@ -45,6 +45,7 @@ def whisper() -> tuple[nn.Module, dict[str, Any]]:
     return transformers.WhisperForConditionalGeneration(config), {"input_features": torch.randn(2, 8, 20)}
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("make", [llama, *(pytest.param(make, marks=pytest.mark.slow) for make in (t5, whisper))])
 def test_generate_runs_every_weight_sparse_and_gives_the_tokens_of_the_frozen_model(make: Any) -> None:
     model, inputs = make()

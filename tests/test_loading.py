@@ -100,6 +100,7 @@ def test_the_models_own_extra_state_and_load_hooks_keep_working() -> None:
     assert model.version == 7
 
 
+@pytest.mark.ci(here=["LBC(scores='position'", "BiMask"])
 @each_method
 def test_a_state_dict_round_trip_gives_the_same_function(method: Any) -> None:
     sparse, model = compiled(ConvNet, method)
@@ -111,6 +112,7 @@ def test_a_state_dict_round_trip_gives_the_same_function(method: Any) -> None:
     assert all(torch.equal(value, sparse.state_dict()[name]) for name, value in other.state_dict().items())
 
 
+@pytest.mark.ci(here=["LBC(scores='position'"])
 @each_method
 def test_a_dense_state_dict_loads_strictly_and_resets_the_state(method: Any) -> None:
     sparse, model = compiled(ConvNet, method)
@@ -211,6 +213,7 @@ def trained(
     return dict(sparse.state_dict())
 
 
+@pytest.mark.ci(here=["LBC(scores='position'"])
 @each_method
 def test_two_runs_with_one_seed_and_two_resumed_midway_are_bit_equal(method: Any, tmp_path: Path) -> None:
     straight = trained(method, 12)

@@ -245,6 +245,7 @@ def net_of(make: Any) -> tuple[nn.Module, Tensor, set[str], Any]:
     return model, x, set(sites), forced(model, x)
 
 
+@pytest.mark.ci(here=["resnet18"])
 @needs_kernels
 @pytest.mark.required
 @pytest.mark.parametrize("make", nets.NETS, ids=lambda make: make.__name__)
@@ -268,6 +269,7 @@ def test_a_resnet_adds_and_activates_inside_its_products() -> None:
     assert not any("add" in target for target in targets)
 
 
+@pytest.mark.ci
 @needs_kernels
 @pytest.mark.parametrize("make", [nets.mobilenet_v2, nets.llama], ids=lambda make: make.__name__)
 def test_a_net_in_bfloat16_stays_in_bfloat16(make: Any) -> None:
@@ -280,6 +282,7 @@ def test_a_net_in_bfloat16_stays_in_bfloat16(make: Any) -> None:
     assert len(packed_nodes(lowered)) >= len(sites)
 
 
+@pytest.mark.ci(here=["int8"])
 @needs_kernels
 @pytest.mark.parametrize(("values", "bound"), [("bfloat16", 2e-2), ("int8", 1e-1)])
 def test_rounded_values_take_less_memory_and_stay_within_what_the_report_allows(values: str, bound: float) -> None:
@@ -341,6 +344,7 @@ print(str(lowered))
 """
 
 
+@pytest.mark.ci
 @needs_kernels
 def test_a_saved_module_is_loaded_and_runs_in_a_process_that_has_lowered_nothing(tmp_path: Path) -> None:
     model, x = convs()
@@ -355,6 +359,7 @@ def test_a_saved_module_is_loaded_and_runs_in_a_process_that_has_lowered_nothing
     assert "on cpu, 3 of" in done.stdout
 
 
+@pytest.mark.ci(here=["dtype0"])
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
 def test_a_model_of_another_dtype_is_lowered_with_the_cast_that_the_error_names(dtype: torch.dtype) -> None:
@@ -370,6 +375,7 @@ def test_a_model_of_another_dtype_is_lowered_with_the_cast_that_the_error_names(
     torch.testing.assert_close(lowered(x), model.float()(x.float()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.ci(here=["int8-dtype1"])
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("values", [None, "bfloat16", "int8"])
@@ -388,6 +394,7 @@ def test_what_changes_no_dtype_leaves_packed_weights_as_they_lie(dtype: torch.dt
     torch.testing.assert_close(lowered(x), before)
 
 
+@pytest.mark.ci(here=["<lambda>0"])
 @needs_kernels
 @pytest.mark.parametrize("turn", [lambda m: m.half(), lambda m: m.double(), lambda m: m.to(torch.bfloat16)])
 def test_another_dtype_is_refused_with_the_way_out_and_nothing_has_changed(turn: Any) -> None:
@@ -553,6 +560,7 @@ def test_a_graph_whose_products_win_and_which_loses_as_a_whole_stays_dense(measu
     assert len(asked) == 2, "what the user forces is not undone"
 
 
+@pytest.mark.ci
 @needs_kernels
 def test_whole_graphs_are_timed_in_every_way() -> None:
     model, _ = choices()

@@ -356,6 +356,7 @@ def test_onnx_writes_a_file_whose_zeros_and_numbers_were_checked_and_a_report_be
         nm.lower(model, (x,), backend="onnx", options={"paths": path})
 
 
+@pytest.mark.ci
 @pytest.mark.required
 def test_inputs_and_weights_of_a_file_keep_their_names_beside_inputs_that_are_no_tensors(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx", reason="pip install 'nm_compiler[onnx]'")
@@ -519,6 +520,7 @@ class Padded(nn.Module):
         return self.head(self.encoder(x, src_key_padding_mask=padding))
 
 
+@pytest.mark.ci
 def test_the_check_runs_the_model_op_by_op_without_fused_encoders_and_autocast() -> None:
     torch.manual_seed(0)
     inputs = torch.randn(3, 6, 16), torch.arange(6).expand(3, 6) > 3

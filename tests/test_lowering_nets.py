@@ -16,6 +16,7 @@ nets = pytest.importorskip("nets", reason="the zoo is an extra: pip install -e '
 pytestmark = pytest.mark.required
 
 
+@pytest.mark.ci(here=["resnet18"])
 @pytest.mark.parametrize("net", nets.NETS, ids=lambda net: net.__name__)
 def test_every_planned_weight_is_an_n_m_constant_of_a_product_and_the_numbers_stay(net: Any) -> None:
     model, x, sites = nets.frozen_net(net)
@@ -35,6 +36,7 @@ def test_every_planned_weight_is_an_n_m_constant_of_a_product_and_the_numbers_st
         )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "net", [pytest.param(nets.mobilenet_v2, marks=pytest.mark.slow), nets.bert], ids=lambda net: net.__name__
 )

@@ -78,6 +78,7 @@ def printed(program: str, **settings: str) -> list[float]:
     return [float(word) for word in done.stdout.split()]
 
 
+@pytest.mark.ci
 @needs_glibc
 @pytest.mark.skipif(isinstance(load(), str), reason=f"no CPU kernels here: {load()}")
 def test_a_call_finds_the_pages_that_the_one_before_it_freed_once_a_product_ran_or_it_was_asked_for() -> None:
@@ -87,12 +88,14 @@ def test_a_call_finds_the_pages_that_the_one_before_it_freed_once_a_product_ran_
     assert again < 100, "what was given back once is kept again"
 
 
+@pytest.mark.ci
 @needs_glibc
 def test_what_the_user_set_up_stays() -> None:
     fresh, kept, _ = printed(CALLS + ASKED, MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
     assert min(fresh, kept) > 1000
 
 
+@pytest.mark.ci
 @needs_glibc
 def test_a_training_step_finds_the_pages_that_the_one_before_it_freed() -> None:
     (kept,) = printed(CALLS + TRAINED)
@@ -111,6 +114,7 @@ def old_garbage() -> weakref.ref[Cycle]:
     return weakref.ref(cycle)
 
 
+@pytest.mark.ci
 def test_cycles_of_the_body_are_freed_and_older_ones_not_looked_at() -> None:
     before, thresholds = old_garbage(), gc.get_threshold()
     with own_cycles_freed():
@@ -133,6 +137,7 @@ def test_an_error_leaves_the_collector_as_it_was(automatic: bool) -> None:
     assert gc.get_threshold() == thresholds
 
 
+@pytest.mark.ci
 def test_compiling_looks_at_no_old_objects_and_leaves_no_exported_program(monkeypatch: pytest.MonkeyPatch) -> None:
     programs = []
     export = torch.export.export

@@ -12,6 +12,7 @@ import nm_compiler as nm
 METHODS = [nm.LBC(), nm.LBC(scores="combination"), nm.BiMask(moves=40), nm.SRSTE(), nm.Magnitude()]
 
 
+@pytest.mark.ci(here=["LBC(scores='position'"])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_model_compiled_without_values_gets_them_later_and_is_then_like_any_other(method: Any) -> None:
     with torch.device("meta"):

@@ -72,6 +72,7 @@ def test_compile_searches_an_order_that_transposable_masks_keep_more_with() -> N
     assert kept[1] > kept[0]
 
 
+@pytest.mark.ci(here=["ConvNet"])
 @each_method
 @pytest.mark.parametrize("kind", [ConvNet, Grouped, MLP])
 def test_the_frozen_model_computes_what_the_sparse_one_did_and_is_exactly_n_m(method: Any, kind: Any) -> None:
@@ -102,6 +103,7 @@ def test_state_is_saved_copied_and_loaded_and_a_dense_checkpoint_starts_it_afres
         assert torch.equal(twin.weights[0][suffix], wanted)
 
 
+@pytest.mark.ci(here=["[LBC"])
 @each_method
 def test_a_compiled_step_gives_the_same_gradients_without_a_graph_break(method: Any) -> None:
     sparse, model = compiled(ConvNet, method)

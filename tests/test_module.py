@@ -164,6 +164,7 @@ def test_a_model_whose_own_train_keeps_a_layer_frozen_is_captured_that_way() -> 
     assert int(model.norm1.num_batches_tracked) == 1
 
 
+@pytest.mark.ci(here=["LBC(scores='position'"])
 @each_method
 @pytest.mark.parametrize("kind", [ConvNet, Matmuls, Attention])
 def test_deepcopies_and_saved_files_go_on_alone_with_the_same_function(kind: type[nn.Module], method: Any) -> None:
@@ -184,6 +185,7 @@ def test_deepcopies_and_saved_files_go_on_alone_with_the_same_function(kind: typ
         nm.freeze(twin, finish=True)
 
 
+@pytest.mark.ci(here=["BiMask"])
 @each_method
 def test_the_whole_graph_compiles_without_a_break_and_trains_the_same(method: Any) -> None:
     torch.manual_seed(1)
@@ -241,6 +243,7 @@ def test_one_value_a_channel_is_refused_in_training_before_it_ruins_the_running_
     assert sparse.eval()(torch.randn(1, 8)).shape == (1, 2)
 
 
+@pytest.mark.ci
 def test_many_compiled_models_in_one_process_do_not_share_one_recompile_limit() -> None:
     with torch._dynamo.config.patch(recompile_limit=4):
         for _ in range(6):

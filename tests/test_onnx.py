@@ -72,6 +72,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
+@pytest.mark.ci(here=["resnet18"])
 @pytest.mark.parametrize(
     "make", [nets.resnet18, nets.mobilenet_v2, nets.vit, nets.bert, nets.llama], ids=lambda make: make.__name__
 )
@@ -281,6 +282,7 @@ def test_an_exporter_that_changes_weights_is_noticed_and_the_old_file_stays(
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+@pytest.mark.ci(here=["one file"])
 @pytest.mark.parametrize("one_file", [0, 2**30], ids=["two files", "one file"])
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are a Unix thing")
 def test_a_disk_that_fills_in_the_middle_leaves_the_old_file(tmp_path: Path, one_file: int) -> None:

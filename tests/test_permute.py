@@ -207,6 +207,7 @@ WRAPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
+@pytest.mark.ci(here=["dict"])
 @pytest.mark.parametrize(
     ("wrap", "outputs", "kept"),
     [

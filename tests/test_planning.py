@@ -86,6 +86,7 @@ def test_the_llama_on_paper_has_70_billion_parameters() -> None:
     assert len([name for name in shapes if "proj" in name]) == 80 * 7
 
 
+@pytest.mark.ci(here=["memory"])
 @pytest.mark.parametrize("name", ["training", "parts", "memory", "pruning", "gpus"])
 def test_a_table_of_the_page_is_what_the_functions_give(name: str) -> None:
     found = PAGE.split(f"<!-- scale_plan: {name} -->\n")[1].split("\n\n")[0].strip()

@@ -194,6 +194,7 @@ def test_lbc_computes_the_papers_weight_and_score_gradients(case: Case, layout: 
 METHODS = [nm.LBC(), nm.LBC(scores="combination"), nm.BiMask(interval=1), nm.SRSTE(), nm.Magnitude()]
 
 
+@pytest.mark.ci(here=["bmm", "experts", "convolution"])
 @pytest.mark.parametrize(
     ("case", "method"),
     [(case, METHODS[2]) for case in CASES[1::2]]

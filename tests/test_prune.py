@@ -171,6 +171,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.ci
 def test_memory_holds_two_layers_at_most_of_a_checkpoint_of_many(tmp_path: Path) -> None:
     small = write_folder(tmp_path / "small", layers(1, width=512, hidden=512))
     many = layers(8, width=1024, hidden=4096)

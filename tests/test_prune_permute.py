@@ -54,6 +54,7 @@ def captured_once(axes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prune, "find_axes", lambda model: (model, axes))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("rule", ["magnitude", "ria"])
 def test_the_checkpoint_is_that_of_the_permuted_and_pruned_model(
     llama: Any, tmp_path: Path, rule: str, captured_once: None, axes: Any

@@ -72,6 +72,7 @@ def test_a_weight_is_packed_from_it_as_from_its_value() -> None:
     assert torch.equal(unpack(packed), it.value())
 
 
+@pytest.mark.ci(here=["None-dense"])
 @pytest.mark.parametrize("backend", ["dense", "onnx"])
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_what_lower_returns_holds_none(backend: str, dtype: Any, tmp_path: Any) -> None:
@@ -135,6 +136,7 @@ def test_a_copy_of_what_waits_computes_the_same(lowered: Any) -> None:
         assert torch.equal(twin(x), lowered(x))
 
 
+@pytest.mark.ci
 def test_for_a_file_they_wait_and_a_model_that_trained_on_is_not_mixed_with_what_it_was(tmp_path: Any) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 8, 8)

@@ -46,6 +46,7 @@ def partitions(channels: tuple[int, ...], m: int) -> Iterator[list[int]]:
             yield [channels[0], *rest, *tail]
 
 
+@pytest.mark.ci(here=["2:4-8", "2:3-9"])
 @pytest.mark.parametrize(("text", "channels"), [("2:4", 8), ("2:4", 12), ("1:2", 8), ("1:4", 12), ("2:3", 9), ("3:5", 10)])
 def test_both_searches_find_the_best_order_of_a_tiny_matrix(text: str, channels: int, engine: str) -> None:
     for seed in range(2):

@@ -110,6 +110,7 @@ def test_the_pull_of_pruned_weights_rounds_three_times_as_torch_does(isa: str, c
     check_decay(case, LIBRARIES[isa])
 
 
+@pytest.mark.ci(here=["avx2"])
 @each_isa
 def test_weights_beyond_one_part_are_the_same_on_one_and_on_three_threads(isa: str, threads: Any) -> None:
     for count in (1, 3):

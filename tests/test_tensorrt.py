@@ -70,6 +70,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return dry_run(tmp_path_factory.mktemp("dry"), *convnets, *transformers)
 
 
+@pytest.mark.ci
 @pytest.mark.required
 def test_convnets_become_one_engine_whose_sparse_weights_are_2_of_4_constants(found: dict[str, Any]) -> None:
     check_engine("resnet50", found["resnet50"], {"aten.convolution.default"})
@@ -84,6 +85,7 @@ def test_convnets_become_one_engine_whose_sparse_weights_are_2_of_4_constants(fo
     assert found["torch_tensorrt"]["logger"] == LOGGER
 
 
+@pytest.mark.ci
 @pytest.mark.required
 def test_transformers_become_one_engine_whose_sparse_weights_are_2_of_4_constants(found: dict[str, Any]) -> None:
     for name in ("bert", "llama"):

@@ -95,6 +95,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+@pytest.mark.ci(here=["MLP", "LBC-ConvNet", "Transposable-ConvNet"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_every_model_to_the_bit_as_with_single_ops(method: str, model: str) -> None:
@@ -487,6 +488,7 @@ def worker(rank: int, out: str) -> None:
         torch.save(same(*seen), f"{out}/{name}.{rank}")
 
 
+@pytest.mark.ci
 def test_two_processes_train_as_they_do_with_single_ops(tmp_path: Path) -> None:
     run_two(worker, str(tmp_path))
     assert [torch.load(each) for each in sorted(tmp_path.iterdir())] == [True] * 6

@@ -277,6 +277,7 @@ def test_steps_whose_loss_is_nan_harm_neither_masks_nor_schedule_once_good_weigh
 # -- torch.compile ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci(here=["[LBC]"])
 @each_method
 def test_training_compiles_once_and_at_most_once_more_where_scores_stop_learning(method: Any) -> None:
     torch._dynamo.reset()
@@ -345,6 +346,7 @@ def test_an_averaged_model_is_exactly_n_m_when_frozen(method: Any, buffers: bool
         assert torch.equal(mean.conv1.weight != 0, nm.freeze(sparse).conv1.weight != 0), "the masks are those of the model"
 
 
+@pytest.mark.ci(here=["[LBC]", "[BiMask]"])
 @each_method
 def test_a_part_of_a_model_can_be_frozen_before_or_after_compile(method: Any) -> None:
     for early in (False, True):

@@ -39,6 +39,7 @@ def printed(script: str, **environment: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.ci
 @pytest.mark.required
 def test_kernels_agree_with_the_reference_to_the_bit_ties_zeros_nans_and_tails_included() -> None:
     same = printed("interpreted_triton.py", TRITON_INTERPRET="1")
@@ -46,6 +47,7 @@ def test_kernels_agree_with_the_reference_to_the_bit_ties_zeros_nans_and_tails_i
     assert [name for name, agrees in same.items() if not agrees] == []
 
 
+@pytest.mark.ci
 @pytest.mark.required
 def test_backward_orders_are_those_that_torch_operations_find() -> None:
     same = printed("triton_orders.py", TRITON_INTERPRET="1")
@@ -53,6 +55,7 @@ def test_backward_orders_are_those_that_torch_operations_find() -> None:
     assert [name for name, agrees in same.items() if not agrees] == []
 
 
+@pytest.mark.ci
 @pytest.mark.required
 def test_kernels_of_training_compile_for_an_nvidia_gpu_and_round_a_product_before_they_add_to_it() -> None:
     found = printed("compiled_triton.py")

@@ -86,6 +86,7 @@ def check(entry: zoo.Entry) -> None:
     assert law.holds, law
 
 
+@pytest.mark.ci(here=["squeezenet1_1", "vision_transformer", "bert]"])
 @pytest.mark.required
 @pytest.mark.parametrize(
     ("library", "name"),
@@ -99,6 +100,9 @@ def test_a_model_of_the_zoo_is_captured_in_both_modes_and_computes_the_same_to_t
     check(entry(library, name))
 
 
+@pytest.mark.ci(
+    here=["shared_weight", "in_place", "branch_on_data", "returns_dataclass", "[experts]", "conv1d", "computed_weight"]
+)
 @pytest.mark.parametrize(
     "name",
     [

@@ -37,6 +37,7 @@ from nm_compiler.state import MARK, RECIPE, Weight, read_recipe
 from nm_compiler.wording import several
 
 _log = logging.getLogger(__name__)
+_LONG_S = 120.0  # a call that waits longer for its turn says so: compiling takes a minute, waiting for oneself never ends
 
 
 class Prepared:
@@ -148,13 +149,20 @@ class Prepared:
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
-        with self._turn:
+        if not self._turn.acquire(timeout=_LONG_S):
+            _log.warning(
+                "a call of this %s has waited %g s for one in another thread: a model compiled without inputs takes them in "
+                "turn. If its forward calls its own layers from other threads, this never ends: let it call them itself",
+                type(self.origin).__name__, _LONG_S,
+            )  # fmt: skip
+            self._turn.acquire()
+        try:
             self.thread = threading.get_ident()
             self.active = True
-            try:
-                yield
-            finally:
-                self.active = False
+            yield
+        finally:
+            self.active = False
+            self._turn.release()
 
     def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the call once, dense and without a trace, to plan on all of its fragments together."""
