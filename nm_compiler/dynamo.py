@@ -91,8 +91,8 @@ class Fragments:
             with expected(), torch._dynamo.config.patch(_settings()), Watch(self) if watched else contextlib.nullcontext():
                 return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchRuntimeError as error:  # an op of the model itself fails on these inputs
-            inner = error.__context__.__cause__ if error.__context__ is not None else None
-            raise OwnFault(_fault(self.model, args, kwargs, error, inner or error)) from inner
+            inner = _of_the_op(error)
+            raise OwnFault(_fault(self.model, args, kwargs, error, inner)) from inner
         except torch._dynamo.exc.BackendCompilerFailed as error:
             inner = error.inner_exception
             if isinstance(inner, NMError):
@@ -333,6 +333,15 @@ def _fault(model: nn.Module, args: Any, kwargs: Any, error: torch._dynamo.exc.To
         f"{type(model).__name__} fails on inputs {describe(args, kwargs)}\n"
         f"  {type(inner).__name__}: {_first_lines(inner, 4)}\n  at {line}\nCheck that it runs on them without nm.compile."
     )
+
+
+def _of_the_op(error: BaseException) -> BaseException:
+    """What the op itself raised, without what TorchDynamo put around it; how many times it does depends on the version."""
+    inner: BaseException | None = error
+    dynamos = torch._dynamo.exc.TorchDynamoException
+    while inner is not None and (isinstance(inner, dynamos) or str(inner).startswith("Dynamo failed to run FX node")):
+        inner = inner.__cause__ or inner.__context__
+    return inner or error
 
 
 def _first_lines(error: BaseException, count: int) -> str:

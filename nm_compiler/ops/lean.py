@@ -17,6 +17,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._library.custom_ops import get_library_allowing_overwrite
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from nm_compiler.errors import NMError
 
@@ -41,7 +42,8 @@ class Op:
         self._defaults = tuple(argument.default_value for argument in arguments)
         self.backward: Function | None = None
         self.setup: Function | None = None
-        self._gradient = self._autograd_function(f"{space}_{own}")
+        self._gradient = self._autograd_function(f"{space}_{own}", torch.autograd.Function)
+        self._gradient_of_a_level = self._autograd_function(f"{space}_{own}", _SingleLevelFunction)
         self._library.impl(own, self._function, "CompositeExplicitAutograd")
         self._library.impl(own, self._differentiable, "Autograd", with_keyset=True)
 
@@ -66,7 +68,7 @@ class Op:
         if not torch._C._are_functorch_transforms_active():
             return self._gradient.apply(keyset, *args)
         with enable_single_level_autograd_function():  # torch.func.grad: this is its level, `_below` goes to the next one out
-            return super(torch.autograd.Function, self._gradient).apply(keyset, *args)  # type: ignore[misc]
+            return self._gradient_of_a_level.apply(keyset, *args)
 
     def _check_tangents(self, args: Any) -> None:
         """Raise NMError in forward-mode differentiation, of which the op knows nothing: it would drop tangents."""
@@ -85,7 +87,7 @@ class Op:
                 return self._function(*args)
             return self._opoverload.redispatch(left, *args)
 
-    def _autograd_function(self, name: str) -> Any:
+    def _autograd_function(self, name: str, base: type) -> Any:
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
             # the levels of torch.func further out may want gradients too
             with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
@@ -101,7 +103,7 @@ class Op:
             return (None, *found) if isinstance(found, tuple) else (None, found)
 
         both = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        return type(f"{name}_gradient", (torch.autograd.Function,), both)
+        return type(f"{name}_gradient", (base,), both)
 
 
 class _Context:
