@@ -10,6 +10,7 @@ import inspect
 import io
 import linecache
 import logging
+import os
 import sys
 import sysconfig
 import traceback
@@ -30,7 +31,7 @@ from nm_compiler.regions import checkpoints_open, open_regions
 from nm_compiler.signature import Signature, describe
 from nm_compiler.vmapped import without_vmap
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))  # a folder: not torchvision's
 _ON_DATA = (
     "Control flow that depends on data cannot be captured: rewrite that line with torch.where or torch.cond, or move it "
     "out of the model."

@@ -2,7 +2,9 @@
 """Capture: both modes, any batch, keyword inputs, and errors that name the user's line."""
 
 import copy
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +13,7 @@ from models import MLP, ConvNet, example
 from torch import Tensor, nn
 
 import nm_compiler as nm
+from nm_compiler.capture import user_line
 
 
 def sparse_of(model: nn.Module, *args: Any, **kwargs: Any) -> nm.SparseModule:
@@ -315,3 +318,10 @@ def test_a_model_that_is_an_fx_graph_gives_dicts_and_lists_that_can_be_changed_a
         assert type(found["both"]) is list
         found["both"].append(x)
         torch.testing.assert_close({**found, "both": found["both"][:2]}, frozen(x))
+
+
+def test_the_users_line_may_lie_in_a_library_whose_name_begins_like_torchs() -> None:
+    frames = [
+        traceback.FrameSummary(f"{Path(torch.__file__).parent}{rest}", 7, "forward") for rest in ("vision/ops.py", "/nn.py")
+    ]
+    assert "torchvision/ops.py:7 in forward" in user_line(frames)  # not torch/nn.py
