@@ -117,6 +117,8 @@ def way_back(model: nn.Module) -> Callable[[], None]:
             module._buffers.update(buffers)
         with torch.no_grad():
             for buffer, value in values:
+                if buffer.shape != value.shape:  # observers of quantisation resize theirs
+                    buffer.resize_(value.shape)
                 buffer.copy_(value)
 
     return back
