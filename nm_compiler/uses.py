@@ -96,7 +96,7 @@ def uses(read: Node, fixed: Collection[Node] | None = None) -> Iterator[Use | Bl
 
 def _lost(node: Node, why: str, fixed: Collection[Node]) -> Blocked:
     """A weight cannot be followed past ``node``: ``why``, unless what reads it in the end is no product anyway."""
-    stack, readers = [node], []
+    stack, readers = [node], list[Node]()
     while stack:
         for user in stack.pop().users:
             (stack if is_view(user) or user in fixed else readers).append(user)

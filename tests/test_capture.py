@@ -134,6 +134,31 @@ def test_control_flow_on_shapes_is_captured_and_the_other_branch_refused_rather_
         sparse(torch.randn(11, 8))
 
 
+def test_a_batch_of_one_is_refused_where_the_models_python_treats_it_by_itself() -> None:
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] == 1 or x.shape[0] < 1:  # the same for every batch
+                return x
+            y = self.layers(x) + torch.ones(1, 8)  # and that torch broadcasts is no branch of the model's
+            return y[0] if x.shape[0] == 1 else y
+
+    model, one = Alone(), torch.randn(1, 8)
+    sparse = copy.deepcopy(sparse_of(model, one))
+    for batch in (2, 5):
+        x = torch.randn(batch, 8)
+        torch.testing.assert_close(sparse(x), sparse.origin(x))
+    with pytest.raises(
+        nm.NMError, match=r"x has size 1 on axis 0, for which forward\(\) takes another[\s\S]*such as \(\{\},\)"
+    ):
+        sparse(one)
+    fixed = nm.compile(Alone(), (one,), method=nm.LBC(), include="*", dynamic_shapes=({},))
+    assert fixed(one).shape == (8,)
+
+
 @pytest.mark.parametrize("inputs", [(torch.randn(2, 7),), (torch.randn(2, 8), 3), (), (None,)])
 def test_example_inputs_that_do_not_fit_are_an_error_with_their_shapes(inputs: Any) -> None:
     model = MLP()
