@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from models import MLP, ConvNet, example
+from models import MLP, ConvNet, Remembering, example
 from torch import Tensor, nn
 
 import nm_compiler as nm
@@ -179,6 +179,23 @@ def test_the_models_mode_statistics_and_random_state_survive_capture() -> None:
     assert not model.norm1.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_what_a_model_keeps_of_its_weights_in_evaluation_mode_is_no_constant_of_the_graph_and_left_alone(called: bool) -> None:
+    model, x = Remembering().eval(), torch.randn(4, 8)
+    if called:
+        with torch.no_grad():
+            model(x)
+    kept = dict(model.kept)
+    sparse = sparse_of(model, x)
+    assert model.kept == kept
+    assert not model.training
+    with torch.no_grad():
+        model.bias.add_(1)
+    trained = Remembering()
+    trained.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(sparse.eval()(x), trained.eval()(x))
 
 
 def test_a_cache_is_not_asked_for_unless_the_user_does() -> None:
