@@ -68,6 +68,8 @@ def _fragments(
     except NMError:
         raise
     except Exception as error:
+        if type(error) is type(refused.__cause__):  # the model's own, in TorchDynamo's words, without its line
+            raise refused from refused.__cause__
         raise NMError(explain(model, error, args, kwargs, training)) from error
     return carrier
 

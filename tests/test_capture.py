@@ -169,6 +169,16 @@ def test_example_inputs_that_do_not_fit_are_an_error_with_their_shapes(inputs: A
     assert model.training
 
 
+def test_an_assertion_in_a_layer_that_does_not_hold_is_an_error_with_its_line() -> None:
+    class Whole(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert(x.shape[1] % 7 == 0, "")  # as timm writes them
+            return super().forward(x)
+
+    with pytest.raises(nm.NMError, match=r"AssertionError\n  at .*test_capture.py:\d+ in forward: torch._assert\(x.shape"):
+        nm.compile(nn.Sequential(nn.Linear(8, 8), Whole(8, 8)), torch.randn(2, 8))
+
+
 def test_the_models_mode_statistics_and_random_state_survive_capture() -> None:
     model = ConvNet(dropout=0.5)
     model.norm1.eval()
