@@ -18,12 +18,13 @@ from nm_compiler.capture import capture_mode, explain, in_mode, quiet, without_c
 from nm_compiler.errors import NMError
 from nm_compiler.exported import Exported
 from nm_compiler.pattern import PatternMap, matches
+from nm_compiler.state import MARK
 
 if TYPE_CHECKING:
     from nm_compiler.dynamo import Fragments
 
 _log = logging.getLogger(__name__)
-_OF_MODULES = frozenset(nn.Module().__dict__)
+_NOT_OWN = {*nn.Module().__dict__, MARK}
 
 
 def take(
@@ -133,7 +134,7 @@ def way_back(model: nn.Module) -> Callable[[], None]:
 
 def _is_own(key: str, value: Any) -> bool:
     """Whether an attribute of a module is a dict, list or set of the model's own, such as a cache."""
-    return type(value) in (dict, list, set) and key not in _OF_MODULES
+    return type(value) in (dict, list, set) and key not in _NOT_OWN
 
 
 def copies_of(values: Any) -> Any:
