@@ -10,6 +10,7 @@ import inspect
 import io
 import linecache
 import logging
+import os
 import sys
 import sysconfig
 import traceback
@@ -28,9 +29,10 @@ from nm_compiler.graph import fake_mode_of, getattr_path, tidy
 from nm_compiler.memory import free_young, own_cycles_freed
 from nm_compiler.regions import checkpoints_open, open_regions
 from nm_compiler.signature import Signature, describe
+from nm_compiler.single import other_branches
 from nm_compiler.vmapped import without_vmap
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))  # a folder: not torchvision's
 _ON_DATA = (
     "Control flow that depends on data cannot be captured: rewrite that line with torch.where or torch.cond, or move it "
     "out of the model."
@@ -82,7 +84,7 @@ def _export(
     given, named = (args, kwargs) if dynamic_shapes is not None else _repeat_batch_of_one(args, kwargs)
     shapes = _dynamic_batch(model, given, named) if dynamic_shapes is None else _with_hidden(dynamic_shapes, kwargs, hidden)
     try:
-        with quiet(), checkpoints_open():
+        with quiet(), checkpoints_open(), other_branches(_LIBRARIES) as branching:
             program = torch.export.export(model, given, named or None, dynamic_shapes=shapes, strict=False)
     except NMError:
         raise
@@ -101,7 +103,7 @@ def _export(
             gm.graph.erase_node(node)
     _canonical_names(gm, model)
     tidy(gm)
-    return gm, Signature.of(program, gm, given, named, hidden, model)
+    return gm, Signature.of(program, gm, given, named, hidden, model, branching)
 
 
 def _with_hidden(shapes: Any, kwargs: Mapping[str, Any], hidden: Mapping[str, Any]) -> Any:

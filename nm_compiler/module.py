@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Proxy
 
 from nm_compiler import records
 from nm_compiler.attaching import detach_state, recipe_tag, state_names
@@ -75,6 +75,8 @@ class SparseModule(nn.Module):
         """Run the graph of the current mode. Raises NMError for a call that does not fit what was captured."""
         if self.frozen:
             raise NMError("this model was frozen: use what nm.freeze returned, the plain model with zeros in its weights")
+        if isinstance(args, Proxy) or any(isinstance(value, Proxy) for value in args):  # torch.fx gives a root all in one
+            self._refuse_symbols()
         route = self.routes[self.training]
         eager = not torch.compiler.is_compiling()
         if eager:
@@ -87,6 +89,13 @@ class SparseModule(nn.Module):
                 self._check_settings()
             return route(args, kwargs, eager=eager and not hasattr(type(self), "reshard"))  # fully_shard has it
         return route(args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _refuse_symbols(self) -> None:
+        raise NMError(
+            f"torch.fx cannot trace this {type(self.origin).__name__}: nm.compile has made it a graph. What traces, as "
+            "create_feature_extractor or prepare_fx do, comes before nm.compile, or takes what nm.freeze returns"
+        )
 
     def _check_layers(self) -> None:
         """Raise NMError if a layer with parameters is another one now, as under adapters."""

@@ -17,6 +17,7 @@ from nm_compiler.axes.outputs import Outputs
 from nm_compiler.axes.reorder import inverse, needs_of
 from nm_compiler.axes.result import Axes
 from nm_compiler.axes.search import Gain, search_orders
+from nm_compiler.capture import in_mode
 from nm_compiler.errors import NMError
 from nm_compiler.exported import Exported
 from nm_compiler.importance import Importance
@@ -169,6 +170,8 @@ def reorder(
         orders, gains = search_orders(model, axes, plan, seed=seed, **searching)
     before = _retained(model, plan)
     permute_pass(_graphs(routes)[0][0], axes=axes, orders=orders, beside=beside)
+    with in_mode(model, True):
+        pass  # train() forgets what eval() has kept of the weights, in the order they had
     after = _retained(model, plan)
     return Permutation(orders, axes, {name: (share, after[name]) for name, share in before.items()}, gains)
 

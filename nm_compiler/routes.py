@@ -18,11 +18,13 @@ from nm_compiler.capture import capture_mode, explain, in_mode, quiet, without_c
 from nm_compiler.errors import NMError
 from nm_compiler.exported import Exported
 from nm_compiler.pattern import PatternMap, matches
+from nm_compiler.state import MARK
 
 if TYPE_CHECKING:
     from nm_compiler.dynamo import Fragments
 
 _log = logging.getLogger(__name__)
+_NOT_OWN = {*nn.Module().__dict__, MARK}
 
 
 def take(
@@ -37,7 +39,7 @@ def take(
     for training in (False, True):
         refused: NMError | None = None
         try:
-            with untouched(model):
+            with untouched(model), in_mode(model, True):  # through train(): what eval() keeps of weights is computed from them
                 routes[training] = Exported(*capture_mode(model, args, kwargs, dynamic_shapes, training=training))
         except NMError as error:
             if error.__cause__ is None or (dynamic_shapes is not None and "dynamic_shapes" in str(error)):
@@ -67,6 +69,8 @@ def _fragments(
     except NMError:
         raise
     except Exception as error:
+        if type(error) is type(refused.__cause__):  # the model's own, in TorchDynamo's words, without its line
+            raise refused from refused.__cause__
         raise NMError(explain(model, error, args, kwargs, training)) from error
     return carrier
 
@@ -97,8 +101,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def way_back(model: nn.Module) -> Callable[[], None]:
-    """What puts buffers, plain attributes and random states back to what they are now."""
+    """What puts buffers, plain attributes, what is in dicts and lists of them, and random states back to what they are."""
     attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    held = [(value, value.copy()) for _, before, _ in attributes for key, value in before.items() if _is_own(key, value)]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     python, numeric, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -115,11 +120,21 @@ def way_back(model: nn.Module) -> Callable[[], None]:
             module.__dict__.update(before)
             module._buffers.clear()
             module._buffers.update(buffers)
+        for value, content in held:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
         with torch.no_grad():
             for buffer, value in values:
+                if buffer.shape != value.shape:  # observers of quantisation resize theirs
+                    buffer.resize_(value.shape)
                 buffer.copy_(value)
 
     return back
+
+
+def _is_own(key: str, value: Any) -> bool:
+    """Whether an attribute of a module is a dict, list or set of the model's own, such as a cache."""
+    return type(value) in (dict, list, set) and key not in _NOT_OWN
 
 
 def copies_of(values: Any) -> Any:

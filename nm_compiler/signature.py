@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,16 +25,25 @@ from nm_compiler.errors import NMError
 from nm_compiler.wording import dtype_name
 
 _LONGEST = 200  # characters of a value in a message
+_HOW_SHAPES = {
+    False: "and dynamic_shapes= for sizes that vary besides the batch",
+    True: "and, since one of batch 1 stands for any batch, with dynamic_shapes=, such as ({},) to fix all sizes",
+}
+"""By whether an input has a batch of 1."""
 
 
 @dataclass(frozen=True)
 class TensorInput:
-    """One tensor input. sizes: an int where static, None where dynamic; low, high: range of a dynamic size."""
+    """One tensor input. sizes: an int where static, None where dynamic; low, high: range of a dynamic size.
+
+    branching: the axes of dynamic sizes that, at 1, would have taken another branch of the model's Python.
+    """
 
     sizes: tuple[int | None, ...]
     low: tuple[int, ...]
     high: tuple[int | None, ...]
     floating: bool
+    branching: tuple[int, ...] = ()
 
     def problem(self, value: Any) -> str | None:
         """Why ``value`` does not fit, or None."""
@@ -52,6 +61,8 @@ class TensorInput:
                 limit = f"{self.low[axis]} to {high}" if high is not None else f"{self.low[axis]} or more"
                 why = "batch norm in training needs" if self.low[axis] == 2 else "the captured branch holds for"
                 return f"has size {actual} on axis {axis}, and {why} {limit}"
+            if actual == 1 and axis in self.branching:
+                return f"has size 1 on axis {axis}, for which forward() takes another branch than the captured one"
         return None
 
     def __str__(self) -> str:
@@ -85,15 +96,18 @@ class Signature:
     @classmethod
     def of(
         cls, program: ExportedProgram, gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any],
-        hidden: Mapping[str, Any], model: nn.Module,
+        hidden: Mapping[str, Any], model: nn.Module, branching: Collection[str] = (),
     ) -> Signature:  # fmt: skip
-        """Read the signature off an exported program. args, kwargs: the examples it was exported with."""
+        """Read the signature off an exported program. args, kwargs: the examples it was exported with.
+
+        branching: symbols of sizes that take another branch at 1.
+        """
         placeholders = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
         leaves = pytree.tree_leaves((args, dict(kwargs)))
         ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
         alone = _alone_in_batch_norm(gm)
         inputs = tuple(
-            _tensor_input(value, ranges, alone) if isinstance(value, Tensor) else leaf
+            _tensor_input(value, ranges, alone, branching) if isinstance(value, Tensor) else leaf
             for value, leaf in zip(placeholders, leaves, strict=True)
         )
         names = list(inspect.signature(model.forward).parameters)[: len(args)]
@@ -166,13 +180,18 @@ class Signature:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _refuse(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str) -> None:
         """Raises. Not traced: a compiled call leaves its graph here, to raise as the eager one does."""
+        leaves = pytree.tree_leaves((args, dict(kwargs)))
         raise NMError(
             f"this call does not fit the captured graph: {why}\n"
             f"  captured: ({', '.join(f'{p}: {_show(i)}' for p, i in zip(self.paths, self.inputs, strict=True))})\n"
             f"  called:   {describe(args, kwargs)}\n"
-            "Capture with example inputs like this call (and dynamic_shapes= for sizes that vary besides the batch). "
+            f"Capture with example inputs like this call ({_HOW_SHAPES[any(_is_single(leaf) for leaf in leaves)]}). "
             "A model that is called in many ways trains on the TorchDynamo route: nm.compile(model) without example inputs."
         )
+
+
+def _is_single(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == 1
 
 
 def _alone_in_batch_norm(gm: GraphModule) -> set[str]:
@@ -186,7 +205,7 @@ def _alone_in_batch_norm(gm: GraphModule) -> set[str]:
     return found
 
 
-def _tensor_input(value: Tensor, ranges: Mapping[str, Any], alone: set[str]) -> TensorInput:
+def _tensor_input(value: Tensor, ranges: Mapping[str, Any], alone: set[str], branching: Collection[str]) -> TensorInput:
     sizes: list[int | None] = []
     low: list[int] = []
     high: list[int | None] = []
@@ -197,7 +216,8 @@ def _tensor_input(value: Tensor, ranges: Mapping[str, Any], alone: set[str]) -> 
         # export never takes 0 or 1 for a dynamic size; the graph runs them
         low.append(2 if str(size) in alone else 0 if lower <= 2 else lower)
         high.append(int(upper) if upper is not None and upper.is_Integer and int(upper) < 2**31 else None)
-    return TensorInput(tuple(sizes), tuple(low), tuple(high), value.is_floating_point())
+    other = tuple(axis for axis, size in enumerate(value.shape) if not isinstance(size, int) and str(size) in branching)
+    return TensorInput(tuple(sizes), tuple(low), tuple(high), value.is_floating_point(), other)
 
 
 def _mutable(spec: pytree.TreeSpec) -> pytree.TreeSpec:

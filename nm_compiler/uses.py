@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from nm_compiler.equations import LINEAR, PRODUCTS, equation_of
 from nm_compiler.graph import arguments_of, reads, target_name
 from nm_compiler.layout import Layout
-from nm_compiler.views import Seen, fragments, is_scale, reads_shape_only, start, start_of, step
+from nm_compiler.views import Seen, fragments, is_scale, is_view, reads_shape_only, start, start_of, step
 
 aten = torch.ops.aten
 
@@ -86,12 +86,23 @@ def uses(read: Node, fixed: Collection[Node] | None = None) -> Iterator[Use | Bl
                 found.append((seen, user, after))
     for seen, user, why in found:
         if not _only_scales(user, reached, fixed):
-            verdict = Blocked(_op_name(user), why) if why else _classify(user, seen, fixed)
+            verdict = _lost(user, why, fixed) if why else _classify(user, seen, fixed)
             if isinstance(verdict, Blocked) and seen.scaled:  # a table that something is multiplied by, not a scaled weight
                 verdict = Blocked(
                     _op_name(seen.scaled), f"read by {target_name(seen.scaled.target)}, and then {verdict.reason}"
                 )
             yield verdict
+
+
+def _lost(node: Node, why: str, fixed: Collection[Node]) -> Blocked:
+    """A weight cannot be followed past ``node``: ``why``, unless what reads it in the end is no product anyway."""
+    stack, readers = [node], list[Node]()
+    while stack:
+        for user in stack.pop().users:
+            (stack if is_view(user) or user in fixed else readers).append(user)
+    if not readers or any(user.target in (*CONVS, *PRODUCTS) or target_name(user.target) in GROUPED for user in readers):
+        return Blocked(_op_name(node), why)
+    return Blocked(_op_name(readers[0]), _why_not(readers[0], computed=False))
 
 
 def _only_scales(node: Node, reached: Collection[Node], fixed: Collection[Node]) -> bool:

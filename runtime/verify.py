@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ class Verification:
 
 
 def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternSpec = "2:4") -> Verification:
-    """Check every floating tensor of two or more axes for at most N non-zeros in each group of M.
+    """Check every floating or quantised tensor of two or more axes for at most N non-zeros in each group of M.
 
     target: a module (a compiled one with its masks applied), a state_dict, a checkpoint folder with ``.safetensors`` shards,
     or the path of a ``.safetensors`` file (both read a tensor at a time), of a ``.pt``, ``.pth`` or ``.bin`` file (loaded with
@@ -153,6 +154,7 @@ def _tensors(target: nn.Module | Mapping[str, Any] | str | Path) -> dict[str, Te
                 found = {name: value for name, value in found.items() if not name.startswith(prefix)}
                 found |= {prefix + name: value for name, value in masked().items()}
         order = {name: at for at, (name, _) in enumerate(target.named_parameters(remove_duplicate=False))}
+        found |= _packed_in(target)
         return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
     values: Any = _load(Path(target)) if isinstance(target, (str, Path)) else target
     if isinstance(values, Mapping) and not any(isinstance(value, Tensor) for value in values.values()):
@@ -161,7 +163,21 @@ def _tensors(target: nn.Module | Mapping[str, Any] | str | Path) -> dict[str, Te
     if not isinstance(values, Mapping) or not any(isinstance(value, Tensor) for value in values.values()):
         where = target if isinstance(target, (str, Path)) else type(target).__name__
         raise NMError(f"{where} holds no state_dict: pass a module, a mapping of names to tensors, or a checkpoint file")
-    return {str(name): value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+    return {str(name): _plain(value).detach() for name, value in values.items() if isinstance(_plain(value), Tensor)}
+
+
+def _plain(value: Any) -> Any:
+    """The weight that a layer quantised by torch.ao keeps, alone or beside its bias, as numbers: its zeros are exact."""
+    if isinstance(value, tuple) and value and isinstance(value[0], Tensor) and value[0].is_quantized:
+        value = value[0]
+    return value.dequantize() if isinstance(value, Tensor) and value.is_quantized else value
+
+
+def _packed_in(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of layers that torch.ao has quantised: no parameters, but what a method called ``weight`` gives."""
+    layers = {path: module for path, module in model.named_modules() if inspect.ismethod(getattr(module, "weight", None))}
+    weights = {f"{path}.weight" if path else "weight": layer.weight() for path, layer in layers.items()}
+    return {name: _plain(weight) for name, weight in weights.items() if isinstance(weight, Tensor) and weight.is_quantized}
 
 
 def _load(path: Path) -> Any:

@@ -25,6 +25,26 @@ class MLP(nn.Module):
         return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
 
 
+class Remembering(MLP):
+    """In evaluation mode it keeps what it makes of a parameter until it trains again, as timm's LeViT does its biases."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(width)
+        self.bias, self.kept = nn.Parameter(torch.randn(width)), dict[str, Tensor]()
+
+    def train(self, mode: bool = True) -> Remembering:
+        if mode:
+            self.kept = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.fc3(torch.relu(self.fc2(self.fc1(x)) + self.bias.exp()))
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.bias.exp()
+        return self.fc3(torch.relu(self.fc2(self.fc1(x)) + self.kept["bias"]))
+
+
 class Breaking(MLP):
     """TorchDynamo takes it in two fragments: one ends between the second and the third linear."""
 

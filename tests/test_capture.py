@@ -2,15 +2,18 @@
 """Capture: both modes, any batch, keyword inputs, and errors that name the user's line."""
 
 import copy
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from models import MLP, ConvNet, example
+from models import MLP, ConvNet, Remembering, example
 from torch import Tensor, nn
 
 import nm_compiler as nm
+from nm_compiler.capture import user_line
 
 
 def sparse_of(model: nn.Module, *args: Any, **kwargs: Any) -> nm.SparseModule:
@@ -131,6 +134,31 @@ def test_control_flow_on_shapes_is_captured_and_the_other_branch_refused_rather_
         sparse(torch.randn(11, 8))
 
 
+def test_a_batch_of_one_is_refused_where_the_models_python_treats_it_by_itself() -> None:
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] == 1 or x.shape[0] < 1:  # the same for every batch
+                return x
+            y = self.layers(x) + torch.ones(1, 8)  # and that torch broadcasts is no branch of the model's
+            return y[0] if x.shape[0] == 1 else y
+
+    model, one = Alone(), torch.randn(1, 8)
+    sparse = copy.deepcopy(sparse_of(model, one))
+    for batch in (2, 5):
+        x = torch.randn(batch, 8)
+        torch.testing.assert_close(sparse(x), sparse.origin(x))
+    with pytest.raises(
+        nm.NMError, match=r"x has size 1 on axis 0, for which forward\(\) takes another[\s\S]*such as \(\{\},\)"
+    ):
+        sparse(one)
+    fixed = nm.compile(Alone(), (one,), method=nm.LBC(), include="*", dynamic_shapes=({},))
+    assert fixed(one).shape == (8,)
+
+
 @pytest.mark.parametrize("inputs", [(torch.randn(2, 7),), (torch.randn(2, 8), 3), (), (None,)])
 def test_example_inputs_that_do_not_fit_are_an_error_with_their_shapes(inputs: Any) -> None:
     model = MLP()
@@ -139,6 +167,16 @@ def test_example_inputs_that_do_not_fit_are_an_error_with_their_shapes(inputs: A
         nm.compile(model, inputs)
     assert model.state_dict().keys() == before.keys()
     assert model.training
+
+
+def test_an_assertion_in_a_layer_that_does_not_hold_is_an_error_with_its_line() -> None:
+    class Whole(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert(x.shape[1] % 7 == 0, "")  # as timm writes them
+            return super().forward(x)
+
+    with pytest.raises(nm.NMError, match=r"AssertionError\n  at .*test_capture.py:\d+ in forward: torch._assert\(x.shape"):
+        nm.compile(nn.Sequential(nn.Linear(8, 8), Whole(8, 8)), torch.randn(2, 8))
 
 
 def test_the_models_mode_statistics_and_random_state_survive_capture() -> None:
@@ -151,6 +189,23 @@ def test_the_models_mode_statistics_and_random_state_survive_capture() -> None:
     assert not model.norm1.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_what_a_model_keeps_of_its_weights_in_evaluation_mode_is_no_constant_of_the_graph_and_left_alone(called: bool) -> None:
+    model, x = Remembering().eval(), torch.randn(4, 8)
+    if called:
+        with torch.no_grad():
+            model(x)
+    kept = dict(model.kept)
+    sparse = sparse_of(model, x)
+    assert model.kept == kept
+    assert not model.training
+    with torch.no_grad():
+        model.bias.add_(1)
+    trained = Remembering()
+    trained.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(sparse.eval()(x), trained.eval()(x))
 
 
 def test_a_cache_is_not_asked_for_unless_the_user_does() -> None:
@@ -315,3 +370,10 @@ def test_a_model_that_is_an_fx_graph_gives_dicts_and_lists_that_can_be_changed_a
         assert type(found["both"]) is list
         found["both"].append(x)
         torch.testing.assert_close({**found, "both": found["both"][:2]}, frozen(x))
+
+
+def test_the_users_line_may_lie_in_a_library_whose_name_begins_like_torchs() -> None:
+    frames = [
+        traceback.FrameSummary(f"{Path(torch.__file__).parent}{rest}", 7, "forward") for rest in ("vision/ops.py", "/nn.py")
+    ]
+    assert "torchvision/ops.py:7 in forward" in user_line(frames)  # not torch/nn.py

@@ -271,6 +271,23 @@ def test_a_frozen_model_of_mixed_patterns_is_reported_with_each_weights_own() ->
     }
 
 
+def test_verify_and_report_see_the_zeros_of_layers_that_torch_has_quantised() -> None:
+    model, other = MLP(), MLP()
+    for weight in (model.fc2.weight, other.fc1.weight):
+        with torch.no_grad():
+            weight.view(-1, 4)[:, 1:3] = 0
+    for dense, wanted in ((model, "fc2.weight"), (other, "fc1.weight")):
+        quantised = torch.ao.quantization.quantize_dynamic(dense, {nn.Linear})
+        assert nm.verify(quantised).satisfied == {wanted: (1,)}
+        assert [row.name for row in nm.report(quantised).rows if row.status == "sparse"] == [wanted]
+        assert len(nm.verify(quantised.state_dict()).satisfied) == 1
+    static = torch.ao.nn.quantized.Conv2d(4, 8, 1)
+    weight = torch.randn(8, 4, 1, 1) * torch.tensor([1.0, 0, 1, 0]).view(1, 4, 1, 1)
+    static.set_weight_bias(torch.quantize_per_channel(weight, torch.rand(8) + 0.1, torch.full((8,), 3), 0, torch.qint8), None)
+    for found in (nm.verify(nn.Sequential(static)), nm.verify(nn.Sequential(static).state_dict())):
+        assert found.satisfied == {"0.weight": (1,)}
+
+
 @pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
 def test_the_report_of_a_module_around_a_compiled_one_has_its_masks_and_reasons(live: bool) -> None:
     model = MLP()

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import nm_compiler as nm
+from nm_compiler.live.live import Live
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.unwrapping import unwrap
 
@@ -111,6 +112,31 @@ def test_a_mode_that_turns_out_to_come_in_fragments_runs_its_python_once() -> No
     model.train()(x)
     assert model.batches == 2
     assert model.norm.num_batches_tracked == 1
+
+
+def test_a_first_call_that_breaks_is_planned_without_tracing_its_first_fragment_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchDynamo takes a minute to trace a detector once."""
+
+    class Breaking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layers[1](self.layers[0](x))
+            torch._dynamo.graph_break()
+            return self.layers[3](self.layers[2](x))
+
+    model, count, compiled = nm.compile(Breaking(), then="eager"), [0], Live.compile
+
+    def counted(self: Live, *args: Any) -> Any:
+        count[0] += 1
+        return compiled(self, *args)
+
+    monkeypatch.setattr(Live, "compile", counted)
+    model(positive())
+    assert count == [3]  # one that is found to be a part, then both
+    assert [row.status for row in nm.report(model).rows] == ["dense", "sparse", "sparse", "dense"]
 
 
 def test_a_weight_that_is_first_met_within_a_call_leaves_no_trace_of_the_call_that_is_begun_again() -> None:

@@ -143,6 +143,12 @@ def test_forward_hooks_from_before_are_in_the_graph_and_noted_and_backward_ones_
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_what_traces_symbolically_is_told_to_come_before_or_after() -> None:
+    sparse, _ = compiled(ConvNet)
+    with pytest.raises(nm.NMError, match=r"torch.fx cannot trace this ConvNet: .* comes before nm.compile"):
+        torch.fx.symbolic_trace(sparse)
+
+
 def test_hooks_of_weight_norm_are_not_worth_a_note() -> None:
     model = MLP()
     torch.nn.utils.weight_norm(model.fc1)

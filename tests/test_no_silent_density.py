@@ -11,6 +11,7 @@ import torch
 from models import MLP, Branching, Breaking, example
 from test_live import dense_call, positive
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import nm_compiler as nm
 from nm_compiler.unwrapping import unwrap
@@ -215,3 +216,52 @@ def test_torch_func_around_a_live_model_is_an_error_that_names_the_way_out() -> 
         parameters = dict(model.named_parameters())
         with pytest.raises(nm.NMError, match=r"called inside torch.func .* would be dense: take loss.backward\(\)"):
             torch.func.grad(lambda given: torch.func.functional_call(model, given, (x,)).sum())(parameters)  # noqa: B023
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_tracers_that_would_take_the_weights_of_a_live_model_dense_are_an_error(called: bool) -> None:
+    model, x = live(MLP()), positive()
+    if called:
+        model(x)
+    tracers: dict[str, Callable[[], Any]] = {
+        "torch.export": lambda: torch.export.export(model, (x,)),
+        "torch.jit.trace": lambda: torch.jit.trace(model, x),
+        "make_fx": lambda: make_fx(model)(x),
+    }
+    for name, trace in tracers.items():
+        with pytest.raises(nm.NMError, match=f"{name} would take its weights dense. Trace what nm.freeze"):
+            trace()
+    model(x)
+    frozen = nm.freeze(model)
+    assert torch.equal(torch.export.export(frozen, (x,)).module()(x), frozen(x))
+
+
+def test_a_layer_that_took_the_hooks_of_a_prepared_one_but_not_its_masks_is_an_error() -> None:
+    model = live(MLP())
+    other = nn.Linear(16, 16)  # as torch.ao.quantization makes one out of another
+    other.weight, other._forward_pre_hooks = model.fc2.weight, model.fc2._forward_pre_hooks
+    with pytest.raises(nm.NMError, match="this Linear took the hooks of a layer .* not its masks"):
+        other(torch.randn(2, 16))
+
+
+def test_a_call_that_is_begun_again_gives_buffers_their_sizes_back() -> None:
+    """Observers of quantisation resize theirs in the first call."""
+
+    class Observing(Breaking):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("largest", torch.zeros(0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.resize(y.detach())
+            return y
+
+        @torch._dynamo.disable  # type: ignore[untyped-decorator]
+        def resize(self, y: Tensor) -> None:
+            self.calls = len(self.largest) + 1
+            self.largest.resize_(self.calls).fill_(y.amax())
+
+    model = live(Observing())
+    model(positive())
+    assert model.calls == len(model.largest) == 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, Attention, ConvNet, example
+from models import MLP, Attention, ConvNet, Remembering, example
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -286,3 +286,13 @@ def test_a_buffer_that_is_written_without_a_result_goes_along() -> None:
     model.train()(x)
     twin.train()(x)
     torch.testing.assert_close(model.mean, twin.mean[done["up.weight[0]"]])
+
+
+def test_what_a_model_keeps_of_its_weights_in_evaluation_mode_is_made_anew_in_the_new_order() -> None:
+    model, x = Remembering().eval(), torch.randn(4, 8)
+    with torch.no_grad():
+        before, bias = model(x), model.bias.clone()
+    nm.permute(model, (x,), order="random")
+    assert not torch.equal(model.bias, bias)
+    torch.testing.assert_close(model(x), before)
+    assert not model.training

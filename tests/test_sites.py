@@ -191,6 +191,7 @@ class Computed(nn.Module):
         ((8, 8), lambda x, w, o: torch.einsum("bi,bi->b", x[:8], w[:2])[:, None], "no output axis"),
         ((8, 8), lambda x, w, o: torch.einsum("bi,oi->bi", x, w), "einsum sums over one of its axes before the product"),
         ((1, 8), lambda x, w, o: (x * w) @ o, "read by aten.mul.Tensor, which has no N:M rule"),
+        ((5, 8), lambda x, w, o: x + w[torch.tensor([0, 1, 1, 4])].view(2, 2, 8).mT.contiguous().sigmoid().sum(2)[0], "read by aten.add"),
         ((8, 8), lambda x, w, o: torch.addmm(x[0], x, w, alpha=2), "addmm with alpha or beta other than 1"),
     ],
 )  # fmt: skip

@@ -52,8 +52,19 @@ def entered(module: nn.Module, args: Any) -> None:
 
     Without a hook TorchDynamo, compiling the code around, would itself go past ``_compiled_call_impl``.
     """
+    if _ENTRY not in module.__dict__:
+        _refuse_hooks_alone(module)
     if not module.__dict__[_ENTRY].carrier.active:
         _refuse(module)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse_hooks_alone(module: nn.Module) -> None:
+    raise NMError(
+        f"this {type(module).__name__} took the hooks of a layer that nm.compile had prepared, as the layers of "
+        "torch.ao.quantization do, but not its masks, so its weights would be dense: make such layers before nm.compile, or "
+        "after nm.freeze"
+    )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -71,15 +71,18 @@ class Live(Fragments):
             mode = id(module), module.training, torch.is_grad_enabled()
             back = way_back(self.model) if mode not in self._tried else None  # it costs too much for every call
             self._tried.add(mode)
+            broken = False
             try:
                 result = self.guarded(known[1], args, kwargs, watched=False)
                 if self.ran:  # one fragment, and nothing outside it
                     return result
             except Broken:
-                pass
+                broken = True
             if back is not None:  # Python between fragments has run, and runs again
                 back()
             self._watched.add(id(module))
+            if broken and not self.prepared.looked and not self.parts:  # its first fragment would say so, traced once more
+                raise Undecided(type(self.model).__name__)
         self._watching = True
         return self.guarded(known[1], args, kwargs)
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from nm_compiler.attaching import attach_state, detach_state, recipe_tag, state_names
 from nm_compiler.carrier import CARRIER
@@ -120,6 +121,7 @@ class Prepared:
         from nm_compiler.live.live import Undecided
         from nm_compiler.routes import way_back
 
+        refuse_tracers(self.origin)
         self._check_modules()
         self._check_options()
         if not self.sites and parts(self.origin):  # FSDP2's hooks break the graph: stem and head could not be told
@@ -310,6 +312,22 @@ class Prepared:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.begin()
+
+
+def refuse_tracers(model: nn.Module) -> None:
+    """Raise NMError inside a tracer that would take the dense weights: under it TorchDynamo compiles nothing."""
+    tracers = {
+        "torch.export": torch.compiler.is_exporting(),
+        "torch.jit.trace": torch._C._get_tracing_state() is not None,
+        "make_fx": get_proxy_mode() is not None,
+    }
+    tracer = next((name for name, is_on in tracers.items() if is_on), None)
+    if tracer is not None:
+        raise NMError(
+            f"this {type(model).__name__} was prepared by nm.compile without example inputs, and its masks are in the graphs "
+            f"that TorchDynamo gives: {tracer} would take its weights dense. Trace what nm.freeze(model) returns, or what "
+            "nm.compile(model, example_inputs) does: a graph, which can be traced while it trains"
+        )
 
 
 def load_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
