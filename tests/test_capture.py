@@ -59,6 +59,46 @@ def test_nested_inputs_and_outputs_keep_their_structure() -> None:
     torch.testing.assert_close(out.second["hidden"], expected.second["hidden"])
 
 
+class Cache:
+    """What a registered pytree may be: no container that keys of its paths index, and its leaves have to be tensors."""
+
+    def __init__(self, keys: list[Tensor]) -> None:
+        self.length, self.keys = keys[0].shape[1], keys
+
+
+class Cached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        y = self.b(self.a(x)) + cache.keys[0].sum(1) * cache.keys[1].sum(1)
+        return self.c(y), Cache([torch.cat([key, y[:, None]], 1) for key in cache.keys])
+
+
+def test_a_cache_that_is_a_registered_pytree_goes_in_and_out_of_captured_and_lowered_models() -> None:
+    register, forget = torch.utils._pytree.register_pytree_node, torch.utils._pytree._deregister_pytree_node
+    entry: Any = torch.utils._pytree.MappingKey("keys")
+    with_keys = {"flatten_with_keys_fn": lambda cache: ([(entry, cache.keys)], None)}
+    register(Cache, lambda cache: ([cache.keys], None), lambda children, _: Cache(list(*children)), **with_keys)
+    try:
+        model, x = Cached().eval(), torch.randn(3, 8)
+        any_length = {"x": {0: torch.export.Dim.AUTO}, "cache": [[{0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}] * 2]}
+        first = Cache([torch.randn(3, 5, 8), torch.randn(3, 5, 8)])
+        model = nm.freeze(nm.compile(model, (x, first), method=nm.Magnitude(), dynamic_shapes=any_length)).eval()
+        lowered = nm.lower(model, (x, first), backend="dense", dynamic_shapes=any_length)
+        wanted, found = (x, first), (x, first)
+        for _ in range(2):
+            wanted, found = model(*wanted), lowered(*found)
+            torch.testing.assert_close(found[0], wanted[0])
+        assert found[1].length == 7
+        with pytest.raises(nm.NMError, match=r"captured branch holds only while.*cache.*shape") as refused:
+            lowered(x, Cache([torch.randn(3, 5, 8), torch.randn(2, 5, 8)]))
+        assert "Cache([float32[3, 5, 8], float32[2, 5, 8]])" in str(refused.value)
+    finally:
+        forget(Cache)
+
+
 def test_the_same_call_written_with_keywords_or_in_another_order_fits() -> None:
     model = Keywords()
     x = torch.randn(2, 8)
