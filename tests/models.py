@@ -34,8 +34,12 @@ class Breaking(MLP):
         return self.fc3(y)
 
 
-class Stepping(MLP):
+class Stepping(nn.Module):
     """A step of decoding: it writes its row to a cache of four rows, and how many there are to a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
 
     def forward(self, x: Tensor, cache: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y = torch.relu(self.fc2(torch.relu(self.fc1(x))))
