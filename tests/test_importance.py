@@ -122,7 +122,8 @@ class Routed(nn.Module):
         self.experts = nn.Parameter(torch.randn(3, 16, 16))
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        return torch.ops.aten._grouped_mm(x, self.experts.transpose(-2, -1), counts.cumsum(0).to(torch.int32))
+        y: Tensor = torch.ops.aten._grouped_mm(x, self.experts.transpose(-2, -1), counts.cumsum(0).to(torch.int32))
+        return y
 
 
 @pytest.mark.parametrize("rule", [nm.Wanda, nm.RIA], ids=["Wanda", "RIA"])
@@ -134,7 +135,7 @@ def test_magnitude_decides_where_no_token_came_and_among_inputs_that_were_always
     assert "experts: 1 of its 3 experts met nothing but zeros in 1 batches" in caplog.text
     torch.testing.assert_close(stats["experts"][1, 0], x[8:].double().square().sum(0), rtol=1e-5, atol=1e-5)
     sparse = nm.compile(copy.deepcopy(model), batch, method=nm.Magnitude(importance=rule(stats)), include="*")
-    kept = nm.freeze(sparse).experts.reshape(3, 16, 4, 4) != 0
+    kept = nm.freeze(sparse).get_parameter("experts").reshape(3, 16, 4, 4) != 0
     size = model.experts.detach().float().abs().reshape(3, 16, 4, 4)
     if rule is nm.RIA:
         size = size / size.sum((2, 3), keepdim=True) + size / size.sum(1, keepdim=True)
@@ -143,6 +144,25 @@ def test_magnitude_decides_where_no_token_came_and_among_inputs_that_were_always
     dead = ranks[:2, :, 1, :3].argmin(-1)  # of inputs 4 to 6 the largest weight is kept, and that of input 7
     assert torch.equal(kept[:2, :, 1, :3].int().argmax(-1), dead)
     assert bool(kept[:2, :, 1, 3].all())
+
+
+class Wary(nn.Module):
+    """Its training mode branches on data, which no graph holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and float(x.sum()) > 0:
+            x = x + 1
+        y: Tensor = self.fc(x)
+        return y
+
+
+def test_calibration_asks_nothing_of_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nm_compiler.routes._fragments", None)
+    assert set(nm.calibrate(Wary(), [torch.randn(4, 8)])) == {"fc.weight"}
 
 
 def test_half_precision_is_measured_in_float32() -> None:

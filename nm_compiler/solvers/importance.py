@@ -13,7 +13,7 @@ from torch import Tensor
 from nm_compiler.errors import NMError
 
 _UNSEEN = 1e-12
-"""The norm of an input that was always zero, beside the largest: magnitude decides among such, as in experts without a token."""
+"""The norm of an input that was always zero, beside the largest: magnitude decides among such, as without any token."""
 
 
 def wanda(weight: Tensor, squares: Tensor) -> Tensor:
