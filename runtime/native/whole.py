@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
+from nm_compiler.graph import written_by
 from nm_compiler.memory import give_back
 from nm_compiler.runtime.choose import Timing, side_by_side
 from nm_compiler.scaled import stood_in
@@ -94,22 +95,5 @@ def _anew(graph: GraphModule, flat: Sequence[Any], run: Callable[..., object] | 
 
 def _written(graph: GraphModule) -> set[int]:
     """Places of the inputs that an op writes to, itself or through a view."""
-    places = {node: place for place, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
-    found = set()
-    for node in graph.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        for arg, said in zip(node.args, node.target._schema.arguments, strict=False):
-            if said.alias_info is not None and said.alias_info.is_write:
-                found.add(places.get(_viewed(arg), -1))
-    return found - {-1}
-
-
-def _viewed(value: Any) -> Any:
-    """What a view is a view of."""
-    while isinstance(value, Node) and isinstance(value.target, torch._ops.OpOverload):
-        returned = value.target._schema.returns
-        if not returned or returned[0].alias_info is None:
-            break
-        value = value.args[0]
-    return value
+    written = {base for node in graph.graph.nodes for base in written_by(node)}
+    return {place for place, node in enumerate(graph.graph.find_nodes(op="placeholder")) if node in written}
