@@ -39,6 +39,7 @@ _UNKNOWN_OUTPUT = (
     "torch.export takes outputs of types that it knows: return a tuple or a dict, or say once what yours holds, with "
     "torch.export.register_dataclass for a dataclass or torch.utils._pytree.register_pytree_node."
 )
+_CACHE = "Pass use_cache=False, or set config.use_cache = False: torch.export knows no caches of Hugging Face's models."
 _UNKNOWN_INPUT = (
     "torch.export takes inputs of types that it knows: pass tensors, tuples or dicts, or say once what yours holds, with "
     "torch.export.register_dataclass for a dataclass or torch.utils._pytree.register_pytree_node."
@@ -173,8 +174,10 @@ def quiet() -> Iterator[None]:
 
 
 def without_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Hugging Face models return caches that no pytree knows; ask for none unless the user did."""
-    wants = "use_cache" in inspect.signature(model.forward).parameters and "use_cache" not in kwargs
+    """Hugging Face models return caches that no pytree knows; ask for none unless the user did. Adapters pass that on."""
+    adapted = getattr(model, "get_base_model", None)  # of peft's wrappers
+    inner: Any = adapted() if callable(adapted) and not isinstance(adapted, nn.Module) else model
+    wants = "use_cache" in inspect.signature(inner.forward).parameters and "use_cache" not in kwargs
     return {"use_cache": False} if wants else {}
 
 
@@ -220,7 +223,7 @@ def _way_out(error: Exception) -> str:
     if "DataDependent" in type(error).__name__:
         return _ON_DATA
     if "in output, which is not a known type" in str(error):
-        return _UNKNOWN_OUTPUT
+        return _CACHE if "cache_utils" in str(error) else _UNKNOWN_OUTPUT
     if "Unsupported input type" in str(error):
         return _UNKNOWN_INPUT
     return "Check that model(*example_inputs) runs."
