@@ -228,6 +228,29 @@ def test_plain_tensor_attributes_of_the_root_are_constants_of_the_graph() -> Non
     torch.testing.assert_close(sparse_of(model, x)(x), model(x))
 
 
+class Batched(nn.Module):
+    """A wrapper that takes whatever a batch holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = MLP()
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.inner(batch["x"] + batch["shift"])
+
+
+def test_keywords_that_forward_does_not_name_are_dynamic_too_and_the_model_stays_as_it_was() -> None:
+    model = Batched().eval()
+    batches = [{"x": torch.randn(n, 8), "shift": torch.randn(n, 8)} for n in (2, 5)]
+    assert set(nm.calibrate(model, batches)) == {f"inner.fc{i}.weight" for i in (1, 2, 3)}
+    sparse = nm.compile(model, kwargs=batches[0], method=nm.LBC(), include="*").eval()
+    assert "nm.score_weight" in nm.show(sparse)
+    torch.testing.assert_close(sparse(**batches[1]), model(**batches[1]))
+    assert "forward" not in model.__dict__
+    with pytest.raises(nm.NMError, match="shift has size 7 on axis 1|captured branch holds only while"):
+        sparse(x=batches[1]["x"], shift=torch.randn(5, 7))
+
+
 def test_inputs_of_different_batches_and_inputs_behind_a_star_are_captured() -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:
