@@ -98,10 +98,10 @@ def replaced(path: str, why: str = "its weights have no state and would run dens
 
 
 def resized(gm: GraphModule) -> NMError | None:
-    """What to say of a parameter or buffer of another shape than when ``gm`` was captured, which its sizes may not fit."""
+    """What to say of a parameter of another shape than when ``gm`` was captured, which its sizes may not fit."""
     for node in gm.graph.find_nodes(op="get_attr"):
         captured, now = node.meta.get("val"), getattr_path(gm, node.target)
-        if isinstance(captured, Tensor) and isinstance(now, Tensor) and captured.shape != now.shape:
+        if isinstance(captured, Tensor) and isinstance(now, nn.Parameter) and captured.shape != now.shape:
             return NMError(
                 f"{node.target} has shape {list(now.shape)}, and the graph was captured with {list(captured.shape)}: resize it"
                 " (resize_token_embeddings() of Hugging Face's models) before nm.compile, or after nm.freeze"
