@@ -2,12 +2,13 @@
 
 A product is linear in its weight, so the gradient of the sum of ``product(x ** 2, W)`` is, for every weight, the sum of
 squares of all that it is multiplied with: exactly, whatever the product is (linear, convolution with stride and padding,
-experts).
+experts). In float32 where the model is in half precision: squares of a few thousand tokens are beyond float16.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.preparing import captured, globs
 from nm_compiler.sites import Site, find
 from nm_compiler.uses import Use, constants, uses
+
+_log = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -47,7 +50,7 @@ def calibrate(
     if first is None or most == 0:
         raise NMError("nm.calibrate(model, batches): there is no batch to run the model on")
     args, kwargs = first
-    route = captured(model, args, kwargs, dynamic_shapes, what="nm.calibrate")[False]
+    route = captured(model, args, kwargs, dynamic_shapes, what="nm.calibrate", modes=(False,))[False]
     if not isinstance(route, Exported):
         raise NMError(
             f"{type(model).__name__} is no single graph in evaluation mode, so inputs cannot be followed to its weights: "
@@ -60,8 +63,22 @@ def calibrate(
             meter.run(*route.signature.flatten(args, kwargs))
             if count == most:
                 break
+    _warn_of_unseen(plan.sites, meter.squares, count)
     sums = {site.name: sums_of(site, model.get_parameter(site.name)) for site in plan.sites if site.name in meter.squares}
     return Calibration(meter.squares, count, sums)
+
+
+def _warn_of_unseen(sites: Iterable[Site], squares: Mapping[str, Tensor], count: int) -> None:
+    """Log which experts had no token, and which weights no input but zeros: importances say nothing about them."""
+    for site in sites:
+        found, batch = squares.get(site.name), site.layout.batch
+        if found is None or not found.numel():
+            continue
+        seen = found.amax([axis for axis in range(found.ndim) if axis not in batch])
+        unseen = int((seen == 0).sum())
+        if unseen:
+            which = f"{unseen} of its {seen.numel()} experts met" if batch else "met"
+            _log.warning("%s: %s nothing but zeros in %d batches, so magnitude decides there", site.name, which, count)
 
 
 def _all(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
@@ -84,6 +101,11 @@ def _inputs(model: nn.Module, batch: Any, device: torch.device) -> tuple[tuple[A
 
 def _with_inputs(node: Node) -> tuple[Node, ...]:
     return (node, *node.all_input_nodes)
+
+
+def _wide(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
 
 
 class _Meter(Interpreter):
@@ -117,12 +139,13 @@ class _Meter(Interpreter):
         read, *between = use.path
         whole = self.env[read].detach()
         one_row = not between and use.conv_groups == 1 and not site.layout.batch and use.op.startswith(("linear", "conv"))
-        leaf = (whole.narrow(site.layout.out_axis, 0, 1) if one_row else whole).clone().requires_grad_()
+        leaf = _wide(whole.narrow(site.layout.out_axis, 0, 1) if one_row else whole).clone().requires_grad_()
         env: dict[Node, Any] = {read: leaf}
         for node in between:
-            env[node] = self._call(node, env)
+            env[node] = _wide(self._call(node, env))
         product = self._call(use.node, env, squared=use.path[-1], bias=not one_row)
-        gradient: Tensor = torch.autograd.grad(product.sum(), leaf)[0]
+        ones = torch.ones_like(product, memory_format=torch.contiguous_format)  # a grouped matmul takes no expanded gradient
+        gradient: Tensor = torch.autograd.grad(product, leaf, ones)[0]
         return gradient
 
     def _call(self, node: Node, env: Mapping[Node, Any], squared: Node | None = None, bias: bool = True) -> Any:
@@ -133,7 +156,7 @@ class _Meter(Interpreter):
                 return env[arg]
             plain = self.env[arg]
             square = squared is not None and isinstance(plain, Tensor) and plain.is_floating_point()
-            return plain.square() if square else plain
+            return _wide(plain).square() if square else plain
 
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
         if not bias and len(args) > 2 and isinstance(args[2], Tensor):  # a row of the weight has no use for the whole bias

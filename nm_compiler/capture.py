@@ -41,6 +41,7 @@ _UNKNOWN_OUTPUT = (
     "torch.export takes outputs of types that it knows: return a tuple or a dict, or say once what yours holds, with "
     "torch.export.register_dataclass for a dataclass or torch.utils._pytree.register_pytree_node."
 )
+_CACHE = "Pass use_cache=False, or set config.use_cache = False: torch.export knows no caches of Hugging Face's models."
 _UNKNOWN_INPUT = (
     "torch.export takes inputs of types that it knows: pass tensors, tuples or dicts, or say once what yours holds, with "
     "torch.export.register_dataclass for a dataclass or torch.utils._pytree.register_pytree_node."
@@ -82,9 +83,10 @@ def _export(
     training: bool,
 ) -> tuple[GraphModule, Signature]:
     given, named = (args, kwargs) if dynamic_shapes is not None else _repeat_batch_of_one(args, kwargs)
-    shapes = _dynamic_batch(model, given, named) if dynamic_shapes is None else _with_hidden(dynamic_shapes, kwargs, hidden)
     try:
-        with quiet(), checkpoints_open(), other_branches(_LIBRARIES) as branching:
+        with _by_name(model, named), quiet(), checkpoints_open(), other_branches(_LIBRARIES) as branching:
+            free = dynamic_shapes is None
+            shapes = _dynamic_batch(model, given, named) if free else _with_hidden(dynamic_shapes, kwargs, hidden)
             program = torch.export.export(model, given, named or None, dynamic_shapes=shapes, strict=False)
     except NMError:
         raise
@@ -175,9 +177,37 @@ def quiet() -> Iterator[None]:
 
 
 def without_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Hugging Face models return caches that no pytree knows; ask for none unless the user did."""
-    wants = "use_cache" in inspect.signature(model.forward).parameters and "use_cache" not in kwargs
+    """Hugging Face models return caches that no pytree knows; ask for none unless the user did. Adapters pass that on."""
+    adapted = getattr(model, "get_base_model", None)  # of peft's wrappers
+    inner: Any = adapted() if callable(adapted) and not isinstance(adapted, nn.Module) else model
+    wants = "use_cache" in inspect.signature(inner.forward).parameters and "use_cache" not in kwargs
     return {"use_cache": False} if wants else {}
+
+
+@contextlib.contextmanager
+def _by_name(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """``forward(**kwargs)`` with a parameter for each name that it is given: torch.export takes no dynamic sizes of others."""
+    forward = model.forward
+    signature = inspect.signature(forward)
+    written = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    extra = [name for name in kwargs if name not in {each.name for each in written}]
+    if not extra or len(written) == len(signature.parameters):
+        yield
+        return
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    named.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*written, *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra)]
+    )
+    own = {name: value for name, value in model.__dict__.items() if name == "forward"}
+    model.__dict__["forward"] = named
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        model.__dict__.update(own)
 
 
 def _repeat_batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -222,7 +252,7 @@ def _way_out(error: Exception) -> str:
     if "DataDependent" in type(error).__name__:
         return _ON_DATA
     if "in output, which is not a known type" in str(error):
-        return _UNKNOWN_OUTPUT
+        return _CACHE if "cache_utils" in str(error) else _UNKNOWN_OUTPUT
     if "Unsupported input type" in str(error):
         return _UNKNOWN_INPUT
     return "Check that model(*example_inputs) runs."

@@ -13,23 +13,37 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from nm_compiler.equations import LINEAR, PRODUCTS
-from nm_compiler.graph import getattr_path, target_name
+from nm_compiler.graph import base_of, getattr_path, target_name, written_by
 from nm_compiler.uses import GROUPED, RECURRENT
 from nm_compiler.views import is_view
 
 
 def ends(gm: GraphModule, fixed: Collection[Node]) -> tuple[set[Node], set[Node]]:
-    """The products of the graph with no weighted op before them (stems) and with none after them (heads)."""
+    """The products of the graph with no weighted op before them (stems) and with none after them (heads).
+
+    What an op writes to memory, as a loop over time does, goes on from there to all that reads it later.
+    """
     chosen = {node for node in gm.graph.nodes if _is_weighted(gm, node, fixed)}
-    after: set[Node] = set()
+    return chosen - _after(gm, chosen), chosen - _before(gm, chosen)
+
+
+def _after(gm: GraphModule, chosen: set[Node]) -> set[Node]:
+    after, filled = set[Node](), set[Node]()
     for node in gm.graph.nodes:
-        if any(arg in after or arg in chosen for arg in node.all_input_nodes):
+        if any(arg in after or arg in chosen or base_of(arg) in filled for arg in node.all_input_nodes):
             after.add(node)
-    before: set[Node] = set()
+            filled.update(written_by(node))
+    return after
+
+
+def _before(gm: GraphModule, chosen: set[Node]) -> set[Node]:
+    before, wanted = set[Node](), set[Node]()
     for node in reversed(gm.graph.nodes):
-        if any(user in before or user in chosen for user in node.users):
+        if any(user in before or user in chosen for user in node.users) or not wanted.isdisjoint(written_by(node)):
             before.add(node)
-    return chosen - after, chosen - before
+        if node in before or node in chosen:
+            wanted.update(base_of(arg) for arg in node.all_input_nodes)
+    return before
 
 
 def _is_weighted(gm: GraphModule, node: Node, fixed: Collection[Node]) -> bool:

@@ -17,6 +17,7 @@ from nm_compiler import records
 from nm_compiler.binding import bind, flat_copy
 from nm_compiler.bodies import is_body, programs
 from nm_compiler.graph import Pass, has_side_effect, run, show_graph
+from nm_compiler.links import resized
 from nm_compiler.ops.together import together
 from nm_compiler.passes.gather_masks import gather_masks
 from nm_compiler.signature import Signature
@@ -40,8 +41,11 @@ class Exported:
         program = self._eager_program() if eager else self.gm
         try:
             outputs = program(*self.signature.flatten(args, kwargs))
-        except BaseException:
+        except BaseException as error:
             torch._C._set_grad_enabled(recorded)  # where an op fails in a region without gradients
+            problem = resized(self.gm) if isinstance(error, RuntimeError) else None
+            if problem is not None:
+                raise problem from error
             raise
         return pytree.tree_unflatten(list(outputs), self.signature.out_spec)
 

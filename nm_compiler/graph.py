@@ -6,6 +6,7 @@ repeat: dead code, lint, recompile, and shapes for the new nodes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -93,6 +94,28 @@ def arguments_of(node: Node) -> dict[str, Any]:
                 argument.name, argument.default_value if argument.has_default_value() else None
             )
     return bound
+
+
+def base_of(value: Any) -> Any:
+    """The node whose memory a node may show, by what the schemas of ops say of views: itself if it is none."""
+    while isinstance(value, Node) and value.op == "call_function":
+        if value.target is not operator.getitem:
+            returned = value.target._schema.returns if isinstance(value.target, torch._ops.OpOverload) else ()
+            if not returned or returned[0].alias_info is None:
+                break
+        if not value.args or not isinstance(value.args[0], Node):
+            break
+        value = value.args[0]
+    return value
+
+
+def written_by(node: Node) -> list[Node]:
+    """The `base_of` what an op writes to, by its schema."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    given = zip(node.args, node.target._schema.arguments, strict=False)
+    args = [arg for arg, said in given if said.alias_info is not None and said.alias_info.is_write]
+    return [base_of(arg) for arg in args if isinstance(arg, Node)]
 
 
 def propagate_shapes(gm: GraphModule) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from nm_compiler.errors import NMError
+from nm_compiler.graph import getattr_path
 from nm_compiler.wording import several
 
 _SET: dict[type[nn.Module], tuple[str, ...]] = {
@@ -93,3 +95,15 @@ def replaced(path: str, why: str = "its weights have no state and would run dens
         f"{path} was replaced after nm.compile: {why}. Put the layer back (peft's unload() does), and replace layers or add "
         "adapters before nm.compile, or after nm.freeze"
     )
+
+
+def resized(gm: GraphModule) -> NMError | None:
+    """What to say of a parameter of another shape than when ``gm`` was captured, which its sizes may not fit."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        captured, now = node.meta.get("val"), getattr_path(gm, node.target)
+        if isinstance(captured, Tensor) and isinstance(now, nn.Parameter) and captured.shape != now.shape:
+            return NMError(
+                f"{node.target} has shape {list(now.shape)}, and the graph was captured with {list(captured.shape)}: resize it"
+                " (resize_token_embeddings() of Hugging Face's models) before nm.compile, or after nm.freeze"
+            )
+    return None

@@ -94,7 +94,8 @@ def lower(
     gm = _rewritten(gm, sites, model, own=twin is not model)
     if not chosen.later:
         keep(gm)
-    job = Job(gm, signature, sites, tuple(signature.flatten(*given)), globs(force), dict(options or {}))
+    flat = tuple(signature.flatten(*copies_of(given)))  # a graph may write to its inputs, as static caches are
+    job = Job(gm, signature, sites, flat, globs(force), dict(options or {}))
     lost = unread(gm, sites)
     lowered = Lowered(
         chosen.lower(job), title=type(model).__name__, backend=chosen.name, signature=signature, plan=plan, sites=sites,
@@ -225,8 +226,9 @@ def _plainly(model: nn.Module) -> Iterator[None]:
 
 
 def _check(lowered: Lowered, wanted: Any, given: Any, dtype: torch.dtype) -> None:
+    args, kwargs = copies_of(given)
     with _plainly(lowered):
-        found = lowered(*given[0], **given[1])
+        found = lowered(*args, **kwargs)
     error = relative_error(found, wanted)
     bound = max(TOLERANCE.get(dtype, 6e-2), lowered.result.rough)
     if not error <= bound:

@@ -22,15 +22,16 @@ Routes = Mapping[bool, "Exported | Fragments"]
 
 
 def captured(
-    model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any, *, what: str
-) -> Routes:
-    """Both modes of ``model``, captured. what: the function that was called, for messages. Raises NMError."""
+    model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any, *, what: str,
+    modes: Sequence[bool] = (False, True),
+) -> Routes:  # fmt: skip
+    """Both ``modes`` of ``model``, captured. what: the function that was called, for messages. Raises NMError."""
     check_model(model, what)
     args = arguments(example_inputs, kwargs, what)
     args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
     if any(parameter.is_meta for parameter in model.parameters()):  # a shape without values is captured with such inputs
         args, named = pytree.tree_map_only(Tensor, _valueless, (args, named))
-    return take(model, args, named, dynamic_shapes)
+    return take(model, args, named, dynamic_shapes, modes)
 
 
 def globs(given: Sequence[str]) -> tuple[str, ...]:

@@ -28,15 +28,16 @@ _NOT_OWN = {*nn.Module().__dict__, MARK}
 
 
 def take(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
-) -> dict[bool, Exported | Fragments]:
-    """A carrier for evaluation (False) and training (True) mode, nothing rewritten yet.
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None,
+    modes: Sequence[bool] = (False, True),
+) -> dict[bool, Exported | Fragments]:  # fmt: skip
+    """A carrier for each of ``modes``, evaluation (False) and training (True), nothing rewritten yet.
 
     A mode that export refuses is run once on the example inputs, in fragments; the model is left as it was.
     Raises NMError that names the line of the user's code if neither works.
     """
     routes: dict[bool, Exported | Fragments] = {}
-    for training in (False, True):
+    for training in modes:
         refused: NMError | None = None
         try:
             with untouched(model), in_mode(model, True):  # through train(): what eval() keeps of weights is computed from them

@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +89,10 @@ class Signature:
     modes: tuple[bool, ...]
 
     def __post_init__(self) -> None:
-        """Guards become functions once, which TorchDynamo can trace into guards of its own."""
+        """Guards become functions of the flat inputs once, which TorchDynamo can trace into guards of its own."""
         scope = {"math": math, "torch": torch}
-        self.__dict__["_conditions"] = tuple(eval(f"lambda L: {guard}", scope) for guard in self.guards)
+        conditions = (eval(f"lambda flat, L: {_on_leaves(guard, self.paths)}", scope) for guard in self.guards)
+        self.__dict__["_conditions"] = tuple(conditions)
 
     @classmethod
     def of(
@@ -148,7 +149,7 @@ class Signature:
             elif value is not expected and (isinstance(value, Tensor) or value != expected):
                 self._refuse(args, kwargs, f"{path} is {describe_leaf(value)}, the graph holds for {expected!r}")
         if self.guards:
-            self._check_guards(args, named)
+            self._check_guards(flat, args, named)
         return flat
 
     def _rearrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -164,17 +165,17 @@ class Signature:
             self._refuse(args, kwargs, "; ".join(parts))
         return tuple(named[name] for name in self.arg_names), {name: named[name] for name in self.kwarg_names}
 
-    def _check_guards(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _check_guards(self, flat: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = {**dict(zip(self.arg_names, args, strict=True)), **kwargs}
         for guard, condition in zip(self.guards, self.__dict__["_conditions"], strict=True):
             try:
-                holds = condition(given)
+                holds = condition(flat, given)
             except ZeroDivisionError:  # a size of 0 or 1 that the captured branch never meant
                 holds = False
             except KeyError:  # an input inside *args or **kwargs of forward, which has no name here
                 holds = True
             if not holds:
-                readable = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"\1.shape[\2]", guard)
+                readable = re.sub(r"L\['(\w+)'\](\S*?)\.size\(\)\[(\d+)\]", r"\1\2.shape[\3]", guard)
                 self._refuse(args, kwargs, f"the captured branch holds only while {readable}")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -235,6 +236,14 @@ def _path(key: Sequence[Any], arg_names: Sequence[str]) -> str:
     return str(name) + "".join(str(part) for part in rest)
 
 
+def _on_leaves(guard: str, paths: Sequence[str]) -> str:
+    """A guard that reads the flat inputs: ``L['cache']['keys'][0]`` is a path in the pytree, which a cache need not index."""
+    for place, path in sorted(enumerate(paths), key=lambda each: -len(each[1])):
+        name, *_ = re.split(r"[\[.]", path, maxsplit=1)
+        guard = re.sub(re.escape(f"L['{name}']{path[len(name) :]}") + r"(?!\w)", f"flat[{place}]", guard)
+    return guard
+
+
 def _show(value: Any) -> str:
     return str(value) if isinstance(value, TensorInput) else repr(value)
 
@@ -252,10 +261,24 @@ def describe_leaf(value: Any) -> str:
 
 def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """A call's inputs, tensors as dtype and shape."""
-    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    text = pytree.tree_unflatten([_Text(describe_leaf(leaf)) for leaf in leaves], spec)
-    parts = [repr(part) for part in text[0]] + [f"{key}={part!r}" for key, part in text[1].items()]
+    parts = [_described(value) for value in args] + [f"{key}={_described(value)}" for key, value in kwargs.items()]
     return f"({', '.join(parts)})"
+
+
+def _described(value: Any) -> str:
+    leaves, spec = pytree.tree_flatten(value)
+    return repr(_texts(spec, iter(leaves)))
+
+
+def _texts(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
+    """Texts in the place of leaves, in Python's own containers: others, such as caches, cannot be built of texts."""
+    if spec.is_leaf():
+        return _Text(describe_leaf(next(leaves)))
+    parts = [_texts(child, leaves) for child in spec.children()]
+    if spec.type.__module__ in ("builtins", "collections"):
+        flat = pytree.TreeSpec(spec.type, spec.context, [pytree.tree_structure(0)] * len(parts))
+        return pytree.tree_unflatten(parts, flat)
+    return _Text(f"{spec.type.__name__}({', '.join(map(repr, parts))})")
 
 
 class _Text(str):

@@ -69,6 +69,18 @@ class Lowered(nn.Module):
         leaves = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
         return pytree.tree_unflatten(leaves, self.signature.out_spec)
 
+    def __getattr__(self, name: str) -> Any:
+        """As of any module. Raises AttributeError that says what there is in the place of the model's other methods."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "title" not in self.__dict__:
+                raise
+        raise AttributeError(
+            f"a lowered {self.title} has no attribute {name!r}: only forward() was lowered. Where a method of the model calls "
+            "it, as generate() does, lower parts of the model in their place: layer.mlp = nm.lower(layer.mlp, ...)"
+        )
+
     def train(self, mode: bool = True) -> Lowered:
         """Stays in evaluation mode: there is nothing left to train."""
         return self

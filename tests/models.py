@@ -54,6 +54,20 @@ class Breaking(MLP):
         return self.fc3(y)
 
 
+class Stepping(nn.Module):
+    """A step of decoding: it writes its row to a cache of four rows, and how many there are to a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, cache: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = torch.relu(self.fc2(torch.relu(self.fc1(x))))
+        cache.index_copy_(1, length.reshape(1), y[:, None])
+        length.add_(1)
+        return self.fc3(cache.sum(1)), cache, length
+
+
 class ConvNet(nn.Module):
     """A residual block with batch norm and dropout, a strided convolution, a mean and a linear head."""
 

@@ -186,3 +186,34 @@ def test_sharded_weights_are_to_be_compiled_first() -> None:
             nm.compile(model, torch.randn(2, 8))
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Tied(nn.Module):
+    """A table of words that is the output layer as well, and a size of it written into the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(12, 8), nn.Linear(8, 8)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return (self.fc(self.table(words)) @ self.table.weight.T).view(-1, self.table.num_embeddings)
+
+
+def test_a_parameter_that_was_resized_after_compile_is_named_with_both_shapes() -> None:
+    model, words = Tied(), torch.randint(12, (2, 5))
+    sparse = nm.compile(model, words, method=nm.SRSTE(), include="fc*")
+    model.table.weight.data = torch.randn(13, 8)
+    with pytest.raises(nm.NMError, match=r"table.weight has shape \[13, 8\], .* with \[12, 8\]: resize it .* nm.freeze"):
+        sparse(words)
+
+
+class Wrapped(nn.Module):
+    """What returns a cache that no pytree knows, and says so as torch.export does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("Found <class 'transformers.cache_utils.DynamicCache'> in output, which is not a known type")
+
+
+def test_a_cache_that_comes_out_of_a_wrapped_model_is_an_error_that_says_use_cache() -> None:
+    with pytest.raises(nm.NMError, match=r"Pass use_cache=False, or set config\.use_cache = False"):
+        nm.lower(Wrapped(), torch.randn(2, 8), backend="dense")

@@ -62,6 +62,46 @@ def test_nested_inputs_and_outputs_keep_their_structure() -> None:
     torch.testing.assert_close(out.second["hidden"], expected.second["hidden"])
 
 
+class Cache:
+    """What a registered pytree may be: no container that keys of its paths index, and its leaves have to be tensors."""
+
+    def __init__(self, keys: list[Tensor]) -> None:
+        self.length, self.keys = keys[0].shape[1], keys
+
+
+class Cached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        y = self.b(self.a(x)) + cache.keys[0].sum(1) * cache.keys[1].sum(1)
+        return self.c(y), Cache([torch.cat([key, y[:, None]], 1) for key in cache.keys])
+
+
+def test_a_cache_that_is_a_registered_pytree_goes_in_and_out_of_captured_and_lowered_models() -> None:
+    register, forget = torch.utils._pytree.register_pytree_node, torch.utils._pytree._deregister_pytree_node
+    entry: Any = torch.utils._pytree.MappingKey("keys")
+    with_keys = {"flatten_with_keys_fn": lambda cache: ([(entry, cache.keys)], None)}
+    register(Cache, lambda cache: ([cache.keys], None), lambda children, _: Cache(list(*children)), **with_keys)
+    try:
+        model, x = Cached().eval(), torch.randn(3, 8)
+        any_length = {"x": {0: torch.export.Dim.AUTO}, "cache": [[{0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}] * 2]}
+        first = Cache([torch.randn(3, 5, 8), torch.randn(3, 5, 8)])
+        model = nm.freeze(nm.compile(model, (x, first), method=nm.Magnitude(), dynamic_shapes=any_length)).eval()
+        lowered = nm.lower(model, (x, first), backend="dense", dynamic_shapes=any_length)
+        wanted, found = (x, first), (x, first)
+        for _ in range(2):
+            wanted, found = model(*wanted), lowered(*found)
+            torch.testing.assert_close(found[0], wanted[0])
+        assert found[1].length == 7
+        with pytest.raises(nm.NMError, match=r"captured branch holds only while.*cache.*shape") as refused:
+            lowered(x, Cache([torch.randn(3, 5, 8), torch.randn(2, 5, 8)]))
+        assert "Cache([float32[3, 5, 8], float32[2, 5, 8]])" in str(refused.value)
+    finally:
+        forget(Cache)
+
+
 def test_the_same_call_written_with_keywords_or_in_another_order_fits() -> None:
     model = Keywords()
     x = torch.randn(2, 8)
@@ -241,6 +281,29 @@ def test_plain_tensor_attributes_of_the_root_are_constants_of_the_graph() -> Non
     model = Scaled()
     x = torch.randn(3, 8)
     torch.testing.assert_close(sparse_of(model, x)(x), model(x))
+
+
+class Batched(nn.Module):
+    """A wrapper that takes whatever a batch holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = MLP()
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.inner(batch["x"] + batch["shift"])
+
+
+def test_keywords_that_forward_does_not_name_are_dynamic_too_and_the_model_stays_as_it_was() -> None:
+    model = Batched().eval()
+    batches = [{"x": torch.randn(n, 8), "shift": torch.randn(n, 8)} for n in (2, 5)]
+    assert set(nm.calibrate(model, batches)) == {f"inner.fc{i}.weight" for i in (1, 2, 3)}
+    sparse = nm.compile(model, kwargs=batches[0], method=nm.LBC(), include="*").eval()
+    assert "nm.score_weight" in nm.show(sparse)
+    torch.testing.assert_close(sparse(**batches[1]), model(**batches[1]))
+    assert "forward" not in model.__dict__
+    with pytest.raises(nm.NMError, match="shift has size 7 on axis 1|captured branch holds only while"):
+        sparse(x=batches[1]["x"], shift=torch.randn(5, 7))
 
 
 def test_inputs_of_different_batches_and_inputs_behind_a_star_are_captured() -> None:

@@ -115,6 +115,64 @@ def test_wanda_and_ria_are_the_papers_formulas() -> None:
         np.testing.assert_array_equal(kept.numpy(), (ranks < 2).reshape(12, 8))
 
 
+class Routed(nn.Module):
+    """Three experts, of which a token meets the one that it names: a grouped matmul, as in Hugging Face's mixtures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 16, 16))
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        y: Tensor = torch.ops.aten._grouped_mm(x, self.experts.transpose(-2, -1), counts.cumsum(0).to(torch.int32))
+        return y
+
+
+@pytest.mark.parametrize("rule", [nm.Wanda, nm.RIA], ids=["Wanda", "RIA"])
+def test_magnitude_decides_where_no_token_came_and_among_inputs_that_were_always_zero(rule: Any, caplog: Any) -> None:
+    model, x = Routed().to(torch.bfloat16), torch.randn(12, 16).to(torch.bfloat16)
+    x[:, 4:7] = 0
+    batch = (x, torch.tensor([8, 4, 0]))  # twelve tokens, none for the last expert
+    stats = nm.calibrate(model, [batch])
+    assert "experts: 1 of its 3 experts met nothing but zeros in 1 batches" in caplog.text
+    torch.testing.assert_close(stats["experts"][1, 0], x[8:].double().square().sum(0), rtol=1e-5, atol=1e-5)
+    sparse = nm.compile(copy.deepcopy(model), batch, method=nm.Magnitude(importance=rule(stats)), include="*")
+    kept = nm.freeze(sparse).get_parameter("experts").reshape(3, 16, 4, 4) != 0
+    size = model.experts.detach().float().abs().reshape(3, 16, 4, 4)
+    if rule is nm.RIA:
+        size = size / size.sum((2, 3), keepdim=True) + size / size.sum(1, keepdim=True)
+    ranks = (size[..., None] < size[..., None, :]).sum(-1)
+    assert torch.equal(kept[2], ranks[2] < 2)
+    dead = ranks[:2, :, 1, :3].argmin(-1)  # of inputs 4 to 6 the largest weight is kept, and that of input 7
+    assert torch.equal(kept[:2, :, 1, :3].int().argmax(-1), dead)
+    assert bool(kept[:2, :, 1, 3].all())
+
+
+class Wary(nn.Module):
+    """Its training mode branches on data, which no graph holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and float(x.sum()) > 0:
+            x = x + 1
+        y: Tensor = self.fc(x)
+        return y
+
+
+def test_calibration_asks_nothing_of_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nm_compiler.routes._fragments", None)
+    assert set(nm.calibrate(Wary(), [torch.randn(4, 8)])) == {"fc.weight"}
+
+
+def test_half_precision_is_measured_in_float32() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).half()
+    x = (100 * torch.randn(64, 8)).half()
+    stats = nm.calibrate(model, [x])
+    torch.testing.assert_close(stats["0.weight"][0], linear_squares(x), rtol=1e-5, atol=0)  # beyond 65504 each
+
+
 @pytest.mark.parametrize("rule", [nm.Wanda, nm.RIA], ids=["Wanda", "RIA"])
 def test_masks_that_know_the_inputs_change_the_outputs_less(rule: Any) -> None:
     torch.manual_seed(3)

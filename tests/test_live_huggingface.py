@@ -1,6 +1,7 @@
 # mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
 """Live Hugging Face models: trainer, generate, adapters on a frozen base, save_pretrained."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import nm_compiler as nm
+from nm_compiler.solvers.masks import masked
 
 pytest.importorskip("zoo.shim", reason="the zoo is an extra: pip install -e '.[zoo]'").declare_missing_operators()
 transformers = pytest.importorskip("transformers", reason="the zoo is an extra: pip install -e '.[zoo]'", exc_type=ImportError)
@@ -58,6 +60,26 @@ def test_generate_runs_every_weight_sparse_and_gives_the_tokens_of_the_frozen_mo
     allowed = ("stem:", "head:", "an embedding", "shared with an embedding", "read by aten.add")
     assert all(row.reason.startswith(allowed) for row in nm.report(model).rows if row.status == "dense")
     assert torch.equal(nm.freeze(model).generate(**inputs, **options), tokens)
+
+
+@pytest.mark.slow
+def test_parts_lowered_in_their_place_generate_the_tokens_of_the_frozen_model_and_a_whole_one_says_how() -> None:
+    model, inputs = llama()
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            weight = layer.mlp.get_submodule(name).weight
+            weight.data = masked(weight.data, pattern="2:4")
+    options = {"max_new_tokens": 3, "do_sample": False}
+    tokens = model.eval().generate(**inputs, **options)
+    any_size, hidden = torch.export.Dim.AUTO, torch.randn(2, 2, model.config.hidden_size)
+    for layer in model.model.layers:
+        lowered = nm.lower(layer.mlp, (hidden,), backend="dense", dynamic_shapes=({0: any_size, 1: any_size},))
+        layer.mlp = lowered
+    assert torch.equal(model.generate(**inputs, **options), tokens)
+    assert torch.equal(copy.deepcopy(model).generate(**inputs, **options), tokens)
+    assert not hasattr(lowered, "generate")
+    with pytest.raises(AttributeError, match=r"only forward\(\) was lowered\. .*generate\(\) does, lower parts"):
+        lowered.generate(**inputs)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Attention, ConvNet, Grouped, Matmuls, example
+from models import Attention, ConvNet, Grouped, Matmuls, Stepping, example
 from packed_products import unpack
 from torch import Tensor, nn
 from torch.nn import functional
@@ -573,6 +573,17 @@ def test_whole_graphs_are_timed_in_every_way() -> None:
 
 
 @needs_kernels
+def test_example_inputs_that_a_model_writes_to_are_as_before_and_every_timed_call_finds_them_so() -> None:
+    x, cache, length = torch.randn(3, 8), torch.zeros(3, 4, 16), torch.tensor(3)
+    copies = [value.clone() for value in (x, cache, length)]
+    model = nm.freeze(nm.compile(Stepping(), (x, cache, length), method=nm.Magnitude())).eval()
+    lowered = nm.lower(model, (x, cache, length), backend="cpu", force=["*"])
+    compared(lowered.run, {"packed": lowered.run}, (x, cache, length), inductor=False)  # past four rows, the second would fail
+    assert (int(length), int(cache.count_nonzero())) == (3, 0)
+    torch.testing.assert_close(lowered(x, cache, length), model(*copies))
+    assert int(length) == 4
+
+
 @needs_kernels
 def test_weights_sparser_than_they_are_packed_for_are_named_with_their_pattern() -> None:
     model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), torch.randn(4, 32)

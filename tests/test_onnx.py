@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from exporting import read_operators_once
-from models import ConvNet
+from models import ConvNet, Stepping
 from torch import Tensor, nn
 
 import nm_compiler as nm
@@ -560,6 +560,14 @@ def test_a_network_that_resizes_to_sizes_of_its_own_is_written_and_resizes_image
         y = torch.randn(size)
         (found,) = session.run(None, {session.get_inputs()[0].name: y.numpy()})
         np.testing.assert_allclose(found, model(y).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_step_that_writes_to_its_inputs_is_compared_at_two_batches_and_leaves_the_example_as_it_was(tmp_path: Path) -> None:
+    x, cache, length = torch.randn(3, 8), torch.zeros(3, 4, 16), torch.tensor(1)
+    model = nm.freeze(nm.compile(Stepping(), (x, cache, length), method=nm.Magnitude())).eval()
+    nm.lower(model, (x, cache, length), backend="onnx", options={"path": str(tmp_path / "step.onnx")})
+    assert (int(length), int(cache.count_nonzero())) == (1, 0)
 
 
 def test_wide_products_are_those_of_float32_rounded_once() -> None:

@@ -140,3 +140,11 @@ def test_a_model_with_adapters_trains_sparse_under_them_when_they_are_left_dense
     assert all(row.reason.startswith("excluded") for name, row in rows.items() if "lora_" in name)
     assert all(tuned.get_parameter(name).any() for name in rows if "lora_B" in name)
     nm.freeze(tuned, finish=True)
+
+
+@pytest.mark.slow
+def test_a_frozen_base_with_adapters_is_lowered_and_asked_for_no_cache(base: nn.Module, planned: set[str]) -> None:
+    tuned, given = lora(base).eval(), {"input_ids": tokens()["input_ids"]}
+    lowered = nm.lower(tuned, kwargs=given, backend="dense")
+    torch.testing.assert_close(lowered(**given).logits, tuned(**given).logits)
+    assert {inside(name) for name in planned} <= set(lowered.sites)

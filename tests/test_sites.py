@@ -106,6 +106,29 @@ def test_the_stem_and_the_head_stay_dense_unless_included() -> None:
     assert plan_of(MLP(), include=("fc3.weight",))["fc1.weight"].startswith("stem")
 
 
+class Recurrent(nn.Module):
+    """A loop over time that writes its outputs into memory, as RWKV's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.key, self.value, self.out, self.last = (nn.Linear(8, 8) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        key, value = self.key(x), self.value(x)
+        memory, state = torch.zeros_like(value), torch.zeros_like(value[:, 0])
+        for step in range(x.shape[1]):
+            state = 0.5 * state + torch.sigmoid(key[:, step]) * value[:, step]
+            memory[:, step] = state
+        return self.last(self.out(memory))
+
+
+def test_what_is_written_to_memory_goes_on_to_the_weights_that_read_it() -> None:
+    plan = nm.compile(Recurrent(), (torch.randn(2, 3, 8),), method=nm.SRSTE()).plan
+    assert [site.name for site in plan.sites] == ["key.weight", "value.weight", "out.weight"]
+    assert [(each.where, each.reason[:4]) for each in plan.refusals] == [("first.weight", "stem"), ("last.weight", "head")]
+
+
 def test_a_head_tied_to_the_embedding_is_refused_as_shared_and_the_layers_behind_an_embedding_are_no_stem() -> None:
     reasons = plan_of(Attention())
     assert reasons["embed.weight"] == "shared with an embedding: untie them to make it sparse"

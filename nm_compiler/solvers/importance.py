@@ -12,6 +12,9 @@ from torch import Tensor
 
 from nm_compiler.errors import NMError
 
+_UNSEEN = 1e-12
+"""The norm of an input that was always zero, beside the largest: magnitude decides among such, as without any token."""
+
 
 def wanda(weight: Tensor, squares: Tensor) -> Tensor:
     """``|W| * ||x||``: magnitude times the norm of the input it meets. Ref: Sun et al., *Wanda*, ICLR 2024, eq. 1.
@@ -67,4 +70,8 @@ def _norms(weight: Tensor, squares: Tensor) -> Tensor:
         fits = False
     if not fits:
         raise NMError(f"inputs of shape {list(squares.shape)} were measured, the weight has {list(weight.shape)}")
-    return squares.to(weight.device).sqrt().to(_wide(weight).dtype)
+    norms = squares.to(weight.device).sqrt()
+    if not norms.numel():
+        return norms.to(_wide(weight).dtype)
+    largest = norms.max()
+    return norms.clamp_min(torch.where(largest > 0, largest * _UNSEEN, 1.0)).to(_wide(weight).dtype)
