@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -101,7 +102,7 @@ def propagate_shapes(gm: GraphModule) -> None:
     mode = fake_mode_of(gm.graph)
     if not missing or mode is None:
         return
-    with mode:
+    with mode, unhooked():
         for node in missing:
             if node.op == "get_attr":
                 value = getattr_path(gm, node.target)
@@ -113,6 +114,11 @@ def propagate_shapes(gm: GraphModule) -> None:
                 continue
             args, kwargs = pytree.tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
             node.meta["val"] = node.target(*args, **kwargs)
+
+
+def unhooked() -> saved_tensors_hooks:
+    """Inside, hooks on saved tensors see nothing: fake ones are none that a checkpoint around a call should count."""
+    return saved_tensors_hooks(lambda value: value, lambda value: value)
 
 
 def fake_mode_of(graph: Graph) -> Any:

@@ -60,10 +60,16 @@ def learned_state(module: Carrier) -> dict[str, nn.Parameter]:
     return found
 
 
-def check_holds(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Raise NMError unless the optimizer holds all of the learned state."""
+def owners_of(module: Carrier) -> dict[str, nn.Parameter]:
+    """The weights by the names of the state beside them."""
+    return {f"{w.site.name}_{s}": w.param for w in module.weights for s in module.method.suffixes(w.site)}
+
+
+def check_holds(optimizer: torch.optim.Optimizer, module: Carrier) -> None:
+    """Raise NMError unless the optimizer holds all of the learned state; that of frozen weights it may leave out."""
+    state, owners = learned_state(module), owners_of(module)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, value in state.items() if id(value) not in held]
+    missing = [name for name, value in state.items() if id(value) not in held and owners[name].requires_grad]
     if missing:
         raise NMError(f"{type(optimizer).__name__} does not hold {_named(missing, state)}. {_WAY_OUT}")
 
@@ -93,8 +99,7 @@ class FirstStep:
         self._before = self._now()
 
     def _now(self) -> dict[str, tuple[Tensor, int, Tensor, int]]:
-        state = learned_state(self._module)
-        owners = {f"{w.site.name}_{s}": w.param for w in self._module.weights for s in self._module.method.suffixes(w.site)}
+        state, owners = learned_state(self._module), owners_of(self._module)
         return {name: (owners[name], owners[name]._version, score, score._version) for name, score in state.items()}
 
     def check(self) -> bool:

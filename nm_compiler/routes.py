@@ -72,9 +72,17 @@ def _fragments(
 
 
 def check_outside(
-    model: nn.Module, routes: Mapping[bool, Exported | Fragments], patterns: PatternMap, exclude: Sequence[str]
+    model: nn.Module,
+    routes: Mapping[bool, Exported | Fragments],
+    patterns: PatternMap,
+    exclude: Sequence[str],
+    *,
+    captured: bool = True,
 ) -> None:
-    """Raise NMError for a weight that Python multiplied outside fragments, where no mask could reach it."""
+    """Raise NMError for a weight that Python multiplied outside fragments, where no mask could reach it.
+
+    captured: as for `nm_compiler.watching.outside_text`.
+    """
     parameters = dict(model.named_parameters())
     for route in routes.values():
         for name, line in () if isinstance(route, Exported) else route.outside.items():
@@ -83,7 +91,7 @@ def check_outside(
             if could and any(size % pattern.m == 0 for size in weight.shape):  # type: ignore[union-attr]
                 from nm_compiler.watching import outside_text
 
-                raise NMError(outside_text(name, line))
+                raise NMError(outside_text(name, line, captured=captured))
 
 
 @contextlib.contextmanager

@@ -44,10 +44,10 @@ class SparsityScheduler:
         self._model = unwrap(model)
         self.total_steps = _length(total_steps, epochs, steps_per_epoch)
         if optimizer is not None:
-            check_holds(optimizer, learned_state(self._model))
+            check_holds(optimizer, self._model)
         self._optimizer, self._first = optimizer, FirstStep(self._model)
         self._looked, self._followed = optimizer is not None, False  # one that was given holds all that learns
-        self.last_step = 0
+        self.last_step, self._loads = 0, -1
         keep_freed()
         self._begin()
 
@@ -62,7 +62,12 @@ class SparsityScheduler:
             )
         self._looked = self._looked or self._first.check()
         self.last_step += 1
-        self._model.method.advance(self._model.weights, self._clock())
+        weights, clock = self._model.weights, self._clock()
+        self._model.method.advance(weights, clock)
+        if self._loads != self._model.loads:
+            self._loads = self._model.loads
+            self._model.method.catch_up(weights, clock)
+        self._tell()
         self._forget()
 
     def follow(self, optimizer: torch.optim.Optimizer) -> SparsityScheduler:
@@ -73,7 +78,7 @@ class SparsityScheduler:
         """
         if self._followed:
             raise NMError("this scheduler follows an optimizer already; a second one would count its steps twice")
-        check_holds(optimizer, learned_state(self._model))
+        check_holds(optimizer, self._model)
         self._optimizer = optimizer
         optimizer.register_step_post_hook(lambda *_: self.step())
         self._followed = self._looked = True
@@ -102,8 +107,13 @@ class SparsityScheduler:
         self._begin()
 
     def _begin(self) -> None:
+        self._loads = -1  # the state may be behind the step, or be loaded next
         self._model.method.begin(self._model.weights, self._clock())
+        self._tell()
         self._forget()
+
+    def _tell(self) -> None:
+        self._model.progress = self.last_step, self.total_steps
 
     def _forget(self) -> None:
         if self._optimizer is not None:

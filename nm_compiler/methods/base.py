@@ -96,6 +96,9 @@ class Method(ABC):
     def advance(self, weights: Sequence[Weight], clock: Clock) -> None:  # noqa: B027  optional
         """Called after every optimizer step, with ``clock.step`` already counted."""
 
+    def catch_up(self, weights: Sequence[Weight], clock: Clock) -> None:  # noqa: B027  optional
+        """Called after the first `advance` of a scheduler and that after a state_dict was loaded: state may be behind."""
+
     def is_settled(self, weight: Weight) -> bool:
         """Whether the forward mask of this weight is exactly N:M now, so that it can be frozen."""
         return True
