@@ -205,6 +205,8 @@ def _how_far(module: Carrier) -> str:
     step, total = module.progress
     if step == 0:
         return f"Its SparsityScheduler has counted none of {total} steps: call its step() after every optimizer.step()"
+    if step == total:
+        return f"All {total} steps are over, so this state was loaded from before masks are decided: load some from after that"
     return f"Its SparsityScheduler has counted {step} of {total} steps: train on"
 
 

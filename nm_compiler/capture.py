@@ -26,7 +26,7 @@ from nm_compiler.binding import bind, flat_copy, is_state
 from nm_compiler.errors import NMError
 from nm_compiler.graph import fake_mode_of, getattr_path, tidy
 from nm_compiler.memory import free_young, own_cycles_freed
-from nm_compiler.regions import checkpoints_open, open_regions
+from nm_compiler.regions import checkpoints_open, masks_as_given, open_regions
 from nm_compiler.signature import Signature, describe
 from nm_compiler.vmapped import without_vmap
 
@@ -82,7 +82,7 @@ def _export(
     given, named = (args, kwargs) if dynamic_shapes is not None else _repeat_batch_of_one(args, kwargs)
     shapes = _dynamic_batch(model, given, named) if dynamic_shapes is None else _with_hidden(dynamic_shapes, kwargs, hidden)
     try:
-        with quiet(), checkpoints_open():
+        with quiet(), checkpoints_open(), masks_as_given():
             program = torch.export.export(model, given, named or None, dynamic_shapes=shapes, strict=False)
     except NMError:
         raise

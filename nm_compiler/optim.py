@@ -87,6 +87,25 @@ def rate_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:
     return next((float(group["lr"]) for group in groups), 0.0)
 
 
+def state_in(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Mapping[str, Any]:
+    """What an optimizer remembers of a parameter, such as Adam's ``exp_avg_sq``; empty before its first step."""
+    found: Mapping[str, Any] = optimizer.state.get(parameter, {})
+    return found
+
+
+def hooked_step(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer whose ``step`` calls hooks, inside wrappers such as accelerate's. Raises NMError if there is none."""
+    inner = optimizer
+    while not hasattr(inner, "_optimizer_step_post_hooks"):
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            raise NMError(
+                f"{type(optimizer).__name__} calls no hooks after its step(): call scheduler.step() there in place of follow()"
+            )
+    found: torch.optim.Optimizer = inner
+    return found
+
+
 class FirstStep:
     """Finds out, without being told the optimizer, whether it moves the learned state as it moves the weights.
 

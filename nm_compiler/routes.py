@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from nm_compiler.capture import capture_mode, explain, in_mode, quiet, without_cache
 from nm_compiler.errors import NMError
 from nm_compiler.exported import Exported
+from nm_compiler.own_gradients import Lost, nothing_lost
 from nm_compiler.pattern import PatternMap, matches
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ _log = logging.getLogger(__name__)
 
 
 def take(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None, *, trains: bool = False
 ) -> dict[bool, Exported | Fragments]:
     """A carrier for evaluation (False) and training (True) mode, nothing rewritten yet.
 
+    trains: gradients will be taken, in evaluation mode too, so those that the model makes by hand must not be lost.
     A mode that export refuses is run once on the example inputs, in fragments; the model is left as it was.
     Raises NMError that names the line of the user's code if neither works.
     """
@@ -37,7 +39,7 @@ def take(
     for training in (False, True):
         refused: NMError | None = None
         try:
-            with untouched(model):
+            with untouched(model), nothing_lost() if trains else contextlib.nullcontext():
                 routes[training] = Exported(*capture_mode(model, args, kwargs, dynamic_shapes, training=training))
         except NMError as error:
             if error.__cause__ is None or (dynamic_shapes is not None and "dynamic_shapes" in str(error)):
@@ -57,8 +59,9 @@ def _fragments(
     from nm_compiler.dynamo import Fragments, OwnFault  # TorchDynamo is heavy, and most models do without
 
     carrier = Fragments(model, without_cache(model, kwargs))
+    grad = training or isinstance(refused.__cause__, Lost)  # a tensor without gradients takes no hook
     try:
-        with untouched(model), torch.set_grad_enabled(training), quiet():
+        with untouched(model), torch.set_grad_enabled(grad), quiet():
             carrier.record(args, kwargs)
     except OwnFault as fault:
         if type(fault.__cause__) is not type(refused.__cause__):

@@ -134,7 +134,12 @@ def test_weights_of_before_t_f_that_are_loaded_after_it_become_n_m_in_the_next_s
     model.load_state_dict(best)
     with pytest.raises(nm.NMError, match="are not 2:4 yet.*has counted 8 of 12 steps: train on"):
         nm.freeze(model)
-    train(model, optimizer, scheduler, 1)
+    train(model, optimizer, scheduler, 4)
+    learned = copy.deepcopy(model.state_dict())
+    model.load_state_dict(best)
+    with pytest.raises(nm.NMError, match="All 12 steps are over, so this state was loaded from before masks are decided"):
+        nm.freeze(model)
+    model.load_state_dict(learned)
     assert set(nm.verify(nm.freeze(model)).satisfied) == {"fc2.weight"}
 
 
@@ -205,3 +210,138 @@ def test_an_optimizer_of_what_requires_gradients_need_not_hold_the_scores_of_fro
     train(model, optimizer, nm.SparsityScheduler(model, total_steps=4, optimizer=optimizer), 4)
     assert torch.equal(model.fc2.weight, before)
     assert set(nm.verify(nm.freeze(model)).satisfied) == {"fc2.weight"}
+
+
+# -- what forward() does beside its products ----------------------------------------------------------------------------------
+
+
+class Halving(MLP):
+    """A hook on a tensor halves the gradient of what lies before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.fc2(torch.relu(self.fc1(x))))
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient / 2)
+        return self.fc3(x)
+
+
+def test_a_hook_that_forward_sets_on_a_tensor_changes_gradients_in_both_ways_of_compiling() -> None:
+    for model in captured_and_live(nm.SRSTE(decay=0.0), Halving):
+        whole, half = MLP(), gradients(model, model(X))
+        whole.load_state_dict({**model.state_dict(), "fc2.weight": nm.freeze(model).fc2.weight}, strict=False)
+        dense = gradients(whole, whole(X))
+        torch.testing.assert_close(half["fc1.weight"], dense["fc1.weight"] / 2)
+        torch.testing.assert_close(half["fc3.weight"], dense["fc3.weight"])
+
+
+def test_a_tensor_hook_set_by_a_forward_hook_is_kept_and_evaluation_runs_with_and_without_gradients() -> None:
+    model = MLP()
+    model.fc2.register_forward_hook(lambda module, given, result: result.register_hook(lambda g: g * 0) and None)
+    sparse = nm.compile(model, (X,))
+    assert not gradients(sparse, sparse(X))["fc1.weight"].any()
+    sparse.eval()
+    assert not gradients(sparse, sparse(X))["fc1.weight"].any()
+    assert not any("Forward hooks" in note for note in nm.report(sparse).notes)
+
+
+def test_a_transformer_with_a_causal_mask_is_captured_as_one_graph() -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(self.body(x, mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1])))
+
+    model, x = Causal(), torch.randn(2, 5, 8)
+    expected = model(x)
+    sparse = nm.compile(model, (x,), method=nm.LBC())  # which starts dense
+    torch.testing.assert_close(sparse(x), expected)
+    assert "nm.score_weight" in str(sparse.graph(True).code).replace("torch.ops.", "")
+
+
+# -- optimizers ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_scheduler_follows_the_optimizer_inside_a_wrapper_and_refuses_one_that_calls_no_hooks() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        """As accelerate's: an Optimizer by name, all of whose work another one does."""
+
+        def __init__(self, optimizer: torch.optim.Optimizer | None, groups: list[Any]) -> None:
+            self.optimizer, self.state, self.param_groups = optimizer, {}, groups
+
+    model = captured_and_live(nm.LBC())[0]
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = nm.SparsityScheduler(model, total_steps=4)
+    with pytest.raises(nm.NMError, match="Wrapper calls no hooks after its step"):
+        scheduler.follow(Wrapper(None, inner.param_groups))
+    scheduler.follow(Wrapper(inner, inner.param_groups))
+    train(model, inner, None, 3)
+    assert scheduler.last_step == 3
+
+
+def test_a_method_of_ones_own_can_read_what_the_optimizer_remembers_of_a_weight() -> None:
+    seen: list[Tensor] = []
+
+    class Reading(nm.SRSTE):
+        def advance(self, weights: Any, clock: Any) -> None:
+            assert clock.memory is not None
+            seen.extend(clock.memory(weight.param)["exp_avg_sq"] for weight in weights)
+
+    model = captured_and_live(Reading())[0]
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, nm.SparsityScheduler(model, total_steps=2, optimizer=optimizer), 1)
+    assert seen[0] is optimizer.state[model.fc2.weight]["exp_avg_sq"]
+
+
+class Round(torch.autograd.Function):
+    """Straight through, as quantizers are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 3
+
+
+round_through = Round.apply
+
+
+class Quantized(MLP):
+    """Activations are rounded before the last layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(round_through(4 * torch.relu(self.fc2(torch.relu(self.fc1(x))))))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_backward_of_an_autograd_function_is_kept_in_both_modes_and_the_model_can_be_lowered(training: bool) -> None:
+    torch.manual_seed(0)
+    model = Quantized()
+    dense = gradients(model, model(X))
+    sparse = nm.compile(model, (X,), method=nm.LBC()).train(training)  # which starts dense
+    found = gradients(sparse, sparse(X))
+    assert found["fc1.weight"].any()
+    torch.testing.assert_close({name: found[name] for name in dense}, dense)
+    frozen = nm.freeze(sparse, finish=True).eval()
+    torch.testing.assert_close(nm.lower(frozen, (X,), backend="dense")(X), frozen(X))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", [nm.LBC(), nm.BiMask(), nm.Magnitude()], ids=lambda m: m.name)
+def test_an_ensemble_of_captured_models_runs_under_vmap_without_a_warning(method: nm.Method) -> None:
+    members = [nm.compile(MLP(), (X,), method=method) for _ in range(2)]
+    parameters, buffers = torch.func.stack_module_state(members)
+
+    def run(parameters: Any, buffers: Any) -> Tensor:
+        return torch.func.functional_call(members[0], (parameters, buffers), (X,)).square().mean()
+
+    losses = torch.vmap(run)(parameters, buffers)
+    torch.testing.assert_close(losses, torch.stack([member(X).square().mean() for member in members]))
+    found = torch.vmap(torch.func.grad(run))(parameters, buffers)
+    for at, member in enumerate(members):
+        torch.testing.assert_close({name: value[at] for name, value in found.items()}, gradients(member, member(X)))

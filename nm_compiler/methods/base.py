@@ -20,12 +20,14 @@ class Clock:
     """Where training stands: ``step`` of ``total`` optimizer steps are done; ``seed`` of the compile call.
 
     rate: the learning rate of a parameter in the optimizer that the scheduler was given; None if it was given none.
+    memory: what that optimizer remembers of a parameter, such as Adam's ``exp_avg_sq``; empty before its first step.
     """
 
     step: int
     total: int
     seed: int
     rate: Callable[[Tensor], float] | None = None
+    memory: Callable[[Tensor], Mapping[str, Any]] | None = None
 
 
 class Method(ABC):
