@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 _SETTERS = ("register_hook", "register_post_accumulate_grad_hook")
-_LOOKED_AT = "torch.autograd.function._is_setup_context_defined"  # what Function.apply asks first, however it was come by
+_ASKED = "_is_setup_context_defined"  # what Function.apply calls first, also where it goes by another name
 
 
 class Lost(RuntimeError):
@@ -34,7 +34,9 @@ def nothing_lost() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in _SETTERS:
             stack.enter_context(patch.object(Tensor, name, _refusing(name, getattr(Tensor, name))))
-        stack.enter_context(patch(_LOOKED_AT, _looking(torch.autograd.function._is_setup_context_defined)))
+        asked = getattr(torch.autograd.function, _ASKED, None)
+        if asked is not None:
+            stack.enter_context(patch.object(torch.autograd.function, _ASKED, _looking(asked)))
         yield
 
 
@@ -49,7 +51,7 @@ def _refusing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _looking(function: Callable[..., Any]) -> Callable[..., Any]:
     def asked(setup_context: Any) -> Any:
-        caller = sys._getframe(1).f_locals  # a name that is bound to Round.apply passes by what one could put there
+        caller = sys._getframe(1).f_locals  # round = Round.apply, bound long ago, would go past another apply
         kind, args = caller.get("cls"), caller.get("args", ())
         traced = any(isinstance(arg, (FakeTensor, FunctionalTensor)) and arg.requires_grad for arg in args)
         if traced and torch.is_grad_enabled() and isinstance(kind, type) and not kind.__module__.startswith("torch."):
