@@ -162,10 +162,11 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
     open_ones = [weight for weight in weights if not module.method.is_settled(weight)]
     if open_ones and not finish:
         first = open_ones[0].site
+        why = (module.method.remark(open_ones[0]) or "its mask is not decided").removeprefix("training: ")
         raise NMError(
             f"{len(open_ones)} of {len(weights)} weights are not {first.pattern} yet (first {first.name} of shape "
-            f"{list(first.shape)}): combinations are still live before t_f. Train on to t_f, or nm.freeze(sparse, "
-            "finish=True) keeps the best-scored combination of every group now and costs accuracy"
+            f"{list(first.shape)}): {why}. {_how_far(module)}, or "
+            "nm.freeze(sparse, finish=True) decides now, at a cost in accuracy"
         )
     state = [weight[suffix] for weight in weights for suffix in module.method.suffixes(weight.site)]
     before = [(tensor, tensor.detach().clone()) for tensor in state if not learns(tensor)]
@@ -195,6 +196,18 @@ def show(sparse: nn.Module, *, training: bool = False) -> str:
     Raises NMError for a model that was not compiled, and for a live one before its first call.
     """
     return unwrap(sparse).text(training)
+
+
+def _how_far(module: Carrier) -> str:
+    """How to go on until masks are decided."""
+    if module.progress is None:
+        return "No SparsityScheduler was made for this model: train with one"
+    step, total = module.progress
+    if step == 0:
+        return f"Its SparsityScheduler has counted none of {total} steps: call its step() after every optimizer.step()"
+    if step == total:
+        return f"All {total} steps are over, so this state was loaded from before masks are decided: load some from after that"
+    return f"Its SparsityScheduler has counted {step} of {total} steps: train on"
 
 
 def _check_masks(module: Carrier) -> None:

@@ -25,9 +25,14 @@ from nm_compiler.graph import body_of, getattr_path, tidy
 _higher = torch.ops.higher_order
 
 
-def checkpointed(body: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+CONTEXT = "_checkpoint_context_fn"  # torch's own key: the body's meta has the context_fn= of a selective checkpoint
+
+
+def checkpointed(body: GraphModule, *inputs: Any, **options: Any) -> Any:
     """Run ``body`` and recompute it in the backward pass, with the same random numbers."""
     options.pop("use_reentrant", None)
+    if CONTEXT in body.meta:  # not an argument of the node: no graph can print a function
+        options["context_fn"] = body.meta[CONTEXT]
     result = checkpoint(body, *inputs, use_reentrant=False, **options)
     return result
 
@@ -57,10 +62,7 @@ def open_bodies(gm: GraphModule, model: nn.Module) -> None:
         if node.target is _higher.cond:
             node.args = (*node.args[:3], left)
         else:
-            options = next(iter(bodies.values())).meta.get("_checkpoint_context_fn")
             node.args = (node.args[0], *left)
-            if options is not None:
-                node.kwargs = {**node.kwargs, "context_fn": options}
         node.target = HOSTS[node.target]
 
 

@@ -27,7 +27,7 @@ from nm_compiler.binding import bind, flat_copy, is_state
 from nm_compiler.errors import NMError
 from nm_compiler.graph import fake_mode_of, getattr_path, tidy
 from nm_compiler.memory import free_young, own_cycles_freed
-from nm_compiler.regions import checkpoints_open, open_regions
+from nm_compiler.regions import checkpoints_open, masks_as_given, open_regions
 from nm_compiler.signature import Signature, describe
 from nm_compiler.single import other_branches
 from nm_compiler.vmapped import without_vmap
@@ -84,7 +84,7 @@ def _export(
 ) -> tuple[GraphModule, Signature]:
     given, named = (args, kwargs) if dynamic_shapes is not None else _repeat_batch_of_one(args, kwargs)
     try:
-        with _by_name(model, named), quiet(), checkpoints_open(), other_branches(_LIBRARIES) as branching:
+        with _by_name(model, named), quiet(), checkpoints_open(), masks_as_given(), other_branches(_LIBRARIES) as branching:
             free = dynamic_shapes is None
             shapes = _dynamic_batch(model, given, named) if free else _with_hidden(dynamic_shapes, kwargs, hidden)
             program = torch.export.export(model, given, named or None, dynamic_shapes=shapes, strict=False)

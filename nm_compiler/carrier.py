@@ -23,6 +23,8 @@ class Carrier(Protocol):
     seed: int
     notes: tuple[str, ...]
     frozen: bool
+    loads: int  # how many state_dicts were loaded
+    progress: tuple[int, int] | None  # steps that a scheduler has counted, and of how many; None without one
 
     @property
     def plan(self) -> Plan:

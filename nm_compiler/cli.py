@@ -58,10 +58,10 @@ def _demo(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from nm_compiler.errors import NMError
     from nm_compiler.pattern import matches
-    from nm_compiler.runtime.verify import verify
+    from nm_compiler.runtime.verify import examine
 
     patterns = _patterns(options.pattern)
-    found = verify(options.file, patterns)
+    found = examine(options.file, patterns)
     print(found)
     for glob, pattern in patterns.items():
         if glob != "*" and not any(matches(weight.name, (glob,)) for weight in found.weights):

@@ -21,6 +21,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from nm_compiler import records
 from nm_compiler.bodies import programs
@@ -86,6 +87,13 @@ class Fragments:
                 f"{type(self.model).__name__} was called inside torch.func (grad, vmap, ...), where TorchDynamo compiles "
                 "nothing and its weights would be dense: take loss.backward() or torch.autograd.grad in its place, or "
                 "nm.compile(model, example_inputs), whose graph torch.func can take, if it can be captured"
+            )
+        outer = _outer_mode()
+        if outer is not None:
+            raise NMError(
+                f"{type(self.model).__name__} was called inside {outer}, a TorchDispatchMode, where TorchDynamo compiles "
+                "nothing and its weights would be dense: use that mode before nm.compile or after nm.freeze, or on "
+                "nm.compile(model, example_inputs), whose graph runs under it, if it can be captured"
             )
         try:
             with expected(), torch._dynamo.config.patch(_settings()), Watch(self) if watched else contextlib.nullcontext():
@@ -272,6 +280,14 @@ class _Fragment:
         if self.carrier.runs is not None:
             self.carrier.runs.append(Run(found.program, tuple(inputs), tuple(outputs)))
         return outputs
+
+
+def _outer_mode() -> str | None:
+    """A dispatch mode around the call in which TorchDynamo leaves all as it is, such as a counter of flops."""
+    for mode in _get_current_dispatch_mode_stack():
+        if not (hasattr(mode, "ignore_compile_internals") and mode.ignore_compile_internals()):
+            return type(mode).__name__
+    return None
 
 
 def _settings() -> dict[str, Any]:

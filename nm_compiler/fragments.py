@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from nm_compiler.bodies import HOSTS, bound
 from nm_compiler.errors import NMError
-from nm_compiler.graph import getattr_path
+from nm_compiler.graph import getattr_path, unhooked
 from nm_compiler.vmapped import without_vmap
 
 
@@ -41,7 +41,7 @@ def lower(fragment: GraphModule) -> GraphModule:
         held = [str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")]
         own = {name: constants[name] if name in constants else getattr_path(fragment, name) for name in held}
         fragment = GraphModule(own, graph)
-    with mode:
+    with mode, unhooked():
         lowered = make_fx(_Lowering(fragment).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     _check_nothing_lost(lowered)
     for name, body in list(lowered.named_children()):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -124,7 +126,7 @@ def propagate_shapes(gm: GraphModule) -> None:
     mode = fake_mode_of(gm.graph)
     if not missing or mode is None:
         return
-    with mode:
+    with mode, unhooked():
         for node in missing:
             if node.op == "get_attr":
                 value = getattr_path(gm, node.target)
@@ -136,6 +138,13 @@ def propagate_shapes(gm: GraphModule) -> None:
                 continue
             args, kwargs = pytree.tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
             node.meta["val"] = node.target(*args, **kwargs)
+
+
+def unhooked() -> AbstractContextManager[None]:
+    """Inside, hooks on saved tensors see nothing: fake ones are none that a checkpoint around a call should count."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:  # torch.func takes none, not even these
+        return nullcontext()
+    return saved_tensors_hooks(lambda value: value, lambda value: value)
 
 
 def fake_mode_of(graph: Graph) -> Any:

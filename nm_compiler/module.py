@@ -62,8 +62,9 @@ class SparseModule(nn.Module):
         for name in _SHARED:
             self.__dict__[name] = getattr(model, name)
         self.__dict__.update(
-            origin=model, routes=dict(routes), training=model.training, frozen=False, _watched=list(model.modules())
-        )
+            origin=model, routes=dict(routes), training=model.training, frozen=False, _watched=list(model.modules()),
+            loads=0, progress=None,
+        )  # fmt: skip
         self.__dict__["_links"] = list(links(model, [name for name, _ in model.named_parameters()]))
         self.__dict__["_settings"] = list(settings(model))
         self.__dict__["_hooks"] = list(hooks(model))
@@ -280,6 +281,7 @@ class SparseModule(nn.Module):
             compare(self, read_recipe(tag), read_recipe(own))
             check_values(self, state_dict, prefix)
         state_dict[prefix + RECIPE] = own
+        self.__dict__["loads"] += 1
         self.origin._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

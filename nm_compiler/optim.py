@@ -60,10 +60,16 @@ def learned_state(module: Carrier) -> dict[str, nn.Parameter]:
     return found
 
 
-def check_holds(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Raise NMError unless the optimizer holds all of the learned state."""
+def owners_of(module: Carrier) -> dict[str, nn.Parameter]:
+    """The weights by the names of the state beside them."""
+    return {f"{w.site.name}_{s}": w.param for w in module.weights for s in module.method.suffixes(w.site)}
+
+
+def check_holds(optimizer: torch.optim.Optimizer, module: Carrier) -> None:
+    """Raise NMError unless the optimizer holds all of the learned state; that of frozen weights it may leave out."""
+    state, owners = learned_state(module), owners_of(module)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, value in state.items() if id(value) not in held]
+    missing = [name for name, value in state.items() if id(value) not in held and owners[name].requires_grad]
     if missing:
         raise NMError(f"{type(optimizer).__name__} does not hold {_named(missing, state)}. {_WAY_OUT}")
 
@@ -81,6 +87,25 @@ def rate_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:
     return next((float(group["lr"]) for group in groups), 0.0)
 
 
+def state_in(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Mapping[str, Any]:
+    """What an optimizer remembers of a parameter, such as Adam's ``exp_avg_sq``; empty before its first step."""
+    found: Mapping[str, Any] = optimizer.state.get(parameter, {})
+    return found
+
+
+def hooked_step(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer whose ``step`` calls hooks, inside wrappers such as accelerate's. Raises NMError if there is none."""
+    inner = optimizer
+    while not hasattr(inner, "_optimizer_step_post_hooks"):
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            raise NMError(
+                f"{type(optimizer).__name__} calls no hooks after its step(): call scheduler.step() there in place of follow()"
+            )
+    found: torch.optim.Optimizer = inner
+    return found
+
+
 class FirstStep:
     """Finds out, without being told the optimizer, whether it moves the learned state as it moves the weights.
 
@@ -93,8 +118,7 @@ class FirstStep:
         self._before = self._now()
 
     def _now(self) -> dict[str, tuple[Tensor, int, Tensor, int]]:
-        state = learned_state(self._module)
-        owners = {f"{w.site.name}_{s}": w.param for w in self._module.weights for s in self._module.method.suffixes(w.site)}
+        state, owners = learned_state(self._module), owners_of(self._module)
         return {name: (owners[name], owners[name]._version, score, score._version) for name, score in state.items()}
 
     def check(self) -> bool:

@@ -31,7 +31,7 @@ def captured(
     args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
     if any(parameter.is_meta for parameter in model.parameters()):  # a shape without values is captured with such inputs
         args, named = pytree.tree_map_only(Tensor, _valueless, (args, named))
-    return take(model, args, named, dynamic_shapes, modes)
+    return take(model, args, named, dynamic_shapes, modes, trains=what == "nm.compile")
 
 
 def globs(given: Sequence[str]) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ gradients are switched back to what the caller had, not to what they were at cap
 
 Export runs a reentrant checkpoint without gradients and does not switch them on again: everything from there on would never
 train. So its function is captured as it is, as that of any other checkpoint is.
+
+`nn.Transformer` compares masks with a causal one, for which export has no values.
 """
 
 from __future__ import annotations
@@ -70,6 +72,17 @@ def checkpoints_open() -> Iterator[None]:
             return function(*inputs)
 
     with patch("torch.utils.checkpoint.CheckpointFunction", Open):
+        yield
+
+
+@contextlib.contextmanager
+def masks_as_given() -> Iterator[None]:
+    """`nn.Transformer` does not look whether a mask is causal, for a faster kernel: it adds the mask, whatever it holds."""
+
+    def hint(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True
+
+    with patch("torch.nn.modules.transformer._detect_is_causal_mask", hint):
         yield
 
 

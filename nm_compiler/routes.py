@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from nm_compiler.capture import capture_mode, explain, in_mode, quiet, without_cache
 from nm_compiler.errors import NMError
 from nm_compiler.exported import Exported
+from nm_compiler.own_gradients import Lost, nothing_lost
 from nm_compiler.pattern import PatternMap, matches
 from nm_compiler.state import MARK
 
@@ -29,10 +30,11 @@ _NOT_OWN = {*nn.Module().__dict__, MARK}
 
 def take(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None,
-    modes: Sequence[bool] = (False, True),
+    modes: Sequence[bool] = (False, True), *, trains: bool = False,
 ) -> dict[bool, Exported | Fragments]:  # fmt: skip
     """A carrier for each of ``modes``, evaluation (False) and training (True), nothing rewritten yet.
 
+    trains: gradients will be taken, in evaluation mode too, so those that the model makes by hand must not be lost.
     A mode that export refuses is run once on the example inputs, in fragments; the model is left as it was.
     Raises NMError that names the line of the user's code if neither works.
     """
@@ -40,7 +42,12 @@ def take(
     for training in modes:
         refused: NMError | None = None
         try:
-            with untouched(model), in_mode(model, True):  # through train(): what eval() keeps of weights is computed from them
+            lost = nothing_lost() if trains else contextlib.nullcontext()
+            with (
+                untouched(model),
+                in_mode(model, True),
+                lost,
+            ):  # through train(): what eval() keeps of weights is computed anew
                 routes[training] = Exported(*capture_mode(model, args, kwargs, dynamic_shapes, training=training))
         except NMError as error:
             if error.__cause__ is None or (dynamic_shapes is not None and "dynamic_shapes" in str(error)):
@@ -60,8 +67,9 @@ def _fragments(
     from nm_compiler.dynamo import Fragments, OwnFault  # TorchDynamo is heavy, and most models do without
 
     carrier = Fragments(model, without_cache(model, kwargs))
+    grad = training or isinstance(refused.__cause__, Lost)  # a tensor without gradients takes no hook
     try:
-        with untouched(model), torch.set_grad_enabled(training), quiet():
+        with untouched(model), torch.set_grad_enabled(grad), quiet():
             carrier.record(args, kwargs)
     except OwnFault as fault:
         if type(fault.__cause__) is not type(refused.__cause__):
@@ -77,9 +85,17 @@ def _fragments(
 
 
 def check_outside(
-    model: nn.Module, routes: Mapping[bool, Exported | Fragments], patterns: PatternMap, exclude: Sequence[str]
+    model: nn.Module,
+    routes: Mapping[bool, Exported | Fragments],
+    patterns: PatternMap,
+    exclude: Sequence[str],
+    *,
+    captured: bool = True,
 ) -> None:
-    """Raise NMError for a weight that Python multiplied outside fragments, where no mask could reach it."""
+    """Raise NMError for a weight that Python multiplied outside fragments, where no mask could reach it.
+
+    captured: as for `nm_compiler.watching.outside_text`.
+    """
     parameters = dict(model.named_parameters())
     for route in routes.values():
         for name, line in () if isinstance(route, Exported) else route.outside.items():
@@ -88,7 +104,7 @@ def check_outside(
             if could and any(size % pattern.m == 0 for size in weight.shape):  # type: ignore[union-attr]
                 from nm_compiler.watching import outside_text
 
-                raise NMError(outside_text(name, line))
+                raise NMError(outside_text(name, line, captured=captured))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 from nm_compiler.errors import NMError
 from nm_compiler.memory import keep_freed
 from nm_compiler.methods.base import Clock
-from nm_compiler.optim import FirstStep, check_holds, drop_frozen, learned_state, rate_of
+from nm_compiler.optim import FirstStep, check_holds, drop_frozen, hooked_step, learned_state, rate_of, state_in
 from nm_compiler.unwrapping import unwrap
 
 
@@ -44,10 +44,10 @@ class SparsityScheduler:
         self._model = unwrap(model)
         self.total_steps = _length(total_steps, epochs, steps_per_epoch)
         if optimizer is not None:
-            check_holds(optimizer, learned_state(self._model))
+            check_holds(optimizer, self._model)
         self._optimizer, self._first = optimizer, FirstStep(self._model)
         self._looked, self._followed = optimizer is not None, False  # one that was given holds all that learns
-        self.last_step = 0
+        self.last_step, self._loads = 0, -1
         keep_freed()
         self._begin()
 
@@ -62,20 +62,25 @@ class SparsityScheduler:
             )
         self._looked = self._looked or self._first.check()
         self.last_step += 1
-        self._model.method.advance(self._model.weights, self._clock())
+        weights, clock = self._model.weights, self._clock()
+        self._model.method.advance(weights, clock)
+        if self._loads != self._model.loads:
+            self._loads = self._model.loads
+            self._model.method.catch_up(weights, clock)
+        self._tell()
         self._forget()
 
     def follow(self, optimizer: torch.optim.Optimizer) -> SparsityScheduler:
         """Step after every ``optimizer.step()`` from now on, whoever calls it; `step` needs no call then. Returns self.
 
-        A step that a ``GradScaler`` skips is none. Raises NMError if the optimizer lacks the scores, or if one is
-        followed already.
+        A step that a ``GradScaler`` skips is none. Raises NMError if the optimizer lacks the scores, if one is followed
+        already, or if it is a wrapper that calls no hooks.
         """
         if self._followed:
             raise NMError("this scheduler follows an optimizer already; a second one would count its steps twice")
-        check_holds(optimizer, learned_state(self._model))
+        check_holds(optimizer, self._model)
         self._optimizer = optimizer
-        optimizer.register_step_post_hook(lambda *_: self.step())
+        hooked_step(optimizer).register_step_post_hook(lambda *_: self.step())
         self._followed = self._looked = True
         self._forget()
         return self
@@ -102,16 +107,23 @@ class SparsityScheduler:
         self._begin()
 
     def _begin(self) -> None:
+        self._loads = -1  # the state may be behind the step, or be loaded next
         self._model.method.begin(self._model.weights, self._clock())
+        self._tell()
         self._forget()
+
+    def _tell(self) -> None:
+        self._model.progress = self.last_step, self.total_steps
 
     def _forget(self) -> None:
         if self._optimizer is not None:
             drop_frozen(self._optimizer, learned_state(self._model))
 
     def _clock(self) -> Clock:
-        rate = None if self._optimizer is None else partial(rate_of, self._optimizer)
-        return Clock(self.last_step, self.total_steps, self._model.seed, rate)
+        if self._optimizer is None:
+            return Clock(self.last_step, self.total_steps, self._model.seed)
+        known = partial(rate_of, self._optimizer), partial(state_in, self._optimizer)
+        return Clock(self.last_step, self.total_steps, self._model.seed, *known)
 
     def __repr__(self) -> str:
         return f"SparsityScheduler(step {self.last_step} of {self.total_steps}, {self._model.method})"

@@ -84,6 +84,12 @@ def python_line() -> str:
 
 def outside_text(name: str, line: str, *, captured: bool = True) -> str:
     """The message for a weight that would run dense. captured: with example inputs, so it could do without them."""
+    if "checkpoint_sequential" in line:
+        return (
+            f"{name} is read by checkpoint_sequential, which TorchDynamo does not compile, so it would be dense there:\n"
+            f"  {line}\nLoop over the parts with torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False) in its place"
+            + ("" if captured else ", or give nm.compile example inputs")
+        )
     live = "; nm.compile(model), without example inputs, follows many such loops layer by layer" if captured else ""
     return (
         f"{name} is read by code that TorchDynamo does not compile, so it would be dense there:\n  {line}\n"

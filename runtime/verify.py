@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nm_compiler.carrier import carrier_of
 from nm_compiler.errors import NMError
-from nm_compiler.pattern import Pattern, PatternMap, PatternSpec
+from nm_compiler.pattern import Pattern, PatternMap, PatternSpec, matches
 from nm_compiler.sharding import whole
 from nm_compiler.solvers.check import nonzeros, worst_group
 
@@ -76,8 +76,18 @@ def verify(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternS
     axis that they reduce. A weight that is zero altogether satisfies any pattern; its share of non-zeros tells.
     pattern: as in `nm_compiler.compile`, also ``{"layer4.*": "1:4", "*": "2:4"}``; a weight without a rule satisfies nothing.
     Weights that are sharded are gathered one at a time, so every rank has to call it.
-    Raises NMError for a file that is missing, truncated or of another kind.
+    Raises NMError for a file that is missing, truncated or of another kind, and for a glob that matches no weight.
     """
+    found = examine(target, pattern)
+    for glob, own in found.pattern.rules:
+        if glob != "*" and not any(matches(weight.name, (glob,)) for weight in found.weights):
+            known = ", ".join(weight.name for weight in found.weights[:6]) + (", ..." if len(found.weights) > 6 else "")
+            raise NMError(f"pattern={{{glob!r}: '{own}'}} matches no weight; globs run over names such as {known or '-'}")
+    return found
+
+
+def examine(target: nn.Module | Mapping[str, Any] | str | Path, pattern: PatternSpec) -> Verification:
+    """`verify` where rules may be about weights that are elsewhere, as those of one shard are."""
     wanted = PatternMap.parse(pattern)
     if isinstance(target, (str, Path)) and Path(target).suffix == ".onnx":
         return Verification(wanted, _of_onnx(Path(target), wanted))

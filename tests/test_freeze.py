@@ -209,6 +209,16 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
             nm.verify(target)
 
 
+@pytest.mark.parametrize("ask", [nm.verify, lambda model, pattern: nm.verify(model.state_dict(), pattern), nm.report])
+def test_verify_and_report_refuse_a_glob_that_matches_nothing(ask: Any) -> None:
+    model = ConvNet()
+    with pytest.raises(
+        nm.NMError, match=r"pattern=\{'layer4.\*': '1:4'\} matches no weight; .* such as stem.weight, conv1.weight"
+    ):
+        ask(model, pattern={"layer4.*": "1:4", "*": "2:4"})
+    assert ask(model, pattern={"conv*": "1:4", "*": "2:4"})
+
+
 @pytest.mark.parametrize("method", [nm.BiMask(), nm.Magnitude()], ids=str)
 def test_verify_looks_at_a_compiled_model_through_its_masks(method: Any) -> None:
     sparse, _ = trained(ConvNet, method)

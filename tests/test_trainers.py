@@ -98,6 +98,63 @@ def test_lightning_resumes_to_the_bit(method: Any, tmp_path: Path) -> None:
         assert torch.equal(value, second.net.state_dict()[name]), name
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_steps_each_compiled_model_of_a_gan_with_its_own_optimizer(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("pytorch_lightning", reason="Lightning is not installed")
+    from nm_compiler.integrations.lightning import SparsityCallback
+
+    class Gan(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.generator, self.critic = compiled(nm.LBC()), compiled(nm.SRSTE(decoupled=True))
+
+        def training_step(self, batch: Any, index: int) -> None:
+            generator, critic = self.optimizers()
+            for _ in range(2):
+                critic.zero_grad()
+                self.manual_backward(self.critic(batch["x"]).square().mean())
+                critic.step()
+            generator.zero_grad()
+            self.manual_backward(self.generator(batch["x"]).square().mean())
+            generator.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(net.parameters(), lr=0.1) for net in (self.generator, self.critic)]
+
+    module = Gan()
+    callback = SparsityCallback({"generator": 8, "critic": 16})
+    trainer = fit(module, callback, tmp_path, epochs=1)
+    assert [each.scheduler.last_step for each in callback.schedules.tracked] == [8, 16]
+    assert set(nm.verify(nm.freeze(module.generator)).satisfied) >= {"fc2.weight"}
+    assert not any(optimizer._optimizer_step_post_hooks for optimizer in trainer.optimizers)
+    with pytest.raises(
+        nm.NMError, match=r"total_steps= names \['critic'\], the compiled modules are \['critic', 'generator'\]"
+    ):
+        fit(Gan(), SparsityCallback({"critic": 16}), tmp_path, epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_fits_after_its_learning_rate_finder_and_beside_an_average(tmp_path: Path) -> None:
+    module = lit(nm.LBC())
+    import pytorch_lightning as lightning
+
+    from nm_compiler.integrations.lightning import SparsityCallback
+
+    callback = SparsityCallback()
+    module.average = torch.optim.swa_utils.AveragedModel(module.net)
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    rows = torch.utils.data.DataLoader(Rows(), batch_size=8)
+    module.lr = 0.1
+    lightning.tuner.Tuner(trainer).lr_find(module, rows, num_training=3, update_attr=False)
+    trainer.fit(module, rows)
+    assert callback.schedules.tracked[0].scheduler.last_step == 8
+    assert set(nm.verify(nm.freeze(module.net)).satisfied) >= {"fc2.weight"}
+
+
 # -- Hugging Face -----------------------------------------------------------------------------------------------------------
 
 

@@ -117,6 +117,13 @@ def remark(method: nm.Method, at: Site) -> str | None:
     return method.remark(State(method, at))
 
 
+def untrained() -> str | None:
+    """Of LBC, combinations retired, scores as they were made."""
+    state = State(nm.LBC(), site(8, 8))
+    state["live"] = torch.ones_like(state["live"])
+    return nm.LBC().remark(state)
+
+
 def trained_on(at: Site, machine: Machine | None = None) -> str | None:
     method = nm.BiMask(products="cusparselt")
     state: Any = State(method, at)
@@ -286,6 +293,7 @@ TRAINING: list[tuple[str, Callable[[], Any]]] = [
     ("N:M forward only: 6 output channels in a block, not a multiple of 4", lambda: remark(nm.Transposable(), site(6, 8))),
     ("training: combinations are still live", lambda: remark(nm.LBC(), site(8, 8))),
     ("training: combinations are still live", lambda: remark(nm.LBCBiMask(), site(8, 8))),
+    ("kept by magnitude: its scores never moved", lambda: untrained()),
     ("training: more than N of a group are still kept", lambda: remark(nm.Gradual(), site(8, 8))),
 ]  # fmt: skip
 LOWERING: list[tuple[str, Callable[[], Any]]] = [

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from nm_compiler.errors import NMError
-from nm_compiler.integrations.schedules import Schedules, Write
+from nm_compiler.integrations.schedules import Schedules, Tracked, Write
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback
@@ -28,15 +31,20 @@ class SparsityCallback(Callback):
 
     Compile in the LightningModule, before its optimizers are made: ``self.net = nm.compile(net, (x,))`` in ``__init__``.
 
-    total_steps: optimizer steps of the training; Lightning's own estimate if left out.
+    With several optimizers (manual optimization, as of a GAN) each compiled module steps with the one that moves its weights.
+
+    total_steps: optimizer steps of the training, or of each compiled module by its name; Lightning's own estimate if left out.
     every, write: send a row of `nm.Telemetry` to ``write`` every so many optimizer steps (see `writers`).
     Raises NMError at the start of the fit if nothing is compiled, or if the length cannot be told.
     """
 
-    def __init__(self, total_steps: int | None = None, *, every: int | None = None, write: Write | None = None) -> None:
+    def __init__(
+        self, total_steps: int | Mapping[str, int] | None = None, *, every: int | None = None, write: Write | None = None
+    ) -> None:
         self._total, self._every, self._write = total_steps, every, write
         self._saved: dict[str, Any] | None = None
         self._done = 0
+        self._handles: list[Any] = []
         self.schedules: Schedules | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -44,18 +52,30 @@ class SparsityCallback(Callback):
         total = self._total if self._total is not None else trainer.estimated_stepping_batches
         if total in (-1, float("inf")):
             raise NMError("this training has no end that Lightning knows: say SparsityCallback(total_steps=...)")
-        only = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
-        self.schedules = Schedules(pl_module, int(total), optimizer=only, every=self._every, write=self._write)
-        if self._saved is not None:
+        length = total if isinstance(total, Mapping) else int(total)
+        self.schedules = Schedules(pl_module, length, optimizers=trainer.optimizers, every=self._every, write=self._write)
+        if self._saved is not None and self._saved["schedules"]:  # empty in what a learning-rate finder saves before the fit
             self.schedules.load_state_dict(self._saved["schedules"])
             self._done = self._saved["done"]
+        if len(trainer.optimizers) > 1:  # all of their steps are one number to Lightning
+            for each in self.schedules.tracked:
+                self._follow(self.schedules, each, each.optimizer or trainer.optimizers[0])
+
+    def _follow(self, schedules: Schedules, each: Tracked, optimizer: torch.optim.Optimizer) -> None:
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: schedules.step_one(each)))
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Let go of the optimizers."""
+        while self._handles:
+            self._handles.pop().remove()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Step, once for each optimizer step: with accumulated gradients not after every batch."""
         assert self.schedules is not None
         while self._done < trainer.global_step:
             self._done += 1
-            self.schedules.step()
+            if not self._handles:
+                self.schedules.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Goes into Lightning's checkpoints."""

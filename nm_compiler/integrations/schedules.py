@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,37 +10,43 @@ import torch
 from torch import nn
 
 from nm_compiler.errors import NMError
+from nm_compiler.optim import learned_state
 from nm_compiler.scheduler import SparsityScheduler
 from nm_compiler.telemetry import Row, Telemetry
-from nm_compiler.unwrapping import is_compiled
+from nm_compiler.unwrapping import is_compiled, unwrap
 
 Write = Callable[[Row], object]
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """One compiled module: where it is (``""`` is the model itself), its scheduler, its telemetry."""
+    """One compiled module: where it is (``""`` is the model itself), its scheduler, its telemetry.
+
+    optimizer: the one that moves its weights, where it is known.
+    """
 
     name: str
     scheduler: SparsityScheduler
     telemetry: Telemetry | None
+    optimizer: torch.optim.Optimizer | None
 
 
 class Schedules:
     """All compiled modules of a model, in step.
 
-    model: anything that holds what `nm.compile` returned, at any depth; total_steps: optimizer steps of the training;
-    optimizer: as for `SparsityScheduler`; every, write: a `Telemetry` row goes to ``write`` every so many steps, named
-    after its module where there are several.
-    Raises NMError if nothing in the model was compiled.
+    model: anything that holds what `nm.compile` returned, at any depth; total_steps: optimizer steps of the training, or
+    those of each compiled module by its name (``{"generator": 1000, "critic": 5000}``);
+    optimizers: those of the training, if known: each module takes the one that moves its weights;
+    every, write: a `Telemetry` row goes to ``write`` every so many steps, named after its module where there are several.
+    Raises NMError if nothing in the model was compiled, or if ``total_steps`` names other modules.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        total_steps: int,
+        total_steps: int | Mapping[str, int],
         *,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
         every: int | None = None,
         write: Write | None = None,
     ) -> None:
@@ -52,23 +58,31 @@ class Schedules:
             )
         if (every is None) != (write is None):
             raise NMError("telemetry needs both: every= (steps between rows) and write= (what takes a row)")
+        lengths = total_steps if isinstance(total_steps, Mapping) else dict.fromkeys(found, total_steps)
+        if set(lengths) != set(found):
+            raise NMError(f"total_steps= names {sorted(lengths)}, the compiled modules are {sorted(found)}")
         self._write = write
         self.tracked = tuple(
             Tracked(
                 name,
-                SparsityScheduler(module, total_steps, optimizer=optimizer),
+                SparsityScheduler(module, lengths[name], optimizer=_given(module, optimizers)),
                 None if every is None else Telemetry(module, every),
+                _moving(module, optimizers),
             )
             for name, module in found.items()
         )
 
     def step(self) -> None:
-        """Count one optimizer step, and do what falls due."""
+        """Count one optimizer step of all, and do what falls due."""
         for each in self.tracked:
-            each.scheduler.step()
-            row = each.telemetry.step() if each.telemetry else None
-            if row is not None and self._write is not None:
-                self._write(self._named(each.name, row))
+            self.step_one(each)
+
+    def step_one(self, each: Tracked) -> None:
+        """Count one optimizer step of one of them."""
+        each.scheduler.step()
+        row = each.telemetry.step() if each.telemetry else None
+        if row is not None and self._write is not None:
+            self._write(self._named(each.name, row))
 
     def _named(self, name: str, row: Row) -> Row:
         if len(self.tracked) == 1:
@@ -99,3 +113,16 @@ class Schedules:
     def _count(each: Tracked) -> None:
         if each.telemetry is not None:
             each.telemetry.last_step = each.scheduler.last_step
+
+
+def _moving(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer | None:
+    """The optimizer that moves the weights of a compiled module; that of the first, where there are several."""
+    owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return next((owners[id(weight.param)] for weight in unwrap(module).weights if id(weight.param) in owners), None)
+
+
+def _given(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer | None:
+    """What a scheduler is given: the optimizer that moves the weights, unless their scores have another one."""
+    one = _moving(module, optimizers)
+    others = {id(p) for each in optimizers if each is not one for group in each.param_groups for p in group["params"]}
+    return None if any(id(value) in others for value in learned_state(unwrap(module)).values()) else one

@@ -35,7 +35,8 @@ class SparsityCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Find what is compiled; ``state.max_steps`` is how long the training is."""
         optimizer = getattr(given.get("optimizer"), "optimizer", given.get("optimizer"))  # accelerate wraps it
-        self.schedules = Schedules(given["model"], state.max_steps, optimizer=optimizer, every=self._every, write=self._write)
+        known = [] if optimizer is None else [optimizer]
+        self.schedules = Schedules(given["model"], state.max_steps, optimizers=known, every=self._every, write=self._write)
         if state.global_step:
             self.schedules.jump(state.global_step)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from nm_compiler.bodies import branch, checkpointed, is_body
+from nm_compiler.bodies import CONTEXT, branch, checkpointed, is_body
 from nm_compiler.graph import getattr_path, target_name, type_of
 
 _higher = torch.ops.higher_order
@@ -128,14 +128,12 @@ def _checkpoint(
     body = getattr_path(gm, node.args[0].target)  # type: ignore[union-attr]
     reads = _unique(_reads(body))
     inner = _lifted(body, reads)
-    options = dict(node.kwargs)
-    context = options.pop("context_fn", None)
-    if context is not None:
-        inner.meta["_checkpoint_context_fn"] = context
+    if CONTEXT in body.meta:
+        inner.meta[CONTEXT] = body.meta[CONTEXT]
     operands = [given[read.key] for read in reads]
     rest = map_arg(node.args[1:], copies.__getitem__)
     read = _child(graph, root, f"body_{node.name}", inner)
-    return graph.call_function(_higher.tag_activation_checkpoint, (read, *operands, *rest), options)
+    return graph.call_function(_higher.tag_activation_checkpoint, (read, *operands, *rest), dict(node.kwargs))
 
 
 def _cond(graph: Graph, root: nn.Module, gm: GraphModule, node: Node, given: dict[Any, Node], copies: dict[Node, Any]) -> Node:

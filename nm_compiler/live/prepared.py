@@ -61,7 +61,8 @@ class Prepared:
         self.origin, self.method, self.patterns, self.seed, self.then = model, method, patterns, seed, then
         self.notes: tuple[str, ...] = ()
         self.frozen = self.active = self.looked = self.bare = False
-        self.calls = 0
+        self.calls = self.loads = 0
+        self.progress: tuple[int, int] | None = None
         self.include, self.exclude = include, exclude
         self.growing = GrowingPlan(model, method, patterns, include=include, exclude=exclude)
         self.begin()
@@ -177,7 +178,7 @@ class Prepared:
             carrier.record(*copies)
         undecided = {name: line for name, line in carrier.outside.items() if name in self.candidates}
         carrier.outside = undecided
-        check_outside(self.origin, {self.origin.training: carrier}, self.patterns, self.exclude)
+        check_outside(self.origin, {self.origin.training: carrier}, self.patterns, self.exclude, captured=False)
         self.growing.decide(carrier.whole, whole=True)
         self.looked = True
 
@@ -293,6 +294,7 @@ class Prepared:
             self.growing.forget([name for name in self.candidates if name not in theirs["weights"]], loaded_dense)
             compare(self, theirs, read_recipe(recipe_tag(self.origin, self.plan, self.method)))
             check_values(self, state_dict, prefix)
+        self.loads += 1
         tag = recipe_tag(self.origin, self.plan, self.method)
         self.origin._buffers[RECIPE] = state_dict[prefix + RECIPE] = tag  # also after to_empty, which forgets it
 

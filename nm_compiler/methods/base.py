@@ -20,12 +20,14 @@ class Clock:
     """Where training stands: ``step`` of ``total`` optimizer steps are done; ``seed`` of the compile call.
 
     rate: the learning rate of a parameter in the optimizer that the scheduler was given; None if it was given none.
+    memory: what that optimizer remembers of a parameter, such as Adam's ``exp_avg_sq``; empty before its first step.
     """
 
     step: int
     total: int
     seed: int
     rate: Callable[[Tensor], float] | None = None
+    memory: Callable[[Tensor], Mapping[str, Any]] | None = None
 
 
 class Method(ABC):
@@ -95,6 +97,9 @@ class Method(ABC):
 
     def advance(self, weights: Sequence[Weight], clock: Clock) -> None:  # noqa: B027  optional
         """Called after every optimizer step, with ``clock.step`` already counted."""
+
+    def catch_up(self, weights: Sequence[Weight], clock: Clock) -> None:  # noqa: B027  optional
+        """Called after the first `advance` of a scheduler and that after a state_dict was loaded: state may be behind."""
 
     def is_settled(self, weight: Weight) -> bool:
         """Whether the forward mask of this weight is exactly N:M now, so that it can be frozen."""

@@ -64,6 +64,12 @@ class Gradual(Method):
             if keep < self.keep(weight.site, clock.step - 1, clock.total):
                 self._prune(weight, keep)
 
+    def catch_up(self, weights: Sequence[Weight], clock: Clock) -> None:
+        for weight in weights:
+            keep = self.keep(weight.site, clock.step, clock.total)
+            if bool((self._kept(weight.site, weight.read("mask")) > keep).any()):
+                self._prune(weight, keep)
+
     def keep(self, site: Site, step: int, total: int) -> int:
         """How many of a group are kept after ``step`` of ``total`` steps."""
         return left(step, window(self.t_i, self.t_f, total), self.power, entries=site.pattern.m, last=site.pattern.n)

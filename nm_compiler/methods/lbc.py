@@ -94,7 +94,9 @@ class LBC(Method):
         return float(self._count(weight).double().mean())
 
     def remark(self, weight: Weight) -> str | None:
-        return None if self.is_settled(weight) else "training: combinations are still live"
+        if not self.is_settled(weight):
+            return "training: combinations are still live"
+        return "kept by magnitude: its scores never moved" if _are_equal(weight.read("scores")) else None
 
     def _count(self, weight: Weight) -> Tensor:
         return count(weight.read("live"), packed=self.is_packed(weight.site))
@@ -133,6 +135,13 @@ class LBC(Method):
                 self._retire(weight, keep)
         if clock.step == self.window(clock.total)[1]:
             self.begin(weights, clock)
+
+    def catch_up(self, weights: Sequence[Weight], clock: Clock) -> None:
+        for weight in weights:
+            keep = self.live_count(weight.site, clock.step, clock.total)
+            if bool((self._count(weight) > keep).any()):
+                self._retire(weight, keep)
+        self.begin(weights, clock)
 
     def window(self, total: int) -> tuple[int, int]:
         """The steps at which retiring begins and at which one combination is left."""

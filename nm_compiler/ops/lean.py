@@ -46,6 +46,7 @@ class Op:
         self._gradient_of_a_level = self._autograd_function(f"{space}_{own}", _SingleLevelFunction)
         self._library.impl(own, self._function, "CompositeExplicitAutograd")
         self._library.impl(own, self._differentiable, "Autograd", with_keyset=True)
+        torch.library.register_vmap(name, self._one_by_one, lib=self._library)
 
     def __call__(self, *args: Any) -> Any:
         return self._opoverload(*args)
@@ -87,6 +88,15 @@ class Op:
                 return self._function(*args)
             return self._opoverload.redispatch(left, *args)
 
+    def _one_by_one(self, info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+        """Under `torch.vmap`, as of an ensemble: a call for each, as torch does unasked, but with a warning an op."""
+        found = []
+        for at in range(info.batch_size):
+            found.append(self._opoverload(*(_taken(arg, dim, at) for arg, dim in zip(args, in_dims, strict=True))))
+        if isinstance(found[0], torch.Tensor):
+            return torch.stack(found), 0
+        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
+
     def _autograd_function(self, name: str, base: type) -> Any:
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
             # the levels of torch.func further out may want gradients too
@@ -104,6 +114,13 @@ class Op:
 
         both = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return type(f"{name}_gradient", (base,), both)
+
+
+def _taken(arg: Any, dim: Any, at: int) -> Any:
+    """One argument of one call. dim: the batched axis, or a list of such for a list of tensors; else it is the same in all."""
+    if isinstance(dim, list):
+        return [_taken(each, inner, at) for each, inner in zip(arg, dim, strict=True)]
+    return arg if dim is None else arg.select(dim, at)
 
 
 class _Context:

@@ -1,0 +1,61 @@
+"""Gradients that forward() makes by hand: an exported graph holds none of them, and trains with others in silence.
+
+    class Round(torch.autograd.Function)    straight through in backward(), while its round() alone has no gradient
+    h.register_hook(lambda g: g / 2)        where h is a tensor of the model
+
+Export traces through such a function and drops such a hook. So the capture of a model that is to train fails there, and it
+runs in TorchDynamo's fragments, which keep both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+_SETTERS = ("register_hook", "register_post_accumulate_grad_hook")
+_ASKED = "_is_setup_context_defined"  # what Function.apply calls first, also where it goes by another name
+
+
+class Lost(RuntimeError):
+    """An exported graph cannot hold this."""
+
+
+@contextlib.contextmanager
+def nothing_lost() -> Iterator[None]:
+    """Inside, a hook on a tensor that is traced, or an autograd function that gets one with a gradient, raises `Lost`."""
+    with contextlib.ExitStack() as stack:
+        for name in _SETTERS:
+            stack.enter_context(patch.object(Tensor, name, _refusing(name, getattr(Tensor, name))))
+        asked = getattr(torch.autograd.function, _ASKED, None)
+        if asked is not None:
+            stack.enter_context(patch.object(torch.autograd.function, _ASKED, _looking(asked)))
+        yield
+
+
+def _refusing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Tensor, *args: Any) -> Any:
+        if isinstance(self, (FakeTensor, FunctionalTensor)):
+            raise Lost(f"Tensor.{name} in forward(): a graph of torch.export holds no hooks")
+        return function(self, *args)
+
+    return method
+
+
+def _looking(function: Callable[..., Any]) -> Callable[..., Any]:
+    def asked(setup_context: Any) -> Any:
+        caller = sys._getframe(1).f_locals  # round = Round.apply, bound long ago, would go past another apply
+        kind, args = caller.get("cls"), caller.get("args", ())
+        traced = any(isinstance(arg, (FakeTensor, FunctionalTensor)) and arg.requires_grad for arg in args)
+        if traced and torch.is_grad_enabled() and isinstance(kind, type) and not kind.__module__.startswith("torch."):
+            raise Lost(f"{kind.__qualname__} in forward(): a graph of torch.export does not hold the backward() of a function")
+        return function(setup_context)
+
+    return asked

@@ -1,0 +1,347 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
+"""Training loops as people write them: recomputation, reloads, frozen parts, steps that nobody counts."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from models import MLP
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+import nm_compiler as nm
+
+X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def _no_memory() -> None:
+    torch._dynamo.reset()  # it remembers which sizes changed, in other tests
+
+
+def captured_and_live(method: nm.Method, make: Any = MLP) -> list[nn.Module]:
+    """The same model compiled in both ways."""
+    torch.manual_seed(0)
+    model = make()
+    return [nm.compile(copy.deepcopy(model), (X,), method=method), nm.compile(model, method=method, then="eager")]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: nm.SparsityScheduler | None, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def gradients(model: nn.Module, result: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    result.square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# -- recomputation ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("then", ["eager", "aot_eager"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_live_model_can_be_recomputed_from_its_first_call_on(then: str, reentrant: bool) -> None:
+    model = nm.compile(MLP(), method=nm.LBC(), then=then)
+    x = X.clone().requires_grad_()
+    recomputed = gradients(model, checkpoint(model, x, use_reentrant=reentrant))
+    torch.testing.assert_close(recomputed, gradients(model, model(x)))
+
+
+@pytest.mark.parametrize("then", ["eager", "aot_eager"])
+def test_a_selective_checkpoint_in_a_live_model_recomputes_what_its_policy_says(then: str) -> None:
+    class Selective(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.block = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+            self.recompute = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.stem(x))
+            if self.recompute:
+                saved = partial(create_selective_checkpoint_contexts, [aten.mm.default, aten.addmm.default])
+                return self.head(checkpoint(self.block, x, use_reentrant=False, context_fn=saved))
+            return self.head(self.block(x))
+
+    model = nm.compile(Selective(), method=nm.SRSTE(), then=then)
+    recomputed = gradients(model, model(X))
+    assert {row.name for row in nm.report(model).rows if row.status == "sparse"} == {"block.0.weight", "block.2.weight"}
+    model.recompute = False
+    torch.testing.assert_close(recomputed, gradients(model, model(X)))
+
+
+def test_checkpoint_sequential_in_a_live_model_is_an_error_with_the_loop_to_write_in_its_place() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint_sequential(self.blocks, 2, self.stem(x), use_reentrant=False))
+
+    model = nm.compile(Parts(), then="eager")
+    with pytest.raises(
+        nm.NMError, match=r"blocks.0.0.weight is read by checkpoint_sequential[\s\S]*or give nm.compile example"
+    ):
+        model(X)
+    assert len(nm.compile(Parts(), (X,)).plan.sites) == 4
+
+
+def test_a_live_model_inside_a_flop_counter_is_an_error_that_names_it_and_a_captured_one_is_counted() -> None:
+    captured, live = captured_and_live(nm.BiMask())
+    live(X)
+    with FlopCounterMode(display=False), pytest.raises(nm.NMError, match="inside _?FlopCounterMode, a TorchDispatchMode"):
+        live(X)
+    live(X)
+    counts = []
+    for model in (captured, MLP()):
+        with FlopCounterMode(display=False) as counter:
+            model(X).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+# -- reloads ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method",
+    [nm.LBC(), nm.LBC(scores="combination"), nm.LBCBiMask(), nm.Gradual()],
+    ids=lambda m: m.name + m.layout().get("scores", "")[:1],
+)
+@pytest.mark.parametrize("which", [0, 1], ids=["captured", "live"])
+def test_weights_of_before_t_f_that_are_loaded_after_it_become_n_m_in_the_next_step(method: nm.Method, which: int) -> None:
+    model = captured_and_live(method)[which]
+    model(X)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = nm.SparsityScheduler(model, total_steps=12, optimizer=optimizer)
+    train(model, optimizer, scheduler, 2)
+    best = copy.deepcopy(model.state_dict())
+    train(model, optimizer, scheduler, 6)
+    model.load_state_dict(best)
+    with pytest.raises(nm.NMError, match="are not 2:4 yet.*has counted 8 of 12 steps: train on"):
+        nm.freeze(model)
+    train(model, optimizer, scheduler, 4)
+    learned = copy.deepcopy(model.state_dict())
+    model.load_state_dict(best)
+    with pytest.raises(nm.NMError, match="All 12 steps are over, so this state was loaded from before masks are decided"):
+        nm.freeze(model)
+    model.load_state_dict(learned)
+    assert set(nm.verify(nm.freeze(model)).satisfied) == {"fc2.weight"}
+
+
+@pytest.mark.parametrize("method", [nm.LBC(), nm.Gradual()], ids=lambda m: m.name + m.layout().get("scores", "")[:1])
+def test_a_scheduler_that_is_set_to_a_later_step_without_its_model_catches_up_in_the_next_one(method: nm.Method) -> None:
+    model = captured_and_live(method)[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = nm.SparsityScheduler(model, total_steps=12)
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_step": 9})
+    train(model, optimizer, scheduler, 1)
+    assert set(nm.verify(nm.freeze(model)).satisfied) == {"fc2.weight"}
+
+
+def test_what_is_loaded_from_a_later_step_stays_as_it_is() -> None:
+    late, early = (captured_and_live(nm.LBC())[0] for _ in range(2))
+    optimizer = torch.optim.SGD(late.parameters(), lr=0.1)
+    train(late, optimizer, nm.SparsityScheduler(late, total_steps=12), 4)
+    scheduler = nm.SparsityScheduler(early, total_steps=12)
+    early.load_state_dict(late.state_dict())
+    before = early.fc2.weight_live.clone()
+    train(early, torch.optim.SGD(early.parameters(), lr=0.1), scheduler, 1)
+    assert torch.equal(early.fc2.weight_live, before)
+
+
+# -- steps that nobody counts -----------------------------------------------------------------------------------------------
+
+
+def test_freezing_too_early_says_how_far_the_scheduler_is_or_that_there_is_none() -> None:
+    model = captured_and_live(nm.Gradual())[0]
+    with pytest.raises(nm.NMError, match="more than N of a group are still kept. No SparsityScheduler was made"):
+        nm.freeze(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    nm.SparsityScheduler(model, total_steps=12).follow(
+        torch.optim.SGD(model.parameters(), lr=0.1)
+    )  # of which nobody calls step
+    train(model, optimizer, None, 2)
+    with pytest.raises(nm.NMError, match="has counted none of 12 steps: call its step"):
+        nm.freeze(model)
+
+
+def test_the_report_says_of_scores_that_an_optimizer_left_out_unseen_that_they_never_moved() -> None:
+    class ByData(torch.optim.Optimizer):
+        """As older optimizers write: torch does not count changes of ``p.data``."""
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                p.data.add_(p.grad.data, alpha=-0.1)
+
+    torch.manual_seed(0)
+    model = MLP()
+    optimizer = ByData(list(model.parameters()), {})
+    sparse = nm.compile(model, (X,), method=nm.LBC())
+    train(sparse, optimizer, nm.SparsityScheduler(sparse, total_steps=4), 4)
+    row = next(row for row in nm.report(sparse).rows if row.name == "fc2.weight")
+    assert row.reason.startswith("kept by magnitude: its scores never moved")
+
+
+# -- frozen parts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["captured", "live"])
+def test_an_optimizer_of_what_requires_gradients_need_not_hold_the_scores_of_frozen_weights(which: int) -> None:
+    model = captured_and_live(nm.LBC())[which]
+    model(X)
+    model.fc2.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = model.fc2.weight.clone()
+    train(model, optimizer, nm.SparsityScheduler(model, total_steps=4, optimizer=optimizer), 4)
+    assert torch.equal(model.fc2.weight, before)
+    assert set(nm.verify(nm.freeze(model)).satisfied) == {"fc2.weight"}
+
+
+# -- what forward() does beside its products ----------------------------------------------------------------------------------
+
+
+class Halving(MLP):
+    """A hook on a tensor halves the gradient of what lies before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.fc2(torch.relu(self.fc1(x))))
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient / 2)
+        return self.fc3(x)
+
+
+def test_a_hook_that_forward_sets_on_a_tensor_changes_gradients_in_both_ways_of_compiling() -> None:
+    for model in captured_and_live(nm.SRSTE(decay=0.0), Halving):
+        whole, half = MLP(), gradients(model, model(X))
+        whole.load_state_dict({**model.state_dict(), "fc2.weight": nm.freeze(model).fc2.weight}, strict=False)
+        dense = gradients(whole, whole(X))
+        torch.testing.assert_close(half["fc1.weight"], dense["fc1.weight"] / 2)
+        torch.testing.assert_close(half["fc3.weight"], dense["fc3.weight"])
+
+
+def test_a_tensor_hook_set_by_a_forward_hook_is_kept_and_evaluation_runs_with_and_without_gradients() -> None:
+    model = MLP()
+    model.fc2.register_forward_hook(lambda module, given, result: result.register_hook(lambda g: g * 0) and None)
+    sparse = nm.compile(model, (X,))
+    assert not gradients(sparse, sparse(X))["fc1.weight"].any()
+    sparse.eval()
+    assert not gradients(sparse, sparse(X))["fc1.weight"].any()
+    assert not any("Forward hooks" in note for note in nm.report(sparse).notes)
+
+
+def test_a_transformer_with_a_causal_mask_is_captured_as_one_graph() -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(self.body(x, mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1])))
+
+    model, x = Causal(), torch.randn(2, 5, 8)
+    expected = model(x)
+    sparse = nm.compile(model, (x,), method=nm.LBC())  # which starts dense
+    torch.testing.assert_close(sparse(x), expected)
+    assert "nm.score_weight" in str(sparse.graph(True).code).replace("torch.ops.", "")
+
+
+# -- optimizers ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_scheduler_follows_the_optimizer_inside_a_wrapper_and_refuses_one_that_calls_no_hooks() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        """As accelerate's: an Optimizer by name, all of whose work another one does."""
+
+        def __init__(self, optimizer: torch.optim.Optimizer | None, groups: list[Any]) -> None:
+            self.optimizer, self.state, self.param_groups = optimizer, {}, groups
+
+    model = captured_and_live(nm.LBC())[0]
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = nm.SparsityScheduler(model, total_steps=4)
+    with pytest.raises(nm.NMError, match="Wrapper calls no hooks after its step"):
+        scheduler.follow(Wrapper(None, inner.param_groups))
+    scheduler.follow(Wrapper(inner, inner.param_groups))
+    train(model, inner, None, 3)
+    assert scheduler.last_step == 3
+
+
+def test_a_method_of_ones_own_can_read_what_the_optimizer_remembers_of_a_weight() -> None:
+    seen: list[Tensor] = []
+
+    class Reading(nm.SRSTE):
+        def advance(self, weights: Any, clock: Any) -> None:
+            assert clock.memory is not None
+            seen.extend(clock.memory(weight.param)["exp_avg_sq"] for weight in weights)
+
+    model = captured_and_live(Reading())[0]
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, nm.SparsityScheduler(model, total_steps=2, optimizer=optimizer), 1)
+    assert seen[0] is optimizer.state[model.fc2.weight]["exp_avg_sq"]
+
+
+class Round(torch.autograd.Function):
+    """Straight through, as quantizers are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 3
+
+
+round_through = Round.apply
+
+
+class Quantized(MLP):
+    """Activations are rounded before the last layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(round_through(4 * torch.relu(self.fc2(torch.relu(self.fc1(x))))))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_backward_of_an_autograd_function_is_kept_in_both_modes_and_the_model_can_be_lowered(training: bool) -> None:
+    torch.manual_seed(0)
+    model = Quantized()
+    dense = gradients(model, model(X))
+    sparse = nm.compile(model, (X,), method=nm.LBC()).train(training)  # which starts dense
+    found = gradients(sparse, sparse(X))
+    assert found["fc1.weight"].any()
+    torch.testing.assert_close({name: found[name] for name in dense}, dense)
+    frozen = nm.freeze(sparse, finish=True).eval()
+    torch.testing.assert_close(nm.lower(frozen, (X,), backend="dense")(X), frozen(X))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", [nm.LBC(), nm.BiMask(), nm.Magnitude()], ids=lambda m: m.name)
+def test_an_ensemble_of_captured_models_runs_under_vmap_without_a_warning(method: nm.Method) -> None:
+    members = [nm.compile(MLP(), (X,), method=method) for _ in range(2)]
+    parameters, buffers = torch.func.stack_module_state(members)
+
+    def run(parameters: Any, buffers: Any) -> Tensor:
+        return torch.func.functional_call(members[0], (parameters, buffers), (X,)).square().mean()
+
+    losses = torch.vmap(run)(parameters, buffers)
+    torch.testing.assert_close(losses, torch.stack([member(X).square().mean() for member in members]))
+    found = torch.vmap(torch.func.grad(run))(parameters, buffers)
+    for at, member in enumerate(members):
+        torch.testing.assert_close({name: value[at] for name, value in found.items()}, gradients(member, member(X)))
