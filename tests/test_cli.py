@@ -46,7 +46,7 @@ def test_verify_takes_patterns_by_glob_and_one_for_the_rest(
     assert "--pattern 1:4: another --pattern gives all weights 2:4" in capsys.readouterr().err
 
 
-@pytest.mark.ci(here=["[nm_compiler]"])
+@pytest.mark.ci
 @pytest.mark.parametrize("module", ["nm_compiler", "nm_compiler.cli"])
 def test_as_a_module_it_exits_with_the_same_status(tmp_path: Path, module: str) -> None:
     save_file({"a": SPARSE}, tmp_path / "model.safetensors")

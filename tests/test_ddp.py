@@ -39,7 +39,7 @@ def worker(rank: int, method: Any, out: str) -> None:
     torch.save({"history": history, "frozen": model.state_dict()}, f"{out}.{rank}")
 
 
-@pytest.mark.ci(here=["[BiMask]"])
+@pytest.mark.ci
 @pytest.mark.parametrize("method", [nm.LBC(t_f=0.5), nm.BiMask(interval=4, moves=40)], ids=["LBC", "BiMask"])
 def test_two_processes_agree_on_weights_masks_and_orders_at_every_step_across_t_f(method: Any, tmp_path: Path) -> None:
     run_two(worker, method, str(tmp_path / "out"))

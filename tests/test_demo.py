@@ -239,6 +239,7 @@ def test_the_page_needs_nothing_else_and_shows_everything(outcome: Outcome) -> N
     assert "$" not in text
 
 
+@pytest.mark.ci
 def test_the_demo_runs_on_cifar_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = _npz(tmp_path / "c.npz"), tmp_path / "page.html"
     small = ["--methods", "lbc", "--patterns", "1:4", "--seeds", "1", "--epochs", "2", "--device", "cpu"]

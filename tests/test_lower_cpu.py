@@ -199,6 +199,7 @@ FUSED: dict[str, tuple[Any, bool, str]] = {  # forward, whether a residual is ad
 }  # fmt: skip
 
 
+@pytest.mark.ci(here=["relu", "gelu", "an addition", "read twice", "is written"])
 @needs_kernels
 @pytest.mark.parametrize("case", list(FUSED))
 def test_what_follows_a_product_is_fused_where_that_changes_nothing(case: str, stages: Any) -> None:
@@ -703,6 +704,7 @@ print(nm.report(nm.lower(net, (torch.randn(2, 8),))))
 """
 
 
+@pytest.mark.ci
 def test_an_environment_variable_switches_the_kernels_off() -> None:
     environment = {**os.environ, "NM_COMPILER_NATIVE": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

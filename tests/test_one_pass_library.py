@@ -169,6 +169,7 @@ def pair(name: str, method: nm.Method, double: bool = False) -> tuple[Any, nm.Sp
     return live, nm.compile(twin, (x,), method=method, dynamic_shapes=pytree.tree_map(lambda _: None, (x,))), x
 
 
+@pytest.mark.ci(here=["mlp", "convolutions", "encoder"])
 @pytest.mark.parametrize("name", NETS)
 def test_the_graph_that_a_live_model_runs_is_that_of_the_export_route(name: str) -> None:
     method = nm.BiMask() if name in ("convolutions", "matmuls", "grouped") else nm.LBC()
@@ -185,6 +186,7 @@ def test_the_graph_that_a_live_model_runs_is_that_of_the_export_route(name: str)
         assert closest == expected
 
 
+@pytest.mark.ci(here=["mlp", "tied", "einsums"])
 @pytest.mark.parametrize("name", NETS)
 def test_a_live_model_trains_as_the_export_route_does_in_float64(name: str) -> None:
     live, sparse, x = pair(name, nm.LBC() if name in ("mlp", "encoder", "einsums") else nm.BiMask(interval=2, moves=20), True)

@@ -111,6 +111,9 @@ SAMPLES: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.ci(
+    here=["live_mask", "score_weight-0", "srste", "backward_weight-0", "two_masks-0", "linear-0", "packed", "grouped_mm-0"]
+)
 @pytest.mark.parametrize(("name", "index"), [(name, i) for name, samples in SAMPLES.items() for i in range(len(samples))])
 def test_the_op_passes_opcheck(name: str, index: int) -> None:
     if name.startswith("packed") and isinstance(load(), str):

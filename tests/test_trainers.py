@@ -88,9 +88,9 @@ def test_lightning_trains_to_exactly_n_m_and_counts_optimizer_steps(method: Any,
 @pytest.mark.filterwarnings("ignore")
 @each_method
 def test_lightning_resumes_to_the_bit(method: Any, tmp_path: Path) -> None:
+    whole, first, second = lit(method), lit(method), lit(method)
     from nm_compiler.integrations.lightning import SparsityCallback
 
-    whole, first, second = lit(method), lit(method), lit(method)
     fit(whole, SparsityCallback(total_steps=16), tmp_path, epochs=2)
     fit(first, SparsityCallback(total_steps=16), tmp_path, epochs=1).save_checkpoint(tmp_path / "half.ckpt")
     fit(second, SparsityCallback(total_steps=16), tmp_path, epochs=2, resume=tmp_path / "half.ckpt")

@@ -86,7 +86,7 @@ def check(entry: zoo.Entry) -> None:
     assert law.holds, law
 
 
-@pytest.mark.ci(here=["squeezenet1_1", "vision_transformer", "bert]"])
+@pytest.mark.ci(here=["squeezenet1_1", "vision_transformer"])
 @pytest.mark.required
 @pytest.mark.parametrize(
     ("library", "name"),
