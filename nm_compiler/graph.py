@@ -120,6 +120,12 @@ def written_by(node: Node) -> list[Node]:
     return [base_of(arg) for arg in args if isinstance(arg, Node)]
 
 
+def tensor_outputs(gm: GraphModule) -> list[int]:
+    """Which outputs of a graph with flat ones are tensors: others are numbers, strings or None."""
+    leaves: Any = gm.graph.output_node().args[0]
+    return [at for at, leaf in enumerate(leaves) if isinstance(leaf, Node) and isinstance(leaf.meta.get("val"), torch.Tensor)]
+
+
 def propagate_shapes(gm: GraphModule) -> None:
     """Fill in ``meta["val"]`` (a fake tensor) where a pass left it out, from its inputs' values."""
     missing = [n for n in gm.graph.nodes if n.op in ("get_attr", "call_function") and "val" not in n.meta]

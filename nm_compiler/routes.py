@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _NOT_OWN = {*nn.Module().__dict__, MARK}
+_HOOKS = tuple(key for key, value in nn.Module().__dict__.items() if "hooks" in key and isinstance(value, dict))
 
 
 def take(
@@ -121,6 +122,7 @@ def way_back(model: nn.Module) -> Callable[[], None]:
     """What puts buffers, plain attributes, what is in dicts and lists of them, and random states back to what they are."""
     attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     held = [(value, value.copy()) for _, before, _ in attributes for key, value in before.items() if _is_own(key, value)]
+    hooks = [(before[key], set(before[key])) for _, before, _ in attributes for key in _HOOKS]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     python, numeric, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -140,6 +142,9 @@ def way_back(model: nn.Module) -> Callable[[], None]:
         for value, content in held:
             value.clear()
             (value.extend if isinstance(value, list) else value.update)(content)
+        for known, those in hooks:  # Hugging Face's models hook themselves at the first call that gives hidden states
+            for key in known.keys() - those:
+                del known[key]
         with torch.no_grad():
             for buffer, value in values:
                 if buffer.shape != value.shape:  # observers of quantisation resize theirs

@@ -440,3 +440,33 @@ def test_the_users_line_may_lie_in_a_library_whose_name_begins_like_torchs() -> 
         traceback.FrameSummary(f"{Path(torch.__file__).parent}{rest}", 7, "forward") for rest in ("vision/ops.py", "/nn.py")
     ]
     assert "torchvision/ops.py:7 in forward" in user_line(frames)  # not torch/nn.py
+
+
+class Watching(MLP):
+    """Hooks itself at its first call, as Hugging Face's models do to give hidden states."""
+
+    hooked = False
+
+    def forward(self, x: Tensor) -> Any:
+        if not self.hooked:
+            self.fc1.register_forward_hook(lambda *call: self.seen.append(call[-1]))
+            self.hooked = True
+        self.seen: list[Tensor] = []
+        y = super().forward(x)
+        return (y, *self.seen)
+
+
+@pytest.mark.parametrize("what", ["compile", "permute", "calibrate"])
+def test_hooks_that_a_model_gives_itself_at_its_first_call_are_there_once_afterwards(what: str) -> None:
+    model: Any = Watching()
+    x = torch.randn(4, 8)
+    expected = len(Watching()(x))
+    if what == "compile":
+        sparse = nm.compile(model, (x,), method=nm.Magnitude())
+        assert len(sparse(x)) == expected
+        model = nm.freeze(sparse)
+    elif what == "permute":
+        nm.permute(model, (x,))
+    else:
+        nm.calibrate(model, [(x,)])
+    assert len(model(x)) == len(model(x)) == expected

@@ -62,6 +62,15 @@ def test_generate_runs_every_weight_sparse_and_gives_the_tokens_of_the_frozen_mo
     assert torch.equal(nm.freeze(model).generate(**inputs, **options), tokens)
 
 
+def test_hidden_states_are_given_once_by_the_live_model_and_by_the_frozen_one() -> None:
+    model, inputs = llama()
+    model.eval().config.output_hidden_states = True
+    count = len(copy.deepcopy(model)(**inputs, use_cache=False).hidden_states)
+    model = nm.compile(model, method=nm.Magnitude(), then="eager")
+    found = [model(**inputs, use_cache=False) for _ in range(2)] + [nm.freeze(model)(**inputs, use_cache=False)]
+    assert [len(each.hidden_states) for each in found] == [count] * 3
+
+
 @pytest.mark.slow
 def test_parts_lowered_in_their_place_generate_the_tokens_of_the_frozen_model_and_a_whole_one_says_how() -> None:
     model, inputs = llama()

@@ -1,6 +1,7 @@
 # mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
 """nm.lower: passes that keep zeros and values, backends that say what they do, and refusals that come before anything else."""
 
+import collections
 import copy
 import functools
 import gc
@@ -374,6 +375,45 @@ def test_inputs_and_weights_of_a_file_keep_their_names_beside_inputs_that_are_no
     graph = onnx.load(tmp_path / "m.onnx").graph
     assert [each.name for each in graph.input] == ["data", "mask"]
     assert {name for name, _ in model.named_parameters()} <= {each.name for each in graph.initializer}
+
+
+class Named(MLP):
+    """Gives what ``shape`` makes of its logits, the states before them and a number."""
+
+    def __init__(self, shape: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Any:
+        states = torch.relu(self.fc1(x))
+        return self.shape(self.fc3(torch.relu(self.fc2(states))), states)
+
+
+Pair = collections.namedtuple("Pair", "logits states")
+
+
+@pytest.mark.ci(here=["[dict]", "[taken]"])
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        (lambda y, z: y, ["output"]),
+        (lambda y, z: (y, z), ["output_0", "output_1"]),
+        (lambda y, z: {"logits": y, "old": [z, 3, z + 1]}, ["logits", "old_0", "old_2"]),
+        (lambda y, z: Pair(y, z), ["logits", "states"]),
+        (lambda y, z: {"x": y, "fc1.weight": z}, None),  # an input and a weight are called so
+    ],
+    ids=["tensor", "tuple", "dict", "namedtuple", "taken"],
+)
+@pytest.mark.required
+def test_outputs_of_a_file_are_called_as_in_the_model(shape: Any, names: list[str] | None, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="pip install 'nm_compiler[onnx]'")
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    model = nm.freeze(nm.compile(Named(shape), (x,), method=nm.Magnitude())).eval()
+    lowered = nm.lower(model, (x,), backend="onnx", options={"path": tmp_path / "m.onnx"})
+    torch.testing.assert_close(lowered(x), model(x))
+    found = [each.name for each in onnx.load(tmp_path / "m.onnx").graph.output]
+    assert found == names if names else "x" not in found
 
 
 # -- tensorrt ---------------------------------------------------------------------------------------------------------------

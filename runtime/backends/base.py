@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.fx.node import map_arg
 
 from nm_compiler.errors import NMError
+from nm_compiler.graph import tensor_outputs
 from nm_compiler.runtime.products import Decision, Product, products
 from nm_compiler.scaled import Scaled, stood_in
 from nm_compiler.signature import Signature
@@ -55,8 +56,8 @@ class Job:
                 known |= {size.node.expr: real for size, real in pairs if not isinstance(size, int)}
         return [size if isinstance(size, int) else _real(size, known) for size in value.shape]
 
-    def program(self, *, dynamic: bool = True, one_batch: bool = False) -> ExportedProgram:
-        """The graph exported anew; its inputs are the tensors alone.
+    def program(self, *, dynamic: bool = True, one_batch: bool = False, tensors_out: bool = False) -> ExportedProgram:
+        """The graph exported anew; its inputs are the tensors alone, and with ``tensors_out`` its outputs too.
 
         dynamic: with the dynamic axes that it was captured with, else for the sizes of the examples alone.
         one_batch: axis 0 of all inputs is the same batch, also where the capture did not need it to be.
@@ -68,12 +69,13 @@ class Job:
                 named = {axis: str(size) for axis, size in enumerate(sizes) if not isinstance(size, int)}
                 axes.append({axis: "batch" if one_batch and axis == 0 else name for axis, name in named.items()})
                 examples.append(_repeated(value, set(axes[-1])))
+        gm = _of_tensors(self.gm, self.flat, out=tensors_out)
         scaled = {name: value for name, value in self.gm.named_buffers() if isinstance(value, Scaled)}
         with torch.no_grad(), stood_in(self.gm, read=False):
             try:
-                program = _exported(_of_tensors(self.gm, self.flat), examples, axes, _shared(axes))
+                program = _exported(gm, examples, axes, _shared(axes))
             except torch._dynamo.exc.UserError:  # a size that is a formula of another: torch finds out which
-                program = _exported(_of_tensors(self.gm, self.flat), examples, axes, {})
+                program = _exported(gm, examples, axes, {})
         program.state_dict.update(scaled)
         return program
 
@@ -131,15 +133,24 @@ def _real(size: torch.SymInt, known: Mapping[Any, int]) -> int:
     return int(found) if found.is_Integer else int(getattr(size.node, "hint", None) or 1)
 
 
-def _of_tensors(gm: GraphModule, flat: Sequence[Any]) -> GraphModule:
-    """The graph with its other inputs fixed: exported programs take tensors. Names of inputs and weights stay."""
-    if all(isinstance(value, Tensor) for value in flat):
+def _of_tensors(gm: GraphModule, flat: Sequence[Any], *, out: bool) -> GraphModule:
+    """The graph with its other inputs fixed: exported programs take tensors. Names of inputs and weights stay.
+
+    out: without its other outputs, too.
+    """
+    output, kept = gm.graph.output_node(), tensor_outputs(gm)
+    others_out = out and len(kept) < len(output.args[0])  # type: ignore[arg-type]
+    if all(isinstance(value, Tensor) for value in flat) and not others_out:
         return gm
     twin = GraphModule(gm, copy.deepcopy(gm.graph))
     inputs = zip(twin.graph.find_nodes(op="placeholder"), flat, strict=True)
     fixed = {node: value for node, value in inputs if not isinstance(value, Tensor)}
     for user in {user: None for node in fixed for user in node.users}:
         user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda arg: fixed.get(arg, arg))
+    if others_out:
+        last: Any = twin.graph.output_node()
+        last.args = (tuple(last.args[0][at] for at in kept),)
+        twin.graph.eliminate_dead_code()
     for node in fixed:
         twin.graph.erase_node(node)
     twin.recompile()

@@ -10,6 +10,7 @@ import torch
 from nm_compiler.errors import NMError
 from nm_compiler.runtime.backends.base import Backend, Job, Result
 from nm_compiler.runtime.onnx_files import commands, export
+from nm_compiler.runtime.onnx_files.naming import output_names
 from nm_compiler.runtime.onnx_files.packages import require
 from nm_compiler.runtime.products import Decision, Product
 from nm_compiler.runtime.tensorrt.eligible import reasons
@@ -38,14 +39,15 @@ class Onnx(Backend):
         if "path" not in options:
             raise NMError('backend="onnx" writes a file: options={"path": "model.onnx"}')
         found = job.products
-        program, sites = job.program(), _sites(job, found)
+        program, sites = job.program(tensors_out=True), _sites(job, found)
         decisions = {each.node: _decided(each) for each in found}
         rows = [
             {"weight": each.site.name, "op": each.site.op, "reasons": list(decisions[each.node].reasons)} for each in found
         ]
         written = export.write(
-            program, job.tensors, os.fspath(options.pop("path")), sites=sites, report={"products": rows}, **options
-        )
+            program, job.tensors, os.fspath(options.pop("path")), sites=sites,
+            outputs=output_names(job.gm, job.signature.out_spec), report={"products": rows}, **options,
+        )  # fmt: skip
         notes = (
             f"Written to {written.path}, its zeros read back from the file. {written.numerics}",
             "Whether a kernel is sparse is decided where the file is run. TensorRT 11:",

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from nm_compiler.runtime.onnx_files.dtypes import match_dtypes
 from nm_compiler.runtime.onnx_files.folding import fold_moves
 from nm_compiler.runtime.onnx_files.found import SparseConstant, planned_constants
 from nm_compiler.runtime.onnx_files.later import compute_later, plain
+from nm_compiler.runtime.onnx_files.naming import name_after_parameters, name_outputs
 from nm_compiler.runtime.onnx_files.numerics import Numerics, compare, placeholders, precision
 from nm_compiler.runtime.onnx_files.packages import require
 from nm_compiler.runtime.onnx_files.reading import load
@@ -91,6 +92,7 @@ def write(
     path: str | os.PathLike[str],
     *,
     sites: Mapping[str, Site],
+    outputs: Sequence[str] = (),
     report: Mapping[str, Any] | None = None,
     tolerance: float | None = None,
     one_file: int = ONE_FILE,
@@ -100,6 +102,7 @@ def write(
     inputs: positional, as the program was exported with; axes that are dynamic there stay dynamic in the file.
     sites: the planned weights by the name that the program has them under: of a parameter, a buffer, or a constant such as
     ``conv1_weight_folded``. In the file they are called what the sites are.
+    outputs: what they are called in the file, as of `nm_compiler.runtime.onnx_files.naming.output_names`.
     report: plain values for the sidecar, which holds ``{"onnx": Written.to_dict(), "report": report}``.
     tolerance: of the comparison with onnxruntime on CPU; None is 1e-5 relative for float32, 5e-3 for float16.
     one_file: bytes of weights above which they go into a data file beside the model.
@@ -111,7 +114,8 @@ def write(
     _check_zeros(program, sites)
     with Staged(Path(path)) as staged:
         model, origins = _exported(program, precision(program, inputs))
-        _name_after_parameters(model, sites, origins)
+        name_after_parameters(model, sites, origins)
+        name_outputs(model, outputs)
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
         staged.save(model, size, one_file)
         opset = model.opset_imports[""]
@@ -167,19 +171,6 @@ def _exported(program: ExportedProgram, dtype: torch.dtype) -> tuple[Any, dict[s
     except Exception as error:
         raise NMError(_why_not(error)) from error
     return exported.model, origins
-
-
-def _name_after_parameters(model: Any, sites: Mapping[str, Site], origins: dict[str, str]) -> None:
-    """Call planned weights in the file what the user's model calls them, where folding gave the program another name."""
-    initializers = model.graph.initializers
-    for old in list(initializers):
-        known = origins.get(old, old)
-        new = f"{sites[known].name}{old.removeprefix(known)}" if known in sites else old
-        if new not in initializers:
-            value = initializers.pop(old)
-            value.name = new
-            model.graph.register_initializer(value)
-            origins[new] = known
 
 
 def _why_not(error: BaseException) -> str:
