@@ -62,6 +62,7 @@ def test_generate_runs_every_weight_sparse_and_gives_the_tokens_of_the_frozen_mo
     assert torch.equal(nm.freeze(model).generate(**inputs, **options), tokens)
 
 
+@pytest.mark.ci
 def test_hidden_states_are_given_once_by_the_live_model_and_by_the_frozen_one() -> None:
     model, inputs = llama()
     model.eval().config.output_hidden_states = True
