@@ -21,7 +21,8 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 _SETTERS = ("register_hook", "register_post_accumulate_grad_hook")
-_ASKED = "_is_setup_context_defined"  # what Function.apply calls first, also where it goes by another name
+_ASKED = "_is_setup_context_defined"  # what Function.apply calls first before torch 2.14, also where it goes by another name
+_HOLDS_NONE = "in forward(): a graph of torch.export does not hold the backward() of a function"
 
 
 class Lost(RuntimeError):
@@ -35,9 +36,32 @@ def nothing_lost() -> Iterator[None]:
         for name in _SETTERS:
             stack.enter_context(patch.object(Tensor, name, _refusing(name, getattr(Tensor, name))))
         asked = getattr(torch.autograd.function, _ASKED, None)
-        if asked is not None:
+        in_python = isinstance(vars(torch.autograd.Function).get("apply"), classmethod)
+        if asked is not None and in_python:
             stack.enter_context(patch.object(torch.autograd.function, _ASKED, _looking(asked)))
+        kinds: list[Any] = [] if in_python else list(_functions(torch.autograd.Function))
+        for kind in kinds:  # what C++ calls is their forward
+            stack.enter_context(patch.object(kind, "forward", staticmethod(_guarded(kind, kind.forward))))
         yield
+
+
+def _functions(base: type) -> Iterator[Any]:
+    """All autograd functions there are but torch's own and ours."""
+    for kind in base.__subclasses__():
+        yield from _functions(kind)
+        if not kind.__module__.startswith(("torch.", "nm_compiler.")):
+            yield kind
+
+
+def _guarded(kind: type, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        traced = any(isinstance(arg, (FakeTensor, FunctionalTensor)) and arg.requires_grad for arg in args)
+        wanted = getattr(args[0], "needs_input_grad", (True,)) if args else ()  # a context, unless setup_context() gets it
+        if traced and any(wanted):
+            raise Lost(f"{kind.__qualname__} {_HOLDS_NONE}")
+        return forward(*args)
+
+    return run
 
 
 def _refusing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,7 +79,7 @@ def _looking(function: Callable[..., Any]) -> Callable[..., Any]:
         kind, args = caller.get("cls"), caller.get("args", ())
         traced = any(isinstance(arg, (FakeTensor, FunctionalTensor)) and arg.requires_grad for arg in args)
         if traced and torch.is_grad_enabled() and isinstance(kind, type) and not kind.__module__.startswith("torch."):
-            raise Lost(f"{kind.__qualname__} in forward(): a graph of torch.export does not hold the backward() of a function")
+            raise Lost(f"{kind.__qualname__} {_HOLDS_NONE}")
         return function(setup_context)
 
     return asked
