@@ -47,7 +47,8 @@ def nothing_lost() -> Iterator[None]:
 
 def _functions(base: type) -> Iterator[Any]:
     """All autograd functions there are but torch's own and ours."""
-    for kind in base.__subclasses__():
+    kinds: list[Any] = base.__subclasses__()
+    for kind in kinds:
         yield from _functions(kind)
         if not kind.__module__.startswith(("torch.", "nm_compiler.")):
             yield kind
