@@ -84,7 +84,14 @@ def _export(
 ) -> tuple[GraphModule, Signature]:
     given, named = (args, kwargs) if dynamic_shapes is not None else _repeat_batch_of_one(args, kwargs)
     try:
-        with _by_name(model, named), quiet(), checkpoints_open(), masks_as_given(), other_branches(_LIBRARIES) as branching:
+        with (
+            _by_name(model, named),
+            quiet(),
+            _no_hooks_left(),
+            checkpoints_open(),
+            masks_as_given(),
+            other_branches(_LIBRARIES) as branching,
+        ):
             free = dynamic_shapes is None
             shapes = _dynamic_batch(model, given, named) if free else _with_hidden(dynamic_shapes, kwargs, hidden)
             program = torch.export.export(model, given, named or None, dynamic_shapes=shapes, strict=False)
@@ -182,6 +189,18 @@ def without_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]
     inner: Any = adapted() if callable(adapted) and not isinstance(adapted, nn.Module) else model
     wants = "use_cache" in inspect.signature(inner.forward).parameters and "use_cache" not in kwargs
     return {"use_cache": False} if wants else {}
+
+
+@contextlib.contextmanager
+def _no_hooks_left() -> Iterator[None]:
+    """torch 2.11 leaves a hook on the registration of all buffers in the process where an export fails."""
+    hooks: Any = torch.nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
+    try:
+        yield
+    finally:
+        for key in hooks.keys() - before:
+            del hooks[key]
 
 
 @contextlib.contextmanager
