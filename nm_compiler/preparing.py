@@ -25,7 +25,10 @@ def captured(
     model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any, *, what: str,
     modes: Sequence[bool] = (False, True),
 ) -> Routes:  # fmt: skip
-    """Both ``modes`` of ``model``, captured. what: the function that was called, for messages. Raises NMError."""
+    """``modes`` of ``model``, captured: evaluation (False), training (True). what: the function called, for messages.
+
+    Raises NMError for no model, inputs that do not fit, or what neither export nor TorchDynamo can take.
+    """
     check_model(model, what)
     args = arguments(example_inputs, kwargs, what)
     args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
