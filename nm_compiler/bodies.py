@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 from nm_compiler.binding import bind, flat_copy, is_state
-from nm_compiler.graph import body_of, getattr_path, tidy
+from nm_compiler.graph import body_of, getattr_path, show_graph, tidy
 
 _higher = torch.ops.higher_order
 
@@ -43,27 +43,37 @@ def branch(condition: Any, yes: Callable[..., Any], no: Callable[..., Any], oper
     return taken(*operands)
 
 
-HOSTS: dict[Any, Callable[..., Any]] = {_higher.tag_activation_checkpoint: checkpointed, _higher.cond: branch}
+def autocast(device: str, dtype: Any, enabled: bool, cache: bool | None, body: Callable[..., Any], *inputs: Any) -> Any:
+    """Run ``body`` as under ``with torch.autocast(...)`` in the model's own forward()."""
+    with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache):
+        return body(*inputs)
 
 
-def open_bodies(gm: GraphModule, model: nn.Module) -> None:
-    """Bind the bodies of known ops to ``model`` and move the reads of its state into them. In place on ``gm``."""
+Hosts = Mapping[Any, Callable[..., Any]]
+HOSTS: Hosts = {_higher.tag_activation_checkpoint: checkpointed, _higher.cond: branch}
+EXPORTED: Hosts = {_higher.wrap_with_autocast: autocast}  # what a graph of torch.export has
+
+
+def open_bodies(gm: GraphModule, model: nn.Module, hosts: Hosts = HOSTS) -> None:
+    """Bind the bodies of ``hosts`` to ``model`` and move the reads of its state into them. In place on ``gm``.
+
+    A region of autocast that multiplies no weight of the model stays as it is.
+    """
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or node.target not in HOSTS:
+        if node.op != "call_function" or node.target not in hosts:
             continue
         bodies = {arg: body for arg in node.all_input_nodes if (body := body_of(arg)) is not None}
-        given = _operands(node)
+        head, given = _parts(node)
         inside = [index for index, arg in enumerate(given) if isinstance(arg, Node) and _reads_state(arg, model)]
+        if node.target is _higher.wrap_with_autocast and not any(_is_weight(given[index]) for index in inside):
+            continue
         for read, body in bodies.items():
-            inner = bound(body, {index: str(given[index].target) for index in inside}, model)
+            inner = bound(body, {index: str(given[index].target) for index in inside}, model, hosts)
             inner.meta.update(body.meta)
             gm.__dict__["extras"][str(read.target)] = gm.__dict__[str(read.target)] = inner
         left = tuple(arg for index, arg in enumerate(given) if index not in inside)
-        if node.target is _higher.cond:
-            node.args = (*node.args[:3], left)
-        else:
-            node.args = (node.args[0], *left)
-        node.target = HOSTS[node.target]
+        node.args = (*head, left) if node.target is _higher.cond else (*head, *left)
+        node.target = hosts[node.target]
 
 
 def programs(gm: GraphModule) -> Iterator[GraphModule]:
@@ -74,18 +84,26 @@ def programs(gm: GraphModule) -> Iterator[GraphModule]:
             yield from programs(value)
 
 
+def program_text(gm: GraphModule) -> str:
+    """The graph and the bodies in it, as `show` prints them."""
+    first, *bodies = (show_graph(each) for each in programs(gm))
+    return "\n\n".join([first, *(f"# a body of it\n{body}" for body in bodies)])
+
+
 def is_body(value: Any) -> bool:
     """Whether a constant of a graph is a body bound to the model."""
     return isinstance(value, GraphModule) and "extras" in value.__dict__
 
 
-def _operands(node: Node) -> tuple[Any, ...]:
+def _parts(node: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments up to the bodies, and what the bodies are given."""
     if node.target is _higher.cond:
-        return tuple(node.args[3])  # type: ignore[arg-type]
-    return tuple(node.args[1:])
+        return node.args[:3], tuple(node.args[3])  # type: ignore[arg-type]
+    first = 5 if node.target is _higher.wrap_with_autocast else 1
+    return node.args[:first], node.args[first:]
 
 
-def bound(program: GraphModule, reads: Mapping[int, str], model: nn.Module) -> GraphModule:
+def bound(program: GraphModule, reads: Mapping[int, str], model: nn.Module, hosts: Hosts = HOSTS) -> GraphModule:
     """A copy of ``program`` over ``model``, bodies in it as well.
 
     reads: which of its inputs become reads of the model's state, by place, and of what; the others stay, in their order.
@@ -104,7 +122,7 @@ def bound(program: GraphModule, reads: Mapping[int, str], model: nn.Module) -> G
     names = set(reads.values())
     held = [str(node.target) for node in graph.nodes if node.op == "get_attr" and node.target not in names]
     gm = bind(graph, model, {name: getattr_path(program, name) for name in held})
-    open_bodies(gm, model)
+    open_bodies(gm, model, hosts)
     tidy(gm)
     return gm
 
@@ -116,3 +134,8 @@ def _fake_like(node: Node, value: Tensor) -> Any:
 
 def _reads_state(node: Node, model: nn.Module) -> bool:
     return node.op == "get_attr" and is_state(model, str(node.target))
+
+
+def _is_weight(read: Node) -> bool:
+    value = getattr_path(read.graph.owning_module, read.target)
+    return isinstance(value, nn.Parameter) and value.ndim > 1

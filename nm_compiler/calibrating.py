@@ -25,6 +25,7 @@ from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.preparing import captured, globs
 from nm_compiler.sites import Site, find
 from nm_compiler.uses import Use, constants, uses
+from nm_compiler.views import is_copy
 
 _log = logging.getLogger(__name__)
 
@@ -56,8 +57,9 @@ def calibrate(
             f"{type(model).__name__} is no single graph in evaluation mode, so inputs cannot be followed to its weights: "
             "rewrite the control flow on data that stops torch.export"
         )
-    plan = find(model, [route.whole], PatternMap.parse(pattern), include=globs(include), exclude=globs(exclude))
-    meter, count = _Meter(route.gm, plan.sites), 0
+    whole = route.whole
+    plan = find(model, [whole], PatternMap.parse(pattern), include=globs(include), exclude=globs(exclude))
+    meter, count = _Meter(whole, plan.sites), 0
     with in_mode(model, False), torch.no_grad():
         for count, (args, kwargs) in enumerate(_all(first, stream), 1):
             meter.run(*route.signature.flatten(args, kwargs))
@@ -142,7 +144,7 @@ class _Meter(Interpreter):
         leaf = _wide(whole.narrow(site.layout.out_axis, 0, 1) if one_row else whole).clone().requires_grad_()
         env: dict[Node, Any] = {read: leaf}
         for node in between:
-            env[node] = _wide(self._call(node, env))
+            env[node] = env[node.args[0]] if is_copy(node) else _wide(self._call(node, env))  # no sum is rounded to 16 bits
         product = self._call(use.node, env, squared=use.path[-1], bias=not one_row)
         ones = torch.ones_like(product, memory_format=torch.contiguous_format)  # a grouped matmul takes no expanded gradient
         gradient: Tensor = torch.autograd.grad(product, leaf, ones)[0]

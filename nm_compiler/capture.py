@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
 from nm_compiler.binding import bind, flat_copy, is_state
+from nm_compiler.bodies import EXPORTED, open_bodies, programs
 from nm_compiler.errors import NMError
 from nm_compiler.graph import fake_mode_of, getattr_path, tidy
 from nm_compiler.memory import free_young, own_cycles_freed
@@ -106,12 +107,14 @@ def _export(
     extras = _extras(graph, exported, model)
     graph, constants = without_vmap(graph, "val", fake_mode_of(graph))
     gm = bind(graph, model, {**extras, **constants})
-    for node in list(gm.graph.nodes):
-        node.meta = {key: value for key, value in node.meta.items() if key in ("val", "stack_trace")}
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:  # a dtype frozen at capture breaks .double()
-            gm.graph.erase_node(node)
     _canonical_names(gm, model)
-    tidy(gm)
+    open_bodies(gm, model, EXPORTED)
+    for each in programs(gm):
+        for node in list(each.graph.nodes):
+            node.meta = {key: value for key, value in node.meta.items() if key in ("val", "stack_trace")}
+            if node.target is torch.ops.aten._assert_tensor_metadata.default:  # a dtype frozen at capture breaks .double()
+                each.graph.erase_node(node)
+        tidy(each)
     return gm, Signature.of(program, gm, given, named, hidden, model, branching)
 
 

@@ -24,12 +24,12 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from nm_compiler import records
-from nm_compiler.bodies import programs
+from nm_compiler.bodies import program_text, programs
 from nm_compiler.capture import user_line
 from nm_compiler.errors import NMError
 from nm_compiler.exported import copied
 from nm_compiler.fragments import bind_inputs, lower, names_by_id
-from nm_compiler.graph import Pass, reads, run, show_graph
+from nm_compiler.graph import Pass, reads, run
 from nm_compiler.ops.two_masks import TWO_MASKS
 from nm_compiler.ops.weights import stands_for_weight
 from nm_compiler.outline import Run, outline
@@ -235,12 +235,6 @@ class Fragments:
             self._names = names_by_id(self.model)
             name = self._names.get(id(parameter))
         return name
-
-
-def program_text(program: GraphModule) -> str:
-    """The program and the bodies in it, as `show` prints them."""
-    first, *bodies = (show_graph(each) for each in programs(program))
-    return "\n\n".join([first, *(f"# a body of it\n{body}" for body in bodies)])
 
 
 class Variant:

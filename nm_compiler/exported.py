@@ -15,11 +15,12 @@ from torch.utils import _pytree as pytree
 
 from nm_compiler import records
 from nm_compiler.binding import bind, flat_copy
-from nm_compiler.bodies import is_body, programs
-from nm_compiler.graph import Pass, has_side_effect, run, show_graph
+from nm_compiler.bodies import is_body, program_text, programs
+from nm_compiler.graph import Pass, has_side_effect, run
 from nm_compiler.links import resized
 from nm_compiler.ops.together import together
 from nm_compiler.passes.gather_masks import gather_masks
+from nm_compiler.passes.spell_out_autocast import spell_out_autocast
 from nm_compiler.signature import Signature
 from nm_compiler.sites import Plan
 
@@ -65,16 +66,19 @@ class Exported:
 
     @property
     def whole(self) -> GraphModule:
-        """The graph that weights are planned on."""
-        return self.gm
+        """The graph that weights are planned on, regions of autocast opened up."""
+        return spell_out_autocast(self.gm)
 
     def rewrite(self, passes: Sequence[Pass], plan: Plan) -> None:
-        """Apply ``passes`` to the graph."""
+        """Apply ``passes`` to the graph and the bodies in it."""
+        _, *bodies = programs(self.gm)
         self.gm = run(self.gm, passes)
+        for body in bodies:
+            run(body, passes)
 
     def text(self) -> str:
-        """The graph as a program."""
-        return show_graph(self.gm)
+        """The graph, and the bodies in it, as a program."""
+        return program_text(self.gm)
 
     def copied(self, model: nn.Module, memo: dict[int, Any]) -> Exported:
         """The same over a copy of the model."""

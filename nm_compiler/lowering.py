@@ -28,6 +28,7 @@ from nm_compiler.passes.flatten_tokens import flatten_tokens
 from nm_compiler.passes.fold_batchnorm import fold_batchnorm
 from nm_compiler.passes.fold_weights import fold_weights
 from nm_compiler.passes.products_to_linear import products_to_linear
+from nm_compiler.passes.spell_out_autocast import spell_out_autocast
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.preparing import arguments, check_model, globs
 from nm_compiler.regions import without_switches
@@ -88,7 +89,7 @@ def lower(
     given = pytree.tree_map_only(Tensor, partial(_as, dtype=dtype), (args, named))
     with untouched(twin):
         gm, signature = capture_mode(twin, given[0], given[1], dynamic_shapes, training=False)
-    gm = run(gm, [without_switches])
+    gm = run(gm, [spell_out_autocast, without_switches])
     plan, sites, dense = _planned(twin, gm, patterns, globs(exclude))
     notes = (*chosen.notes, *(sparser_note(twin, sites.values()) if chosen.any_pattern else ()))
     gm = _rewritten(gm, sites, model, own=twin is not model)

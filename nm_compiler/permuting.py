@@ -177,7 +177,7 @@ def reorder(
 
 
 def _graphs(routes: Routes) -> list[tuple[GraphModule, Signature]]:
-    whole = [(route.gm, route.signature) for route in routes.values() if isinstance(route, Exported)]
+    whole = [(route.whole, route.signature) for route in routes.values() if isinstance(route, Exported)]
     if not whole:
         raise NMError(
             "neither mode of this model can be captured as one graph, so nothing is known about which axes are coupled: "

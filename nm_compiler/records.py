@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from nm_compiler.binding import bind
-from nm_compiler.bodies import is_body
+from nm_compiler.bodies import autocast, is_body
 from nm_compiler.graph import type_of
 
 
@@ -113,7 +113,7 @@ def _unpack_target(target: Any) -> Any:
 
 
 def move_devices(gm: GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
-    """Factories captured with ``device=cpu`` must follow the model to its new device."""
+    """Factories captured with ``device=cpu``, and regions of autocast for it, must follow the model to its new device."""
     changed = False
 
     def moved(value: Any) -> Any:
@@ -128,8 +128,20 @@ def move_devices(gm: GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
         if isinstance(value, GraphModule):  # the body of a higher-order op
             move_devices(value, fn)
     for node in gm.graph.nodes:
+        if node.target in (autocast, torch.ops.higher_order.wrap_with_autocast):
+            kind = _device_type_after(node.args[0], fn)
+            changed |= kind != node.args[0]
+            node.args = (kind, *node.args[1:])
         node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
         if changed:
             node.meta.pop("val", None)
     if changed:
         gm.recompile()
+
+
+def _device_type_after(kind: str, fn: Callable[[Tensor], Tensor]) -> str:
+    try:
+        moved = fn(torch.empty(0, device=kind)).device.type
+    except (RuntimeError, AssertionError):  # there is no such device here, so nothing of the model was on it
+        return kind
+    return kind if moved == "meta" else moved

@@ -27,6 +27,7 @@ from torch.fx import GraphModule, Node, has_side_effect
 from nm_compiler.graph import getattr_path
 
 _REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 @has_side_effect
@@ -38,8 +39,10 @@ def switch_gradients(enabled: bool) -> bool:
 
 
 def open_regions(exported: GraphModule) -> None:
-    """Put the bodies of all regions, of one within another too, into the graph around them. In place."""
+    """Put the bodies of all regions, of one within another too, into the graph around them, also under autocast. In place."""
     graph = exported.graph
+    for node in graph.find_nodes(op="call_function", target=_AUTOCAST):
+        open_regions(getattr_path(exported, node.args[4].target))
     while regions := graph.find_nodes(op="call_function", target=_REGION):
         for node in regions:
             enabled, read, *given = node.args

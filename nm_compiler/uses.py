@@ -206,8 +206,6 @@ def _why_not(node: Node, *, computed: bool) -> str:
         return FUSED
     if node.op == "output":
         return "returned by the model as it is"
-    if name == "wrap_with_autocast":
-        return "inside torch.autocast in forward(), captured as a whole: put it around the call, or compile without inputs"
     if name == "bilinear":
         return "bilinear sums over two axes of it at once: write two products"
     if not computed:

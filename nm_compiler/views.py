@@ -76,6 +76,11 @@ def is_scale(node: Node) -> bool:
     return node.op == "call_function" and node.target in _SCALES
 
 
+def is_copy(node: Node) -> bool:
+    """Whether a node has the values and the shape of its first operand, perhaps in another dtype."""
+    return node.op == "call_function" and node.target in _COPIES
+
+
 def is_view(node: Node) -> bool:
     """Whether a node shows its first operand, as it is or a part of it."""
     known = (*_COPIES, *_VIEWS, *_EXPANDED, *_AS_ANOTHER, *_INDEXED, operator.getitem)

@@ -23,11 +23,6 @@ READ_ADD = "read by aten.add.Tensor, which has no N:M rule"
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def under_autocast(x: Tensor, w: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        return F.linear(x, w)
-
-
 READERS: list[tuple[str, tuple[int, ...], Call]] = [
     # the reason, the shape of the weight w, and what reads it: x is data [8, 8], o another weight [8, 8]
     ("an embedding: rows are looked up, not multiplied", (9, 8), lambda x, w, o: F.embedding(x.long(), w)),
@@ -54,7 +49,6 @@ READERS: list[tuple[str, tuple[int, ...], Call]] = [
     ("indexed along the axis that its product sums over: index the data in its place", (8, 8), lambda x, w, o: F.linear(x, w[:, torch.arange(7, -1, -1)])),
     ("no output axis: every weight row meets data of its own", (8, 8), lambda x, w, o: torch.einsum("bi,bi->b", x, w)),
     ("returned by the model as it is", (8, 8), lambda x, w, o: w),
-    ("inside torch.autocast in forward(), captured as a whole: put it around the call, or compile without inputs", (8, 8), lambda x, w, o: under_autocast(x, w)),
     ("bilinear sums over two axes of it at once: write two products", (8, 8, 8), lambda x, w, o: F.bilinear(x, x, w)),
     ("a factor of another weight", (8, 8), lambda x, w, o: F.linear(x, o / w)),
     ("joined with other weights before its product: write a product for each, or keep one joined parameter", (8, 8), lambda x, w, o: F.linear(x, torch.cat([w, o]))),

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from nm_compiler.bodies import programs
-from nm_compiler.dynamo import Fragments, Variant, entry_of, program_text, store_of, weakly
+from nm_compiler.bodies import program_text, programs
+from nm_compiler.dynamo import Fragments, Variant, entry_of, store_of, weakly
 from nm_compiler.errors import NMError
 from nm_compiler.fragments import bind_inputs, lower
 from nm_compiler.graph import reads, run

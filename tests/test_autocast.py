@@ -1,0 +1,214 @@
+# mypy: disable-error-code="arg-type,attr-defined,no-any-return,no-untyped-call,operator,union-attr"
+"""``with torch.autocast`` in a model's own forward(): the weights in it are found, and every op runs in the dtype that it had."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import nm_compiler as nm
+from nm_compiler.bodies import autocast
+from nm_compiler.capture import capture_mode
+from nm_compiler.graph import show_graph
+from nm_compiler.passes.spell_out_autocast import spell_out_autocast
+from nm_compiler.records import move_devices
+
+Golden = Callable[[str, str], None]
+BF16 = torch.autocast("cpu", torch.bfloat16)
+
+
+class Mixed(nn.Module):
+    """A stem, a block in bfloat16 with an island of float32 in it, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.fc, self.conv, self.island = nn.Linear(16, 16), nn.Conv1d(16, 16, 3, padding=1), nn.Linear(16, 16)
+
+    def block(self, x: Tensor) -> Tensor:
+        x = self.conv(self.fc(x).relu().mT).mT
+        with torch.autocast("cpu", enabled=False):
+            y = self.island(x.float())
+        return torch.softmax(x @ y.mT, -1) @ x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.block(x)
+        return self.head(x.float())
+
+
+def data() -> Tensor:
+    return torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
+
+
+def gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = model(data()).square().mean()
+    loss.backward()
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", [nm.LBC(), nm.BiMask(), nm.SRSTE(), nm.Magnitude()], ids=lambda each: each.name)
+def test_weights_in_a_region_train_as_masked_ones_there_would(method: nm.Method) -> None:
+    torch.manual_seed(0)
+    model = Mixed()
+    twin = copy.deepcopy(model)
+    sparse = nm.compile(model, data(), method=method)
+    planned = [weight.site.name for weight in sparse.weights]
+    assert planned == ["fc.weight", "conv.weight", "island.weight"]
+    for name in planned:
+        twin.get_parameter(name).data = sparse.masked(name)[0]
+    (loss, ours), (expected, theirs) = gradients(sparse), gradients(twin)
+    assert torch.equal(loss, expected)
+    assert torch.equal(ours["head.weight"], theirs["head.weight"])
+    assert torch.equal(ours["stem.weight"], theirs["stem.weight"]) == (not isinstance(method, nm.BiMask))
+    if isinstance(method, nm.Magnitude):
+        for name in planned:
+            assert torch.equal(ours[name], theirs[name] * sparse.masked(name)[0].ne(0))
+
+
+def test_an_island_of_float32_stays_one_under_the_callers_autocast() -> None:
+    class Island(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.fc, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.stem(x)
+            with torch.autocast("cpu", enabled=False):
+                y = self.fc(x.float())
+            return y, self.head(y)
+
+    sparse = nm.compile(Island(), data(), method=nm.SRSTE())
+    assert [weight.site.name for weight in sparse.weights] == ["fc.weight"]
+    with BF16:
+        y, out = sparse(data())
+    assert (y.dtype, out.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_compiled_copied_and_pickled_models_keep_their_regions() -> None:
+    torch.manual_seed(0)
+    sparse = nm.compile(Mixed(), data(), method=nm.SRSTE())
+    expected, buffer = sparse(data()), io.BytesIO()
+    torch.save(sparse, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(sparse), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(data()), expected)
+    compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(data()), expected)
+
+
+def test_a_region_in_which_an_op_fails_leaves_autocast_as_it_was() -> None:
+    sparse = nm.compile(Mixed(), data(), method=nm.SRSTE())
+    sparse.origin.fc.weight.data = torch.zeros(3, 3)
+    with pytest.raises((nm.NMError, RuntimeError)):
+        sparse(data())
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_permuting_and_calibrating_look_into_regions() -> None:
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    expected = model(data())
+    permutation = nm.permute(model, data())
+    assert "stem.weight[0]" in str(permutation)
+    torch.testing.assert_close(model(data()), expected, rtol=0.02, atol=0.02)
+    seen: list[Tensor] = []
+    model.fc.register_forward_pre_hook(lambda module, args: seen.append(args[0].to(torch.bfloat16)))
+    model(data())
+    model.fc._forward_pre_hooks.clear()
+    squares = nm.calibrate(model, [data()]).squares["fc.weight"]
+    torch.testing.assert_close(squares.expand(16, 16)[0], seen[0].double().square().sum((0, 1)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["dense", "cpu"])
+def test_a_frozen_model_is_lowered_with_its_casts(backend: str) -> None:
+    torch.manual_seed(0)
+    model = nm.freeze(nm.compile(Mixed(), data(), method=nm.Magnitude())).eval()
+    lowered = nm.lower(model, data(), backend=backend, force=["fc.weight"] if backend == "cpu" else [])
+    torch.testing.assert_close(lowered(data()), model(data()), rtol=0.02, atol=0.02)
+    assert {"fc.weight", "conv.weight", "island.weight"} <= set(lowered.sites)
+
+
+def test_spelled_out_the_casts_are_in_the_graph(golden: Golden) -> None:
+    torch.manual_seed(0)
+    gm, _ = capture_mode(Mixed(), (data(),), {}, training=False)
+    flat = spell_out_autocast(gm)
+    assert gm.graph.find_nodes(op="call_function", target=autocast), "the graph that was given keeps its regions"
+    golden("spell_out_autocast", show_graph(flat))
+
+
+OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": lambda x, w: F.linear(x, w),
+    "addmm": lambda x, w: torch.addmm(x, x, w),
+    "bmm": lambda x, w: torch.bmm(x[None], w[None]),
+    "cat": lambda x, w: torch.cat([x, F.linear(x, w)]),
+    "stack": lambda x, w: torch.stack([F.linear(x, w), x]),
+    "softmax": lambda x, w: torch.softmax(F.linear(x, w), -1),
+    "layer_norm": lambda x, w: F.layer_norm(F.linear(x, w), (8,)),
+    "mse_loss": lambda x, w: F.mse_loss(F.linear(x, w), x.to(torch.bfloat16)),
+    "attention": lambda x, w: F.scaled_dot_product_attention(x[None, None], F.linear(x, w)[None, None], x[None, None]),
+    "explicit": lambda x, w: F.linear(x, w).double() + x,
+    "in place": lambda x, w: F.linear(x, w).add_(x).relu_(),
+    "nested": lambda x, w: _nested(x, w),
+    "no_grad": lambda x, w: _without_gradients(x, w),
+    "scalar": lambda x, w: F.linear(x, w) * x.shape[0],
+}  # fmt: skip
+
+
+def _nested(x: Tensor, w: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.float16):
+        y = F.linear(x, w)
+        with torch.autocast("cpu", enabled=False):
+            z = F.linear(x, w)
+    return y.float() + z
+
+
+def _without_gradients(x: Tensor, w: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = F.linear(x, w)
+    return y + F.linear(x, w)
+
+
+class Region(nn.Module):
+    def __init__(self, op: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.op = nn.Parameter(torch.randn(8, 8)), op
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.op(x, self.weight)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_spelled_out_an_op_gives_the_bits_and_the_dtype_that_it_gives_under_autocast(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = Region(OPS[name]), torch.randn(8, 8)
+    gm, signature = capture_mode(model, (x,), {}, training=False)
+    flat = spell_out_autocast(gm)
+    (found,) = flat(*signature.flatten((x,), {}))
+    expected = model(x)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+    assert flat.graph.output_node().args[0][0].meta["val"].dtype == expected.dtype
+
+
+def test_a_region_follows_its_model_to_another_device() -> None:
+    gm, _ = capture_mode(Mixed(), (data(),), {}, training=True)
+    mode = torch._subclasses.FakeTensorMode()
+
+    def to_cuda(value: Tensor) -> Tensor:
+        with mode:
+            return torch.empty(value.shape, device="cuda")
+
+    move_devices(gm, lambda value: value.to("meta"))
+    regions = gm.graph.find_nodes(op="call_function", target=autocast)
+    assert [node.args[0] for node in regions] == ["cpu"], "meta is no device for autocast"
+    move_devices(gm, to_cuda)
+    assert [node.args[0] for node in regions] == ["cuda"]
