@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -143,8 +144,8 @@ class _Meter(Interpreter):
         one_row = not between and use.conv_groups == 1 and not site.layout.batch and use.op.startswith(("linear", "conv"))
         leaf = _wide(whole.narrow(site.layout.out_axis, 0, 1) if one_row else whole).clone().requires_grad_()
         env: dict[Node, Any] = {read: leaf}
-        for node in between:
-            env[node] = env[node.args[0]] if is_copy(node) else _wide(self._call(node, env))  # no sum is rounded to 16 bits
+        for before, node in pairwise(use.path):
+            env[node] = env[before] if is_copy(node) else _wide(self._call(node, env))  # no sum is rounded to 16 bits
         product = self._call(use.node, env, squared=use.path[-1], bias=not one_row)
         ones = torch.ones_like(product, memory_format=torch.contiguous_format)  # a grouped matmul takes no expanded gradient
         gradient: Tensor = torch.autograd.grad(product, leaf, ones)[0]

@@ -93,7 +93,7 @@ def _cast(graph: Graph, node: Node, copies: Mapping[Node, Any], mode: Any, regio
     """A copy of ``node`` whose inputs are cast as autocast would cast them."""
     device, dtype, enabled, _ = region
     new = _copy(graph, node, copies)
-    if not enabled or node.target._opname in ("to", "_to_copy"):
+    if not enabled or getattr(node.target, "_opname", "") in ("to", "_to_copy"):
         return new
     with mode, unhooked(), torch.no_grad():
         with torch.autocast(device, dtype=dtype, cache_enabled=False), _Casts() as casts:
@@ -130,7 +130,7 @@ class _Casts(TorchDispatchMode):
     """Notes which tensors are cast to which dtype, by ``id``."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtypes: dict[int, torch.dtype] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

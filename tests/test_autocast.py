@@ -1,4 +1,4 @@
-# mypy: disable-error-code="arg-type,attr-defined,no-any-return,no-untyped-call,operator,union-attr"
+# mypy: disable-error-code="arg-type,attr-defined,index,no-any-return,no-untyped-call,operator,union-attr"
 """``with torch.autocast`` in a model's own forward(): the weights in it are found, and every op runs in the dtype that it had."""
 
 from __future__ import annotations
