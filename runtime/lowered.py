@@ -6,7 +6,7 @@ backend may have put there are registered here, not only where `nm.lower` is cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import torch
@@ -65,7 +65,13 @@ class Lowered(nn.Module):
         flat = self.signature.flatten(args, kwargs)
         if self.result.takes_tensors_only:
             flat = [value for value in flat if isinstance(value, Tensor)]
-        outputs: Any = self.run(*flat)
+        try:
+            outputs: Any = self.run(*flat)
+        except RuntimeError as error:
+            other = self._other_dtype(flat)
+            if other is not None:
+                raise other from error
+            raise
         leaves = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
         return pytree.tree_unflatten(leaves, self.signature.out_spec)
 
@@ -121,6 +127,18 @@ class Lowered(nn.Module):
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """For `copy.deepcopy` and `torch.save`."""
         return super(Lowered, self.settle()).__reduce_ex__(protocol)
+
+    def _other_dtype(self, flat: Sequence[Any]) -> NMError | None:
+        """What is wrong with a call that failed, if its inputs have another dtype than the products."""
+        given = {value.dtype for value in flat if isinstance(value, Tensor) and value.is_floating_point()}
+        known = {product.dtype for product in self.result.products}
+        if len(given) != 1 or len(known) != 1 or given == known:
+            return None
+        now, then = dtype_name(*known), dtype_name(*given)
+        return NMError(
+            f"this {self.title} is lowered for {now}, and its inputs are {then}: cast them, x.to(torch.{now}), or lower a "
+            f"model of {then}; with dtype=torch.{now} for nm.lower, inputs are cast at every call"
+        )
 
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(self.dtype) if value.is_floating_point() else value

@@ -169,6 +169,8 @@ def _cell(row: Row, column: str) -> str:
         return f"{value:.1%}"
     if column == "live":
         return f"{value:.3g}"
+    if column == "reason" and row.hint:
+        return str(value).removesuffix(f": {row.hint}")  # which has a column of its own
     return str(value)
 
 

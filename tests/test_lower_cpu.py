@@ -612,7 +612,7 @@ def test_options_that_there_are_not_are_refused() -> None:
         forced(model, x, options={"tokens": 1})
     with pytest.raises(nm.NMError, match="'against': 'jit'.*choose eager or inductor"):
         forced(model, x, options={"against": "jit"})
-    with pytest.raises(nm.NMError, match="float16: the CPU kernels take float32 and bfloat16"):
+    with pytest.raises(nm.NMError, match="float16, and the CPU kernels take float32 and bfloat16"):
         forced(model, x, dtype=torch.float16)
 
 

@@ -334,6 +334,16 @@ def test_the_report_draws_times_where_both_ways_were_measured() -> None:
     assert json.loads(json.dumps(report.to_dict()))["weights"][0]["speedup"] == 1.6
 
 
+def test_a_way_out_that_has_a_column_of_its_own_is_not_said_twice() -> None:
+    from nm_compiler.runtime.report import Report, Row
+
+    row = Row("a", "conv3d", (8, 8, 3, 3, 3), "2:4", "dense", "three axes: write it as a linear", hint="write it as a linear")
+    for text in (str(Report("m", (row,))), Report("m", (row,)).to_html()):
+        assert text.count("write it as a linear") == 1
+        assert "three axes" in text
+    assert row.to_dict()["reason"] == "three axes: write it as a linear"
+
+
 # -- onnx -------------------------------------------------------------------------------------------------------------------
 
 
@@ -478,7 +488,7 @@ def refusals() -> dict[str, tuple[Callable[[], Any], str]]:
         "unknown backend": (lambda: nm.lower(model, x, backend="trt"), "backend='trt': choose one of auto, tensorrt"),
         "cpu": (
             lambda: nm.lower(model, x, backend="cpu", dtype=torch.float16),
-            "cannot be used here: float16: the CPU kernels",
+            "cannot be used here: float16, and the CPU kernels",
         ),
         "cusparselt on a CPU": (lambda: nm.lower(model, x, backend="cusparselt"), "cannot be used here: the weight is on cpu"),
         "tensorrt": (lambda: nm.lower(model, x, backend="tensorrt"), r"backend='tensorrt' cannot be used here: .*pip install"),
@@ -591,3 +601,15 @@ def test_a_pass_that_spoils_the_zeros_is_caught_and_named(monkeypatch: pytest.Mo
         nm.NMError, match=r"after spoiling: conv1\.weight of shape \[8, 8, 3, 3\] has 4 non-zeros in a group of 4"
     ):
         nm.lower(model, x, backend="dense")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_inputs_of_another_dtype_are_an_error_that_says_what_to_cast(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 16)
+    model = nm.freeze(nm.compile(nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), x, method=nm.Magnitude()))
+    lowered = nm.lower(model, x, backend="dense")
+    with pytest.raises(
+        nm.NMError, match=r"lowered for float32, and its inputs are \w*float\d+: cast them, x.to\(torch.float32\)"
+    ):
+        lowered(x.to(dtype))
+    assert nm.lower(model, x, backend="dense", dtype=torch.float32)(x.to(dtype)).dtype == torch.float32

@@ -55,7 +55,7 @@ class Cpu(Backend):
         if device.type != "cpu":
             return f"the model is on {device}: model.cpu()"
         if dtype not in DTYPES:
-            return f"{dtype_name(dtype)}: the CPU kernels take float32 and bfloat16, say dtype=torch.float32"
+            return f"{dtype_name(dtype)}, and the CPU kernels take float32 and bfloat16: say dtype=torch.float32"
         found = load()
         return found if isinstance(found, str) else None
 

@@ -33,12 +33,15 @@ def reasons(product: Product, node: Node) -> tuple[str, ...]:
     """Every reason why the product stays dense; empty if the kernels take it."""
     found = []
     if product.site.pattern.m > MOST_M:
-        found.append(f"M = {product.site.pattern.m}: the CPU kernels take M up to {MOST_M}")
+        found.append(
+            f"M = {product.site.pattern.m}, and the CPU kernels take M up to {MOST_M}: choose a pattern with a smaller M"
+        )
     if product.dtype not in DTYPES:
-        found.append(f"{dtype_name(product.dtype)}: the CPU kernels take float32 and bfloat16, say dtype=torch.float32")
+        found.append(f"{dtype_name(product.dtype)}, and the CPU kernels take float32 and bfloat16: say dtype=torch.float32")
     if node.target is not aten.linear.default and geometry(node) is None:
         found.append(
-            f"{product.site.op} with this padding or number of axes: the CPU kernels take one or two axes, padded evenly"
+            f"{product.site.op} with this padding or number of axes, and the CPU kernels take one or two axes, padded evenly: "
+            "pad the data first, or write it as a linear"
         )
     return tuple(found)
 
