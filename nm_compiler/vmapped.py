@@ -13,7 +13,7 @@ inside the region means nothing outside of it, so the graph cannot be kept as it
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from nm_compiler.errors import NMError
+
 
 def without_vmap(graph: Graph, key: str, mode: Any) -> tuple[Graph, dict[str, Tensor]]:
     """A graph without torch.vmap, and the constants that it reads by name; ``graph`` itself where there is none.
 
     key: where nodes keep their fake value (``val`` or ``example_value``); mode: the fake mode of these values.
-    Raises whatever the ops in it raise on fake values.
+    Raises whatever the ops in it raise on fake values, and NMError where this torch cannot batch sizes that it does not know.
     """
     enter, leave = _marks()
     if not any(node.target in enter for node in graph.nodes):
@@ -84,7 +86,30 @@ def _batched(region: list[Node], key: str, mode: Any, casts: list[Any]) -> tuple
             stack.enter_context(torch.autocast(*cast))
         stack.enter_context(mode)
         stack.enter_context(torch.no_grad())
-        return make_fx(run)(*[v.detach() if isinstance(v, Tensor) else v for v in values]), inputs, outputs
+        stack.enter_context(_no_levels_left())
+        try:
+            return make_fx(run)(*[v.detach() if isinstance(v, Tensor) else v for v in values]), inputs, outputs
+        except RuntimeError as error:
+            if "symbolic sizes" not in str(error):
+                raise
+            raise NMError(
+                f"torch {torch.__version__} cannot batch an op under torch.vmap whose sizes differ from call to call, as the "
+                "batch does: write it with the batch as an axis, or use torch 2.13"
+            ) from error
+
+
+@contextlib.contextmanager
+def _no_levels_left() -> Iterator[None]:
+    """Leave each vmap that an op has failed in: whatever came later would seem to be inside."""
+    from torch._C import _functorch as plain
+
+    before = plain.maybe_current_level() or 0
+    try:
+        yield
+    except BaseException:
+        while (plain.maybe_current_level() or 0) > before:
+            plain._vmap_decrement_nesting()
+        raise
 
 
 def _splice(

@@ -1,6 +1,7 @@
 # mypy: disable-error-code="arg-type,attr-defined,no-any-return,no-untyped-call,operator,union-attr"
 """torch.vmap in a model: the weights inside it are found, both carriers compute what the model did."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nm_compiler as nm
+from nm_compiler.vmapped import _marks, without_vmap
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +55,7 @@ def under_autocast(layer: nn.Linear, x: Tensor) -> Tensor:
         pytest.param(on_rows, "aot_eager", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="vmap of torch 2.11 takes no sizes that differ from call to call")
 def test_a_live_model_runs_the_weight_inside_sparse_for_any_batch(inner: Callable[..., Tensor], then: str) -> None:
     model = Mapped(inner)
     batches = [torch.randn(size, 8) for size in (4, 6, 6)]
@@ -77,3 +80,19 @@ def test_a_captured_model_masks_the_weight_inside(method: nm.Method) -> None:
     assert model.middle.weight.grad.any()
     assert nm.report(sparse).totals["sparse"] == 1
     assert "vmap" not in nm.show(sparse)
+
+
+def test_a_vmap_in_which_an_op_fails_leaves_no_level_behind() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.zeros(3, 4)
+    enter, leave = _marks()
+    graph.call_function(enter[0], (3, "error"))
+    inside = graph.call_function(torch._C._functorch._add_batch_dim, (x, 0, 1))
+    fails = graph.call_function(torch.ops.aten.view.default, (inside, [5]))
+    outside = graph.call_function(torch._C._functorch._remove_batch_dim, (fails, 1, 3, 0))
+    graph.call_function(leave[0], ())
+    graph.output((outside,))
+    with pytest.raises(RuntimeError):
+        without_vmap(graph, "val", contextlib.nullcontext())
+    assert torch._C._functorch.maybe_current_level() is None
