@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Proxy
 
 from nm_compiler import records
 from nm_compiler.attaching import detach_state, recipe_tag, state_names
+from nm_compiler.averaged import checked_copy
 from nm_compiler.bodies import programs
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
@@ -63,7 +64,7 @@ class SparseModule(nn.Module):
             self.__dict__[name] = getattr(model, name)
         self.__dict__.update(
             origin=model, routes=dict(routes), training=model.training, frozen=False, _watched=list(model.modules()),
-            loads=0, progress=None,
+            loads=0, progress=None, copy_known=None,
         )  # fmt: skip
         self.__dict__["_links"] = list(links(model, [name for name, _ in model.named_parameters()]))
         self.__dict__["_settings"] = list(settings(model))
@@ -82,6 +83,8 @@ class SparseModule(nn.Module):
         eager = not torch.compiler.is_compiling()
         if eager:
             self._check_layers()
+            if self.copy_known is not None and not self.training:
+                self.__dict__["copy_known"] = checked_copy(self, self.copy_known)
         if isinstance(route, Exported):  # fragments follow the mode of every layer by themselves
             self._check_modes(route.signature.modes)
             if eager:
@@ -296,6 +299,7 @@ class SparseModule(nn.Module):
         model = copy.deepcopy(self.origin, memo)
         twin._attach(model, {mode: route.copied(model, memo) for mode, route in self.routes.items()})
         twin.__dict__.update({key: self.__dict__[key] for key in ("plan", "method", "seed", "notes", "frozen")})
+        twin.__dict__["copy_known"] = ()
         return twin
 
     def __getstate__(self) -> dict[str, Any]:

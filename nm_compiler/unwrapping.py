@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nm_compiler.averaged import WAY_OUT
 from nm_compiler.carrier import Carrier, carrier_of
 from nm_compiler.errors import NMError
 from nm_compiler.module import SparseModule
@@ -60,10 +61,7 @@ def _check_not_averaged(module: Carrier) -> None:
     buffers = dict(module.origin.named_buffers())
     state = [name for name in module.state_names() if name in buffers and name != RECIPE]
     if state:
-        raise NMError(
-            f"{state[0]} is of whole numbers, which AveragedModel(use_buffers=True) has averaged: set averaged.use_buffers = "
-            "False and call averaged.update_parameters(sparse) once more, which then copies it"
-        )
+        raise NMError(f"{state[0]} is of whole numbers. {WAY_OUT}")
 
 
 def _no_carrier(model: Any) -> str:

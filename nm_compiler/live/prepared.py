@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from nm_compiler.attaching import attach_state, detach_state, recipe_tag, state_names
+from nm_compiler.averaged import Versions, checked_copy
 from nm_compiler.carrier import CARRIER
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
@@ -63,6 +64,7 @@ class Prepared:
         self.frozen = self.active = self.looked = self.bare = False
         self.calls = self.loads = 0
         self.progress: tuple[int, int] | None = None
+        self.copy_known: Versions | None = None
         self.include, self.exclude = include, exclude
         self.growing = GrowingPlan(model, method, patterns, include=include, exclude=exclude)
         self.begin()
@@ -125,6 +127,8 @@ class Prepared:
         refuse_tracers(self.origin)
         self._check_modules()
         self._check_options()
+        if self.copy_known is not None and not self.origin.training:
+            self.copy_known = checked_copy(self, self.copy_known)
         if not self.sites and parts(self.origin):  # FSDP2's hooks break the graph: stem and head could not be told
             raise NMError(
                 f"this {type(self.origin).__name__} was in shards before its first call, which plans it: run one batch "
@@ -303,7 +307,7 @@ class Prepared:
         memo[id(self)] = twin
         twin.__dict__.update(self.__getstate__())
         twin.origin, twin._hook = copy.deepcopy(self.origin, memo), copy.deepcopy(self._hook, memo)
-        twin.growing = self.growing.copied(twin.origin)
+        twin.growing, twin.copy_known = self.growing.copied(twin.origin), ()
         twin.begin()
         return twin
 

@@ -113,11 +113,14 @@ class LBC(Method):
     def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
         live = state["live"]
         packed = self.is_packed(site)
-        least, most = int(count(live, packed=packed).min()), int(live.max())
+        counts, most = count(live, packed=packed), int(live.max())
+        least, largest = int(counts.min()), int(counts.max())
         if least < _last(site):
             return f"a group has {least} live entries, at least {_last(site)} must stay"
         if (not packed and most > 1) or bool((live & ~self._one_live(site).to(live.device)).any()):
             return "a live entry is set that this pattern does not have"
+        if largest != least:
+            return f"groups have {least} to {largest} live entries, and the schedule leaves as many in each"
         return None
 
     def begin(self, weights: Sequence[Weight], clock: Clock) -> None:
