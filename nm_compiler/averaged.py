@@ -19,7 +19,7 @@ Versions = tuple[int, ...]  # how often each piece of state had been written
 
 
 def checked_copy(carrier: Carrier, known: Versions) -> Versions:
-    """How often the state was written by now. known: what this gave last. Raises NMError if the state is none of the method."""
+    """How often the state was written by now. known: what this gave last. Raises NMError if it cannot be the method's."""
     kept = [weight[suffix] for weight in carrier.weights for suffix in carrier.method.suffixes(weight.site)]
     versions = tuple(-1 if value.is_inference() else value._version for value in kept if not learns(value))
     if versions == known:
