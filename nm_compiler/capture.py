@@ -71,6 +71,7 @@ def capture_mode(
         if hasattr(GraphModule, name) or name == "extras":
             raise NMError(f"{type(model).__name__}.{name} has a name that graphs use themselves: rename it, or wrap the model")
     hidden = without_cache(model, kwargs)
+    args, kwargs = _apart(args, kwargs)
     with own_cycles_freed(), in_mode(model, training):  # an exported program is one large cycle: two would double the peak
         return _export(model, args, {**kwargs, **hidden}, dynamic_shapes, hidden, training)
 
@@ -230,6 +231,20 @@ def _by_name(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
     finally:
         del model.__dict__["forward"]
         model.__dict__.update(own)
+
+
+def _apart(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor that is given twice, as ``labels=tokens``, as two: torch.export would take all its inputs for one of them."""
+    seen = set[int]()
+
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or id(leaf) not in seen:
+            seen.add(id(leaf))
+            return leaf
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+    both: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(own, (args, dict(kwargs)))
+    return both
 
 
 def _repeat_batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

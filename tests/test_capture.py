@@ -29,6 +29,21 @@ def test_an_example_of_batch_one_serves_every_batch() -> None:
         torch.testing.assert_close(sparse(x), model(x))
 
 
+class Shifted(MLP):
+    """Its second input is added to what the first becomes, its third to that."""
+
+    def forward(self, x: Tensor, shift: Tensor, *, more: list[Tensor]) -> Tensor:
+        return super().forward(x).sum(-1, keepdim=True) + 10 * shift + 100 * more[0]
+
+
+def test_one_tensor_given_for_several_inputs_stands_for_several() -> None:
+    model, x, y, z = Shifted(), *torch.randn(3, 4, 8)
+    sparse = sparse_of(model, x, x, more=[x]).eval()  # as input_ids=tokens, labels=tokens
+    torch.testing.assert_close(sparse(x, y, more=[z]), model(x, y, more=[z]))
+    lowered = nm.lower(nm.freeze(sparse, finish=True), (x, x), {"more": [x]}, backend="dense")
+    torch.testing.assert_close(lowered(x, y, more=[z]), model(x, y, more=[z]))
+
+
 class Pair(NamedTuple):
     first: Tensor
     second: dict[str, Tensor]
