@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -22,13 +22,20 @@ from nm_compiler.capture import in_mode
 from nm_compiler.errors import NMError
 from nm_compiler.exported import Exported
 from nm_compiler.graph import reads
+from nm_compiler.padding import Padding, padded
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.preparing import captured, globs
+from nm_compiler.signature import Misfit
 from nm_compiler.sites import Site, find
 from nm_compiler.uses import Use, constants, uses
 from nm_compiler.views import is_copy
+from nm_compiler.wording import several
 
 _log = logging.getLogger(__name__)
+_MISFIT = (
+    "The graph has the sizes of the first batch, all but axis 0. Give all batches one length, or say which sizes vary, as in "
+    'nm.calibrate(model, batches, dynamic_shapes={"input_ids": {0: AUTO, 1: AUTO}, ...}) with AUTO = torch.export.Dim.AUTO'
+)
 
 
 def calibrate(
@@ -39,6 +46,7 @@ def calibrate(
 
     batches: such as a DataLoader; a batch is a tensor, a mapping of keyword inputs, or a tuple of positional inputs, of which
     as many are taken as ``forward`` has parameters (labels behind them are left). Inputs are moved to the model's device.
+    Positions where an input ``attention_mask`` is zero are not measured (`nm_compiler.padding`).
     dynamic_shapes: as in `nm_compiler.compile`, for batches that differ in other sizes than axis 0.
     most: batches to take, all of them if None. pattern, include, exclude: which weights, as in `nm_compiler.compile`, stem and
     head included. One product more for every weight and batch; memory for sums, not for the batches.
@@ -52,21 +60,28 @@ def calibrate(
     if first is None or most == 0:
         raise NMError("nm.calibrate(model, batches): there is no batch to run the model on")
     args, kwargs = first
-    route = captured(model, args, kwargs, dynamic_shapes, what="nm.calibrate", modes=(False,))[False]
-    if not isinstance(route, Exported):
-        raise NMError(
-            f"{type(model).__name__} is no single graph in evaluation mode, so inputs cannot be followed to its weights: "
-            "rewrite the control flow on data that stops torch.export"
-        )
+    route = captured(model, args, kwargs, dynamic_shapes, what="nm.calibrate", modes=(False,), whole=True)[False]
+    assert isinstance(route, Exported)
     whole = route.whole
     plan = find(model, [whole], PatternMap.parse(pattern), include=globs(include), exclude=globs(exclude))
+    order = list(inspect.signature(model.forward).parameters)
     meter, count = _Meter(whole, plan.sites), 0
     with in_mode(model, False), torch.no_grad():
         for count, (args, kwargs) in enumerate(_all(first, stream), 1):
-            meter.run(*route.signature.flatten(args, kwargs))
+            try:
+                flat = route.signature.flatten(args, kwargs)
+            except Misfit as misfit:
+                raise NMError(f"batch {count} of nm.calibrate: {misfit.facts}\n{_MISFIT}") from None
+            meter.pad(dict(zip(route.signature.paths, flat, strict=True)), order)
+            meter.run(*flat)
             if count == most:
                 break
     _warn_of_unseen(plan.sites, meter.squares, count)
+    if meter.padded:
+        _log.warning(
+            "%s: measured with padding among the tokens, which could not be followed there: measure sequences without padding",
+            several(list(meter.padded), 3),
+        )
     sums = {site.name: sums_of(site, model.get_parameter(site.name)) for site in plan.sites if site.name in meter.squares}
     return Calibration(meter.squares, count, sums)
 
@@ -112,13 +127,18 @@ def _wide(value: Any) -> Any:
 
 
 class _Meter(Interpreter):
-    """Runs the graph; at every product of a weight it adds to the sums of squares of that weight."""
+    """Runs the graph; at every product of a weight it adds to the sums of squares of that weight.
+
+    padded: the weights that may have met padding, in order.
+    """
 
     def __init__(self, gm: GraphModule, sites: Iterable[Site]) -> None:
         super().__init__(gm)
         self.squares: dict[str, Tensor] = {}
+        self.padded: dict[str, None] = {}
+        self._padding = Padding({}, (), 0, ())
         self._products: dict[Node, list[tuple[Site, Use]]] = {}
-        fixed = constants(gm.graph)
+        self._fixed = fixed = constants(gm.graph)
         for site in sites:
             for read in reads(gm, site.name):
                 for use in uses(read, fixed):
@@ -131,11 +151,28 @@ class _Meter(Interpreter):
             node: [value for value in last if value not in again] for node, last in self.user_to_last_uses.items()
         }
 
+    def pad(self, inputs: Mapping[str, Any], order: Sequence[str]) -> None:
+        """What is known of padding in the inputs of the next run. order: of the parameters of ``forward``."""
+        nodes = dict(zip(inputs, self.graph.find_nodes(op="placeholder"), strict=True))
+        known, lost = padded(inputs, order)
+        sequences = next((len(tokens) for tokens in known.values()), 0)
+        tokens = {
+            nodes[name]: found.view(*found.shape, *[1] * (inputs[name].ndim - 2)).expand_as(inputs[name])
+            for name, found in known.items()
+        }
+        self._padding = Padding(tokens, [nodes[name] for name in lost], sequences, self._fixed)
+
     def run_node(self, n: Node) -> Any:
         for site, use in self._products.get(n, ()):
             found = self._measured(site, use).double()
             self.squares[site.name] = self.squares[site.name] + found if site.name in self.squares else found
-        return super().run_node(n)
+            if any(self._padding.hides_in(arg, self.env[arg]) for arg in use.node.all_input_nodes):
+                self.padded[site.name] = None
+        result = super().run_node(n)
+        if self._padding.tokens or self._padding.lost:
+            self._padding.follow(n, *self.fetch_args_kwargs_from_env(n), result)
+            self._padding.forget(self.user_to_last_uses.get(n, ()))
+        return result
 
     @torch.enable_grad()
     def _measured(self, site: Site, use: Use) -> Tensor:
@@ -158,8 +195,10 @@ class _Meter(Interpreter):
             if arg in env:
                 return env[arg]
             plain = self.env[arg]
-            square = squared is not None and isinstance(plain, Tensor) and plain.is_floating_point()
-            return _wide(plain).square() if square else plain
+            if squared is None or not isinstance(plain, Tensor) or not plain.is_floating_point():
+                return plain
+            square, tokens = _wide(plain).square(), self._padding.tokens.get(arg)
+            return square if tokens is None else square.where(tokens, 0)
 
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
         if not bias and len(args) > 2 and isinstance(args[2], Tensor):  # a row of the weight has no use for the whole bias

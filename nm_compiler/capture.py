@@ -47,7 +47,13 @@ _UNKNOWN_INPUT = (
     "torch.export takes inputs of types that it knows: pass tensors, tuples or dicts, or say once what yours holds, with "
     "torch.export.register_dataclass for a dataclass or torch.utils._pytree.register_pytree_node."
 )
-_NOISY = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export", "torch._dynamo")
+_NOISY = (
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._subclasses.fake_tensor",
+    "torch.export",
+    "torch._export",
+    "torch._dynamo",
+)
 
 
 def capture(
@@ -63,7 +69,8 @@ def capture_mode(
     """Capture ``model`` in one mode.
 
     args, kwargs: example inputs; an example of batch 1 is repeated to 2, since export would specialise 1.
-    dynamic_shapes: passed to `torch.export.export`; None makes the batch (axis 0) of every input dynamic.
+    dynamic_shapes: passed to `torch.export.export`; None makes the batch (axis 0) of every input dynamic. Where it frees that
+    axis of every input, an example of batch 1 is repeated as well.
     Returns a graph with flat inputs and outputs bound to the model, and the signature it was taken with.
     Raises NMError that names the line of the user's code. The model's mode and state are as before.
     """
@@ -84,7 +91,8 @@ def _export(
     hidden: dict[str, Any],
     training: bool,
 ) -> tuple[GraphModule, Signature]:
-    given, named = (args, kwargs) if dynamic_shapes is not None else _repeat_batch_of_one(args, kwargs)
+    one = dynamic_shapes is None or _batch_is_free(model, dynamic_shapes, args, kwargs)
+    given, named = _repeat_batch_of_one(args, kwargs) if one else (args, kwargs)
     try:
         with (
             _by_name(model, named),
@@ -259,6 +267,29 @@ def _twice(leaf: Any) -> Any:
     if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 1:
         return leaf.detach().repeat(2, *[1] * (leaf.ndim - 1))
     return leaf
+
+
+def _batch_is_free(model: nn.Module, shapes: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``dynamic_shapes`` leave axis 0 of every tensor free. Of tensors in containers this is not asked: False."""
+    try:
+        given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    except TypeError:  # the inputs do not fit forward(): export says so
+        return False
+    if isinstance(shapes, (tuple, list)):
+        shapes = dict(zip(given, shapes, strict=False))
+    if not isinstance(shapes, Mapping):
+        return False
+    for name, value in given.items():
+        if isinstance(value, Tensor) and value.ndim and not _is_free(shapes.get(name)):
+            return False
+        if not isinstance(value, Tensor) and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+            return False
+    return True
+
+
+def _is_free(sizes: Any) -> bool:
+    first = sizes.get(0) if isinstance(sizes, Mapping) else sizes[0] if isinstance(sizes, (tuple, list)) and sizes else None
+    return first is not None and not isinstance(first, int) and first != torch.export.Dim.STATIC
 
 
 def _dynamic_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

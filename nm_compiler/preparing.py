@@ -23,10 +23,11 @@ Routes = Mapping[bool, "Exported | Fragments"]
 
 def captured(
     model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any, *, what: str,
-    modes: Sequence[bool] = (False, True),
+    modes: Sequence[bool] = (False, True), whole: bool = False,
 ) -> Routes:  # fmt: skip
     """``modes`` of ``model``, captured: evaluation (False), training (True). what: the function called, for messages.
 
+    whole: as one graph each, or not at all.
     Raises NMError for no model, inputs that do not fit, or what neither export nor TorchDynamo can take.
     """
     check_model(model, what)
@@ -34,7 +35,7 @@ def captured(
     args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
     if any(parameter.is_meta for parameter in model.parameters()):  # a shape without values is captured with such inputs
         args, named = pytree.tree_map_only(Tensor, _valueless, (args, named))
-    return take(model, args, named, dynamic_shapes, modes, trains=what == "nm.compile")
+    return take(model, args, named, dynamic_shapes, modes, trains=what == "nm.compile", whole=whole)
 
 
 def globs(given: Sequence[str]) -> tuple[str, ...]:

@@ -31,12 +31,13 @@ _HOOKS = tuple(key for key, value in nn.Module().__dict__.items() if "hooks" in 
 
 def take(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None,
-    modes: Sequence[bool] = (False, True), *, trains: bool = False,
+    modes: Sequence[bool] = (False, True), *, trains: bool = False, whole: bool = False,
 ) -> dict[bool, Exported | Fragments]:  # fmt: skip
     """A carrier for each of ``modes``, evaluation (False) and training (True), nothing rewritten yet.
 
     trains: gradients will be taken, in evaluation mode too, so those that the model makes by hand must not be lost.
-    A mode that export refuses is run once on the example inputs, in fragments; the model is left as it was.
+    A mode that export refuses is run once on the example inputs, in fragments, or, if it has to be ``whole``, is an NMError
+    that says why; the model is left as it was.
     Raises NMError that names the line of the user's code if neither works.
     """
     routes: dict[bool, Exported | Fragments] = {}
@@ -51,7 +52,7 @@ def take(
             ):  # through train(): what eval() keeps of weights is computed anew
                 routes[training] = Exported(*capture_mode(model, args, kwargs, dynamic_shapes, training=training))
         except NMError as error:
-            if error.__cause__ is None or (dynamic_shapes is not None and "dynamic_shapes" in str(error)):
+            if whole or error.__cause__ is None or (dynamic_shapes is not None and "dynamic_shapes" in str(error)):
                 raise  # the mistake is in what the user said, not in the model
             mode = "training" if training else "evaluation"
             refused = error

@@ -32,6 +32,14 @@ _HOW_SHAPES = {
 """By whether an input has a batch of 1."""
 
 
+class Misfit(NMError):
+    """A call that does not fit what was captured. facts: what differs, without the way out."""
+
+    def __init__(self, facts: str, way_out: str) -> None:
+        super().__init__(f"{facts}\n{way_out}")
+        self.facts = facts
+
+
 @dataclass(frozen=True)
 class TensorInput:
     """One tensor input. sizes: an int where static, None where dynamic; low, high: range of a dynamic size.
@@ -182,12 +190,12 @@ class Signature:
     def _refuse(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str) -> None:
         """Raises. Not traced: a compiled call leaves its graph here, to raise as the eager one does."""
         leaves = pytree.tree_leaves((args, dict(kwargs)))
-        raise NMError(
+        raise Misfit(
             f"this call does not fit the captured graph: {why}\n"
             f"  captured: ({', '.join(f'{p}: {_show(i)}' for p, i in zip(self.paths, self.inputs, strict=True))})\n"
-            f"  called:   {describe(args, kwargs)}\n"
+            f"  called:   {describe(args, kwargs)}",
             f"Capture with example inputs like this call ({_HOW_SHAPES[any(_is_single(leaf) for leaf in leaves)]}). "
-            "A model that is called in many ways trains on the TorchDynamo route: nm.compile(model) without example inputs."
+            "A model that is called in many ways trains on the TorchDynamo route: nm.compile(model) without example inputs.",
         )
 
 

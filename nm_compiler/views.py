@@ -42,6 +42,7 @@ _AS_ANOTHER = (aten.view_as.default, aten.reshape_as.default)
 _SHAPES = (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.empty_like.default, aten.zeros_like.default,
            aten.ones_like.default, aten.rand_like.default, aten.randn_like.default, aten.full_like.default)  # fmt: skip
 _INDEXED = (aten.index.Tensor, aten.index_select.default)
+_MOVED = (aten.flip.default, aten.roll.default, aten.repeat.default, aten.gather.default)
 _SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default, aten.dropout.default,
            aten._weight_norm.default)  # fmt: skip
 
@@ -85,6 +86,11 @@ def is_view(node: Node) -> bool:
     """Whether a node shows its first operand, as it is or a part of it."""
     known = (*_COPIES, *_VIEWS, *_EXPANDED, *_AS_ANOTHER, *_INDEXED, operator.getitem)
     return node.op == "call_function" and node.target in known
+
+
+def moves(node: Node) -> bool:
+    """Whether a node shows entries of its first operand elsewhere, none of them changed or converted."""
+    return node.op == "call_function" and node.target in (*_VIEWS, *_EXPANDED, *_AS_ANOTHER, *_INDEXED, *_MOVED)
 
 
 def reads_shape_only(node: Node, weight: Node) -> bool:

@@ -291,8 +291,30 @@ def test_importances_that_do_not_fit_are_errors_that_name_the_weight_and_change_
 def test_calibration_without_a_batch_or_with_one_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(nm.NMError, match="no batch"):
         nm.calibrate(Layers(), [])
-    with pytest.raises(nm.NMError):
+    with pytest.raises(
+        nm.NMError, match=r"batch 2 of nm.calibrate: .*size 9 on axis 1(.|\n)*all but axis 0\. .*dynamic_shapes="
+    ) as error:
         nm.calibrate(Layers(), [torch.randn(2, 8), torch.randn(2, 9)])
+    assert "nm.compile" not in str(error.value)
+
+
+def test_a_model_that_is_no_graph_is_told_the_line_that_stops_its_calibration() -> None:
+    class Asking(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    with pytest.raises(nm.NMError, match=r"Asking could not be captured in evaluation mode(.|\n)*x if x.sum\(\) > 0 else -x"):
+        nm.calibrate(Asking(), [torch.randn(2, 8)])
+
+
+@pytest.mark.parametrize("free", [torch.export.Dim.AUTO, torch.export.Dim("batch")], ids=["AUTO", "Dim"])
+def test_a_first_batch_of_one_leaves_free_what_dynamic_shapes_frees(free: Any) -> None:
+    model, batches = Layers(), [torch.randn(1, 3, 8), torch.randn(2, 5, 8)]
+    stats = nm.calibrate(model, batches, dynamic_shapes=({0: free, 1: torch.export.Dim.AUTO},))
+    expected = sum(linear_squares(x) for x in batches)
+    torch.testing.assert_close(stats["linear.weight"][0], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(nm.NMError, match="has size 2 on axis 0, where 1 was captured"):
+        nm.calibrate(model, batches, dynamic_shapes=({1: torch.export.Dim.AUTO},))
 
 
 def test_a_method_with_an_importance_prints_in_one_short_line() -> None:
