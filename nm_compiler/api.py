@@ -94,7 +94,7 @@ def compile(
     model: on one device; on the meta device it is planned and rewritten without values, see `SparseModule.to_empty`.
     pattern: ``"2:4"``, ``(2, 4)``, or globs over parameter names, first match wins: ``{"layer4.*": "1:4", "*": "2:4"}``.
     method: `BiMask` (the default), `LBC`, `SRSTE`, `Magnitude`, `Transposable`, `LBCBiMask`, `Gradual` or `SSTE`.
-    include, exclude: globs over parameter names; include also takes in the stem and the head, which stay dense otherwise.
+    include, exclude: globs over parameter names; include also takes in stem, head and routers, dense otherwise.
     permute: ``"search"`` puts channels in an order in which the masks keep more, before anything else; ``"random"`` or a
     mapping are for experiments. The search minds backward masks as well where the method needs that (`Transposable`,
     ``BiMask(fold=True)``), and keeps what ``Magnitude(importance=)`` goes by, which moves along. budget_s (seconds) and

@@ -23,8 +23,13 @@ def ends(gm: GraphModule, fixed: Collection[Node]) -> tuple[set[Node], set[Node]
 
     What an op writes to memory, as a loop over time does, goes on from there to all that reads it later.
     """
-    chosen = {node for node in gm.graph.nodes if _is_weighted(gm, node, fixed)}
+    chosen = weighted(gm, fixed)
     return chosen - _after(gm, chosen), chosen - _before(gm, chosen)
+
+
+def weighted(gm: GraphModule, fixed: Collection[Node]) -> set[Node]:
+    """The products, convolutions, embeddings and recurrent ops of the graph that read a parameter. fixed: its constants."""
+    return {node for node in gm.graph.nodes if _is_weighted(gm, node, fixed)}
 
 
 def _after(gm: GraphModule, chosen: set[Node]) -> set[Node]:

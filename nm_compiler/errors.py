@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 _WAYS_OUT = {
-    "include= makes it sparse": "take stem or head in with include=[...]",
+    "include= makes it sparse": "take stem, head or routers in with include=[...]",
     "need a multiple of": "choose a pattern whose M divides the input channels",
     "excluded by": "take a glob out of exclude=[...]",
 }

@@ -18,6 +18,7 @@ from nm_compiler.errors import NMError, Refusal, refuse_all
 from nm_compiler.graph import getattr_path, reads
 from nm_compiler.layout import Layout
 from nm_compiler.pattern import Pattern, PatternMap, matches
+from nm_compiler.routers import routers
 from nm_compiler.uses import FUSED, Blocked, Use, constants, uses
 from nm_compiler.views import is_scale
 
@@ -107,7 +108,7 @@ def find(
     parameters = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
     check_globs(model, patterns, include, exclude)
     fixed = [constants(gm.graph) for gm in graphs]
-    edges = [ends(gm, known) for gm, known in zip(graphs, fixed, strict=True)]
+    edges = [(*ends(gm, known), routers(gm, known)) for gm, known in zip(graphs, fixed, strict=True)]
     sites: list[Site] = []
     refusals: list[Refusal] = []
     ops: dict[str, str] = {}
@@ -190,7 +191,7 @@ def _judge(
     name: str,
     parameter: Tensor,
     per_graph: Sequence[Sequence[Use | Blocked]],
-    edges: Sequence[tuple[set[Node], set[Node]]],
+    edges: Sequence[tuple[set[Node], set[Node], set[Node]]],
     patterns: PatternMap,
     included: bool,
     excluded: str | None,
@@ -222,12 +223,15 @@ def _judge(
         return cut
     if not included:
         at = next(index for index, found in enumerate(per_graph) if found)
-        stems, heads = edges[at]
+        stems, heads, choosing = edges[at]
         here = [use.node for use in per_graph[at] if isinstance(use, Use)]
         if all(node in stems for node in here):
             return Refusal(name, "stem: no other weight comes before it (include= makes it sparse)")
         if all(node in heads for node in here):
             return Refusal(name, "head: no other weight comes after it (include= makes it sparse)")
+        few = shape[first.layout.out_axis] < shape[first.layout.in_axis]
+        if few and any(node in choosing for node in here):
+            return Refusal(name, "router: its result chooses what weights come next (include= makes it sparse)")
     rows = shape[first.layout.out_axis]
     block = math.gcd(rows // first.conv_groups, *(edge for use in products for edge in use.outputs))
     return Site(name, first.op, shape, first.layout, pattern, first.conv_groups, rows // block)

@@ -24,6 +24,7 @@ import pytest
 import refused
 import torch
 from models import MLP, example
+from test_routers import Mixture
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
@@ -100,6 +101,13 @@ def plan(pattern: Any = "2:4", **options: Any) -> Plan:
 
 def refusal(name: str, pattern: Any = "2:4", **options: Any) -> str:
     return next(each.reason for each in plan(pattern, **options).refusals if each.where == name)
+
+
+def routed() -> str:
+    model = Mixture("argmax")
+    gm = capture_mode(model, (torch.randn(2, 8),), {}, training=False)[0]
+    found = find(model, [gm], PatternMap.parse("2:4"))
+    return next(each.reason for each in found.refusals if each.where == "gate.weight")
 
 
 class State(dict[str, Tensor]):
@@ -274,6 +282,7 @@ PLANNING: list[tuple[str, Callable[[], Any]]] = [
     ("its operands are no tensors", lambda: no_tensors(torch.ops.aten.inner.default, 2.0)),
     ("stem: no other weight comes before it (include= makes it sparse)", lambda: refusal("fc1.weight")),
     ("head: no other weight comes after it (include= makes it sparse)", lambda: refusal("fc3.weight")),
+    ("router: its result chooses what weights come next (include= makes it sparse)", routed),
     ("excluded by 'fc2.*'", lambda: refusal("fc2.weight", exclude=["fc2.*"], include=["*"])),
     ("no rule of pattern=fc1.* 2:4 matches it: add one", lambda: refusal("fc2.weight", {"fc1.*": "2:4"}, include=["*"])),
 ]  # fmt: skip
