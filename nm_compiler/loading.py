@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
-from nm_compiler.methods.base import state_of
+from nm_compiler.methods.base import Method, state_of
 from nm_compiler.sharding import cut_like, whole
-from nm_compiler.state import RECIPE, learns
+from nm_compiler.sites import Site
+from nm_compiler.state import RECIPE, Weight, learns
 
 if TYPE_CHECKING:
     from nm_compiler.carrier import Carrier
@@ -70,6 +71,15 @@ def start_afresh(carrier: Carrier, state_dict: dict[str, Any], prefix: str) -> N
                 state_dict[f"{prefix}{path}{'.' if path else ''}{weight.leaf}_{suffix}"] = value
             if learns(weight[suffix]):
                 weight[suffix].requires_grad_(True)  # it learns again, whatever the schedule had settled
+
+
+def keep_state(model: nn.Module, sites: Mapping[str, Site], method: Method, state_dict: dict[str, Any], prefix: str) -> None:
+    """Let a state_dict that knows nothing of the state of ``sites`` leave it as it is."""
+    owners = list(model.named_modules(remove_duplicate=False))
+    for weight in (Weight(site, model) for site in sites.values()):
+        for path in (path for path, module in owners if module is weight.owner):
+            for suffix in method.suffixes(weight.site):
+                state_dict.setdefault(f"{prefix}{path}{'.' if path else ''}{weight.leaf}_{suffix}", weight[suffix])
 
 
 def fresh_state(carrier: Carrier, values: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from functools import update_wrapper
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
@@ -190,6 +191,47 @@ class SparseModule(nn.Module):
                 f"Freeze first, then call it on the frozen model (or on .origin, if dense is what you want)"
             )
         return value
+
+    def __getitem__(self, key: Any) -> Any:
+        """A layer of a model that is indexed, as `nn.Sequential` is; its weight is dense, its mask beside it."""
+        found = self._own("__getitem__")(key)
+        if found is not None and isinstance(key, slice):
+            raise NMError(
+                f"a slice of this {type(self.origin).__name__} would be a model of its own, of dense layers: slice it before "
+                "nm.compile, or slice what nm.freeze returns"
+            )
+        return found
+
+    def __len__(self) -> int:
+        return int(self._own("__len__")())
+
+    def __iter__(self) -> Iterator[Any]:
+        raise NMError(
+            f"a loop over this {type(self.origin).__name__} would give its layers, which run dense by themselves: call the "
+            "whole, or loop over what nm.freeze returns; .children() gives them to look at"
+        )
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether Hugging Face's Trainer may pass ``num_items_in_batch``: a graph takes it where the example had it."""
+        route = self.routes[True]
+        if isinstance(route, Exported):
+            return "num_items_in_batch" in route.signature.kwarg_names
+        own = getattr(self.origin, "accepts_loss_kwargs", None)
+        kinds = (each.kind for each in inspect.signature(self.origin.forward).parameters.values())
+        return inspect.Parameter.VAR_KEYWORD in kinds if own is None else bool(own)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def _own(self, name: str) -> Callable[..., Any]:
+        found = getattr(self.origin, name, None)
+        if found is None:
+            raise TypeError(
+                f"this {type(self.origin).__name__} has no {name}: its layers are attributes, as in the model itself"
+            )
+        own: Callable[..., Any] = found
+        return own
 
     # -- the plan ----------------------------------------------------------------------------------------------------
 

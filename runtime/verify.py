@@ -16,6 +16,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern, PatternMap, PatternSpec, matches
 from nm_compiler.sharding import whole
 from nm_compiler.solvers.check import nonzeros, worst_group
+from nm_compiler.state import RECIPE, read_recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +32,14 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What `verify` found. ``print`` it; ``satisfied`` maps the names of sparse weights to their axes."""
+    """What `verify` found. ``print`` it; ``satisfied`` maps the names of sparse weights to their axes.
+
+    training: the method in whose training a checkpoint was written, whose weights have their zeros only after `freeze`.
+    """
 
     pattern: PatternMap
     weights: tuple[Checked, ...]
+    training: str | None = None
 
     @property
     def satisfied(self) -> dict[str, tuple[int, ...]]:
@@ -53,7 +58,10 @@ class Verification:
             asked = f"{weight.pattern}: {axes}" if weight.pattern else "no pattern"
             shape = "x".join(map(str, weight.shape))
             lines.append(f"{weight.name:<{width}}  {shape:<14}  {weight.nonzero:6.1%} non-zero  {asked}")
-        return "\n".join([*lines, f"{len(self.satisfied)} of {len(self.weights)} weights are {self.pattern}."])
+        lines.append(f"{len(self.satisfied)} of {len(self.weights)} weights are {self.pattern}.")
+        if self.training:
+            lines.append(f"Written while it trained with {self.training}: nm.freeze(model), then save what it returns.")
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-ready."""
@@ -91,8 +99,10 @@ def examine(target: nn.Module | Mapping[str, Any] | str | Path, pattern: Pattern
     wanted = PatternMap.parse(pattern)
     if isinstance(target, (str, Path)) and Path(target).suffix == ".onnx":
         return Verification(wanted, _of_onnx(Path(target), wanted))
-    found = []
+    found, recipes = list[Checked](), dict[str, Any]()
     for name, tensor in _named(target):
+        if name.rpartition(".")[2] == RECIPE and not tensor.is_meta:
+            recipes[name.removesuffix(RECIPE)] = read_recipe(tensor)
         if tensor.ndim < 2 or not tensor.dtype.is_floating_point or tensor.is_meta:
             continue
         tensor = whole(tensor)
@@ -100,7 +110,9 @@ def examine(target: nn.Module | Mapping[str, Any] | str | Path, pattern: Pattern
         axes = tuple(axis for axis in range(tensor.ndim) if own is not None and _holds(tensor, own, axis))
         nonzero = nonzeros(tensor) / max(1, tensor.numel())
         found.append(Checked(name, tuple(tensor.shape), axes, nonzero, own))
-    return Verification(wanted, tuple(found))
+    beside = {f"{prefix}{name}_scores" for prefix, recipe in recipes.items() for name in recipe["weights"]}
+    weights = tuple(weight for weight in found if weight.name not in beside)
+    return Verification(wanted, weights, next((recipe["method"] for recipe in recipes.values()), None))
 
 
 def _holds(tensor: Tensor, pattern: Pattern, axis: int) -> bool:

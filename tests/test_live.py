@@ -515,3 +515,40 @@ def test_functional_call_with_plain_tensors_is_an_error_that_says_so_and_its_way
     result = functional_call(captured, {name: value * leaf for name, value in twice.items()}, (x,))
     torch.testing.assert_close(result, found)
     assert torch.autograd.grad(result.sum(), leaf)[0] != 0
+
+
+def test_an_optimizer_built_after_a_checkpoint_was_loaded_holds_what_it_held_when_it_was_saved() -> None:
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return nm.compile(MLP(), method=nm.LBC(), then="eager")
+
+    def run(model: nn.Module, optimizer: Any, scheduler: Any, steps: int) -> None:
+        for _ in range(steps):
+            model(positive()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+
+    model = fresh()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)  # before the first call: scores of the head are in it
+    scheduler = nm.SparsityScheduler(model, total_steps=8)
+    run(model, optimizer, scheduler, 4)
+    saved = copy.deepcopy([each.state_dict() for each in (model, optimizer, scheduler)])
+    torch.manual_seed(1)
+    run(model, optimizer, scheduler, 4)
+
+    again = fresh()
+    again.load_state_dict(saved[0])
+    optimizer = torch.optim.AdamW(again.parameters(), lr=0.01)
+    optimizer.load_state_dict(saved[1])
+    scheduler = nm.SparsityScheduler(again, total_steps=8)
+    scheduler.load_state_dict(saved[2])
+    assert hasattr(again.fc3, "weight_scores")
+    assert "dense in the state_dict" in str(nm.report(again))
+    torch.manual_seed(1)
+    run(again, optimizer, scheduler, 4)
+    assert not hasattr(again.fc3, "weight_scores")
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert set(nm.freeze(again).state_dict()) == set(MLP().state_dict())

@@ -125,6 +125,61 @@ def test_the_trainer_takes_the_model_itself_and_the_frozen_one_goes_through_save
     assert planned <= set(nm.verify(again).satisfied)
 
 
+def trainer(model: nn.Module, folder: Path, **options: Any) -> Any:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from nm_compiler.integrations.transformers import SparsityCallback
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True,
+        report_to=[], seed=0, save_strategy="steps", save_steps=2, learning_rate=0.01, disable_tqdm=True, logging_strategy="no",
+        dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+    return transformers.Trainer(model, arguments, train_dataset=Rows(), callbacks=[SparsityCallback()])
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("live", [True, False], ids=["live", "captured"])
+def test_the_trainer_resumes_mid_schedule_to_the_bit_with_accumulated_gradients(live: bool, tmp_path: Path) -> None:
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        model, inputs = llama()
+        options = {"then": "eager"} if live else {"kwargs": {"input_ids": inputs["input_ids"], "labels": inputs["input_ids"]}}
+        return nm.compile(model, method=nm.LBC(), **options)
+
+    whole, resumed = fresh(), fresh()
+    options = {} if live else {"remove_unused_columns": False}
+    trainer(whole, tmp_path / "whole", **options).train()
+    trainer(resumed, tmp_path / "again", **options).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert whole.state_dict().keys() == resumed.state_dict().keys()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert len(nm.verify(nm.freeze(whole)).satisfied) >= 7
+
+
+@pytest.mark.ci
+def test_a_model_that_is_saved_while_it_trains_says_what_it_writes_and_verify_knows_it(tmp_path: Path, caplog: Any) -> None:
+    model, inputs = llama()
+    model = nm.compile(model, method=nm.LBC(), then="eager")
+    model(**inputs)
+    copied = copy.deepcopy(model)
+    for each in (model, model, copied):
+        each.save_pretrained(tmp_path / "training")
+    said = [record.getMessage() for record in caplog.records if "save_pretrained" in record.getMessage()]
+    assert len(said) == 2
+    assert "dense weights and the state of LBC" in said[0]
+    assert "nm.freeze(model).save_pretrained" in said[0]
+    found = nm.verify(tmp_path / "training")
+    assert found.training == "LBC"
+    assert "Written while it trained with LBC: nm.freeze(model)" in str(found)
+    assert {weight.name for weight in found.weights} == {name for name, p in llama()[0].named_parameters() if p.ndim == 2}
+    caplog.clear()
+    frozen = nm.freeze(model, finish=True)
+    frozen.save_pretrained(tmp_path / "frozen")
+    assert "save_pretrained" not in frozen.__dict__
+    assert not caplog.records
+    assert nm.verify(tmp_path / "frozen").training is None
+
+
 class Adapted(nn.Module):
     """A linear layer that stays, and a low-rank one beside it."""
 

@@ -318,3 +318,18 @@ def test_two_models_with_two_patterns_live_in_one_process() -> None:
     assert set(nm.verify(nm.freeze(first), "2:4").satisfied) == {"fc2.weight"}
     assert set(nm.verify(nm.freeze(second), "1:8").satisfied) == {"fc2.weight"}
     assert not nm.verify(one, "1:8").satisfied
+
+
+def test_layers_of_a_sequential_can_be_looked_at_and_none_is_handed_out_to_run_dense() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 8))
+    sparse = nm.compile(model, (torch.randn(2, 8),), method=nm.SRSTE())
+    assert sparse[2] is model[2]
+    assert sparse[-1] is model[3]
+    assert len(sparse) == 4
+    for loop in (lambda: sparse[1:], lambda: list(sparse)):
+        with pytest.raises(nm.NMError, match=r"dense.* nm.freeze returns"):
+            loop()
+    other = nm.compile(MLP(), (torch.randn(2, 8),), method=nm.SRSTE())
+    assert other
+    with pytest.raises(TypeError, match="this MLP has no __getitem__: its layers are attributes"):
+        other[0]

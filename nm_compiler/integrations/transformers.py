@@ -22,7 +22,7 @@ class SparsityCallback(TrainerCallback):
     """Steps the masks after every optimizer step of Hugging Face's Trainer; a resumed run goes on at the Trainer's step.
 
     The model is what `nm.compile` returned, or holds it; give the Trainer ``remove_unused_columns=False``, because it reads
-    the arguments off ``forward``, which takes any.
+    the arguments off ``forward``, which takes any, and ``label_names=["labels"]`` if it evaluates a captured model.
 
     every, write: send a row of `nm.Telemetry` to ``write`` every so many optimizer steps (see `writers`).
     Raises NMError at the start of the training if nothing is compiled.

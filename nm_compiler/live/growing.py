@@ -34,8 +34,8 @@ _log = logging.getLogger(__name__)
 class GrowingPlan:
     """What is decided on the weights of a live model, and the state that follows from it.
 
-    candidates: those that no graph has read; sites: those that a graph has planned; refused: the rest; version: counts up
-    with every decision.
+    candidates: those that no graph has read; sites: those that a graph has planned; refused: the rest; left: of these, those
+    whose state goes with the next decision; version: counts up with every decision.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class GrowingPlan:
         self.model, self.method, self.patterns, self.include, self.exclude = model, method, patterns, include, exclude
         self.candidates = candidates(model, patterns, include=include, exclude=exclude)
         self.sites: dict[str, Site] = {}
+        self.left: dict[str, Site] = {}
         self.refused: dict[str, Refusal] = {}
         self.ops: dict[str, str] = {}
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim >= 2}
@@ -58,7 +59,7 @@ class GrowingPlan:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: dict(getattr(self, name)) for name in ("candidates", "sites", "refused", "ops")}
+        own = {name: dict(getattr(self, name)) for name in ("candidates", "sites", "left", "refused", "ops")}
         return {**{name: value for name, value in self.__dict__.items() if name != "_twins"}, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -94,7 +95,7 @@ class GrowingPlan:
         fresh = {site.name: site for site in plan.sites if site.name in self.undecided({site.name})}
         refused = [r for r in plan.refusals if r.reason != UNREAD and r.where in self.shapes and self.undecided({r.where})]
         lost = [refusal.where for refusal in refused if refusal.where in self.candidates]
-        self._check_wrapped(lost)
+        self._check_wrapped([*lost, *self.left])
         late = [name for name, site in fresh.items() if name not in self.candidates and self._learns(site)]
         for name in late:
             refused.append(too_late(name))
@@ -111,6 +112,7 @@ class GrowingPlan:
         """
         self.ops.update({name: op for name, op in ops.items() if op != "-" or name not in self.ops})
         self._drop([refusal.where for refusal in refused if self.undecided({refusal.where})])
+        self.clear()
         new = {name: site for name, site in fresh.items() if self.undecided({name})}
         self.refused.update({refusal.where: refusal for refusal in refused if self.undecided({refusal.where})})
         for site in new.values():
@@ -144,7 +146,7 @@ class GrowingPlan:
 
     def _is_held(self, name: str, ddp: bool) -> bool:
         """Whether a wrapper holds the state of a candidate, so that it cannot go any more."""
-        weight = Weight(self.candidates[name], self.model)
+        weight = Weight(self.candidates.get(name) or self.left[name], self.model)
         if ddp:
             return self._learns(weight.site)
         state = [weight[suffix] for suffix in self.method.suffixes(weight.site)]
@@ -175,8 +177,15 @@ class GrowingPlan:
 
     def _drop(self, names: Collection[str]) -> None:
         """Take the state of candidates off that stay dense after all."""
-        gone = [(name, self.candidates.pop(name)) for name in names if name in self.candidates]
-        for name, site in gone:
+        self._take_off({name: self.candidates.pop(name) for name in names if name in self.candidates})
+
+    def clear(self) -> None:
+        """Take the state of what is refused already off as well."""
+        self._take_off(self.left)
+        self.left = {}
+
+    def _take_off(self, gone: Mapping[str, Site]) -> None:
+        for name, site in gone.items():
             weight = Weight(site, self.model)
             unregister(self.model, [f"{name}_{suffix}" for suffix in self.method.suffixes(site)])
             marked = weight.owner.__dict__.get(MARK, set())
@@ -185,8 +194,16 @@ class GrowingPlan:
                 weight.owner.__dict__.pop(MARK, None)
 
     def forget(self, names: Collection[str], why: Callable[[str], Refusal]) -> None:
-        """Candidates that are refused without a graph: their state goes."""
-        self._drop(names)
+        """Candidates that are refused without a graph.
+
+        Before the first call their state stays until the next decision, as that of others does: an optimizer that is built in
+        between holds what it held in the run that a checkpoint is from.
+        """
+        gone = {name: self.candidates.pop(name) for name in names if name in self.candidates}
+        if self.sites:
+            self._take_off(gone)
+        else:
+            self.left |= gone
         self.refused.update({name: why(name) for name in names})
         self.version += 1
 

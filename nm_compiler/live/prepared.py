@@ -29,8 +29,9 @@ from nm_compiler.evaluate import effective_weights
 from nm_compiler.links import Link, links, owner_at, replaced
 from nm_compiler.live.entries import install, remove
 from nm_compiler.live.growing import GrowingPlan, loaded_dense, not_yet
+from nm_compiler.live.saving import unwatch_saving, watch_saving
 from nm_compiler.live.weights_graph import weights_graph
-from nm_compiler.loading import check_values, compare, start_afresh
+from nm_compiler.loading import check_values, compare, keep_state, start_afresh
 from nm_compiler.methods.base import Method
 from nm_compiler.pattern import PatternMap
 from nm_compiler.sharding import cut_like, parts, reshard
@@ -104,13 +105,16 @@ class Prepared:
         self.origin.__dict__[CARRIER] = self
         self._hook = self.origin.register_load_state_dict_pre_hook(load_hook)
         install(self, self.candidates)
+        watch_saving(self.origin, self)
         self._check_modules()
 
     def retire(self) -> None:
         """Take everything off the model: state, marks, entries."""
         self._live = self._weights_graph = None
         detach_state(self.origin, self.plan, self.method)
+        self.growing.clear()
         remove(self.origin)
+        unwatch_saving(self.origin)
         if not self.bare:
             self._hook.remove()
         self.origin.__dict__.pop(CARRIER, None)
@@ -284,7 +288,8 @@ class Prepared:
 
     def state_names(self) -> list[str]:
         """The names of everything that was registered on the model."""
-        return state_names(self.plan, self.method)
+        left = [f"{name}_{suffix}" for name, site in self.growing.left.items() for suffix in self.method.suffixes(site)]
+        return [*state_names(self.plan, self.method), *left]
 
     # -- loading and copying -----------------------------------------------------------------------------------------
 
@@ -298,6 +303,7 @@ class Prepared:
             self.growing.forget([name for name in self.candidates if name not in theirs["weights"]], loaded_dense)
             compare(self, theirs, read_recipe(recipe_tag(self.origin, self.plan, self.method)))
             check_values(self, state_dict, prefix)
+            keep_state(self.origin, self.growing.left, self.method, state_dict, prefix)
         self.loads += 1
         tag = recipe_tag(self.origin, self.plan, self.method)
         self.origin._buffers[RECIPE] = state_dict[prefix + RECIPE] = tag  # also after to_empty, which forgets it
