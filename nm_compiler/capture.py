@@ -199,8 +199,16 @@ def without_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]
     """Hugging Face models return caches that no pytree knows; ask for none unless the user did. Adapters pass that on."""
     adapted = getattr(model, "get_base_model", None)  # of peft's wrappers
     inner: Any = adapted() if callable(adapted) and not isinstance(adapted, nn.Module) else model
-    wants = "use_cache" in inspect.signature(inner.forward).parameters and "use_cache" not in kwargs
-    return {"use_cache": False} if wants else {}
+    parameters = inspect.signature(inner.forward).parameters
+    rest = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    wants = "use_cache" in parameters or (rest and _generates(inner))
+    return {"use_cache": False} if wants and "use_cache" not in kwargs else {}
+
+
+def _generates(model: nn.Module) -> bool:
+    """Whether Hugging Face's generate() passes ``use_cache`` on to a part of the model, which keeps a cache otherwise."""
+    asked, of_text = getattr(model, "can_generate", None), getattr(getattr(model, "config", None), "get_text_config", None)
+    return callable(asked) and callable(of_text) and bool(asked()) and bool(getattr(of_text(), "use_cache", False))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import copy
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +14,8 @@ from models import MLP, ConvNet, Remembering, example
 from torch import Tensor, nn
 
 import nm_compiler as nm
-from nm_compiler.capture import user_line
+from nm_compiler.capture import user_line, without_cache
+from nm_compiler.exported import Exported
 
 
 def sparse_of(model: nn.Module, *args: Any, **kwargs: Any) -> nm.SparseModule:
@@ -489,3 +491,36 @@ def test_hooks_that_a_model_gives_itself_at_its_first_call_are_there_once_afterw
     else:
         nm.calibrate(model, [(x,)])
     assert len(model(x)) == len(model(x)) == expected
+
+
+class Answering(MLP):
+    """Made of parts, as Hugging Face's models of images and text are: ``use_cache`` goes on to one of them, unnamed."""
+
+    def __init__(self, caches: bool = True) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(use_cache=caches))
+
+    def can_generate(self) -> bool:
+        return True
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+        y = super().forward(x)
+        return (y, Unknown(y)) if kwargs.get("use_cache", self.config.get_text_config().use_cache) else (y,)
+
+
+class Unknown:
+    """What no pytree knows."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def test_a_cache_of_a_part_that_no_parameter_names_is_not_asked_for() -> None:
+    model, x = Answering(), torch.randn(2, 8)
+    sparse = sparse_of(model, x)
+    assert all(isinstance(route, Exported) for route in sparse.routes.values())
+    torch.testing.assert_close(sparse(x)[0], model(x)[0])
+    assert without_cache(model, {"use_cache": True}) == {}
+    assert without_cache(Answering(caches=False), {}) == {}
+    lowered = nm.lower(nm.freeze(sparse, finish=True), (x,), backend="dense")
+    assert len(lowered(x)) == 1
