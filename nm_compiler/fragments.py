@@ -34,8 +34,9 @@ def lower(fragment: GraphModule) -> GraphModule:
     Raises whatever its own ops raise under fake tensors, and NMError for a tensor that the tracer loses sight of.
     """
     inputs = [node.meta["example_value"] for node in fragment.graph.nodes if node.op == "placeholder"]
-    mode = next((m for value in inputs if (m := getattr(value, "fake_mode", None)) is not None), None)
-    mode = mode or torch._guards.detect_fake_mode(_values(fragment)) or torch._subclasses.FakeTensorMode()
+    known = [*inputs, *_values(fragment)]  # not what detect_fake_mode says, which is another one while a backend is called
+    mode = next((m for value in known if (m := getattr(value, "fake_mode", None)) is not None), None)
+    mode = mode or torch._subclasses.FakeTensorMode()
     graph, constants = without_vmap(fragment.graph, "example_value", mode)
     if graph is not fragment.graph:
         held = [str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")]

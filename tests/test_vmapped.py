@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import MLP
 from torch import Tensor, nn
 
 import nm_compiler as nm
@@ -96,3 +97,20 @@ def test_a_vmap_in_which_an_op_fails_leaves_no_level_behind() -> None:
     with pytest.raises(RuntimeError):
         without_vmap(graph, "val", contextlib.nullcontext())
     assert torch._C._functorch.maybe_current_level() is None
+
+
+class Tabled(MLP):
+    """What is batched depends on no input, and ends before any: a fragment of its own, as flex attention's masks are made."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.vmap(lambda place: place * 2.0)(torch.arange(4))
+        torch._dynamo.graph_break()
+        return super().forward(x) + table
+
+
+def test_a_fragment_without_inputs_is_batched_in_the_mode_of_its_own_values() -> None:
+    model, x = Tabled(), torch.randn(2, 8)
+    expected = model(x)
+    model = nm.compile(model, method=nm.LBC(), then="eager")
+    torch.testing.assert_close(model(x), expected)
+    assert [row.name for row in nm.report(model).rows if row.status == "sparse"] == ["fc2.weight"]
