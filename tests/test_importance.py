@@ -307,6 +307,7 @@ def test_a_model_that_is_no_graph_is_told_the_line_that_stops_its_calibration() 
         nm.calibrate(Asking(), [torch.randn(2, 8)])
 
 
+@pytest.mark.ci(here=["AUTO"])
 @pytest.mark.parametrize("free", [torch.export.Dim.AUTO, torch.export.Dim("batch")], ids=["AUTO", "Dim"])
 def test_a_first_batch_of_one_leaves_free_what_dynamic_shapes_frees(free: Any) -> None:
     model, batches = Layers(), [torch.randn(1, 3, 8), torch.randn(2, 5, 8)]

@@ -111,6 +111,7 @@ class Translating(nn.Module):
         return y
 
 
+@pytest.mark.ci
 def test_a_decoders_padding_is_that_of_its_own_mask(caplog: Any) -> None:
     model, (tokens, mask) = Translating(), padded()
     other = mask.flip(1)

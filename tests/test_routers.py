@@ -57,6 +57,7 @@ def test_a_gate_whose_result_chooses_experts_is_a_router(how: str) -> None:
     assert found.keys() - {"gate.weight"} == {"stem.weight", "head.weight"}
 
 
+@pytest.mark.ci
 def test_include_takes_a_router_in_and_a_live_model_has_it_dense_as_well() -> None:
     assert "gate.weight" not in reasons(Mixture("topk"), include="gate.*")
     model = nm.compile(Mixture("topk"), method=nm.LBC(), then="eager")

@@ -108,6 +108,7 @@ class Tabled(MLP):
         return super().forward(x) + table
 
 
+@pytest.mark.ci
 def test_a_fragment_without_inputs_is_batched_in_the_mode_of_its_own_values() -> None:
     model, x = Tabled(), torch.randn(2, 8)
     expected = model(x)
