@@ -241,7 +241,7 @@ class Variant:
     """A fragment bound to certain parameters and buffers."""
 
     def __init__(self, program: GraphModule, names: Sequence[str | None], model: nn.Module) -> None:
-        self.program = program
+        self.program, self.names = program, tuple(names)
         self.kept = [index for index, name in enumerate(names) if name is None]
         self.state = [(index, *store_of(model, name)) for index, name in enumerate(names) if name is not None]
 
@@ -295,10 +295,11 @@ def _settings() -> dict[str, Any]:
     }
 
 
-def entry_of(module: nn.Module, carrier: Fragments) -> tuple[Callable[..., Any], CodeType]:
+def entry_of(module: nn.Module, carrier: Fragments, *, breaks: bool = False) -> tuple[Callable[..., Any], CodeType]:
     """A module's call under TorchDynamo, and the code object of its frame.
 
     It has the carrier's own cache where torch has such a thing (2.12 on). The entry of `Module.compile` is passed by.
+    breaks: the call is known to come in parts, so TorchDynamo need not trace all of it once more to find that out.
     """
     backend = weakref.WeakMethod(carrier.compile)
 
@@ -312,6 +313,8 @@ def entry_of(module: nn.Module, carrier: Fragments) -> tuple[Callable[..., Any],
 
     # Dynamo caches by code object, counts versions by it before 2.12, and by name and line remembers which sizes changed
     call.__code__ = call.__code__.replace(co_name=f"call_{type(module).__name__}_{id(module):x}")
+    if breaks:
+        torch._dynamo.eval_frame.skip_code(call.__code__)
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     entry: Callable[..., Any] = torch.compile(call, backend=compile_fragment, **apart)  # type: ignore[call-overload]
     return entry, call.__code__

@@ -114,28 +114,63 @@ def test_a_mode_that_turns_out_to_come_in_fragments_runs_its_python_once() -> No
     assert model.norm.num_batches_tracked == 1
 
 
-def test_a_first_call_that_breaks_is_planned_without_tracing_its_first_fragment_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+class Breaking(nn.Module):
+    """A call in two parts; ``fails``: what lies between them raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[1](self.layers[0](x))
+        torch._dynamo.graph_break()
+        if self.fails:
+            raise RuntimeError("no more")
+        return self.layers[3](self.layers[2](x))
+
+
+@pytest.mark.ci(here=["eager"])
+@each_then
+def test_a_first_call_that_breaks_is_traced_once(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """TorchDynamo takes a minute to trace a detector once."""
-
-    class Breaking(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.layers[1](self.layers[0](x))
-            torch._dynamo.graph_break()
-            return self.layers[3](self.layers[2](x))
-
-    model, count, compiled = nm.compile(Breaking(), then="eager"), [0], Live.compile
+    model, count, compiled = nm.compile(Breaking(), method=nm.SRSTE(), then=then), [0], Live.compile
 
     def counted(self: Live, *args: Any) -> Any:
         count[0] += 1
         return compiled(self, *args)
 
     monkeypatch.setattr(Live, "compile", counted)
-    model(positive())
-    assert count == [3]  # one that is found to be a part, then both
+    x = positive()
+    result = model(x)
+    assert count == [2]  # both are looked at, planned on together and rewritten where they are
+    assert [row.status for row in nm.report(model).rows] == ["dense", "sparse", "sparse", "dense"]
+    assert [row.runs for row in nm.report(model).rows if row.status == "sparse"] == [1, 1]
+    torch.testing.assert_close(result, dense_call(model, x))
+    train(model, x, 2)
+    torch.testing.assert_close(model(x), dense_call(model, x))
+
+
+@pytest.mark.ci
+def test_a_compiler_that_may_want_guards_of_its_own_traces_fragments_without_fixed_sizes_again() -> None:
+    model, x = nm.compile(Breaking(), method=nm.SRSTE(), then="aot_eager"), positive(6)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.testing.assert_close(model(x), dense_call(model, x))
+    assert [row.status for row in nm.report(model).rows] == ["dense", "sparse", "sparse", "dense"]
+    other = positive(10)
+    torch.testing.assert_close(model(other), dense_call(model, other))
+
+
+@pytest.mark.ci(here=["eager"])
+@each_then
+def test_a_first_call_that_fails_halfway_leaves_no_dense_fragment_behind(then: str) -> None:
+    model, x = nm.compile(Breaking(), method=nm.SRSTE(), then=then), positive()
+    model.fails = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no more"):
+            model(x)
+    model.fails = False
+    torch.testing.assert_close(model(x), dense_call(model, x))
     assert [row.status for row in nm.report(model).rows] == ["dense", "sparse", "sparse", "dense"]
 
 

@@ -50,12 +50,16 @@ class Entry:
 def entered(module: nn.Module, args: Any) -> None:
     """A hook that finds nothing to do inside the carrier. Raises NMError where a call went past it.
 
-    Without a hook TorchDynamo, compiling the code around, would itself go past ``_compiled_call_impl``.
+    Without a hook TorchDynamo, compiling the code around, would itself go past ``_compiled_call_impl``. Where Python runs
+    the hook, and not TorchDynamo, the code around is in parts.
     """
     if _ENTRY not in module.__dict__:
         _refuse_hooks_alone(module)
-    if not module.__dict__[_ENTRY].carrier.active:
+    carrier = module.__dict__[_ENTRY].carrier
+    if not carrier.active:
         _refuse(module)
+    if not torch.compiler.is_dynamo_compiling():
+        carrier.live.met_in_python()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -3,11 +3,13 @@
     fragment ──lower──► aten ──decide──► plan ──passes──► program ──lift──► AOTAutograd / inductor
 
 The first fragment that is a whole call plans the weights it reads. If the call comes in several, it is first run once to
-be looked at (`Undecided`), as `nm.compile` does with example inputs.
+be looked at (`Undecided`), as `nm.compile` does with example inputs: its fragments run dense, are planned on together, and
+are then rewritten where they are, so that TorchDynamo traces the model's Python once.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,15 +17,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import py_sym_types
+from torch.fx.experimental.symbolic_shapes import has_free_symbols
+from torch.utils import _pytree as pytree
 
 from nm_compiler.bodies import program_text, programs
 from nm_compiler.dynamo import Fragments, Variant, entry_of, store_of, weakly
 from nm_compiler.errors import NMError
 from nm_compiler.fragments import bind_inputs, lower
 from nm_compiler.graph import reads, run
+from nm_compiler.live.entries import entered
 from nm_compiler.live.growing import check_parameters
 from nm_compiler.live.lifting import Lifted, form_of, lift
 from nm_compiler.ops.weights import stands_for_weight
+from nm_compiler.outline import Run, outline
 from nm_compiler.recipe import pipeline
 from nm_compiler.routes import way_back
 from nm_compiler.sharding import is_sharded, parallel
@@ -52,39 +59,78 @@ class Live(Fragments):
         self.parts = False  # whether a fragment that is not a whole call may be planned on
         self.pieces: list[LiveFragment] = []
         self.ran = False  # whether a fragment has run in this call
+        self.parted = False  # whether this call is known to come in parts, as Python calls a layer of it
         self._watched: set[int] = set()
         self._tried: set[tuple[int, bool, bool]] = set()
         self._watching = False
+        self._trying = False  # whether a call runs that nobody watches, in the hope that it is one fragment
         self._entries: dict[int, tuple[nn.Module, Callable[..., Any], Any]] = {}
 
     # -- running -----------------------------------------------------------------------------------------------------
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run ``module``, the model or a part of it, compiled."""
-        known = self._entries.get(id(module))
-        if known is None:
-            known = (module, *entry_of(module, self))
-            if not torch._dynamo.config.disable:  # with which torch.compile gives back what it was given
-                self._entries[id(module)] = known
+        known = self._entry(module)
         if id(module) not in self._watched:
-            self.ran = self._watching = False
+            self.ran = self._watching = self.parted = False
             mode = id(module), module.training, torch.is_grad_enabled()
             back = way_back(self.model) if mode not in self._tried else None  # it costs too much for every call
             self._tried.add(mode)
             broken = False
+            self._trying = True
             try:
                 result = self.guarded(known[1], args, kwargs, watched=False)
-                if self.ran:  # one fragment, and nothing outside it
+                if self.ran and not self.parted:  # one fragment, and nothing outside it
                     return result
             except Broken:
                 broken = True
+            finally:
+                self._trying = False
             if back is not None:  # Python between fragments has run, and runs again
                 back()
             self._watched.add(id(module))
+            self._entries.pop(id(module), None)
+            known = self._entry(module)
             if broken and not self.prepared.looked and not self.parts:  # its first fragment would say so, traced once more
                 raise Undecided(type(self.model).__name__)
         self._watching = True
         return self.guarded(known[1], args, kwargs)
+
+    def _entry(self, module: nn.Module) -> tuple[nn.Module, Callable[..., Any], Any]:
+        known = self._entries.get(id(module))
+        if known is None:
+            known = (module, *entry_of(module, self, breaks=id(module) in self._watched))
+            if not torch._dynamo.config.disable:  # with which torch.compile gives back what it was given
+                self._entries[id(module)] = known
+        return known
+
+    def met_in_python(self) -> None:
+        """A layer is called by Python, so the call has come in parts. Raises `Broken` if nobody watches it."""
+        if self._trying:
+            self.parted = True  # should the model catch what is raised
+            raise Broken(type(self.model).__name__)
+
+    def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphModule:
+        """Run the model once, dense, and return the outline of what ran. `settle` or `forget` has to follow."""
+        self.runs, self.outside, self._watching = [], {}, True
+        try:
+            self.guarded(self._entry(self.model)[1], args, kwargs)
+            return outline(self.model, self.runs, (args, kwargs))
+        finally:
+            self.runs = None
+
+    def settle(self) -> None:
+        """Rewrite the fragments that were looked at, now that their weights are planned; or trace them once more."""
+        if not all(piece.can_wait() for piece in self.pieces):
+            self.forget()
+        for piece in self.pieces:
+            piece.settle()
+
+    def forget(self) -> None:
+        """Fragments that were looked at are not to run: the next call is traced anew."""
+        if any(piece.looked_at for piece in self.pieces):
+            self.pieces = [piece for piece in self.pieces if not piece.looked_at]
+            self._entries.clear()
 
     def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The backend that TorchDynamo calls."""
@@ -160,7 +206,9 @@ class Live(Fragments):
     def note_outside(self, name: str, func: Any) -> None:
         """A planned weight, or one that may become planned, was read by Python outside fragments. Raises NMError."""
         maybe = name in self.prepared.candidates and getattr(func, "__name__", "") in PRODUCTS
-        if maybe or name in self.prepared.sites:
+        if maybe and self.runs is not None:
+            self.outside.setdefault(name, python_line())
+        elif maybe or name in self.prepared.sites:
             raise NMError(outside_text(name, python_line(), captured=False))
 
 
@@ -171,7 +219,7 @@ class LiveFragment:
         self._live, self.whole = weakref.ref(live), whole
         self.examples = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
         self.lowered = lower(gm)
-        self.variants: dict[tuple[str | None, ...], LiveVariant] = {}
+        self.variants: dict[tuple[str | None, ...], Variant] = {}
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     @property
@@ -181,13 +229,32 @@ class LiveFragment:
         assert live is not None
         return live
 
-    def variant(self, names: tuple[str | None, ...]) -> LiveVariant:
-        """The fragment over the weights ``names``; compiled when it is new."""
+    @property
+    def looked_at(self) -> bool:
+        """Whether something in it is dense still, which only a look may run."""
+        return any(not isinstance(variant, LiveVariant) for variant in self.variants.values())
+
+    def variant(self, names: tuple[str | None, ...]) -> Variant:
+        """The fragment over the weights ``names``; compiled when it is new, or dense while the call is only looked at."""
         if names not in self.variants:
             live = self.live
-            program = live.rewritten(bind_inputs(self.lowered, names, live.model), whole=self.whole)
-            self.variants[names] = LiveVariant(self, program, names)
+            program = bind_inputs(self.lowered, names, live.model)
+            if live.runs is None:
+                self.variants[names] = LiveVariant(self, live.rewritten(program, whole=self.whole), names)
+            else:
+                self.variants[names] = Variant(program, names, live.model)
         return self.variants[names]
+
+    def can_wait(self) -> bool:
+        """Whether it may be compiled later than TorchDynamo's guards: with fixed sizes a compiler adds none to them."""
+        return self.live.prepared.then == "eager" or not self.looked_at or is_fixed(self.lowered)
+
+    def settle(self) -> None:
+        """Rewrite what was dense while the call was looked at."""
+        for names, variant in self.variants.items():
+            if not isinstance(variant, LiveVariant):
+                program = self.live.rewritten(variant.program, whole=self.whole)
+                self.variants[names] = LiveVariant(self, program, names, later=True)
 
     def compiled(self, lifted: Lifted, inputs: Sequence[Any]) -> Callable[..., Any] | None:
         """The lifted program compiled, once for all variants of the same form. None for one that is new at run time."""
@@ -198,36 +265,67 @@ class LiveFragment:
             self._compiled[form] = compile_lifted(lifted, self.live.model, inputs, self.live.prepared.then)
         return self._compiled[form]
 
+    def compiled_now(self, lifted: Lifted, inputs: Sequence[Any]) -> Callable[..., Any] | None:
+        """The same at run time, of a fragment that was looked at: sizes are fixed and modes are those it was traced in."""
+        mode = torch._guards.detect_fake_mode(self.examples) or torch._subclasses.FakeTensorMode()
+        context = torch._guards.TracingContext(mode)
+        with torch._guards.tracing(context):
+            made = self.compiled(lifted, inputs)
+        guards = context.guards_context.aotautograd_guards
+        return None if guards else made  # TorchDynamo would have had to check those, of inputs that lie in one memory
+
     def __call__(self, *args: Any) -> Any:
-        self.live.ran = True
+        live = self.live
+        live.ran = True
         with unwatched():
             found = next((variant for variant in self.variants.values() if variant.fits(args)), None)
-            found = found or self.variant(self.live.names_of(args))
-            return found.run(args)
+            found = found or self.variant(live.names_of(args))
+            if live.runs is None:
+                assert isinstance(found, LiveVariant), "a fragment that was looked at runs dense"
+                return found.run(args)
+            inputs = tuple(args[index] for index in found.kept)
+            outputs = found.program(*inputs)
+            live.runs.append(Run(bind_inputs(self.lowered, found.names, live.model), inputs, tuple(outputs)))
+            return outputs
 
 
 class LiveVariant(Variant):
-    """A fragment bound to certain weights, and what runs it."""
+    """A fragment bound to certain weights, and what runs it. later: it is compiled when it first runs."""
 
-    def __init__(self, fragment: LiveFragment, program: GraphModule, names: Sequence[str | None]) -> None:
+    def __init__(
+        self, fragment: LiveFragment, program: GraphModule, names: Sequence[str | None], *, later: bool = False
+    ) -> None:
         live = fragment.live
         super().__init__(program, names, live.model)
         read = {str(node.target) for each in programs(program) for node in each.graph.nodes if node.op == "get_attr"}
         self.planned = tuple(name for name in live.prepared.sites if name in read)
         self.calls = 0
         self._fast: Callable[..., Any] | None = None
+        self._waits: Callable[[], Callable[..., Any] | None] | None = None
         if live.prepared.then != "eager":
-            lifted = lift(program)
-            self._fast = fragment.compiled(lifted, [fragment.examples[index] for index in self.kept])
+            lifted, examples = lift(program), [fragment.examples[index] for index in self.kept]
             self._stores = [_getter(live.model, read) for read in lifted.reads]
+            if later:
+                self._waits = functools.partial(fragment.compiled_now, lifted, examples)
+            else:
+                self._fast = fragment.compiled(lifted, examples)
 
     def run(self, args: Sequence[Any]) -> Any:
         """Run on the fragment's inputs."""
         self.calls += 1
+        if self._waits is not None:
+            self._fast, self._waits = self._waits(), None
         inputs = [args[index] for index in self.kept]
         if self._fast is None:
             return self.program(*inputs)
         return self._fast(*[store[leaf] for store, leaf in self._stores], *inputs)
+
+
+def is_fixed(lowered: GraphModule) -> bool:
+    """Whether no size in a graph is a symbol."""
+    values = (node.meta.get("val") for node in lowered.graph.nodes)
+    leaves = (leaf for value in values for leaf in pytree.tree_leaves(value))
+    return not any(isinstance(leaf, (Tensor, *py_sym_types)) and has_free_symbols(leaf) for leaf in leaves)
 
 
 def _getter(model: nn.Module, read: Any) -> tuple[Any, Any]:
@@ -273,3 +371,6 @@ def refuse_rewritten(gm: GraphModule, model: nn.Module) -> None:
                 f"{type(model).__name__} was compiled by nm.compile already, its graph is sparse: "
                 'torch.compile it with backend="inductor"'
             )
+
+
+torch._dynamo.eval_frame.skip_code(entered.__code__)  # as a frame of its own it must stay Python

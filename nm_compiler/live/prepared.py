@@ -145,10 +145,10 @@ class Prepared:
             except Undecided:
                 if back is not None:  # what ran before the weight was met is run again
                     back()
-                if module is self.origin:
-                    self._look(args, kwargs)
                 self.live.parts = True
                 try:
+                    if module is self.origin:
+                        self._look(args, kwargs)
                     result = self.live.call(module, args, kwargs)
                 finally:
                     self.live.parts = False
@@ -177,18 +177,20 @@ class Prepared:
 
     def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the call once, dense and without a trace, to plan on all of its fragments together."""
-        from nm_compiler.dynamo import Fragments
         from nm_compiler.routes import check_outside, copies_of, untouched
 
-        carrier = Fragments(self.origin, {})
+        live = self.live
         copies = copies_of(args), {name: copies_of(value) for name, value in kwargs.items()}
-        with untouched(self.origin):
-            carrier.record(*copies)
-        undecided = {name: line for name, line in carrier.outside.items() if name in self.candidates}
-        carrier.outside = undecided
-        check_outside(self.origin, {self.origin.training: carrier}, self.patterns, self.exclude, captured=False)
-        self.growing.decide(carrier.whole, whole=True)
-        self.looked = True
+        try:
+            with untouched(self.origin):
+                whole = live.look(*copies)
+            check_outside(self.origin, {self.origin.training: live}, self.patterns, self.exclude, captured=False)
+            self.growing.decide(whole, whole=True)
+            self.looked = True
+            live.settle()
+        except BaseException:
+            live.forget()
+            raise
 
     def _check_modules(self) -> None:
         """Raise NMError if a layer that owns prepared weights is another one now."""
