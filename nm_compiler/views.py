@@ -7,7 +7,8 @@
 
 A view is described by the strides it would have over the contiguous weight, so one rule (run the view on a tensor of the
 meta device) serves every view op; what would have to copy cannot be followed. Steps that multiply by a constant, such as
-weight norm, keep every zero where it is: the product behind them reads an N:M weight if the parameter is one.
+weight norm, or round to a grid that holds zero, as the fake quantisation of QAT does, keep every zero where it is: the
+product behind them reads an N:M weight if the parameter is one.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ _SHAPES = (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.
 _INDEXED = (aten.index.Tensor, aten.index_select.default)
 _MOVED = (aten.flip.default, aten.roll.default, aten.repeat.default, aten.gather.default)
 _SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default, aten.dropout.default,
-           aten._weight_norm.default)  # fmt: skip
+           aten._weight_norm.default, aten.fake_quantize_per_channel_affine.default,
+           aten.fake_quantize_per_tensor_affine.default, aten.fake_quantize_per_tensor_affine.tensor_qparams,
+           aten.fused_moving_avg_obs_fake_quant.default)  # fmt: skip
+_EITHER = (aten.mul.Tensor, aten.mul.Scalar)  # the weight may be either operand of these, of others only the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,7 @@ def start(read: Node) -> Seen:
 
 
 def is_scale(node: Node) -> bool:
-    """Whether a node only multiplies (or divides) its first operand, or for a product of two either one."""
+    """Whether a node multiplies, divides or rounds its first operand, or for a product of two either one, keeping zeros."""
     return node.op == "call_function" and node.target in _SCALES
 
 
@@ -162,8 +166,7 @@ def _indexed(after: Seen) -> Seen | str:
 
 def _scaled(after: Seen, before: Node) -> Seen | None:
     node = after.node
-    divided = node.target in (aten.div.Tensor, aten.div.Scalar, aten._weight_norm.default)
-    if divided and node.args[0] is not before:
+    if node.target not in _EITHER and node.args[0] is not before:
         return None
     return replace(after, dims=_expand(after.dims, node), scaled=after.scaled or node)
 

@@ -90,10 +90,14 @@ def outside_text(name: str, line: str, *, captured: bool = True) -> str:
             f"  {line}\nLoop over the parts with torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False) in its place"
             + ("" if captured else ", or give nm.compile example inputs")
         )
-    live = "; nm.compile(model), without example inputs, follows many such loops layer by layer" if captured else ""
+    other = (
+        "; nm.compile(model), without example inputs, follows many such loops layer by layer"
+        if captured
+        else "; or give nm.compile example inputs, which takes layers that Dynamo never follows, as those of torch.ao's QAT"
+    )
     return (
         f"{name} is read by code that TorchDynamo does not compile, so it would be dense there:\n  {line}\n"
         "Take the function that reads it out of torch._dynamo.disable, or whatever makes Dynamo skip it: a loop that branches "
-        f"on data, for instance, which can go into a method of its own, and the layers that it calls into another{live}. "
+        f"on data, for instance, which can go into a method of its own, and the layers that it calls into another{other}. "
         f"Or leave the weight dense with exclude={name!r}"
     )

@@ -58,6 +58,7 @@ class Live(Fragments):
         self.at_once = False  # whether the caller knows that the next fragment is a whole call
         self.parts = False  # whether a fragment that is not a whole call may be planned on
         self.pieces: list[LiveFragment] = []
+        self.computed_with: dict[str, str] = {}  # weights that no graph had read and Python computed with, and its line
         self.ran = False  # whether a fragment has run in this call
         self.parted = False  # whether this call is known to come in parts, as Python calls a layer of it
         self._watched: set[int] = set()
@@ -204,7 +205,12 @@ class Live(Fragments):
                 raise parallel(name, value, prepared.sites.get(name) or prepared.candidates.get(name))
 
     def note_outside(self, name: str, func: Any) -> None:
-        """A planned weight, or one that may become planned, was read by Python outside fragments. Raises NMError."""
+        """A planned weight, or one that may become planned, was read by Python outside fragments. Raises NMError.
+
+        One that may become planned and meets no product here is an error at the end of the call, if no graph reads it.
+        """
+        if name in self.prepared.candidates and name not in self.computed_with:
+            self.computed_with[name] = python_line()
         maybe = name in self.prepared.candidates and getattr(func, "__name__", "") in PRODUCTS
         if maybe and self.runs is not None:
             self.outside.setdefault(name, python_line())

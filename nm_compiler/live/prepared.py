@@ -152,6 +152,7 @@ class Prepared:
                     result = self.live.call(module, args, kwargs)
                 finally:
                     self.live.parts = False
+        self._check_read()
         self.calls += 1
         self.looked = True
         if self.calls == 1:
@@ -191,6 +192,14 @@ class Prepared:
         except BaseException:
             live.forget()
             raise
+
+    def _check_read(self) -> None:
+        """Raise NMError if Python alone has read the weight of a layer, as in layers whose code TorchDynamo skips."""
+        from nm_compiler.watching import outside_text
+
+        for name, line in self.live.computed_with.items():
+            if name in self.candidates and self.candidates[name].op != "-":
+                raise NMError(outside_text(name, line, captured=False))
 
     def _check_modules(self) -> None:
         """Raise NMError if a layer that owns prepared weights is another one now."""
