@@ -38,6 +38,7 @@ from nm_compiler.silence import expected
 from nm_compiler.sites import UNREAD, Plan
 from nm_compiler.uses import Use, uses
 from nm_compiler.watching import PRODUCTS, Watch, outside_text, python_line, unwatched
+from nm_compiler.ways_in import ways_in
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class Fragments:
         """Run the model. Raises NMError where a weight would be dense, and what the model itself raises."""
         if self._compiled is None:
             self._compiled, _ = entry_of(self.model, self)
-        return self.guarded(self._compiled, args, {**self.hidden, **kwargs})
+        with ways_in(self.model):
+            return self.guarded(self._compiled, args, {**self.hidden, **kwargs})
 
     def guarded(
         self, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, watched: bool = True

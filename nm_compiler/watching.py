@@ -91,7 +91,7 @@ def outside_text(name: str, line: str, *, captured: bool = True) -> str:
             + ("" if captured else ", or give nm.compile example inputs")
         )
     other = (
-        "; nm.compile(model), without example inputs, follows many such loops layer by layer"
+        ""
         if captured
         else "; or give nm.compile example inputs, which takes layers that Dynamo never follows, as those of torch.ao's QAT"
     )

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import nm_compiler as nm
 from nm_compiler.dynamo import Fragments
 from nm_compiler.sites import UNREAD
+from nm_compiler.solvers.magnitude import magnitude_mask
 
 METHODS = [nm.LBC(), nm.BiMask(interval=2, moves=40), nm.Magnitude()]
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: str(m).split(", decay")[0])
@@ -258,19 +259,56 @@ class LoopOfExperts(nn.Module):
 
 
 @pytest.mark.ci
-def test_a_loop_that_asks_the_data_is_an_error_that_points_to_a_model_without_inputs_which_takes_it() -> None:
+def test_a_loop_that_asks_the_data_is_followed_layer_by_layer() -> None:
     torch.manual_seed(0)
+    names = {"gate.weight", *(f"experts.{at}.weight" for at in range(4))}
     model, x = LoopOfExperts(), torch.randn(40, 8)
-    with pytest.raises(
-        nm.NMError, match=r"nm.compile\(model\), without example inputs, follows many such loops layer by layer"
-    ):
-        nm.compile(model, (x,))
-    live = nm.compile(model)
+    dense = copy.deepcopy(model)
+    sparse = nm.compile(model, (x,), method=nm.SRSTE())
+    assert {site.name for site in sparse.plan.sites} == names
+    with torch.no_grad():
+        for name in names:
+            weight = dense.get_parameter(name)
+            weight.mul_(magnitude_mask(weight, 2, 4, 1))
+    torch.testing.assert_close(sparse(x), dense(x))
+    assert all(module.__dict__.get("_compiled_call_impl") is None for module in model.modules())
+    frozen = nm.freeze(sparse)
+    live = nm.compile(frozen)
     live(x).sum().backward()
-    assert {row.name for row in nm.report(live).rows if row.runs} == {
-        "gate.weight",
-        *(f"experts.{at}.weight" for at in range(4)),
-    }
+    assert {row.name for row in nm.report(live).rows if row.runs} == names
+
+
+class Detector(nn.Module):
+    """Looks at its inputs one by one first, as torchvision's detectors do, and has a plain container for a backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
+        self.between, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for row in x:
+            if (row > 1e3).any():
+                raise ValueError("too large")
+        return self.head(torch.relu(self.between(self.backbone(x))))
+
+
+def test_layers_of_torch_that_python_calls_between_fragments_are_sparse() -> None:
+    torch.manual_seed(0)
+    model, x = Detector(), torch.randn(6, 8)
+    dense = copy.deepcopy(model)
+    sparse = nm.compile(model, (x,), method=nm.SRSTE())
+    assert {site.name for site in sparse.plan.sites} == {"backbone.2.weight", "between.weight"}
+    with torch.no_grad():
+        for site in sparse.plan.sites:
+            weight = dense.get_parameter(site.name)
+            weight.mul_(magnitude_mask(weight, 2, 4, 1))
+    torch.testing.assert_close(sparse(x), dense(x))
+    sparse(x).sum().backward()
+    dense(x).sum().backward()
+    torch.testing.assert_close(model.between.bias.grad, dense.between.bias.grad)
+    with pytest.raises(ValueError, match="too large"):
+        sparse(x * 1e6)
 
 
 def test_a_weight_in_a_function_that_dynamo_leaves_alone_is_an_error_with_its_line_or_excluded() -> None:
