@@ -221,8 +221,8 @@ def _check_masks(module: Carrier) -> None:
                 if fullest > site.pattern.n:
                     raise NMError(
                         f"{site.name} of shape {list(site.shape)}: its mask keeps {fullest} of {site.pattern.m} in a "
-                        f"group, not {site.pattern}, although {module.method.name}.is_settled() says so; the state beside it "
-                        "was edited, load a healthy checkpoint"
+                        f"group, not {site.pattern}, although {module.method.name}.is_settled() says so: either that is "
+                        "wrong, or the state beside it was edited, and a healthy checkpoint has to be loaded"
                     )
 
 

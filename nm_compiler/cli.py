@@ -34,10 +34,11 @@ def _demo(options: argparse.Namespace) -> int:
     _check_extras()
     from rich.console import Console
 
-    from nm_compiler.demo import page
+    from nm_compiler.demo.page import page
     from nm_compiler.demo.progress import shown
     from nm_compiler.demo.settings import choose
     from nm_compiler.demo.train import run
+    from nm_compiler.files import check_place, write
     from nm_compiler.pattern import Pattern
 
     patterns = tuple(dict.fromkeys(map(Pattern.parse, options.patterns))) if options.patterns else None
@@ -46,11 +47,11 @@ def _demo(options: argparse.Namespace) -> int:
         data=options.data, model=options.model, quick=options.quick, methods=methods, patterns=patterns, seeds=options.seeds,
         epochs=options.epochs, batch_size=options.batch_size, limit=options.limit, device=options.device,
     )  # fmt: skip
-    page.check_place(options.out)
+    check_place(options.out, "--out")
     with shown(Console(stderr=True)) as progress:
         outcome = run(settings, progress)
     print(outcome)
-    page.write(outcome, options.out)
+    write(options.out, page(outcome), "--out")
     print(f"The pictures are in {options.out}")
     return 0
 
@@ -79,16 +80,19 @@ def _report(options: argparse.Namespace) -> int:
     import torch
 
     from nm_compiler.factories import example_inputs, model_of
+    from nm_compiler.files import check_place, write
     from nm_compiler.lowering import lower
     from nm_compiler.reporting import report
 
+    if options.html:
+        check_place(options.html, "--html")
     model = model_of(options.model)
     inputs = example_inputs(options.inputs, model)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     found = report(lower(model, inputs, backend=options.backend, pattern=_patterns(options.pattern), dtype=dtype))
     print(found)
     if options.html:
-        options.html.write_text(found.to_html())
+        write(options.html, found.to_page(), "--html")
         print(f"The same as a page: {options.html}")
     return 0
 
@@ -140,7 +144,7 @@ def _check_extras() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("nm-compiler", description="N:M sparsity for PyTorch models.")
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="train one network five ways and write a page about it", description=_DEMO))
     check = commands.add_parser("verify", help="which weights of a checkpoint are N:M", description=_VERIFY)
     check.add_argument(

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from nm_compiler.graph import getattr_path
 from nm_compiler.ops.two_masks import TWO_MASKS, turned_back
-from nm_compiler.ops.weights import BACKWARD
+from nm_compiler.ops.weights import makes_backward
 from nm_compiler.rewrite import masked_nodes
 from nm_compiler.scaled import value_if_scaled
 from nm_compiler.sharding import whole
@@ -57,7 +57,7 @@ def _and_ancestors(node: Node) -> list[Node]:
 
 
 def effective_weights(gm: GraphModule, name: str) -> tuple[Tensor | None, Tensor | None]:
-    """What the graph multiplies with now: the forward weight W * F and, under Bi-Mask, the backward weight W * B."""
+    """What the graph multiplies with now: the forward weight W * F and, where there is one, the backward weight W * B."""
     forward = next(iter(masked_nodes(gm, name)), None)
     if forward is None:
         return None, None
@@ -65,7 +65,7 @@ def effective_weights(gm: GraphModule, name: str) -> tuple[Tensor | None, Tensor
     if both.target is TWO_MASKS:
         masked, turned = value_of(gm, both)
         return masked, turned_back(turned, None if both.args[1] is None else value_of(gm, both.args[1]))
-    backward = next((u for u in forward.users if u.target in BACKWARD), None)
+    backward = next((u for u in forward.users if makes_backward(u.target)), None)
     return value_of(gm, forward), None if backward is None else value_of(gm, backward)
 
 

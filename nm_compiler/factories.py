@@ -29,14 +29,17 @@ def model_of(name: str) -> nn.Module:
         for atom in path.split("."):
             found = getattr(found, atom)
     except (ImportError, AttributeError) as error:
-        raise NMError(f"{name} cannot be found: {error}") from error
+        raise NMError(
+            f"{name} cannot be found: {error}. MODULE is looked for in the working directory ({os.getcwd()}) and among "
+            "what is installed; FACTORY is a function in it, or a model"
+        ) from error
     if not isinstance(found, nn.Module) and callable(found):
         try:
             found = found()
         except Exception as error:
             raise NMError(f"{name}() failed: {type(error).__name__}: {error}") from error
     if not isinstance(found, nn.Module):
-        raise NMError(f"{name} gives a {type(found).__name__}, not a torch.nn.Module")
+        raise NMError(f"{name} gives {type(found).__name__}, not a torch.nn.Module: name a function that returns the model")
     return found
 
 

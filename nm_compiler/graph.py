@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from nm_compiler.errors import NMError
 from nm_compiler.scaled import Scaled
 from nm_compiler.sharding import is_sharded
 
@@ -30,9 +31,18 @@ _SHORT = {
 def run(gm: GraphModule, passes: Iterable[Pass]) -> GraphModule:
     """Apply ``passes`` in order; after each one remove dead code, lint, recompile and fill in missing shapes."""
     for each in passes:
-        gm = each(gm)
+        gm = rewritten(each, gm)
         tidy(gm)
     return gm
+
+
+def rewritten(each: Pass, gm: GraphModule) -> GraphModule:
+    """What a pass makes of a graph. Raises NMError for what returns none."""
+    found: Any = each(gm)
+    if not isinstance(found, GraphModule):
+        name = getattr(getattr(each, "func", each), "__name__", repr(each))
+        raise NMError(f"the pass {name} returned {type(found).__name__}: let it return the graph that it was given")
+    return found
 
 
 def tidy(gm: GraphModule) -> None:

@@ -70,7 +70,14 @@ def importance_of(importance: Importance | None, site: Site, weight: Tensor) -> 
     """
     if importance is None or (isinstance(importance, Mapping) and site.name not in importance):
         return weight.detach().abs()
+    if not isinstance(importance, Mapping) and not callable(importance):
+        raise NMError(
+            f"importance={importance!r}: give nm.Wanda(nm.calibrate(model, loader)), nm.RIA(..), nm.Saliency(gradients), "
+            "tensors by parameter name, or a function of a site and its weight"
+        )
     given = importance[site.name] if isinstance(importance, Mapping) else importance(site, weight)
+    if not isinstance(given, Tensor):
+        raise NMError(f"importance of {site.name} is a {type(given).__name__}: give a tensor of shape {list(weight.shape)}")
     if tuple(given.shape) != tuple(weight.shape):
         raise NMError(f"importance of {site.name} has shape {list(given.shape)}, the weight has {list(weight.shape)}")
     given = given.detach().to(weight.device)

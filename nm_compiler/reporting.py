@@ -44,7 +44,7 @@ def _compiled(module: Carrier) -> Report:
     names = {weight.site.name for weight in module.weights} & set(module.late)
     rows |= {w.site.name: _planned(module, w) for w in module.weights if w.site.name not in names}
     rows |= {name: _late(module, name) for name in names}
-    title = f"{type(module.origin).__name__} with {module.method}"
+    title = f"{type(module.origin).__name__} with {module.method.brief()}"
     return Report(title, tuple(rows[name] for name in module.plan.shapes), module.notes)
 
 

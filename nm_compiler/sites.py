@@ -48,6 +48,11 @@ class Site:
         return self.layout.in_axis
 
     @property
+    def out_axis(self) -> int:
+        """The axis of output channels, along which backward groups run."""
+        return self.layout.out_axis
+
+    @property
     def rows(self) -> list[int]:
         """The axes as (*batch, out, *taps, in), for `nm_compiler.layout.as_rows`."""
         return list(self.layout.rows(len(self.shape)))

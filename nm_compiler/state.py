@@ -58,8 +58,13 @@ class Weight:
         return whole(self.param.detach())
 
     def __getitem__(self, suffix: str) -> Tensor:
-        """The state ``<param>_<suffix>``, maybe a shard of it."""
-        found = getattr(self.owner, f"{self.leaf}_{suffix}")
+        """The state ``<param>_<suffix>``, maybe a shard of it. Raises NMError if the method gave the weight no such state."""
+        found = getattr(self.owner, f"{self.leaf}_{suffix}", None)
+        if found is None:
+            raise NMError(
+                f"{self.site.name} of shape {list(self.site.shape)} has no state {suffix!r}: only what the method's state() "
+                "gives lies beside a weight"
+            )
         assert isinstance(found, Tensor)
         return found
 

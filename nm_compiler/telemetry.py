@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class Telemetry:
     backward_kept sum |w * B| / sum |w * F| where there is a backward mask, else None
     gradient_gap  sum ((F - B) * w)^2 / sum (F * w)^2, likewise. Ref: Bi-Mask, section 3.3
 
+    and of each weight what `Method.numbers` gives.
+
     model: what `compile` returned, also inside DDP or ``torch.compile``. A row costs about as much as masking every weight
     twice, and a bit of memory for each weight between rows. ``state_dict`` and ``load_state_dict``, as `nm.save_checkpoint`
     takes them, go on counting steps and flips. Raises NMError if ``every`` is not positive.
@@ -49,7 +52,8 @@ class Telemetry:
         rows = {weight.site.name: self._sums(weight.site.name) for weight in self._model.weights}
         lives = {weight.site.name: self._model.method.live(weight) for weight in self._model.weights}
         groups = {weight.site.name: weight.param.numel() // weight.site.pattern.m for weight in self._model.weights}
-        weights = {name: {**_shares(sums), "live": lives[name]} for name, sums in rows.items()}
+        own = {weight.site.name: self._model.method.numbers(weight) for weight in self._model.weights}
+        weights = {name: _joined(name, {**_shares(sums), "live": lives[name]}, own[name]) for name, sums in rows.items()}
         counted = [(live, groups[name]) for name, live in lives.items() if live is not None]
         mean = sum(live * size for live, size in counted) / sum(size for _, size in counted) if counted else None
         total = {**_shares(_added(list(rows.values()))), "live": mean}
@@ -97,6 +101,16 @@ def flat(row: Row) -> dict[str, float]:
 
 
 _SUMS = ("magnitude", "kept", "kept_square", "used", "flipped", "backward", "gap", "size")
+
+
+def _joined(name: str, row: dict[str, float | None], own: Mapping[str, float]) -> dict[str, float | None]:
+    """A weight's numbers, and those of its method. Raises NMError where one would hide another."""
+    twice = sorted(row.keys() & own.keys())
+    if twice:
+        raise NMError(
+            f"numbers() of the method gives {', '.join(map(repr, twice))} for {name}, which every row has: rename it"
+        )
+    return {**row, **own}
 
 
 def _size(values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nm_compiler.errors import NMError
@@ -29,7 +30,8 @@ def insert_op(
     """Put ``op(weight, *state, *options(site))`` behind every site's weight.
 
     op: from `nm_compiler.ops.define.weight_op`, or an overload that says ``stands_for_weight = True``; state: suffixes of what
-    the method registered beside the weight. Raises NMError for other ops, and for state that is not there.
+    the method registered beside the weight. Raises NMError for other ops, for state that is not there and for arguments that
+    the op does not take.
     """
     if not (isinstance(op, torch._ops.OpOverload) and stands_for_weight(op)):
         raise NMError(
@@ -42,14 +44,31 @@ def insert_op(
 
 
 def _called(gm: GraphModule, weight: Node, *, site: Site, op: Any, options: tuple[Any, ...], state: Sequence[str]) -> Node:
+    return call(gm, op, (weight, *arguments(gm, site, op, state, options)), f"{weight.name}_masked")
+
+
+def arguments(gm: GraphModule, site: Site, op: Any, state: Sequence[str], options: tuple[Any, ...]) -> list[Any]:
+    """What ``op`` is called with behind its weight: the state, then the options. Raises NMError if it takes something else."""
     for suffix in state:
         if not _is_there(gm, f"{site.name}_{suffix}"):
             raise NMError(
                 f"insert_op(state={tuple(state)}): {site.name} of shape {list(site.shape)} has no state {suffix!r}; what the "
                 "method's state() gives is what a pass can read"
             )
-    beside = [gm.graph.get_attr(f"{site.name}_{suffix}") for suffix in state]
-    return call(gm, op, (weight, *beside, *options), f"{weight.name}_masked")
+    wanted = op._schema.arguments[1:]
+    least, given = sum(not each.has_default_value() for each in wanted), len(state) + len(options)
+    if not least <= given <= len(wanted):
+        takes = ", ".join(each.name for each in wanted) or "nothing"
+        raise NMError(
+            f"{site.name} of shape {list(site.shape)}: behind the weight {op} takes {takes}, but is given {given} arguments, "
+            f"the state {tuple(state)} and the options {options}: name as many in state= and options= as it takes"
+        )
+    if any(isinstance(option, Tensor) for option in options):
+        raise NMError(
+            f"{site.name} of shape {list(site.shape)}: an option of {op} is a tensor, which no checkpoint would keep: give it "
+            "as state, or as a number"
+        )
+    return [gm.graph.get_attr(f"{site.name}_{suffix}") for suffix in state] + list(options)
 
 
 def _is_there(gm: GraphModule, name: str) -> bool:

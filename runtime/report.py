@@ -1,11 +1,13 @@
-"""The report: a line a weight, sparse or dense and why, as text, dict and HTML."""
+"""The report: a line a weight, sparse or dense and why, as text and dict; as a page in `report_page`."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from nm_compiler.wording import several
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +92,26 @@ class Report:
         rows = [row.to_dict() for row in self.rows]
         return {"title": self.title, "weights": rows, "totals": self.totals, "notes": list(self.notes)}
 
+    def columns(self) -> list[str]:
+        """The attributes of a `Row` that say something here."""
+        return [column for column in HEADINGS if column in _ALWAYS or any(cell(row, column) for row in self.rows)]
+
     def __str__(self) -> str:
-        columns = [column for column in _COLUMNS if column in _ALWAYS or any(_cell(row, column) for row in self.rows)]
-        lines = [[_HEADINGS[column] for column in columns]]
-        lines += [[_cell(row, column) for column in columns] for row in self.rows]
+        columns = [column for column in self.columns() if column != "hint"]
+        lines = [[HEADINGS[column] for column in columns]]
+        lines += [[cell(row, column) for column in columns] for row in self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-        text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        text = [_aligned(line, columns, widths) for line in lines]
         text.insert(1, "-" * max(map(len, text)))
-        return "\n".join([self.title, "", *text, "", self.summary(), *self.notes])
+        return "\n".join([self.title, "", *text, "", self.summary(), *self.hints(), *self.notes])
+
+    def hints(self) -> list[str]:
+        """What would change the status of dense weights, a line for each way with the weights that it would help."""
+        helped: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.hint:
+                helped.setdefault(row.hint, []).append(row.name)
+        return [f"What would help {several(names, 3)}: {hint}." for hint, names in helped.items()]
 
     def summary(self) -> str:
         """One sentence with the totals."""
@@ -109,88 +123,54 @@ class Report:
         return f"{totals['sparse']} of {totals['weights']} tensors are sparse ({share}{retained})."
 
     def to_html(self) -> str:
-        """A self-contained table, dense rows greyed, shares drawn as bars."""
-        columns = [column for column in _COLUMNS if column in _ALWAYS or any(_cell(row, column) for row in self.rows)]
-        below = " ".join([self.summary(), *self.notes])
-        head = "".join(f"<th>{html.escape(_HEADINGS[column])}</th>" for column in columns)
-        body = "".join(
-            f'<tr class="{row.status}">' + "".join(_html_cell(row, column) for column in columns) + "</tr>\n"
-            for row in self.rows
-        )
-        picture = _picture(self.rows)
-        return (
-            f'{_STYLE}<div class="nm-report"><h2>{html.escape(self.title)}</h2><p>{html.escape(below)}</p>\n{picture}'
-            f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
-        )
+        """A self-contained table, dense rows greyed, shares and times drawn as bars."""
+        from nm_compiler.runtime.report_page import table
+
+        return table(self)
+
+    def to_page(self) -> str:
+        """The table as a whole HTML document, to write to a file."""
+        from nm_compiler.runtime.report_page import page
+
+        return page(self)
 
 
-_COLUMNS = (
-    "name", "op", "shape", "pattern", "status", "retained", "backward_kept", "live", "nonzero", "runs", "dense_ms",
-    "sparse_ms", "speedup", "reason", "hint",
-)  # fmt: skip
-_ALWAYS = ("name", "op", "shape", "pattern", "status", "reason")
-_HEADINGS: Mapping[str, str] = {
+HEADINGS: Mapping[str, str] = {
     "name": "weight", "op": "op", "shape": "shape", "pattern": "pattern", "status": "status", "retained": "retained",
-    "backward_kept": "backward kept", "live": "live", "nonzero": "non-zero", "reason": "why", "runs": "ran sparse",
-    "dense_ms": "dense ms", "sparse_ms": "sparse ms", "speedup": "speed-up", "hint": "what would help",
+    "backward_kept": "backward kept", "live": "live", "nonzero": "non-zero", "runs": "ran sparse", "dense_ms": "dense ms",
+    "sparse_ms": "sparse ms", "speedup": "speed-up", "reason": "why", "hint": "what would help",
 }  # fmt: skip
-_SHARES = ("retained", "backward_kept", "nonzero")
-_STYLE = """<style>
-.nm-report{font:14px/1.45 system-ui,sans-serif;color:#1b2430}
-.nm-report table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-.nm-report th,.nm-report td{padding:.28em .8em;text-align:left;border-bottom:1px solid #e6e9ee;white-space:nowrap}
-.nm-report th{color:#5b6675;font-weight:600}
-.nm-report tr.dense td{color:#8a94a3}
-.nm-report .times{display:grid;grid-template-columns:max-content 1fr;gap:.15em .8em;margin:1em 0;max-width:60em}
-.nm-report .times i{display:block;height:.5em;border-radius:2px;background:#c3cad4}
-.nm-report .times i.fast{background:#2f9e62}
-.nm-report .bar{display:inline-block;height:.62em;background:#3b7dd8;border-radius:2px;margin-right:.5em}
-</style>"""
+"""The columns, in order."""
+_ALWAYS = ("name", "op", "shape", "pattern", "status", "reason")
+SHARES = ("retained", "backward_kept", "nonzero")
+NUMBERS = (*SHARES, "live", "runs", "dense_ms", "sparse_ms", "speedup")
+"""Columns of numbers, which stand to the right."""
 
 
-def _size(row: Row) -> int:
-    count = 1
-    for size in row.shape:
-        count *= size
-    return count
-
-
-def _cell(row: Row, column: str) -> str:
+def cell(row: Row, column: str) -> str:
+    """An attribute of a row as text; empty where it means nothing."""
     value = getattr(row, column)
     if value is None:
         return ""
     if column in ("dense_ms", "sparse_ms"):
-        return f"{value:.3g}"
+        return f"{value:.3f}"
     if column == "speedup":
         return f"{value:.2f}x"
     if column == "shape":
         return "x".join(map(str, value))
-    if column in _SHARES:
+    if column in SHARES:
         return f"{value:.1%}"
     if column == "live":
-        return f"{value:.3g}"
+        return f"{value:.2f}"
     if column == "reason" and row.hint:
-        return str(value).removesuffix(f": {row.hint}")  # which has a column of its own
+        return str(value).removesuffix(f": {row.hint}")  # which has a place of its own
     return str(value)
 
 
-def _html_cell(row: Row, column: str) -> str:
-    value = getattr(row, column)
-    bar = f'<span class="bar" style="width:{4 * value:.2f}em"></span>' if column in _SHARES and value is not None else ""
-    return f"<td>{bar}{html.escape(_cell(row, column))}</td>"
+def _aligned(line: Sequence[str], columns: Sequence[str], widths: Sequence[int]) -> str:
+    named = zip(line, columns, widths, strict=True)
+    return "  ".join(text.rjust(width) if column in NUMBERS else text.ljust(width) for text, column, width in named).rstrip()
 
 
-def _picture(rows: tuple[Row, ...]) -> str:
-    """Two bars a layer, dense above sparse, where both were measured."""
-    timed = [row for row in rows if row.dense_ms is not None and row.sparse_ms is not None]
-    most = max((max(row.dense_ms or 0.0, row.sparse_ms or 0.0) for row in timed), default=0.0)
-    if not most:
-        return ""
-    lines = []
-    for row in timed:
-        wide = [100 * (value or 0.0) / most for value in (row.dense_ms, row.sparse_ms)]
-        fast = " class=fast" if row.status == "sparse" else ""
-        bars = f'<i style="width:{wide[0]:.1f}%"></i><i{fast} style="width:{wide[1]:.1f}%"></i>'
-        title = html.escape(f"dense {row.dense_ms:.3g} ms, sparse {row.sparse_ms:.3g} ms")
-        lines.append(f'<span>{html.escape(row.name)}</span><span title="{title}">{bars}</span>')
-    return f'<div class="times">{"".join(lines)}</div>\n'
+def _size(row: Row) -> int:
+    return math.prod(row.shape)

@@ -51,13 +51,15 @@ class Verification:
         return {weight.name: weight.axes for weight in self.weights if weight.axes}
 
     def __str__(self) -> str:
-        width = max((len(weight.name) for weight in self.weights), default=0)
+        if not self.weights:
+            return "Nothing to check: no floating-point tensor of two or more axes is here."
+        shapes = ["x".join(map(str, weight.shape)) for weight in self.weights]
+        name, size = max(len(weight.name) for weight in self.weights), max(map(len, shapes))
         lines = []
-        for weight in self.weights:
-            axes = "yes, axis " + " and ".join(map(str, weight.axes)) if weight.axes else "no"
-            asked = f"{weight.pattern}: {axes}" if weight.pattern else "no pattern"
-            shape = "x".join(map(str, weight.shape))
-            lines.append(f"{weight.name:<{width}}  {shape:<14}  {weight.nonzero:6.1%} non-zero  {asked}")
+        for weight, shape in zip(self.weights, shapes, strict=True):
+            along = f"yes, ax{'e' if len(weight.axes) > 1 else 'i'}s {' and '.join(map(str, weight.axes))}"
+            asked = f"{weight.pattern}: {along if weight.axes else 'no'}" if weight.pattern else "no pattern"
+            lines.append(f"{weight.name:<{name}}  {shape:<{size}}  {weight.nonzero:6.1%} non-zero  {asked}")
         lines.append(f"{len(self.satisfied)} of {len(self.weights)} weights are {self.pattern}.")
         if self.training:
             lines.append(f"Written while it trained with {self.training}: nm.freeze(model), then save what it returns.")
@@ -220,7 +222,9 @@ def _unreadable(path: Path, error: Exception) -> NMError:
             f"{path} holds more than tensors, such as a whole model, and verify runs no code out of a file: save "
             "model.state_dict(), or pass what torch.load(path, weights_only=False) gives if you trust the file"
         )
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not path.stat().st_size:
+        return NMError(f"{path} is empty: save it again, as model.state_dict()")
+    first = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".") if str(error).strip() else type(error).__name__
     return NMError(
         f"{path} ({path.stat().st_size} bytes) cannot be read: {first}. The file is truncated, damaged or holds more than "
         "tensors: save it again, as model.state_dict()"

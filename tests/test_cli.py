@@ -101,6 +101,55 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     assert "no_such_package: pip install 'nm_compiler[demo]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("no/such/folder/page.html", "--html no/such/folder/page.html: the folder"),
+        (".", "--html . is a folder: name a file in it"),
+    ],
+)
+def test_a_page_that_has_no_place_is_refused_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], file: str, said: str
+) -> None:
+    assert cli.main(["report", "no_such_module_here:load", "--inputs", "4x16", "--html", file]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values", [torch.zeros(4), torch.zeros(4, 4, dtype=torch.int64)], ids=["a bias", "whole numbers"])
+def test_verify_says_that_a_file_without_weights_has_nothing_to_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], values: torch.Tensor
+) -> None:
+    torch.save({"a": values}, tmp_path / "model.pt")
+    assert cli.main(["verify", str(tmp_path / "model.pt")]) == 1
+    assert capsys.readouterr().out == "Nothing to check: no floating-point tensor of two or more axes is here.\n"
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_an_empty_file_is_called_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
+    (tmp_path / f"model.{suffix}").touch()
+    assert cli.main(["verify", str(tmp_path / f"model.{suffix}")]) == 2
+    assert f"model.{suffix} is empty: save it again, as model.state_dict()" in capsys.readouterr().err
+
+
+def test_verify_lines_up_shapes_of_any_length_and_names_two_axes_as_axes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"a": torch.zeros(4, 4), "long": torch.zeros(1024, 4, 1, 1, 1, 1, 1)}, tmp_path / "model.safetensors")
+    cli.main(["verify", str(tmp_path / "model.safetensors")])
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "a     4x4                 0.0% non-zero  2:4: yes, axes 0 and 1",
+        "long  1024x4x1x1x1x1x1    0.0% non-zero  2:4: yes, axes 0 and 1",
+    ]
+
+
+def test_a_command_that_is_not_there_is_answered_with_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["prunee"])
+    error = capsys.readouterr().err
+    assert "argument COMMAND: invalid choice: 'prunee' (choose from" in error
+    assert error.startswith("usage: nm-compiler [-h] COMMAND ...")
+
+
 def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert "verify" in capsys.readouterr().out
@@ -138,7 +187,8 @@ def test_report_lowers_a_model_and_prints_a_line_a_weight(factory: str, capsys: 
         r"2\.weight +linear +64x64 +2:4 +(sparse|dense) .*(CPU packed 2:4|measured [0-9.]+x of dense (at 4 tokens|in the whole graph))",
         said,
     ), said
-    assert "<table>" in Path("page.html").read_text()
+    assert Path("page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert "<table>" in Path("page.html").read_text(encoding="utf-8")
     assert cli.main(["report", f"{factory}:load", "--inputs", "4x16", "--pattern", "2.*=2:4", "--pattern", "1:8"]) == 0
     assert re.search(r"2\.weight +linear +64x64 +2:4 ", capsys.readouterr().out)
 
@@ -147,10 +197,10 @@ def test_report_lowers_a_model_and_prints_a_line_a_weight(factory: str, capsys: 
     ("model", "inputs", "said"),
     [
         ("load", "4x16", "is not MODULE:FACTORY"),
-        ("{}:lod", "4x16", "cannot be found"),
-        ("no_such_module_here:load", "4x16", "cannot be found"),
+        ("{}:lod", "4x16", "FACTORY is a function in it, or a model"),
+        ("no_such_module_here:load", "4x16", "MODULE is looked for in the working directory"),
         ("{}:broken", "4x16", "failed: ValueError: no weights there"),
-        ("{}:number", "4x16", "gives a int, not a torch.nn.Module"),
+        ("{}:number", "4x16", "gives int, not a torch.nn.Module: name a function"),
         ("{}:load", "4x16b", "is not a shape"),
         ("{}:load", "4x16:floot", "'floot' is no dtype"),
         ("{}:load", "4x15", "could not be captured"),

@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 
 from nm_compiler import NMError, Pattern, cli
-from nm_compiler.demo import cifar, page
+from nm_compiler.demo import cifar, page, train
 from nm_compiler.demo.data import augmented, batches, digits, load
 from nm_compiler.demo.models import build
 from nm_compiler.demo.results import Outcome
 from nm_compiler.demo.settings import DENSE, METHODS, Entry, Settings, choose
 from nm_compiler.demo.train import run, schedule
+from nm_compiler.methods.bimask import BiMask
+from nm_compiler.solvers.backward_order import quick_search
 
 COLORS = [(200, 10, 10), (10, 200, 10), (10, 10, 200), (90, 90, 90), (240, 240, 10), (0, 0, 0)]
 
@@ -172,6 +174,20 @@ def test_the_learning_rate_rises_and_then_falls_to_zero() -> None:
 
 
 # -- the race ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_only_the_first_search_of_a_process_costs_is_paid_before_the_clock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def search(*args: object, **options: object) -> torch.Tensor:
+        told.append("search")
+        return quick_search(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(METHODS, "bimask", lambda: BiMask(search=search))
+    monkeypatch.setattr(train, "race", lambda *args: told.append("race") or [])  # type: ignore[func-returns-value]
+    run(Settings(methods=("bimask",), patterns=(Pattern(2, 4),), seeds=1, epochs=1, limit=16))
+    assert told[0] == "search"
+    assert told[-1] == "race"
 
 
 @pytest.fixture(scope="module")

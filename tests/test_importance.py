@@ -274,7 +274,9 @@ def test_transposable_masks_take_an_importance_too() -> None:
 
 @pytest.mark.parametrize(
     ("importance", "said"),
-    [({"twice.weight": torch.ones(3, 3)}, r"twice.weight has shape \[3, 3\]"),
+    [("wanda", r"importance='wanda': give nm.Wanda\(nm.calibrate\(model, loader\)\)"),
+     (lambda site, weight: 1.0, r"importance of product is a float: give a tensor of shape"),
+     ({"twice.weight": torch.ones(3, 3)}, r"twice.weight has shape \[3, 3\]"),
      ({"twice.weight": torch.full((12, 12), float("nan"))}, "twice.weight has NaN"),
      ({"twice.weight": -torch.ones(12, 12)}, "twice.weight has NaN, infinite or negative"),
      (nm.Wanda({}), "has no inputs here")],

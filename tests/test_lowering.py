@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -327,7 +328,9 @@ def test_the_report_draws_times_where_both_ways_were_measured() -> None:
     assert report.totals["ms"] == 2.25, "what was chosen: sparse for a, dense for b"
     assert report.totals["bytes"] == 300
     assert "3 ms dense, 2.25 ms as chosen" in str(report)
-    assert "1.60x" in str(report)
+    assert re.search(r"^a .*sparse +2\.000 +1\.250 +1\.60x  cuSPARSELt$", str(report), re.M)
+    assert "What would help b: more tokens." in str(report)
+    assert str(report).count("more tokens") == 1, "said once, below the table"
     page = report.to_html()
     assert page.count("<i ") == 4
     assert "width:100.0%" in page
@@ -342,6 +345,26 @@ def test_a_way_out_that_has_a_column_of_its_own_is_not_said_twice() -> None:
         assert text.count("write it as a linear") == 1
         assert "three axes" in text
     assert row.to_dict()["reason"] == "three axes: write it as a linear"
+
+
+def test_a_hint_that_many_weights_share_is_said_once_with_the_first_of_them() -> None:
+    from nm_compiler.runtime.report import Report, Row
+
+    rows = tuple(Row(f"w{i}", "linear", (8, 8), "2:4", "dense", "slower", hint="a larger batch") for i in range(5))
+    assert "What would help w0, w1, w2 and 2 more: a larger batch." in str(Report("m", rows))
+    assert max(map(len, str(Report("m", rows)).splitlines())) < 80
+    assert Report("m", rows).to_html().count("a larger batch") == 5, "a page has room for a column"
+
+
+def test_a_report_written_to_a_file_is_a_whole_document_and_part_of_one_otherwise() -> None:
+    from nm_compiler.runtime.report import Report, Row
+
+    report = Report("m & n", (Row("größe", "linear", (8, 8), None, "dense", "slower"),))
+    assert report.to_page().startswith("<!doctype html>")
+    assert '<meta charset="utf-8">' in report.to_page()
+    assert "<title>m &amp; n</title>" in report.to_page()
+    assert report.to_html() in report.to_page()
+    assert "<!doctype" not in report.to_html()
 
 
 # -- onnx -------------------------------------------------------------------------------------------------------------------

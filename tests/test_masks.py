@@ -11,7 +11,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern
 from nm_compiler.solvers import sweeps
 from nm_compiler.solvers.combinations import unpack
-from nm_compiler.solvers.magnitude import magnitude_mask
+from nm_compiler.solvers.magnitude import magnitude_mask, value_mask
 from nm_compiler.solvers.masks import masked, top_mask
 
 KINDS = [
@@ -117,3 +117,20 @@ def test_empty_weights_have_empty_masks_and_no_gradient_flows() -> None:
 def test_bad_input_is_refused_with_its_shape(weight: torch.Tensor, options: dict[str, object], message: str) -> None:
     with pytest.raises(NMError, match=message):
         top_mask(weight, **{"pattern": "2:4", **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("text", ["2:4", "3:16", "6:16"])
+def test_a_value_mask_keeps_the_largest_by_sign_the_first_among_equals_and_nan_above_all(
+    text: str, dtype: torch.dtype
+) -> None:
+    pattern = Pattern.parse(text)
+    scores = torch.from_numpy(np.random.default_rng(0).integers(-3, 4, (5, 2 * pattern.m, 3)) / 2).to(dtype)
+    scores[0, 0], scores[1, 1], scores[2, 2], scores[3, :3] = -0.0, float("inf"), -float("inf"), -float("nan")
+    ranked = scores.double().nan_to_num(nan=1e400, posinf=1e300, neginf=-1e300).numpy()
+    expected = np.zeros(scores.shape, dtype=bool)
+    for row, start, tap in np.ndindex(5, 2, 3):
+        group = ranked[row, start * pattern.m : (start + 1) * pattern.m, tap]
+        for place in sorted(range(pattern.m), key=lambda j: (-group[j], j))[: pattern.n]:
+            expected[row, start * pattern.m + place, tap] = True
+    assert np.array_equal(value_mask(scores, pattern.n, pattern.m, 1).numpy(), expected)

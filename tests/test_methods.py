@@ -306,3 +306,40 @@ def test_a_decoupled_decay_pulls_pruned_weights_by_the_learning_rate_and_momentu
 def test_a_decoupled_decay_without_the_optimizer_is_refused(kind: Any) -> None:
     with pytest.raises(nm.NMError, match=r"\(decoupled=True\) needs the learning rate: SparsityScheduler\(..., optimizer="):
         nm.SparsityScheduler(compiled(MLP, kind(decoupled=True))[0], total_steps=3)
+
+
+# -- what docs/methods.md says of the pull ----------------------------------------------------------------------------------
+
+
+@pytest.mark.ci(here=["SRSTE"])
+@pytest.mark.parametrize("method", [nm.SRSTE, nm.BiMask], ids=lambda method: method.__name__)
+def test_the_pull_in_the_gradient_comes_with_every_backward_pass_and_a_decoupled_one_once_a_step(method: Any) -> None:
+    def gradient(model: nn.Module, sparse: nn.Module, times: int, scale: float) -> Tensor:
+        for _ in range(times):
+            (sparse(example(model).double()).square().sum() * scale / times).backward()
+        found = model.get_parameter("fc2.weight").grad
+        assert found is not None
+        return found / scale
+
+    def once(decay: float, decoupled: bool, times: int = 1, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        model = MLP().double()
+        sparse = nm.compile(model, example(model).double(), method=method(decay=decay, decoupled=decoupled))
+        optimizer = torch.optim.SGD(sparse.parameters(), lr=0.5)
+        scheduler = nm.SparsityScheduler(sparse, total_steps=2, optimizer=optimizer)
+        found = gradient(model, sparse, times, scale)
+        before = model.get_parameter("fc2.weight").detach().clone()
+        scheduler.step()
+        return found, before - model.get_parameter("fc2.weight").detach()
+
+    plain, _ = once(0.0, decoupled=False)
+    torch.manual_seed(0)
+    weight = MLP().double().fc2.weight.detach()
+    pull = weight * ~magnitude_mask(weight, 2, 4, 1)
+    for times, scale, counted in ((1, 1.0, 1.0), (3, 1.0, 3.0), (1, 1024.0, 1 / 1024)):
+        coupled, moved = once(0.1, decoupled=False, times=times, scale=scale)
+        torch.testing.assert_close(coupled, plain + 0.1 * counted * pull)
+        assert not moved.any()
+        free, moved = once(0.1, decoupled=True, times=times, scale=scale)
+        torch.testing.assert_close(free, plain)
+        torch.testing.assert_close(moved, 0.5 * 0.1 * pull)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import MLP, example
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import nm_compiler as nm
 from nm_compiler.graph import Pass
@@ -166,3 +167,132 @@ def test_a_gradient_that_leaves_out_what_learns_is_named_in_the_first_backward_p
     model.fc2.weight.requires_grad_(False)
     model.fc2.weight_scores.requires_grad_(False)
     sparse(example(model).double()).sum().backward()
+
+
+# -- ops and passes that do not do what a method needs ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Stateless(nm.Method):
+    """``op`` behind every weight but the first ``skipped``."""
+
+    op: Any
+    skipped: int = 0
+    options: Callable[[Site], tuple[Any, ...]] = cut
+
+    def passes(self, sites: Sequence[Site]) -> list[Pass]:
+        return [partial(insert_op, sites=sites[self.skipped :], op=self.op, options=self.options)]
+
+    def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+def returning(name: str, found: Callable[[Tensor], Any], gradient: Callable[..., Any] = lambda g, *rest: g) -> Any:
+    @weight_op(f"own::{name}", gradient=gradient)
+    def op(weight: Tensor, n: int, m: int, in_axis: int) -> Tensor:
+        return found(weight)
+
+    return op
+
+
+def masked(weight: Tensor) -> Tensor:
+    return weight * magnitude_mask(weight, 2, 4, 1)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+def test_a_weight_that_the_passes_of_a_method_leave_dense_is_an_error_and_not_a_dense_weight(live: bool) -> None:
+    method = Stateless(returning("skips", masked), skipped=1)
+
+    def trained() -> Any:
+        sparse, model = compiled(method, live)
+        return sparse(example(model).double())
+
+    with pytest.raises(nm.NMError, match=r"fc2.weight of shape \[16, 16\]: the passes of Stateless put no op"):
+        trained()
+
+
+RETURNS = {
+    "a row for all of them": lambda weight: masked(weight)[:1],
+    "the mask": lambda weight: magnitude_mask(weight, 2, 4, 1),
+    "nothing": lambda weight: None,
+}
+
+
+@pytest.mark.parametrize("found", RETURNS)
+def test_an_op_that_returns_something_else_than_a_weight_says_so_and_is_not_spread_over_it(found: str) -> None:
+    op = returning(f"returns_{found.replace(' ', '_')}", RETURNS[found])
+    with pytest.raises(
+        nm.NMError, match=r"own::returns_.* returns .* for a weight of \[16, 16\] \(float32, cpu\).*torch.where"
+    ):
+        nm.compile(MLP(), example(MLP()), method=Stateless(op))(example(MLP()))
+
+
+def test_a_gradient_of_another_shape_than_the_weight_is_named_in_the_first_backward_pass() -> None:
+    op = returning("thin", masked, gradient=lambda g, *rest: g[None])
+    sparse = nm.compile(MLP(), example(MLP()), method=Stateless(op))
+    with pytest.raises(nm.NMError, match=r"own::thin gives \[1, 16, 16\] .* for its weight of \[16, 16\]"):
+        sparse(example(MLP())).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (lambda site: (2,), r"fc2.weight.*takes n, m, in_axis, but is given 1 arguments"),
+        (lambda site: (2, 4, 1, 0), "is given 4 arguments"),
+        (lambda site: (torch.tensor(2), 4, 1), "an option of own.fits.default is a tensor"),
+    ],
+    ids=["too few", "too many", "a tensor"],
+)
+def test_options_that_the_op_does_not_take_are_named_at_compile(options: Any, message: str) -> None:
+    with pytest.raises(nm.NMError, match=message):
+        nm.compile(MLP(), example(MLP()), method=Stateless(returning("fits", masked), options=options))
+
+
+def test_an_op_without_annotations_or_without_a_namespace_says_what_to_write() -> None:
+    def op(weight, n):  # type: ignore[no-untyped-def]
+        return weight
+
+    with pytest.raises(nm.NMError, match=r"own::bare.*Annotate every parameter of op.*in_axis: int\) -> Tensor"):
+        weight_op("own::bare", gradient=lambda g, *rest: g)(op)
+    with pytest.raises(nm.NMError, match="'bare': it needs a namespace of its own"):
+        weight_op("bare", gradient=lambda g, *rest: g)(masked)
+
+
+def test_state_that_the_method_gave_no_weight_is_an_error_that_names_the_weight() -> None:
+    sparse = nm.compile(MLP(), example(MLP()), method=nm.SRSTE())
+    with pytest.raises(nm.NMError, match=r"fc2.weight of shape \[16, 16\] has no state 'scores'"):
+        _ = sparse.weights[0]["scores"]
+
+
+@dataclass(frozen=True, slots=True)
+class Given(nm.SRSTE):
+    """SR-STE with passes as given."""
+
+    listed: Any = ()
+
+    def passes(self, sites: Sequence[Site]) -> Any:
+        return self.listed
+
+
+def forgetful(gm: GraphModule) -> None:
+    """A pass without ``return gm``."""
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ([forgetful], "the pass forgetful returned NoneType: let it return the graph"),
+        (forgetful, r"Given.passes\(\) gives function: .* as a list"),
+    ],
+    ids=["returns nothing", "no list"],
+)
+def test_a_pass_that_returns_no_graph_and_passes_that_are_no_list_are_named(listed: Any, message: str) -> None:
+    with pytest.raises(nm.NMError, match=message):
+        nm.compile(MLP(), example(MLP()), method=Given(listed=listed))
+
+
+def test_the_report_is_headed_by_the_options_that_are_not_the_defaults() -> None:
+    assert nm.report(nm.compile(MLP(), example(MLP()), method=nm.BiMask())).title == "MLP with BiMask()"
+    assert nm.report(nm.compile(MLP(), example(MLP()), method=nm.BiMask(interval=20))).title == "MLP with BiMask(interval=20)"
+    assert nm.LBCBiMask(power=4, backward=nm.BiMask(moves=40)).brief() == "LBCBiMask(power=4, backward=BiMask(moves=40))"
+    assert nm.Magnitude(importance={"a": torch.ones(2)}).brief() == "Magnitude(importance=given)"

@@ -2,15 +2,17 @@
 """Telemetry: every number against its definition."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import ConvNet, Grouped, example
+from models import MLP, ConvNet, Grouped, example
 from precompiled import precompiled
 
 import nm_compiler as nm
+from nm_compiler.state import Weight
 from nm_compiler.telemetry import flat
 
 
@@ -131,3 +133,23 @@ def test_telemetry_of_another_model_is_refused_and_changes_nothing() -> None:
         with pytest.raises(nm.NMError, match=message):
             telemetry.load_state_dict(state)
         assert telemetry.state_dict() == before
+
+
+@dataclass(frozen=True, slots=True)
+class Counting(nm.SRSTE):
+    key: str = "largest"
+
+    def numbers(self, weight: Weight) -> dict[str, float]:
+        return {self.key: float(weight.value.abs().max())}
+
+
+def test_a_method_adds_numbers_of_its_own_to_the_row_of_every_weight_but_none_that_hide_others() -> None:
+    model = MLP()
+    telemetry = nm.Telemetry(nm.compile(model, example(model), method=Counting()), every=1)
+    row = telemetry.step()
+    assert row is not None
+    assert row["weights"]["fc2.weight"]["largest"] == float(model.fc2.weight.detach().abs().max())
+    assert "fc2.weight/largest" in flat(row)
+    hiding = nm.Telemetry(nm.compile(MLP(), example(MLP()), method=Counting(key="live")))
+    with pytest.raises(nm.NMError, match=r"numbers\(\) of the method gives 'live' for fc2.weight"):
+        hiding.measure()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator
-from pathlib import Path
 from string import Template
 
 from nm_compiler.demo import plots
@@ -12,23 +11,6 @@ from nm_compiler.demo.programs import Program, programs
 from nm_compiler.demo.results import HEADINGS, Outcome, Row
 from nm_compiler.demo.settings import TITLES, Entry
 from nm_compiler.demo.template import PAGE
-from nm_compiler.errors import NMError
-
-
-def check_place(path: Path) -> None:
-    """Raises NMError unless a file can be written at ``path``: asked before training, not after."""
-    if path.is_dir():
-        raise NMError(f"--out {path} is a folder: name a file in it, such as {path / 'nm_compiler_demo.html'}")
-    if not path.absolute().parent.is_dir():
-        raise NMError(f"--out {path}: the folder {path.absolute().parent} does not exist, make it first")
-
-
-def write(outcome: Outcome, path: Path) -> None:
-    """Write the page. Raises NMError if the file cannot be written."""
-    try:
-        path.write_text(page(outcome), encoding="utf-8")
-    except OSError as error:
-        raise NMError(f"--out {path} cannot be written: {error.strerror}") from error
 
 
 def page(outcome: Outcome) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -43,6 +43,18 @@ class Method(ABC):
         options = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         shown = (f"{key}={v if isinstance(v, Method) else getattr(v, '__qualname__', repr(v))}" for key, v in options.items())
         return f"{self.name}({', '.join(shown)})"
+
+    def brief(self) -> str:
+        """As `__str__`, without the options that are as they are by default."""
+        changed = []
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            plain = field.default if field.default_factory is MISSING else field.default_factory()
+            if value is plain or (isinstance(value, (int, float, str, Method)) and value == plain):
+                continue
+            given = "given" if isinstance(value, Mapping) else getattr(value, "__qualname__", repr(value))
+            changed.append(f"{field.name}={value.brief() if isinstance(value, Method) else given}")
+        return f"{self.name}({', '.join(changed)})"
 
     def layout(self) -> Mapping[str, Any]:
         """What decides the form of the state; a checkpoint of another layout is refused."""
@@ -87,6 +99,10 @@ class Method(ABC):
     def live(self, weight: Weight) -> float | None:
         """Mean number of live combinations a group, where the method has such a thing."""
         return None
+
+    def numbers(self, weight: Weight) -> Mapping[str, float]:
+        """What a row of `nm_compiler.Telemetry` says of a weight besides, by names of the method's own."""
+        return {}
 
     def problem(self, site: Site, state: Mapping[str, Tensor]) -> str | None:
         """Why loaded values of the right shapes cannot be this method's state, or None."""

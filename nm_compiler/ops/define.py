@@ -1,7 +1,8 @@
-"""Define an op of one's own that stands for a weight: what a new method multiplies with in place of W."""
+"""Define ops of one's own: what a new method multiplies with in place of W, and what its input gradient goes through."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from nm_compiler.errors import NMError
 from nm_compiler.ops.lean import custom_op
+from nm_compiler.ops.weights import through, through_setup
+from nm_compiler.wording import shown
 
 Gradient = Callable[..., Tensor | tuple[Tensor, ...]]
 """(g, weight, masked, *other arguments of the op) -> dW, or (dW, dstate, ..), with g the gradient of what the op returned."""
@@ -21,23 +24,61 @@ def weight_op(name: str, *, gradient: Gradient) -> Callable[[Callable[..., Tenso
     f: plain torch code with annotated parameters (Tensor, int, float, bool, list[int]; `torch.library.custom_op` reads them),
     the weight first. It returns a new tensor of the weight's shape; it is put into the weight's strides here.
     gradient: gives that of the weight, or a tuple: that of the weight, then of arguments behind it, for state that learns.
-    None for a tensor that learns is an NMError in the backward pass.
-    Returns the op, for `nm_compiler.passes.insert_op`.
+    None for a tensor that learns, or another shape than it has, is an NMError in the backward pass.
+    Returns the op, for `nm_compiler.passes.insert_op`. Raises NMError for a name or for parameters that make no op.
     """
 
     def make(function: Callable[..., Tensor]) -> Any:
-        def forward(weight: Tensor, *rest: Any) -> Tensor:
-            return torch.empty_like(weight).copy_(function(weight, *rest))
-
-        schema = torch.library.infer_schema(function, mutates_args=())
-        op: Any = custom_op(name, schema=schema)(forward)
-        op.register_fake(lambda weight, *rest: torch.empty_like(weight))
+        op = _defined(name, function)
         op.register_autograd(_backward(name, gradient), setup_context=_save)
-        overload = op._opoverload
-        overload.stands_for_weight = True
-        return overload
+        op._opoverload.stands_for_weight = True
+        return op._opoverload
 
     return make
+
+
+def backward_op(name: str) -> Callable[[Callable[..., Tensor]], Any]:
+    """Turn ``f(masked weight, *state, **options) -> W * B`` into the op ``name``: what input gradients go through.
+
+    f: as in `weight_op`, but of what stands for the weight in the forward product. Its own gradient, which only a penalty on
+    input gradients has, goes straight through to that.
+    Returns the op, for `nm_compiler.passes.insert_backward_op`. Raises NMError for a name or for parameters that make no op.
+    """
+
+    def make(function: Callable[..., Tensor]) -> Any:
+        op = _defined(name, function)
+        op.register_autograd(through, setup_context=through_setup)
+        op._opoverload.makes_backward = True
+        return op._opoverload
+
+    return make
+
+
+def _defined(name: str, function: Callable[..., Tensor]) -> Any:
+    """The op without its gradient. Raises NMError."""
+    if not re.fullmatch(r"[A-Za-z_]\w*::[A-Za-z_]\w*", name):
+        raise NMError(f"an op called {name!r}: it needs a namespace of its own and a name, such as 'mine::my_weight'")
+    try:
+        schema = torch.library.infer_schema(function, mutates_args=())
+    except ValueError as error:
+        raise NMError(
+            f"{name}: {error}. Annotate every parameter of {function.__name__}, and what it returns: "
+            "(weight: Tensor, n: int, m: int, in_axis: int) -> Tensor"
+        ) from error
+
+    def forward(weight: Tensor, *rest: Any) -> Tensor:
+        found = function(weight, *rest)
+        if not isinstance(found, Tensor) or found.shape != weight.shape or not found.is_floating_point():
+            what = shown(found) if isinstance(found, Tensor) else type(found).__name__
+            raise NMError(
+                f"{name} returns {what} for a weight of {shown(weight)}: it is to return what is multiplied with in the "
+                "place of the weight, numbers of its shape, such as torch.where(mask, weight, 0)"
+            )
+        return torch.empty_like(weight).copy_(found)
+
+    op: Any = custom_op(name, schema=schema)(forward)
+    op.register_fake(lambda weight, *rest: torch.empty_like(weight))
+    return op
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -59,6 +100,12 @@ def _backward(name: str, gradient: Gradient) -> Callable[..., tuple[Tensor | Non
                 raise NMError(
                     f"the gradient of {name} gives None for its {what} of shape {list((weight, *rest)[at].shape)}: it would "
                     "never train. Return a tensor of that shape: (dW, dstate, ..) in the order of the op's arguments"
+                )
+            wanted = (weight, *rest)[at]
+            if learns and value is not None and value.shape != wanted.shape:
+                what = "its weight" if at == 0 else f"argument {at} behind it"
+                raise NMError(
+                    f"the gradient of {name} gives {shown(value)} for {what} of {shown(wanted)}: return a tensor of that shape"
                 )
         return given
 

@@ -250,12 +250,14 @@ def _(masked: Tensor, order: Tensor, n: int, m: int, rows: list[int]) -> Tensor:
     return torch.empty_like(masked)
 
 
-def _through_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def through_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """For `through`."""
     ctx.set_materialize_grads(False)  # products send none: only what is done with the gradients that they gave does
     ctx.others = len(inputs) - 1
 
 
-def _through(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def through(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradient of a backward weight: straight through to what it was made of."""
     return grad, *(None for _ in range(ctx.others))
 
 
@@ -264,8 +266,8 @@ def through_gradient(grad: Tensor, needs: tuple[bool, ...], result: Any, *rest: 
     return (grad,)
 
 
-backward_weight.register_autograd(_through, setup_context=_through_setup)
-backward_groups.register_autograd(_through, setup_context=_through_setup)
+backward_weight.register_autograd(through, setup_context=through_setup)
+backward_groups.register_autograd(through, setup_context=through_setup)
 
 
 MASKED = (torch.ops.nm.score_weight.default, torch.ops.nm.srste_weight.default, torch.ops.nm.masked_weight.default)
@@ -277,3 +279,8 @@ BACKWARD = (torch.ops.nm.backward_weight.default, torch.ops.nm.backward_groups.d
 def stands_for_weight(target: Any) -> bool:
     """Whether a node with this target is what is multiplied with in place of its first argument, a weight."""
     return target in MASKED or getattr(target, "stands_for_weight", False) is True
+
+
+def makes_backward(target: Any) -> bool:
+    """Whether a node with this target makes W * B, which input gradients go through, out of its first argument, W * F."""
+    return target in BACKWARD or getattr(target, "makes_backward", False) is True

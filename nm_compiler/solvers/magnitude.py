@@ -17,9 +17,23 @@ def magnitude_mask(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
     weight: any floating dtype, any strides, ``size(axis)`` a multiple of ``m``. NaN counts as the largest of all.
     Returns bool of the weight's shape and strides, exactly ``n`` ones in each group.
     """
+    return _mask(weight, magnitude_bits(weight), n, m, axis)
+
+
+def value_mask(scores: Tensor, n: int, m: int, axis: int) -> Tensor:
+    """The ``n`` largest of every ``m`` consecutive scores along ``axis``: as `magnitude_mask`, but -2 is less than 1.
+
+    >>> value_mask(torch.tensor([-3.0, -1.0, 2.0, -2.0]), 2, 4, 0)
+    tensor([False,  True,  True, False])
+    """
+    return _mask(scores, _ordered_bits(scores), n, m, axis)
+
+
+def _mask(weight: Tensor, bits: Tensor, n: int, m: int, axis: int) -> Tensor:
+    """The ``n`` largest of every ``m`` whole numbers, of the weight's strides."""
     mask = torch.empty_like(weight, dtype=torch.bool)
     kept = mask.movedim(axis, -1).unflatten(-1, (-1, m))
-    groups = magnitude_bits(weight).movedim(axis, -1).unflatten(-1, (-1, m))
+    groups = bits.movedim(axis, -1).unflatten(-1, (-1, m))
     if m <= _PAIRWISE_UP_TO and weight.device.type != "cpu" and weight.numel() <= _AT_ONCE:
         _by_comparing_all(groups, kept, n)
     elif m <= _PAIRWISE_UP_TO:
@@ -30,7 +44,7 @@ def magnitude_mask(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
         for _ in range(n):  # argmax gives the first among equals
             best = left.argmax(dim=-1, keepdim=True)
             kept.scatter_(-1, best, True)
-            left.scatter_(-1, best, -1)
+            left.scatter_(-1, best, torch.iinfo(left.dtype).min)
     else:
         best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
         kept.zero_().scatter_(-1, best, True)
@@ -42,6 +56,12 @@ def magnitude_bits(weight: Tensor) -> Tensor:
     whole = _WHOLE[weight.element_size()]
     bits: Tensor = weight.detach().view(whole) & torch.iinfo(whole).max
     return bits
+
+
+def _ordered_bits(scores: Tensor) -> Tensor:
+    """Scores as whole numbers in the same order: the bits, those under a minus sign turned over. NaN comes above infinity."""
+    bits = torch.where(scores.isnan(), float("nan"), scores.detach() + 0.0).view(_WHOLE[scores.element_size()])
+    return bits ^ ((bits >> (8 * scores.element_size() - 1)) & torch.iinfo(bits.dtype).max)
 
 
 def _by_comparing_all(groups: Tensor, kept: Tensor, n: int) -> None:

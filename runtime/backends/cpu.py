@@ -80,7 +80,8 @@ class Cpu(Backend):
         gm = ways["packed"]
         give_back()
         library = load()
-        notes = [f"CPU kernels for {getattr(library, 'isa', library)}, {torch.get_num_threads()} threads."]
+        threads = torch.get_num_threads()
+        notes = [f"CPU kernels for {getattr(library, 'isa', library)}, {threads} thread{'s' * (threads > 1)}."]
         if dense is not None:
             whole = compared(dense, ways, job.flat, inductor=inductor)
             notes.append(str(whole))

@@ -47,8 +47,8 @@ class Whole:
         return self.speedup >= ENOUGH
 
     def __str__(self) -> str:
-        ways = ", ".join(f"{way} {value * 1e3:.3g} ms" for way, value in self.seconds.items())
-        return f"Whole graph: {ways}: {self.speedup:.2f}x of {self.rival}."
+        ways = "; ".join(f"{way} {value * 1e3:.3g} ms" for way, value in self.seconds.items())
+        return f"Whole graph: {ways}. The best packed one is {self.speedup:.2f}x as fast as {self.rival}."
 
 
 def compared(dense: GraphModule, packed: Mapping[str, GraphModule], flat: Sequence[Any], *, inductor: bool) -> Whole:
