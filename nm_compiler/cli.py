@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_EXTRAS = ("sklearn", "matplotlib", "rich", "PIL")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 (verify: the pattern is not satisfied), 2 (a mistake, explained)."""
@@ -28,6 +26,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("nm-compiler: interrupted", file=sys.stderr)
         return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("nm-compiler", description="N:M sparsity for PyTorch models.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_demo(commands.add_parser("demo", help="train one network five ways and write a page about it", description=_DEMO))
+    _add_verify(commands.add_parser("verify", help="which weights of a checkpoint are N:M", description=_VERIFY))
+    _add_prune(commands.add_parser("prune", help="prune a checkpoint folder of any size, once", description=_PRUNE))
+    _add_report(commands.add_parser("report", help="lower a frozen model and say what is sparse", description=_REPORT))
+    return parser
+
+
+# -- demo --------------------------------------------------------------------------------------------------------------------
+
+
+_EXTRAS = ("sklearn", "matplotlib", "rich", "PIL")
+_DEMO = """Dense, one-shot magnitude, SR-STE, LBC and Bi-Mask on real scanned digits (packaged with scikit-learn), with one
+budget; a few minutes on two cores. Prints a table and writes a page of pictures. With --data, the same on CIFAR-10."""
+
+
+def _add_demo(demo: argparse.ArgumentParser) -> None:
+    number: Any = {"type": int, "metavar": "N"}
+    demo.add_argument("--quick", action="store_true", help="one seed and fewer steps: a look, not a result")
+    demo.add_argument("--data", metavar="PATH", help="CIFAR-10: cifar10_jpeg.npz, or the folder of the python batches")
+    demo.add_argument("--model", help="resnet20 (default with --data) or resnet32")
+    demo.add_argument("--methods", nargs="+", metavar="NAME", help="of magnitude srste lbc bimask (default all)")
+    demo.add_argument("--patterns", nargs="+", metavar="N:M", help="default 2:4 1:4")
+    demo.add_argument("--seeds", help="repetitions (default 3)", **number)
+    demo.add_argument("--epochs", help="default 25, with --data 100", **number)
+    demo.add_argument("--batch-size", help="default 64, with --data 128", **number)
+    demo.add_argument("--limit", help="so many training and at most so many test images (default all)", **number)
+    demo.add_argument("--device", help="default cpu; with --data cuda where there is one")
+    demo.add_argument("--out", type=Path, default=Path("nm_compiler_demo.html"), metavar="FILE", help="default %(default)s")
+    demo.set_defaults(command=_demo)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -56,6 +88,33 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_extras() -> None:
+    from importlib.util import find_spec
+
+    from nm_compiler.errors import NMError
+
+    missing = [name for name in _EXTRAS if find_spec(name) is None]
+    if missing:
+        raise NMError(f"the demo also needs {', '.join(missing)}: pip install 'nm_compiler[demo]'")
+
+
+# -- verify ------------------------------------------------------------------------------------------------------------------
+
+
+_VERIFY = """Exit status: 0 if at least one weight satisfies the pattern, and all that --weights names do; 1 if not; 2 if the
+file cannot be read or has no such weight."""
+
+
+def _add_verify(check: argparse.ArgumentParser) -> None:
+    check.add_argument(
+        "file", metavar="FILE", help="a .safetensors, .onnx, .pt, .pth, .bin or .ckpt file, or a folder of shards"
+    )
+    _add_pattern(check)
+    named = "weights that must all satisfy it, by name: 'layer4.*' (default: it is enough that one weight does)"
+    check.add_argument("--weights", nargs="+", default=[], metavar="GLOB", help=named)
+    check.set_defaults(command=_verify)
+
+
 def _verify(options: argparse.Namespace) -> int:
     from nm_compiler.errors import NMError
     from nm_compiler.pattern import matches
@@ -76,119 +135,7 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if failed or not found.satisfied else 0
 
 
-def _report(options: argparse.Namespace) -> int:
-    import torch
-
-    from nm_compiler.factories import example_inputs, model_of
-    from nm_compiler.files import check_place, write
-    from nm_compiler.lowering import lower
-    from nm_compiler.reporting import report
-
-    if options.html:
-        check_place(options.html, "--html")
-    model = model_of(options.model)
-    inputs = example_inputs(options.inputs, model)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    found = report(lower(model, inputs, backend=options.backend, pattern=_patterns(options.pattern), dtype=dtype))
-    print(found)
-    if options.html:
-        write(options.html, found.to_page(), "--html")
-        print(f"The same as a page: {options.html}")
-    return 0
-
-
-def _prune(options: argparse.Namespace) -> int:
-    from nm_compiler.streaming.prune import prune_checkpoint
-
-    def progress(shard: str, tensor: str, _: int) -> None:
-        print(f"\r\033[K{shard}: {tensor}"[:120], end="", file=sys.stderr, flush=True)
-
-    try:
-        found = prune_checkpoint(
-            options.checkpoint, options.out, pattern=_patterns(options.pattern), importance=options.importance,
-            statistics=options.statistics, include=options.include, exclude=options.exclude,
-            permute=options.permute, seed=options.seed, budget_s=options.budget,
-            progress=progress if sys.stderr.isatty() else None,
-        )  # fmt: skip
-    finally:
-        print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr)
-    print(found)
-    return 0
-
-
-def _patterns(given: Sequence[str] | None) -> dict[str, str]:
-    """What ``--pattern`` says, given once or several times: globs to patterns, the one for all other weights last."""
-    from nm_compiler.errors import NMError
-
-    found: dict[str, str] = {}
-    for word in given or ["2:4"]:
-        glob, _, pattern = word.rpartition("=")
-        if found.setdefault(glob or "*", pattern) != pattern:
-            raise NMError(
-                f"--pattern {word}: another --pattern gives {glob or 'all weights'} {found[glob or '*']}, leave one out"
-            )
-    if "*" in found:
-        found["*"] = found.pop("*")
-    return found
-
-
-def _check_extras() -> None:
-    from importlib.util import find_spec
-
-    from nm_compiler.errors import NMError
-
-    missing = [name for name in _EXTRAS if find_spec(name) is None]
-    if missing:
-        raise NMError(f"the demo also needs {', '.join(missing)}: pip install 'nm_compiler[demo]'")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("nm-compiler", description="N:M sparsity for PyTorch models.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    _add_demo(commands.add_parser("demo", help="train one network five ways and write a page about it", description=_DEMO))
-    check = commands.add_parser("verify", help="which weights of a checkpoint are N:M", description=_VERIFY)
-    check.add_argument(
-        "file", metavar="FILE", help="a .safetensors, .onnx, .pt, .pth, .bin or .ckpt file, or a folder of shards"
-    )
-    _add_pattern(check)
-    named = "weights that must all satisfy it, by name: 'layer4.*' (default: it is enough that one weight does)"
-    check.add_argument("--weights", nargs="+", default=[], metavar="GLOB", help=named)
-    check.set_defaults(command=_verify)
-    _add_prune(commands.add_parser("prune", help="prune a checkpoint folder of any size, once", description=_PRUNE))
-    _add_report(commands.add_parser("report", help="lower a frozen model and say what is sparse", description=_REPORT))
-    return parser
-
-
-def _add_pattern(command: argparse.ArgumentParser) -> None:
-    told = (
-        "at most N non-zeros of every M (default 2:4); again for weights that differ: --pattern 'layer4.*=1:4' --pattern 2:4"
-    )
-    command.add_argument("--pattern", action="append", metavar="[GLOB=]N:M", help=told)
-
-
-_DEMO = """Dense, one-shot magnitude, SR-STE, LBC and Bi-Mask on real scanned digits (packaged with scikit-learn), with one
-budget; a few minutes on two cores. Prints a table and writes a page of pictures. With --data, the same on CIFAR-10."""
-_VERIFY = """Exit status: 0 if at least one weight satisfies the pattern, and all that --weights names do; 1 if not; 2 if the
-file cannot be read or has no such weight."""
-
-
-_REPORT = """MODULE:FACTORY names a function without arguments that returns the model with its weights loaded, or the model; it
-is imported from the working directory or the environment. Inputs are shapes of float tensors (1x3x224x224) or, with a dtype,
-others (1x128:int64), one for each positional input."""
-
-
-def _add_report(report: argparse.ArgumentParser) -> None:
-    from nm_compiler.runtime.backends.choosing import NAMES
-
-    report.add_argument("model", metavar="MODULE:FACTORY", help="where the model comes from")
-    report.add_argument("--inputs", nargs="+", metavar="SHAPE", required=True, help="1x3x224x224, 1x128:int64, ...")
-    report.add_argument(
-        "--backend", default="auto", choices=[name for name in NAMES if name != "onnx"], help="default %(default)s"
-    )
-    _add_pattern(report)
-    report.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="cast a copy first")
-    report.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page too")
-    report.set_defaults(command=_report)
+# -- prune -------------------------------------------------------------------------------------------------------------------
 
 
 _PRUNE = """Every linear's weight gets zeros where the pattern keeps nothing; the rest of the folder is copied. Weights pass
@@ -213,20 +160,92 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     prune.set_defaults(command=_prune)
 
 
-def _add_demo(demo: argparse.ArgumentParser) -> None:
-    number: Any = {"type": int, "metavar": "N"}
-    demo.add_argument("--quick", action="store_true", help="one seed and fewer steps: a look, not a result")
-    demo.add_argument("--data", metavar="PATH", help="CIFAR-10: cifar10_jpeg.npz, or the folder of the python batches")
-    demo.add_argument("--model", help="resnet20 (default with --data) or resnet32")
-    demo.add_argument("--methods", nargs="+", metavar="NAME", help="of magnitude srste lbc bimask (default all)")
-    demo.add_argument("--patterns", nargs="+", metavar="N:M", help="default 2:4 1:4")
-    demo.add_argument("--seeds", help="repetitions (default 3)", **number)
-    demo.add_argument("--epochs", help="default 25, with --data 100", **number)
-    demo.add_argument("--batch-size", help="default 64, with --data 128", **number)
-    demo.add_argument("--limit", help="so many training and at most so many test images (default all)", **number)
-    demo.add_argument("--device", help="default cpu; with --data cuda where there is one")
-    demo.add_argument("--out", type=Path, default=Path("nm_compiler_demo.html"), metavar="FILE", help="default %(default)s")
-    demo.set_defaults(command=_demo)
+def _prune(options: argparse.Namespace) -> int:
+    from nm_compiler.streaming.prune import prune_checkpoint
+
+    def progress(shard: str, tensor: str, _: int) -> None:
+        print(f"\r\033[K{shard}: {tensor}"[:120], end="", file=sys.stderr, flush=True)
+
+    try:
+        found = prune_checkpoint(
+            options.checkpoint, options.out, pattern=_patterns(options.pattern), importance=options.importance,
+            statistics=options.statistics, include=options.include, exclude=options.exclude,
+            permute=options.permute, seed=options.seed, budget_s=options.budget,
+            progress=progress if sys.stderr.isatty() else None,
+        )  # fmt: skip
+    finally:
+        print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr)
+    print(found)
+    return 0
+
+
+# -- report ------------------------------------------------------------------------------------------------------------------
+
+
+_REPORT = """MODULE:FACTORY names a function without arguments that returns the model with its weights loaded, or the model; it
+is imported from the working directory or the environment. Inputs are shapes of float tensors (1x3x224x224) or, with a dtype,
+others (1x128:int64), one for each positional input."""
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    from nm_compiler.runtime.backends.choosing import NAMES
+
+    report.add_argument("model", metavar="MODULE:FACTORY", help="where the model comes from")
+    report.add_argument("--inputs", nargs="+", metavar="SHAPE", required=True, help="1x3x224x224, 1x128:int64, ...")
+    report.add_argument(
+        "--backend", default="auto", choices=[name for name in NAMES if name != "onnx"], help="default %(default)s"
+    )
+    _add_pattern(report)
+    report.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="cast a copy first")
+    report.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page too")
+    report.set_defaults(command=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    import torch
+
+    from nm_compiler.factories import example_inputs, model_of
+    from nm_compiler.files import check_place, write
+    from nm_compiler.lowering import lower
+    from nm_compiler.reporting import report
+
+    if options.html:
+        check_place(options.html, "--html")
+    model = model_of(options.model)
+    inputs = example_inputs(options.inputs, model)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    found = report(lower(model, inputs, backend=options.backend, pattern=_patterns(options.pattern), dtype=dtype))
+    print(found)
+    if options.html:
+        write(options.html, found.to_page(), "--html")
+        print(f"The same as a page: {options.html}")
+    return 0
+
+
+# -- --pattern, which three of them take -------------------------------------------------------------------------------------
+
+
+def _add_pattern(command: argparse.ArgumentParser) -> None:
+    told = (
+        "at most N non-zeros of every M (default 2:4); again for weights that differ: --pattern 'layer4.*=1:4' --pattern 2:4"
+    )
+    command.add_argument("--pattern", action="append", metavar="[GLOB=]N:M", help=told)
+
+
+def _patterns(given: Sequence[str] | None) -> dict[str, str]:
+    """What ``--pattern`` says, given once or several times: globs to patterns, the one for all other weights last."""
+    from nm_compiler.errors import NMError
+
+    found: dict[str, str] = {}
+    for word in given or ["2:4"]:
+        glob, _, pattern = word.rpartition("=")
+        if found.setdefault(glob or "*", pattern) != pattern:
+            raise NMError(
+                f"--pattern {word}: another --pattern gives {glob or 'all weights'} {found[glob or '*']}, leave one out"
+            )
+    if "*" in found:
+        found["*"] = found.pop("*")
+    return found
 
 
 if __name__ == "__main__":  # python -m nm_compiler.cli would do nothing, and a script would take that for success

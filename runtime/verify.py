@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nm_compiler.carrier import carrier_of
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern, PatternMap, PatternSpec, matches
+from nm_compiler.runtime.tensors_of import tensors_of
 from nm_compiler.sharding import whole
 from nm_compiler.solvers.check import nonzeros, worst_group
 from nm_compiler.state import RECIPE, read_recipe
@@ -102,7 +101,7 @@ def examine(target: nn.Module | Mapping[str, Any] | str | Path, pattern: Pattern
     if isinstance(target, (str, Path)) and Path(target).suffix == ".onnx":
         return Verification(wanted, _of_onnx(Path(target), wanted))
     found, recipes = list[Checked](), dict[str, Any]()
-    for name, tensor in _named(target):
+    for name, tensor in tensors_of(target):
         if name.rpartition(".")[2] == RECIPE and not tensor.is_meta:
             recipes[name.removesuffix(RECIPE)] = read_recipe(tensor)
         if tensor.ndim < 2 or not tensor.dtype.is_floating_point or tensor.is_meta:
@@ -138,94 +137,3 @@ def _of_onnx(path: Path, wanted: PatternMap) -> tuple[Checked, ...]:
         axes = sorted({axis for use in uses for axis in use.axes}) if all(use.axes for use in uses) else ()
         rows.append(Checked(name, uses[0].shape, tuple(axes), sum(use.nonzero for use in uses) / len(uses), uses[0].pattern))
     return tuple(rows)
-
-
-def _named(target: nn.Module | Mapping[str, Any] | str | Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a target; those of .safetensors files one after the other, so that no two are in memory."""
-    path = Path(target) if isinstance(target, (str, Path)) else None
-    if path is not None and path.is_dir():
-        from nm_compiler.streaming.folder import read_folder
-
-        for shard in read_folder(path).shards:
-            yield from _one_by_one(shard.path)
-    elif path is not None and path.is_file() and path.suffix == ".safetensors":
-        yield from _one_by_one(path)
-    else:
-        yield from _tensors(target).items()
-
-
-def _one_by_one(path: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            for name in names:
-                yield name, file.get_tensor(name)
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    if not names:
-        raise NMError(f"{path} holds no state_dict: pass a module, a mapping of names to tensors, or a checkpoint file")
-
-
-def _tensors(target: nn.Module | Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
-    if isinstance(target, nn.Module):
-        found = {name: parameter.detach() for name, parameter in target.named_parameters()}
-        for path, module in target.named_modules():
-            masked = getattr(carrier_of(module) or module, "masked_parameters", None)
-            if masked:  # a compiled model, here or inside: its weights as their masks leave them
-                prefix = f"{path}." if path else ""
-                found = {name: value for name, value in found.items() if not name.startswith(prefix)}
-                found |= {prefix + name: value for name, value in masked().items()}
-        order = {name: at for at, (name, _) in enumerate(target.named_parameters(remove_duplicate=False))}
-        found |= _packed_in(target)
-        return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
-    values: Any = _load(Path(target)) if isinstance(target, (str, Path)) else target
-    if isinstance(values, Mapping) and not any(isinstance(value, Tensor) for value in values.values()):
-        nested = [value for value in values.values() if isinstance(value, Mapping)]
-        values = next((v for v in nested if any(isinstance(x, Tensor) for x in v.values())), values)
-    if not isinstance(values, Mapping) or not any(isinstance(value, Tensor) for value in values.values()):
-        where = target if isinstance(target, (str, Path)) else type(target).__name__
-        raise NMError(f"{where} holds no state_dict: pass a module, a mapping of names to tensors, or a checkpoint file")
-    return {str(name): _plain(value).detach() for name, value in values.items() if isinstance(_plain(value), Tensor)}
-
-
-def _plain(value: Any) -> Any:
-    """The weight that a layer quantised by torch.ao keeps, alone or beside its bias, as numbers: its zeros are exact."""
-    if isinstance(value, tuple) and value and isinstance(value[0], Tensor) and value[0].is_quantized:
-        value = value[0]
-    return value.dequantize() if isinstance(value, Tensor) and value.is_quantized else value
-
-
-def _packed_in(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of layers that torch.ao has quantised: no parameters, but what a method called ``weight`` gives."""
-    layers = {path: module for path, module in model.named_modules() if inspect.ismethod(getattr(module, "weight", None))}
-    weights = {f"{path}.weight" if path else "weight": layer.weight() for path, layer in layers.items()}
-    return {name: _plain(weight) for name, weight in weights.items() if isinstance(weight, Tensor) and weight.is_quantized}
-
-
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise NMError(f"{path}: no such file")
-    try:
-        if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    kind = path.suffix or "a file without a suffix"
-    raise NMError(f"{path}: verify reads .safetensors, .onnx, .pt, .pth, .bin and .ckpt, not {kind}")
-
-
-def _unreadable(path: Path, error: Exception) -> NMError:
-    if "Unsupported global" in str(error):
-        return NMError(
-            f"{path} holds more than tensors, such as a whole model, and verify runs no code out of a file: save "
-            "model.state_dict(), or pass what torch.load(path, weights_only=False) gives if you trust the file"
-        )
-    if not path.stat().st_size:
-        return NMError(f"{path} is empty: save it again, as model.state_dict()")
-    first = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".") if str(error).strip() else type(error).__name__
-    return NMError(
-        f"{path} ({path.stat().st_size} bytes) cannot be read: {first}. The file is truncated, damaged or holds more than "
-        "tensors: save it again, as model.state_dict()"
-    )
