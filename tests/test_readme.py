@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import statistics
 from pathlib import Path
 from types import ModuleType
 
@@ -72,6 +74,42 @@ def test_the_map_of_the_package_names_every_file_and_folder_once() -> None:
     assert sorted(re.findall(r"`(\w+\.py)`", rows)) == files
     folders = {path.parent.name for path in package.glob("*/__init__.py") if not path.parent.is_symlink()}
     assert folders <= set(re.findall(r"^\| `nm_compiler/(\w+)/`", here, re.M))
+
+
+def test_every_page_is_named_in_the_table_of_pages() -> None:
+    here = README[README.index("## Documentation") : README.index("## What it keeps")]
+    linked = set(re.findall(r"\]\(([^)#]+)\)", here))
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
+    assert {"examples/README.md", "benchmarks/README.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= linked
+
+
+def test_the_accuracies_on_digits_are_those_that_were_measured() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "digits.json").read_text())
+    accuracy = {(row["method"], row["pattern"]): 100 * row["accuracy"] for row in found["rows"]}
+    dense = accuracy["dense", None]
+    for pattern, first in (("2:4", f"| digits, {found['steps']} steps (`make demo`), accuracy at 2:4 | {dense:.2f} %"),
+                           ("1:4", "| at 1:4; one image is 0.14 points |")):  # fmt: skip
+        gaps = [f"{accuracy[method, pattern] - dense:+.1f}" for method in ("magnitude", "srste", "lbc", "bimask")]
+        assert f"{first} | {' | '.join(gaps)} |" in README
+
+
+def test_the_gpt_and_the_steps_are_those_that_were_measured() -> None:
+    results = ROOT / "benchmarks" / "results"
+    bits: dict[tuple[str, str], list[float]] = {}
+    for path in sorted((results / "characters_long").glob("*.json")):
+        found = json.loads(path.read_text())
+        bits.setdefault((found["cell"]["method"], found["cell"]["pattern"]), []).append(found["bits"])
+    mean = {cell: statistics.fmean(values) for cell, values in bits.items()}
+    dense = mean["dense", ""]
+    for pattern, first in (("2:4", f"lower is better) | {dense:.3f} |"), ("1:16", "| at 1:16 | |")):
+        gaps = [f"{mean[method, pattern] - dense:+.3f}" for method in ("srste", "lbc", "bimask")]
+        assert f"{first} | {' | '.join(gaps)} |" in README
+    for file, net, row in (("step_time", "resnet20", "ResNet-20, batch 128"), ("step_time", "transformer", "transformer, 4 x 512, 4,096 tokens"),
+                           ("step_time_large", "resnet50", "ResNet-50, batch 32, 112 pixels"), ("step_time_large", "vit_s", "ViT-S, 4 blocks, batch 32")):  # fmt: skip
+        cells = json.loads((results / f"{file}.json").read_text())[net]
+        ours = [f"{cells[name]['ratio_with_due']:.2f}x" for name in ("LBC(position)", "BiMask")]
+        theirs = f"{cells['LBC as published']['ratio_with_due']:.2f}x / {cells['Bi-Mask as published']['ratio_with_due']:.1f}x"
+        assert f"| {row} | {' | '.join(ours)} | {theirs} |" in README
 
 
 def test_the_table_of_methods_names_every_method_and_no_other() -> None:
