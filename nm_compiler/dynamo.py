@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import traceback
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import CodeType
@@ -21,19 +20,15 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from nm_compiler import records
 from nm_compiler.bodies import program_text, programs
-from nm_compiler.capture import user_line
+from nm_compiler.dynamo_errors import check_around, explained, of_the_op, own_fault
 from nm_compiler.errors import NMError
 from nm_compiler.exported import copied
 from nm_compiler.fragments import bind_inputs, lower, names_by_id
 from nm_compiler.graph import Pass, reads, run
-from nm_compiler.ops.two_masks import TWO_MASKS
-from nm_compiler.ops.weights import stands_for_weight
 from nm_compiler.outline import Run, outline
-from nm_compiler.signature import describe
 from nm_compiler.silence import expected
 from nm_compiler.sites import UNREAD, Plan
 from nm_compiler.uses import Use, uses
@@ -84,32 +79,20 @@ class Fragments:
         self, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, watched: bool = True
     ) -> Any:
         """Call what `entry_of` gave, with errors instead of TorchDynamo's dense ways out. watched: see `Watch`."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise NMError(
-                f"{type(self.model).__name__} was called inside torch.func (grad, vmap, ...), where TorchDynamo compiles "
-                "nothing and its weights would be dense: take loss.backward() or torch.autograd.grad in its place, or "
-                "nm.compile(model, example_inputs), whose graph torch.func can take, if it can be captured"
-            )
-        outer = _outer_mode()
-        if outer is not None:
-            raise NMError(
-                f"{type(self.model).__name__} was called inside {outer}, a TorchDispatchMode, where TorchDynamo compiles "
-                "nothing and its weights would be dense: use that mode before nm.compile or after nm.freeze, or on "
-                "nm.compile(model, example_inputs), whose graph runs under it, if it can be captured"
-            )
+        check_around(self.model)
         try:
             with expected(), torch._dynamo.config.patch(_settings()), Watch(self) if watched else contextlib.nullcontext():
                 return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchRuntimeError as error:  # an op of the model itself fails on these inputs
-            inner = _of_the_op(error)
-            raise OwnFault(_fault(self.model, args, kwargs, error, inner)) from inner
+            inner = of_the_op(error)
+            raise OwnFault(own_fault(self.model, args, kwargs, error, inner)) from inner
         except torch._dynamo.exc.BackendCompilerFailed as error:
             inner = error.inner_exception
             if isinstance(inner, NMError):
                 raise inner from None
-            raise NMError(self._explain(inner)) from error
+            raise NMError(explained(self.model, inner, _settings()["recompile_limit"])) from error
         except (torch._dynamo.exc.FailOnRecompileLimitHit, torch._dynamo.exc.TorchDynamoException) as error:
-            raise NMError(self._explain(error)) from error
+            raise NMError(explained(self.model, error, _settings()["recompile_limit"])) from error
 
     def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A Dynamo fragment becomes what runs in its place. This is the backend that Dynamo calls."""
@@ -122,22 +105,6 @@ class Fragments:
         """Which of ``inputs`` are the model's state now."""
         self._names = names_by_id(self.model)
         return tuple(self._names.get(id(value)) if isinstance(value, Tensor) else None for value in inputs)
-
-    def _explain(self, error: BaseException) -> str:
-        kind = type(self.model).__name__
-        line = user_line(traceback.extract_tb(error.__traceback__)) or _line_in(str(error))
-        if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
-            return (
-                f"{kind}: TorchDynamo compiled one function {_settings()['recompile_limit']} times, and would run it without "
-                f"masks from now on\n  at {line}\n"
-                "An argument or attribute in it takes ever new values (TORCH_LOGS=recompiles says which): pass it as a "
-                "tensor, or raise torch._dynamo.config.recompile_limit"
-            )
-        at = f"\n  at {line}" if line else ""
-        return (
-            f"{kind}: a fragment of its forward could not be rewritten: {type(error).__name__}: {_first_lines(error, 4)}{at}\n"
-            "Write that line with other ops, or move it behind a @torch._dynamo.disable function that reads no weights"
-        )
 
     # -- copying -----------------------------------------------------------------------------------------------------
 
@@ -195,16 +162,12 @@ class Fragments:
                 variant.program = self.adopt(variant.program)
 
     def adopt(self, program: GraphModule) -> GraphModule:
-        """Rewrite a new program once the plan is there, and check that no planned weight stayed dense in it."""
+        """Rewrite a new program once the plan is there; the passes refuse to leave a planned weight dense (`check_masked`)."""
         if self.passes is None:
             return program
         for each in programs(program):
             self._note_late(each)
             run(each, self.passes)
-            for name in self.planned:
-                users = [user for read in reads(each, name) for user in read.users]
-                dense = [user for user in users if user.target is not TWO_MASKS and not stands_for_weight(user.target)]
-                assert not dense, f"{name} is planned, but {dense[0].format_node()} reads it without a mask"
         self.seen[program_text(program)] = program
         return program
 
@@ -278,14 +241,6 @@ class _Fragment:
         return outputs
 
 
-def _outer_mode() -> str | None:
-    """A dispatch mode around the call in which TorchDynamo leaves all as it is, such as a counter of flops."""
-    for mode in _get_current_dispatch_mode_stack():
-        if not (hasattr(mode, "ignore_compile_internals") and mode.ignore_compile_internals()):
-            return type(mode).__name__
-    return None
-
-
 def _settings() -> dict[str, Any]:
     """Dynamo's own settings while a carrier runs, the user's otherwise."""
     return {
@@ -339,32 +294,3 @@ def store_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     return (owner._parameters if leaf in owner._parameters else owner._buffers), leaf
-
-
-def _fault(model: nn.Module, args: Any, kwargs: Any, error: torch._dynamo.exc.TorchRuntimeError, inner: BaseException) -> str:
-    """The message for an op that fails. inner: what the op said, without TorchDynamo's words around it."""
-    line = user_line(error.real_stack) or python_line()
-    return (
-        f"{type(model).__name__} fails on inputs {describe(args, kwargs)}\n"
-        f"  {type(inner).__name__}: {_first_lines(inner, 4)}\n  at {line}\nCheck that it runs on them without nm.compile."
-    )
-
-
-def _of_the_op(error: BaseException) -> BaseException:
-    """What the op itself raised, without what TorchDynamo put around it; how many times it does depends on the version."""
-    inner: BaseException | None = error
-    dynamos = torch._dynamo.exc.TorchDynamoException
-    while inner is not None and (isinstance(inner, dynamos) or str(inner).startswith("Dynamo failed to run FX node")):
-        inner = inner.__cause__ or inner.__context__
-    return inner or error
-
-
-def _first_lines(error: BaseException, count: int) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return "\n  ".join(lines[:count])
-
-
-def _line_in(message: str) -> str | None:
-    """The user's line where Dynamo's message quotes one."""
-    found = [line.strip() for line in message.splitlines() if line.strip().startswith('File "')]
-    return found[-1] if found else None

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-call,operator,union-attr"
 """A method with a backward mask of its own: only the gradient of a product's input goes through it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -84,6 +84,11 @@ def test_a_convolution_trains_with_it_and_freezes_to_a_plain_one() -> None:
     sparse(example(model)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert set(nm.verify(nm.freeze(sparse)).satisfied) == {"conv1.weight", "conv2.weight"}
+
+
+def test_the_graph_is_as_read(golden: Callable[[str, str], None]) -> None:
+    model = MLP()
+    golden("insert_backward_op_mlp", nm.show(nm.compile(model, example(model), method=TwoMasks())))
 
 
 def test_an_op_that_was_not_made_for_it_is_refused() -> None:
