@@ -18,15 +18,15 @@ from zoo import Entry, seeded
 
 import nm_compiler as nm
 from nm_compiler.axes.analyse import analyse
-from nm_compiler.capture import capture, in_mode
-from nm_compiler.ends import ends
-from nm_compiler.exported import Exported
+from nm_compiler.capture.export import capture, in_mode
+from nm_compiler.capture.exported import Exported
+from nm_compiler.capture.signature import Signature
 from nm_compiler.graph import reads
 from nm_compiler.law import permutation_law
 from nm_compiler.pattern import PatternMap
-from nm_compiler.signature import Signature
-from nm_compiler.sites import find
-from nm_compiler.uses import Use, constants, layouts, uses
+from nm_compiler.sites.ends import ends
+from nm_compiler.sites.plan import find
+from nm_compiler.sites.uses import Use, constants, layouts, uses
 
 Captured = dict[bool, tuple[GraphModule, Signature]]
 
@@ -100,7 +100,7 @@ def measure(entry: Entry, *, quick: bool, capture_only: bool, undo: int) -> Iter
     yield axes_row(entry, model, captured)
     start = time.perf_counter()
     routes = {mode: Exported(gm, signature) for mode, (gm, signature) in captured.items()}
-    with mock.patch("nm_compiler.preparing.take", return_value=routes):
+    with mock.patch("nm_compiler.capture.preparing.take", return_value=routes):
         nm.compile(model, args, kwargs)
     yield {"compile_seconds": taken + time.perf_counter() - start}
     del captured, model

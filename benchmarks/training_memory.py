@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import nm_compiler as nm
-from nm_compiler.state import RECIPE
+from nm_compiler.state.beside import RECIPE
 
 PATTERNS = ("2:4", "4:8", "1:16")
 

@@ -9,12 +9,13 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from nm_compiler.attaching import attach_state, detach_state
 from nm_compiler.axes.outputs import Outputs
+from nm_compiler.capture.exported import Exported
+from nm_compiler.capture.preparing import captured, check_model, globs
+from nm_compiler.capture.routes import check_outside
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
-from nm_compiler.exported import Exported
 from nm_compiler.graph import run
 from nm_compiler.importance import importance_of
 from nm_compiler.links import check_hooks
@@ -25,14 +26,13 @@ from nm_compiler.module import SparseModule
 from nm_compiler.passes.freeze_masks import masked_values
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.permuting import Order, reorder
-from nm_compiler.preparing import captured, check_model, globs
 from nm_compiler.recipe import freezing, pipeline
 from nm_compiler.rewrite import masked_nodes
-from nm_compiler.routes import check_outside
-from nm_compiler.sharding import is_sharded, sharded_freeze
-from nm_compiler.sites import Plan, check_globs, find
+from nm_compiler.sites.plan import Plan, check_globs, find
 from nm_compiler.solvers.check import worst_group
-from nm_compiler.state import learns
+from nm_compiler.state.attaching import attach_state, detach_state
+from nm_compiler.state.beside import learns
+from nm_compiler.state.sharding import is_sharded, sharded_freeze
 from nm_compiler.unwrapping import unwrap
 
 M = TypeVar("M", bound=nn.Module)

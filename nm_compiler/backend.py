@@ -18,15 +18,15 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from nm_compiler.capture.preparing import check_model, globs
 from nm_compiler.carrier import CARRIER, carrier_of
 from nm_compiler.errors import NMError
 from nm_compiler.live.entries import Entry
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.pattern import PatternMap, PatternSpec
-from nm_compiler.preparing import check_model, globs
 from nm_compiler.recipe import pipeline
-from nm_compiler.state import Weight
+from nm_compiler.state.beside import Weight
 
 _log = logging.getLogger(__name__)
 THEN = ("inductor", "aot_eager", "eager")

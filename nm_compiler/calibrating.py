@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from nm_compiler.calibration import Calibration, sums_of
-from nm_compiler.capture import in_mode
+from nm_compiler.capture.export import in_mode
+from nm_compiler.capture.exported import Exported
+from nm_compiler.capture.preparing import captured, globs
+from nm_compiler.capture.signature import Misfit
 from nm_compiler.errors import NMError
-from nm_compiler.exported import Exported
 from nm_compiler.graph import reads
 from nm_compiler.padding import Padding, padded
 from nm_compiler.pattern import PatternMap, PatternSpec
-from nm_compiler.preparing import captured, globs
-from nm_compiler.signature import Misfit
-from nm_compiler.sites import Site, find
-from nm_compiler.uses import Use, constants, uses
-from nm_compiler.views import is_copy
+from nm_compiler.sites.plan import Site, find
+from nm_compiler.sites.uses import Use, constants, uses
+from nm_compiler.sites.views import is_copy
 from nm_compiler.wording import several
 
 _log = logging.getLogger(__name__)

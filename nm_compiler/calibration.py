@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nm_compiler.errors import NMError
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.streaming.statistics import save_norms
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from nm_compiler.methods.base import Method
-from nm_compiler.sites import Plan
-from nm_compiler.state import Weight
+from nm_compiler.sites.plan import Plan
+from nm_compiler.state.beside import Weight
 
 CARRIER = "_nm_carrier"  # in the __dict__ of a live model: its `Prepared`
 

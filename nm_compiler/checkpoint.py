@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
-from nm_compiler.sharding import is_sharded
+from nm_compiler.state.sharding import is_sharded
 
 
 def save_checkpoint(path: str | Path, **parts: Any) -> None:

@@ -16,7 +16,7 @@ from nm_compiler.ops.two_masks import TWO_MASKS, turned_back
 from nm_compiler.ops.weights import makes_backward
 from nm_compiler.rewrite import masked_nodes
 from nm_compiler.scaled import value_if_scaled
-from nm_compiler.sharding import whole
+from nm_compiler.state.sharding import whole
 
 
 def value_of(gm: GraphModule, node: Node) -> Any:

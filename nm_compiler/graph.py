@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
 from nm_compiler.scaled import Scaled
-from nm_compiler.sharding import is_sharded
+from nm_compiler.state.sharding import is_sharded
 
 Pass = Callable[[GraphModule], GraphModule]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nm_compiler.calibration import Calibration
 from nm_compiler.errors import NMError
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.importance import ria, saliency, wanda
 
 Rule = Callable[[Site, Tensor], Tensor]

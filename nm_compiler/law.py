@@ -20,10 +20,10 @@ from nm_compiler.axes.analyse import analyse
 from nm_compiler.axes.outputs import Outputs, chosen
 from nm_compiler.axes.reorder import inverse, needs_of, random_order, reorder
 from nm_compiler.axes.result import Axes, Leaf, leaves
-from nm_compiler.capture import capture, capture_mode
+from nm_compiler.capture.export import capture, capture_mode
+from nm_compiler.capture.signature import Signature
 from nm_compiler.errors import NMError
 from nm_compiler.passes.permute import permute
-from nm_compiler.signature import Signature
 from nm_compiler.wording import dtype_name
 
 BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5}

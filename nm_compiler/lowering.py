@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from nm_compiler.capture import capture_mode, in_mode, without_cache
+from nm_compiler.capture.export import capture_mode, in_mode, without_cache
+from nm_compiler.capture.preparing import arguments, check_model, globs
+from nm_compiler.capture.regions import without_switches
+from nm_compiler.capture.routes import copies_of, untouched
 from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass, run, standalone
 from nm_compiler.memory import give_back
@@ -30,14 +33,11 @@ from nm_compiler.passes.fold_weights import fold_weights
 from nm_compiler.passes.products_to_linear import products_to_linear
 from nm_compiler.passes.spell_out_autocast import spell_out_autocast
 from nm_compiler.pattern import PatternMap, PatternSpec
-from nm_compiler.preparing import arguments, check_model, globs
-from nm_compiler.regions import without_switches
-from nm_compiler.routes import copies_of, untouched
 from nm_compiler.runtime.backends import Job, choose_backend
 from nm_compiler.runtime.lowered import Lowered, relative_error
 from nm_compiler.runtime.products import check_zeros, unread
 from nm_compiler.scaled import keep
-from nm_compiler.sites import Plan, Site, check_globs, find
+from nm_compiler.sites.plan import Plan, Site, check_globs, find
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.sparser import sparser_note
 from nm_compiler.unwrapping import is_compiled

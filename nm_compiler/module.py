@@ -13,23 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Proxy
 
-from nm_compiler import records
-from nm_compiler.attaching import detach_state, recipe_tag, state_names
-from nm_compiler.averaged import checked_copy
-from nm_compiler.bodies import programs
+from nm_compiler.capture import records
+from nm_compiler.capture.bodies import programs
+from nm_compiler.capture.exported import Exported, moved
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
-from nm_compiler.exported import Exported, moved
 from nm_compiler.graph import Pass
 from nm_compiler.links import hooked, hooks, links, replaced, settings
-from nm_compiler.loading import check_values, compare, start_afresh
 from nm_compiler.methods.base import Method, state_of
 from nm_compiler.recipe import pipeline
-from nm_compiler.sites import Plan
-from nm_compiler.state import RECIPE, Weight, read_recipe
+from nm_compiler.sites.plan import Plan
+from nm_compiler.state.attaching import detach_state, recipe_tag, state_names
+from nm_compiler.state.averaged import checked_copy
+from nm_compiler.state.beside import RECIPE, Weight, read_recipe
+from nm_compiler.state.loading import check_values, compare, start_afresh
 
 if TYPE_CHECKING:
-    from nm_compiler.dynamo import Fragments
+    from nm_compiler.fragments.dynamo import Fragments
 
 _SHARED = (
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks",
@@ -365,7 +365,7 @@ class SparseModule(nn.Module):
 def _unpacked(packed: Any, model: nn.Module, passes: list[Pass]) -> Exported | Fragments:
     if isinstance(packed, tuple):
         return Exported(records.unpack(packed[0], model), packed[1])
-    from nm_compiler.dynamo import Fragments
+    from nm_compiler.fragments.dynamo import Fragments
 
     return Fragments.unpacked(packed, model, passes)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
-from nm_compiler.state import learns
+from nm_compiler.state.beside import learns
 from nm_compiler.unwrapping import unwrap
 
 

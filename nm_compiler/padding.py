@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from nm_compiler.equations import LINEAR, MATMULS, PRODUCTS
 from nm_compiler.graph import arguments_of
-from nm_compiler.uses import CONVS
-from nm_compiler.views import moves, reads_shape_only
+from nm_compiler.sites.equations import LINEAR, MATMULS, PRODUCTS
+from nm_compiler.sites.uses import CONVS
+from nm_compiler.sites.views import moves, reads_shape_only
 
 aten = torch.ops.aten
 

@@ -17,18 +17,18 @@ from nm_compiler.axes.outputs import Outputs
 from nm_compiler.axes.reorder import inverse, needs_of
 from nm_compiler.axes.result import Axes
 from nm_compiler.axes.search import Gain, search_orders
-from nm_compiler.capture import in_mode
+from nm_compiler.capture.export import in_mode
+from nm_compiler.capture.exported import Exported
+from nm_compiler.capture.preparing import Routes, captured, globs
+from nm_compiler.capture.signature import Signature
 from nm_compiler.errors import NMError
-from nm_compiler.exported import Exported
 from nm_compiler.importance import Importance
 from nm_compiler.passes.permute import permute as permute_pass
 from nm_compiler.passes.permute import permute_state
 from nm_compiler.pattern import PatternMap, PatternSpec
-from nm_compiler.preparing import Routes, captured, globs
-from nm_compiler.signature import Signature
-from nm_compiler.sites import Plan, find
+from nm_compiler.sites.plan import Plan, find
+from nm_compiler.sites.uses import layouts
 from nm_compiler.solvers.magnitude import magnitude_mask
-from nm_compiler.uses import layouts
 
 Order = str | Mapping[str, Any]
 """``"search"``, ``"random"``, or orders by axis."""

@@ -13,7 +13,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.pattern import PatternMap, PatternSpec
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.streaming.planning import plan_tensors
 from nm_compiler.streaming.tensor_file import FLOATING, Entry
 

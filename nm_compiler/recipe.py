@@ -16,7 +16,7 @@ from nm_compiler.methods.base import Method
 from nm_compiler.passes.check_masked import check_masked
 from nm_compiler.passes.check_pattern import check_pattern
 from nm_compiler.passes.freeze_masks import freeze_masks
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 
 
 def pipeline(method: Method, sites: Sequence[Site]) -> list[Pass]:

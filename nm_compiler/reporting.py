@@ -13,9 +13,9 @@ from nm_compiler.pattern import PatternLike, PatternSpec
 from nm_compiler.runtime.lowered import Lowered
 from nm_compiler.runtime.report import Report, Row
 from nm_compiler.runtime.verify import verify
-from nm_compiler.sites import Plan
+from nm_compiler.sites.plan import Plan
 from nm_compiler.solvers.check import worst_group
-from nm_compiler.state import Weight
+from nm_compiler.state.beside import Weight
 from nm_compiler.unwrapping import carrier_in, compiled_parts
 from nm_compiler.wording import several
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from nm_compiler.pattern import Pattern
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.check import nonzeros, worst_group
 from nm_compiler.wording import several
 

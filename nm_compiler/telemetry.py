@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
-from nm_compiler.sharding import whole
 from nm_compiler.solvers.combinations import pack, unpack
+from nm_compiler.state.sharding import whole
 from nm_compiler.unwrapping import unwrap
 
 Row = dict[str, Any]

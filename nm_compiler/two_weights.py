@@ -14,15 +14,15 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from nm_compiler.equations import Equation, equation_of
 from nm_compiler.graph import arguments_of, target_name
 from nm_compiler.ops import einsum as _einsum  # noqa: F401  registers nm::einsum, and so on
 from nm_compiler.ops import grouped_mm as _grouped_mm  # noqa: F401
 from nm_compiler.ops import products as _products  # noqa: F401
 from nm_compiler.rewrite import call, masked_nodes, replace
-from nm_compiler.sites import Site
-from nm_compiler.uses import CONVS, GROUPED, Use, uses
-from nm_compiler.views import is_scale
+from nm_compiler.sites.equations import Equation, equation_of
+from nm_compiler.sites.plan import Site
+from nm_compiler.sites.uses import CONVS, GROUPED, Use, uses
+from nm_compiler.sites.views import is_scale
 
 aten = torch.ops.aten
 nm = torch.ops.nm
@@ -31,7 +31,8 @@ nm = torch.ops.nm
 def give_second(gm: GraphModule, site: Site, fixed: Collection[Node], build: Callable[[Node], Node]) -> None:
     """Give every product of a site a second weight: what ``build`` makes of the node that stands for the first one.
 
-    fixed: `nm_compiler.uses.constants` of the graph as it was before the pass. Views between are repeated for the second.
+    fixed: `nm_compiler.sites.uses.constants` of the graph as it was before the pass. Views between are repeated for the
+    second.
     """
     for forward in masked_nodes(gm, site.name):
         products = [use for use in uses(forward, fixed) if isinstance(use, Use)]

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from nm_compiler.averaged import WAY_OUT
 from nm_compiler.carrier import Carrier, carrier_of
 from nm_compiler.errors import NMError
 from nm_compiler.module import SparseModule
-from nm_compiler.state import RECIPE
+from nm_compiler.state.averaged import WAY_OUT
+from nm_compiler.state.beside import RECIPE
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from nm_compiler.errors import NMError
 from nm_compiler.ops.two_masks import TWO_MASKS
 from nm_compiler.ops.weights import stands_for_weight
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 
 
 def check_masked(gm: GraphModule, *, sites: Sequence[Site], by: str) -> GraphModule:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path, reads
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.check import worst_group
 
 

@@ -23,7 +23,7 @@ from nm_compiler.evaluate import is_constant, value_of
 from nm_compiler.graph import arguments_of
 from nm_compiler.rewrite import constant, discard, weight_of
 from nm_compiler.scaled import Scaled
-from nm_compiler.uses import CONVS
+from nm_compiler.sites.uses import CONVS
 
 aten = torch.ops.aten
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from nm_compiler.equations import PRODUCTS
 from nm_compiler.evaluate import is_constant, value_of
 from nm_compiler.rewrite import constant, discard, weight_of
-from nm_compiler.uses import CONVS
+from nm_compiler.sites.equations import PRODUCTS
+from nm_compiler.sites.uses import CONVS
 
 
 def fold_weights(gm: GraphModule, *, own: bool = False) -> GraphModule:

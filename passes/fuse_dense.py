@@ -18,7 +18,7 @@ from nm_compiler.passes.fuse_epilogues import activation_of, next_step, written_
 from nm_compiler.rewrite import call, replace
 from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.runtime.native.eligible import Conv, geometry
-from nm_compiler.uses import CONVS
+from nm_compiler.sites.uses import CONVS
 
 _NAMES: dict[str, tuple[str, list[float], str]] = {
     "relu": ("relu", [], ""), "relu6": ("hardtanh", [0, 6], ""), "silu": ("swish", [], ""),

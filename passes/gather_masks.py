@@ -9,7 +9,7 @@
     %z = aten.linear(%y, %l)                    %y = aten.linear(%x, %k)
                                                 %z = aten.linear(%y, %l)
 
-Not a step of a pipeline: `nm_compiler.exported` runs a graph so gathered, and shows and hands on the one before.
+Not a step of a pipeline: `nm_compiler.capture.exported` runs a graph so gathered, and shows and hands on the one before.
 
 Safe because the ops are functions of parameters and state alone, which no node between the first and the last of a chunk
 writes; nothing between them switches gradients or autocast either. A weight that is read more than once stays alone, so that

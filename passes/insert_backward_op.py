@@ -24,9 +24,9 @@ from nm_compiler.errors import NMError
 from nm_compiler.ops.weights import makes_backward
 from nm_compiler.passes.insert_op import arguments
 from nm_compiler.rewrite import call
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
+from nm_compiler.sites.uses import constants
 from nm_compiler.two_weights import give_second
-from nm_compiler.uses import constants
 
 
 def insert_backward_op(

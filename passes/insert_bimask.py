@@ -32,9 +32,9 @@ from torch.fx import GraphModule, Node
 
 from nm_compiler.ops import weights as _weights  # noqa: F401  registers nm::backward_weight
 from nm_compiler.rewrite import call
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
+from nm_compiler.sites.uses import constants
 from nm_compiler.two_weights import give_second
-from nm_compiler.uses import constants
 
 nm = torch.ops.nm
 

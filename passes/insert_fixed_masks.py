@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from nm_compiler.ops import masks as _ops  # noqa: F401  registers nm::unpack_mask
 from nm_compiler.rewrite import behind, call
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 
 
 def insert_fixed_masks(gm: GraphModule, *, sites: Sequence[Site]) -> GraphModule:

@@ -21,7 +21,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path
 from nm_compiler.ops.weights import stands_for_weight
 from nm_compiler.rewrite import behind, call
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 
 
 def insert_op(

@@ -24,7 +24,7 @@ from nm_compiler.graph import getattr_path
 from nm_compiler.ops import weights as _ops  # noqa: F401  registers nm::score_weight
 from nm_compiler.pattern import Pattern, combination_table
 from nm_compiler.rewrite import behind, call, constant
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.combinations import byte_table
 
 nm = torch.ops.nm

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from nm_compiler.ops import weights as _ops  # noqa: F401  registers nm::srste_weight
 from nm_compiler.rewrite import behind, call
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 
 
 def insert_srste(gm: GraphModule, *, sites: Sequence[Site], decay: float) -> GraphModule:

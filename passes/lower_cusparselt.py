@@ -43,7 +43,7 @@ from nm_compiler.runtime.cusparselt.packing import pack
 from nm_compiler.runtime.cusparselt.search import Searches
 from nm_compiler.runtime.cusparselt.unfold import Geometry, matrix_of, unfold_taps
 from nm_compiler.runtime.memory_format import lies_in_channels_last
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 
 aten = torch.ops.aten
 RELUS = (aten.relu.default, aten.relu_.default)

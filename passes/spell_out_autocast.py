@@ -25,8 +25,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nm_compiler.binding import bind
-from nm_compiler.bodies import autocast, is_body
+from nm_compiler.capture.binding import bind
+from nm_compiler.capture.bodies import autocast, is_body
 from nm_compiler.graph import fake_mode_of, getattr_path, tidy, unhooked
 
 aten = torch.ops.aten

@@ -30,7 +30,7 @@ from nm_compiler.rewrite import call, leading_sizes, masked_nodes, replace
 from nm_compiler.runtime.cusparselt.consumers import between, leave_in_columns
 from nm_compiler.runtime.cusparselt.eligible import of_pattern, of_sizes
 from nm_compiler.runtime.cusparselt.training import cslt_train_linear
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 
 aten = torch.ops.aten
 LINEAR, SRSTE = torch.ops.nm.linear.default, torch.ops.nm.srste_weight.default

@@ -17,13 +17,13 @@ from torch.utils import _pytree as pytree
 import nm_compiler.runtime.cusparselt.int8
 import nm_compiler.runtime.cusparselt.op
 import nm_compiler.runtime.cusparselt.unfold  # noqa: F401 - these register them
+from nm_compiler.capture.signature import Signature
 from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path
 from nm_compiler.runtime.backends.base import Result
 from nm_compiler.runtime.native.ops import CONV2D, LINEAR
 from nm_compiler.scaled import keep
-from nm_compiler.signature import Signature
-from nm_compiler.sites import Plan, Site
+from nm_compiler.sites.plan import Plan, Site
 from nm_compiler.wording import dtype_name
 
 

@@ -12,9 +12,9 @@ from nm_compiler.graph import arguments_of, getattr_path
 from nm_compiler.layout import Layout
 from nm_compiler.rewrite import weight_of
 from nm_compiler.scaled import value_if_scaled
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
+from nm_compiler.sites.uses import CONVS
 from nm_compiler.solvers.check import worst_group
-from nm_compiler.uses import CONVS
 
 aten = torch.ops.aten
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern, PatternMap, PatternSpec, matches
 from nm_compiler.runtime.tensors_of import tensors_of
-from nm_compiler.sharding import whole
 from nm_compiler.solvers.check import nonzeros, worst_group
-from nm_compiler.state import RECIPE, read_recipe
+from nm_compiler.state.beside import RECIPE, read_recipe
+from nm_compiler.state.sharding import whole
 
 
 @dataclass(frozen=True, slots=True)

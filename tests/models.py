@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from nm_compiler.uses import CONVS
+from nm_compiler.sites.uses import CONVS
 
 
 class MLP(nn.Module):

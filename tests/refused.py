@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from nm_compiler.capture import capture_mode
+from nm_compiler.capture.export import capture_mode
 from nm_compiler.pattern import PatternMap
-from nm_compiler.sites import Plan, find
+from nm_compiler.sites.plan import Plan, find
 
 BEHIND = "behind it zeros are no longer zeros, so use a layer whose weight is a plain parameter"
 AS_READ = "keep the parameter in the shape that its product reads"

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nm_compiler as nm
-from nm_compiler.bodies import autocast
-from nm_compiler.capture import capture_mode
+from nm_compiler.capture.bodies import autocast
+from nm_compiler.capture.export import capture_mode
+from nm_compiler.capture.records import move_devices
 from nm_compiler.graph import show_graph
 from nm_compiler.passes.spell_out_autocast import spell_out_autocast
-from nm_compiler.records import move_devices
 
 Golden = Callable[[str, str], None]
 BF16 = torch.autocast("cpu", torch.bfloat16)

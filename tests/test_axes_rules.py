@@ -12,7 +12,8 @@ import torch
 from axis_nets import CASES
 from torch import Tensor, nn
 
-from nm_compiler import capture, law
+from nm_compiler import law
+from nm_compiler.capture import export as capture
 from nm_compiler.law import BOUNDS, Law, permutation_law
 
 TOGETHER = 12  # a capture of many nets costs little more than a capture of one

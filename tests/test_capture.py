@@ -14,8 +14,8 @@ from models import MLP, ConvNet, Remembering, example
 from torch import Tensor, nn
 
 import nm_compiler as nm
-from nm_compiler.capture import user_line, without_cache
-from nm_compiler.exported import Exported
+from nm_compiler.capture.export import user_line, without_cache
+from nm_compiler.capture.exported import Exported
 
 
 def sparse_of(model: nn.Module, *args: Any, **kwargs: Any) -> nm.SparseModule:

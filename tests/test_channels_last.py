@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import nm_compiler as nm
-from nm_compiler.capture import capture_mode
+from nm_compiler.capture.export import capture_mode
 from nm_compiler.graph import show_graph
 from nm_compiler.passes.channels_last import channels_last
 from nm_compiler.runtime.backends import cpu

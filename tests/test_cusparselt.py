@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.nn import functional
 
-from nm_compiler.capture import capture_mode
+from nm_compiler.capture.export import capture_mode
 from nm_compiler.errors import NMError
 from nm_compiler.graph import run, show_graph
 from nm_compiler.passes.lower_cusparselt import lower_cusparselt
@@ -30,7 +30,7 @@ from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import pack
 from nm_compiler.runtime.cusparselt.search import search
 from nm_compiler.runtime.cusparselt.unfold import Geometry, matrix_of, unfold_taps
-from nm_compiler.sites import Site, find
+from nm_compiler.sites.plan import Site, find
 from nm_compiler.solvers.masks import masked
 
 aten = torch.ops.aten

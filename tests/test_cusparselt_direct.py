@@ -13,7 +13,7 @@ from cusparselt_standin import install
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nm_compiler.capture import capture_mode
+from nm_compiler.capture.export import capture_mode
 from nm_compiler.errors import NMError
 from nm_compiler.graph import run, show_graph
 from nm_compiler.passes import lower_cusparselt as lowering
@@ -33,7 +33,7 @@ from nm_compiler.runtime.cusparselt.plan import CONFIGS as HOW_MANY
 from nm_compiler.runtime.cusparselt.plan import Plan, Problem
 from nm_compiler.runtime.cusparselt.plans import Plans
 from nm_compiler.runtime.cusparselt.search import search
-from nm_compiler.sites import find
+from nm_compiler.sites.plan import find
 from nm_compiler.solvers.masks import masked
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])

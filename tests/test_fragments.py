@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import nm_compiler as nm
-from nm_compiler.dynamo import Fragments
-from nm_compiler.sites import UNREAD
+from nm_compiler.fragments.dynamo import Fragments
+from nm_compiler.sites.plan import UNREAD
 from nm_compiler.solvers.magnitude import magnitude_mask
 
 METHODS = [nm.LBC(), nm.BiMask(interval=2, moves=40), nm.Magnitude()]
@@ -390,7 +390,7 @@ def test_past_the_recompile_limit_there_is_an_error_and_not_dense_code(monkeypat
             y = super().forward(x)
             return y + len(name) if name != "b" else y
 
-    monkeypatch.setattr("nm_compiler.dynamo._LIMIT", 3)
+    monkeypatch.setattr("nm_compiler.fragments.dynamo._LIMIT", 3)
     config = torch._dynamo.config
     before = (config.fail_on_recompile_limit_hit, config.suppress_errors, config.optimize_ddp)
     sparse = nm.compile(Named(), positive(), method=nm.SRSTE())
@@ -422,7 +422,7 @@ def test_a_function_whose_first_call_computes_nothing_is_not_left_to_python() ->
 
 @pytest.mark.ci
 def test_many_models_of_one_class_do_not_share_a_recompile_limit(monkeypatch: Any) -> None:
-    monkeypatch.setattr("nm_compiler.dynamo._LIMIT", 4)
+    monkeypatch.setattr("nm_compiler.fragments.dynamo._LIMIT", 4)
     x = positive()
     with torch._dynamo.config.patch(recompile_limit=4):
         for _ in range(4):
@@ -572,7 +572,7 @@ def test_both_ways_find_the_same_weights_and_compute_the_same(name: str, monkeyp
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise nm.NMError("not this way") from ValueError()
 
-    monkeypatch.setattr("nm_compiler.routes.capture_mode", refuse)
+    monkeypatch.setattr("nm_compiler.capture.routes.capture_mode", refuse)
     second = nm.compile(twin, args, kwargs, method=nm.SRSTE())
     assert all(isinstance(route, Fragments) for route in second.routes.values())
     more = {"frozen.weight"} if name == "frozen" else set()  # export hides what runs under no_grad in a subgraph

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import nm_compiler as nm
-from nm_compiler.capture import capture_mode
+from nm_compiler.capture.export import capture_mode
 from nm_compiler.graph import run, show_graph
 from nm_compiler.passes.fuse_dense import fuse_dense
 from nm_compiler.runtime.native.library import load

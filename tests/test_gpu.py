@@ -17,7 +17,7 @@ from triton_steps import FLOATS, same, steps
 from triton_steps import LAYOUTS as LYING
 
 import nm_compiler as nm
-from nm_compiler.capture import capture_mode
+from nm_compiler.capture.export import capture_mode
 from nm_compiler.graph import tidy
 from nm_compiler.passes.lower_cusparselt import lower_cusparselt
 from nm_compiler.pattern import Pattern, PatternMap
@@ -29,7 +29,7 @@ from nm_compiler.runtime.cusparselt.library import KNOWN
 from nm_compiler.runtime.cusparselt.op import cslt_linear, operand
 from nm_compiler.runtime.cusparselt.packing import pack
 from nm_compiler.runtime.cusparselt.search import search
-from nm_compiler.sites import find
+from nm_compiler.sites.plan import find
 from nm_compiler.solvers import masks, order_launch
 from nm_compiler.solvers.backward_order import (
     assignment_search,

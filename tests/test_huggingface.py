@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import nm_compiler as nm
-from nm_compiler.dynamo import Fragments
+from nm_compiler.fragments.dynamo import Fragments
 
 pytest.importorskip("zoo.shim", reason="the zoo is an extra: pip install -e '.[zoo]'").declare_missing_operators()
 transformers = pytest.importorskip("transformers", reason="the zoo is an extra: pip install -e '.[zoo]'", exc_type=ImportError)

@@ -162,7 +162,7 @@ class Wary(nn.Module):
 
 
 def test_calibration_asks_nothing_of_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nm_compiler.routes._fragments", None)
+    monkeypatch.setattr("nm_compiler.capture.routes._fragments", None)
     assert set(nm.calibrate(Wary(), [torch.randn(4, 8)])) == {"fc.weight"}
 
 

@@ -14,7 +14,7 @@ import nm_compiler as nm
 from nm_compiler.layout import Layout
 from nm_compiler.methods.lbc import LBC
 from nm_compiler.pattern import Pattern
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.combinations import count, unpack
 from nm_compiler.solvers.magnitude import magnitude_mask
 

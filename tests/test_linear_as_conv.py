@@ -11,7 +11,7 @@ from models import Attention
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from nm_compiler.capture import capture
+from nm_compiler.capture.export import capture
 from nm_compiler.graph import run, show_graph
 from nm_compiler.passes.linear_as_conv import linear_as_conv
 

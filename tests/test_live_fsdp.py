@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 import nm_compiler as nm
 from nm_compiler.carrier import carrier_of
 from nm_compiler.integrations.fsdp import state_as_parameters
-from nm_compiler.sharding import cut_like, whole
+from nm_compiler.state.sharding import cut_like, whole
 
 STEPS = 6
 METHODS = {

@@ -20,7 +20,7 @@ from tensorrt_recorder import Recorder
 from torch import Tensor, nn
 
 import nm_compiler as nm
-from nm_compiler.capture import capture_mode
+from nm_compiler.capture.export import capture_mode
 from nm_compiler.graph import getattr_path, run, show_graph
 from nm_compiler.lowering import cast, passes
 from nm_compiler.passes.flatten_tokens import flatten_tokens

@@ -91,7 +91,7 @@ def test_past_the_recompile_limit_there_is_an_error_and_the_users_settings_stay(
         def forward(self, x: Tensor, name: str = "a") -> Tensor:
             return super().forward(x) + len(name) if name != "b" else super().forward(x)
 
-    monkeypatch.setattr("nm_compiler.dynamo._LIMIT", 3)
+    monkeypatch.setattr("nm_compiler.fragments.dynamo._LIMIT", 3)
     config = torch._dynamo.config
     before = (config.fail_on_recompile_limit_hit, config.suppress_errors, config.optimize_ddp)
     model = live(Named())

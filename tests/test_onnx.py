@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import nm_compiler as nm
 from nm_compiler import cli
-from nm_compiler.capture import capture_mode
+from nm_compiler.capture.export import capture_mode
 from nm_compiler.graph import run as run_passes
 from nm_compiler.passes.fold_batchnorm import fold_batchnorm
 from nm_compiler.runtime.onnx_files import commands, packages

@@ -15,7 +15,7 @@ from nm_compiler.graph import Pass
 from nm_compiler.ops.define import backward_op, weight_op
 from nm_compiler.passes.insert_backward_op import insert_backward_op
 from nm_compiler.passes.insert_op import insert_op
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.magnitude import magnitude_mask
 
 

@@ -16,7 +16,7 @@ import nm_compiler as nm
 from nm_compiler.graph import Pass
 from nm_compiler.ops.define import weight_op
 from nm_compiler.passes.insert_op import insert_op
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.magnitude import magnitude_mask
 
 

@@ -11,8 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 import nm_compiler as nm
-from nm_compiler.attaching import attach_state
-from nm_compiler.capture import capture
+from nm_compiler.capture.export import capture
 from nm_compiler.graph import Pass, run, show_graph
 from nm_compiler.passes.check_pattern import check_pattern
 from nm_compiler.passes.flatten_tokens import flatten_tokens
@@ -24,7 +23,8 @@ from nm_compiler.passes.insert_srste import insert_srste
 from nm_compiler.passes.linear_as_conv import linear_as_conv
 from nm_compiler.pattern import PatternMap
 from nm_compiler.recipe import pipeline
-from nm_compiler.sites import Plan, find
+from nm_compiler.sites.plan import Plan, find
+from nm_compiler.state.attaching import attach_state
 
 Golden = Callable[[str, str], None]
 

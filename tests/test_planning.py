@@ -16,7 +16,7 @@ from torch import nn
 
 import nm_compiler as nm
 from nm_compiler.errors import NMError
-from nm_compiler.state import RECIPE
+from nm_compiler.state.beside import RECIPE
 
 PAGE = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
 METHODS = [nm.LBC(), nm.LBC(scores="combination"), nm.BiMask(), nm.SRSTE(), nm.Magnitude()]

@@ -76,6 +76,13 @@ def test_the_map_of_the_package_names_every_file_and_folder_once() -> None:
     assert folders <= set(re.findall(r"^\| `nm_compiler/(\w+)/`", here, re.M))
 
 
+@pytest.mark.parametrize("folder", ["capture", "fragments", "live", "sites", "state"])
+def test_a_folder_says_at_its_top_what_each_of_its_files_is_for(folder: str) -> None:
+    package = ROOT / "nm_compiler" / folder
+    files = sorted(path.stem for path in package.glob("*.py") if path.stem != "__init__")
+    assert sorted(re.findall(r"^(\w+) {2,}\S", (package / "__init__.py").read_text(), re.M)) == files
+
+
 def test_every_page_is_named_in_the_table_of_pages() -> None:
     here = README[README.index("## Documentation") : README.index("## What it keeps")]
     linked = set(re.findall(r"\]\(([^)#]+)\)", here))

@@ -12,7 +12,7 @@ from models import MLP, ConvNet, Grouped, example
 from precompiled import precompiled
 
 import nm_compiler as nm
-from nm_compiler.state import Weight
+from nm_compiler.state.beside import Weight
 from nm_compiler.telemetry import flat
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import nm_compiler as nm
+from nm_compiler.capture.records import pack, unpack
 from nm_compiler.graph import run, show_graph
 from nm_compiler.ops import together as ops
 from nm_compiler.passes.gather_masks import gather_masks
-from nm_compiler.records import pack, unpack
 from nm_compiler.solvers import combinations
 
 METHODS = {

@@ -10,7 +10,7 @@ from models import MLP
 from torch import Tensor, nn
 
 import nm_compiler as nm
-from nm_compiler.vmapped import _marks, without_vmap
+from nm_compiler.capture.vmapped import _marks, without_vmap
 
 
 @pytest.fixture(autouse=True)

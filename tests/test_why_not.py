@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 import nm_compiler as nm
-from nm_compiler.capture import capture_mode
-from nm_compiler.dynamo import Fragments
-from nm_compiler.equations import equation_of
+from nm_compiler.capture.export import capture_mode
+from nm_compiler.fragments.dynamo import Fragments
 from nm_compiler.layout import Layout
 from nm_compiler.live.growing import loaded_dense, not_yet, too_late
 from nm_compiler.lowering import _sparse_sites
@@ -54,7 +53,8 @@ from nm_compiler.runtime.products import Decision, unread
 from nm_compiler.runtime.products import Product as Planned
 from nm_compiler.runtime.tensorrt.eligible import reasons as of_tensorrt
 from nm_compiler.runtime.tensorrt.log import SparsityLog
-from nm_compiler.sites import Plan, Site, find
+from nm_compiler.sites.equations import equation_of
+from nm_compiler.sites.plan import Plan, Site, find
 from nm_compiler.streaming.planning import plan_tensors
 from nm_compiler.streaming.tensor_file import Entry
 
@@ -431,11 +431,11 @@ def test_the_page_has_no_row_for_words_that_no_report_holds() -> None:
 
 EVERYTHING = ("*",)
 SOURCES: dict[str, tuple[str, ...]] = {
-    "nm_compiler/sites.py": EVERYTHING,
-    "nm_compiler/uses.py": EVERYTHING,
-    "nm_compiler/views.py": EVERYTHING,
-    "nm_compiler/equations.py": EVERYTHING,
-    "nm_compiler/dynamo.py": ("_tell",),
+    "nm_compiler/sites/plan.py": EVERYTHING,
+    "nm_compiler/sites/uses.py": EVERYTHING,
+    "nm_compiler/sites/views.py": EVERYTHING,
+    "nm_compiler/sites/equations.py": EVERYTHING,
+    "nm_compiler/fragments/dynamo.py": ("_tell",),
     "nm_compiler/live/growing.py": ("not_yet", "too_late", "loaded_dense"),
     "nm_compiler/lowering.py": ("_sparse_sites",),
     "nm_compiler/reporting.py": ("_plain",),

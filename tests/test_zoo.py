@@ -18,11 +18,11 @@ from torch.utils import _pytree as pytree
 from zoo.shim import declare_missing_operators
 from zoo.shrink import cut
 
-from nm_compiler.capture import capture, in_mode
+from nm_compiler.capture.export import capture, in_mode
 from nm_compiler.errors import NMError
 from nm_compiler.law import permutation_law
 from nm_compiler.pattern import PatternMap
-from nm_compiler.sites import find
+from nm_compiler.sites.plan import find
 
 SAMPLE = {
     "torchvision": "alexnet regnet_x_400mf resnet18 shufflenet_v2_x0_5 squeezenet1_1",

@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 from gpu_sections.timing import Found, in_turn, replayed
-from nm_compiler.capture import capture_mode
+from nm_compiler.capture.export import capture_mode
 from nm_compiler.graph import tidy
 from nm_compiler.passes.lower_cusparselt import lower_cusparselt
 from nm_compiler.pattern import PatternMap
@@ -30,7 +30,7 @@ from nm_compiler.runtime.cusparselt.op import cslt_linear
 from nm_compiler.runtime.cusparselt.packing import pack
 from nm_compiler.runtime.cusparselt.search import search
 from nm_compiler.runtime.cusparselt.unfold import unfold_taps
-from nm_compiler.sites import find
+from nm_compiler.sites.plan import find
 from nm_compiler.solvers.masks import masked
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336))  # [out, in]

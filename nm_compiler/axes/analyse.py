@@ -16,8 +16,8 @@ from nm_compiler.axes.result import Axes, AxisClass, Family, Leaf, Member, Produ
 from nm_compiler.axes.result import Axis as Expression
 from nm_compiler.axes.rules import RULES
 from nm_compiler.axes.terms import Term, Terms
+from nm_compiler.capture.signature import Signature
 from nm_compiler.layout import Layout
-from nm_compiler.signature import Signature
 
 _LOG = logging.getLogger(__name__)
 

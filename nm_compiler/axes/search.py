@@ -26,7 +26,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.importance import Importance, importance_of
 from nm_compiler.layout import as_rows
 from nm_compiler.pattern import Pattern
-from nm_compiler.sites import Plan, Site
+from nm_compiler.sites.plan import Plan, Site
 from nm_compiler.solvers.coupled import search_coupled
 from nm_compiler.solvers.independent import Problem
 from nm_compiler.solvers.magnitude import magnitude_mask

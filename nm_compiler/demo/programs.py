@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import nm_compiler as nm
-from nm_compiler.capture import capture
+from nm_compiler.capture.export import capture
 from nm_compiler.demo.models import Block
 from nm_compiler.demo.settings import METHODS, TITLES
 from nm_compiler.graph import show_graph

@@ -24,7 +24,7 @@ from nm_compiler.demo.settings import METHODS, Entry, Settings
 from nm_compiler.layout import as_rows
 from nm_compiler.solvers.backward_order import kept_importance
 from nm_compiler.solvers.magnitude import magnitude_mask
-from nm_compiler.state import Weight
+from nm_compiler.state.beside import Weight
 
 Progress = Callable[[int, int, str], None]
 """Told after every step: steps done, steps in all, and what is running."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from nm_compiler.carrier import carrier_of
 from nm_compiler.errors import NMError
-from nm_compiler.sharding import parts
+from nm_compiler.state.sharding import parts
 
 M = TypeVar("M", bound=nn.Module)
 

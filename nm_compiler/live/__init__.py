@@ -5,6 +5,7 @@ candidates     which weights may become N:M, told without a graph
 growing        the plan, decided as graphs read the weights
 entries        how calls of the model, and of its parts, reach the carrier
 live           fragments of a call: planned, rewritten, compiled
+saving         what a Hugging Face model says that is saved while it trains
 lifting        a program without attributes, as compilers take it
 inductor       what inductor is told about our ops
 weights_graph  a graph of nothing but weights, to ask what they are multiplied with

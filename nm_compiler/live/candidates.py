@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nm_compiler.layout import Layout
 from nm_compiler.pattern import Pattern, PatternMap, matches
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 
 _NEVER = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

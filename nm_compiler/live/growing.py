@@ -17,16 +17,16 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from nm_compiler.attaching import recipe_tag
 from nm_compiler.errors import NMError, Refusal, refuse_all
+from nm_compiler.fragments.outline import opened_up
 from nm_compiler.links import owner_at
 from nm_compiler.live.candidates import candidates
 from nm_compiler.methods.base import Method, state_of
-from nm_compiler.outline import opened_up
 from nm_compiler.pattern import PatternMap
-from nm_compiler.sharding import in_shards
-from nm_compiler.sites import UNREAD, Plan, Site, find
-from nm_compiler.state import MARK, RECIPE, Weight, learns, mark, register, unregister
+from nm_compiler.sites.plan import UNREAD, Plan, Site, find
+from nm_compiler.state.attaching import recipe_tag
+from nm_compiler.state.beside import MARK, RECIPE, Weight, learns, mark, register, unregister
+from nm_compiler.state.sharding import in_shards
 
 _log = logging.getLogger(__name__)
 

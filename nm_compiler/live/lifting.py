@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from nm_compiler.bodies import CONTEXT, branch, checkpointed, is_body
+from nm_compiler.capture.bodies import CONTEXT, branch, checkpointed, is_body
 from nm_compiler.graph import getattr_path, target_name, type_of
 
 _higher = torch.ops.higher_order

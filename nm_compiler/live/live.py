@@ -21,20 +21,20 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from torch.utils import _pytree as pytree
 
-from nm_compiler.bodies import program_text, programs
-from nm_compiler.dynamo import Fragments, Variant, entry_of, store_of, weakly
+from nm_compiler.capture.bodies import program_text, programs
+from nm_compiler.capture.routes import way_back
 from nm_compiler.errors import NMError
-from nm_compiler.fragments import bind_inputs, lower
+from nm_compiler.fragments.aten import bind_inputs, lower
+from nm_compiler.fragments.dynamo import Fragments, Variant, entry_of, store_of, weakly
+from nm_compiler.fragments.outline import Run, outline
+from nm_compiler.fragments.watching import PRODUCTS, outside_text, python_line, unwatched
 from nm_compiler.graph import reads, run
 from nm_compiler.live.entries import entered
 from nm_compiler.live.growing import check_parameters
 from nm_compiler.live.lifting import Lifted, form_of, lift
-from nm_compiler.outline import Run, outline
 from nm_compiler.recipe import pipeline
-from nm_compiler.routes import way_back
-from nm_compiler.sharding import is_sharded, parallel
-from nm_compiler.uses import Blocked, uses
-from nm_compiler.watching import PRODUCTS, outside_text, python_line, unwatched
+from nm_compiler.sites.uses import Blocked, uses
+from nm_compiler.state.sharding import is_sharded, parallel
 
 if TYPE_CHECKING:
     from nm_compiler.live.prepared import Prepared

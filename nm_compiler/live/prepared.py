@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from nm_compiler.attaching import attach_state, detach_state, recipe_tag, state_names
-from nm_compiler.averaged import Versions, checked_copy
 from nm_compiler.carrier import CARRIER
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
@@ -31,12 +29,14 @@ from nm_compiler.live.entries import install, remove
 from nm_compiler.live.growing import GrowingPlan, loaded_dense, not_yet
 from nm_compiler.live.saving import unwatch_saving, watch_saving
 from nm_compiler.live.weights_graph import weights_graph
-from nm_compiler.loading import check_values, compare, keep_state, start_afresh
 from nm_compiler.methods.base import Method
 from nm_compiler.pattern import PatternMap
-from nm_compiler.sharding import cut_like, parts, reshard
-from nm_compiler.sites import Plan, Site
-from nm_compiler.state import MARK, RECIPE, Weight, read_recipe
+from nm_compiler.sites.plan import Plan, Site
+from nm_compiler.state.attaching import attach_state, detach_state, recipe_tag, state_names
+from nm_compiler.state.averaged import Versions, checked_copy
+from nm_compiler.state.beside import MARK, RECIPE, Weight, read_recipe
+from nm_compiler.state.loading import check_values, compare, keep_state, start_afresh
+from nm_compiler.state.sharding import cut_like, parts, reshard
 from nm_compiler.wording import several
 
 _log = logging.getLogger(__name__)
@@ -125,8 +125,8 @@ class Prepared:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the model, or a part of it that is called by itself. Raises NMError where a weight would be dense."""
+        from nm_compiler.capture.routes import way_back
         from nm_compiler.live.live import Undecided
-        from nm_compiler.routes import way_back
 
         refuse_tracers(self.origin)
         self._check_modules()
@@ -178,7 +178,7 @@ class Prepared:
 
     def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the call once, dense and without a trace, to plan on all of its fragments together."""
-        from nm_compiler.routes import check_outside, copies_of, untouched
+        from nm_compiler.capture.routes import check_outside, copies_of, untouched
 
         live = self.live
         copies = copies_of(args), {name: copies_of(value) for name, value in kwargs.items()}
@@ -195,7 +195,7 @@ class Prepared:
 
     def _check_read(self) -> None:
         """Raise NMError if Python alone has read the weight of a layer, as in layers whose code TorchDynamo skips."""
-        from nm_compiler.watching import outside_text
+        from nm_compiler.fragments.watching import outside_text
 
         for name, line in self.live.computed_with.items():
             if name in self.candidates and self.candidates[name].op != "-":

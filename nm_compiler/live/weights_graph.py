@@ -8,11 +8,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
-from nm_compiler.binding import bind
+from nm_compiler.capture.binding import bind
 from nm_compiler.graph import fake_of, propagate_shapes
 from nm_compiler.methods.base import Method
 from nm_compiler.recipe import pipeline
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 
 
 def weights_graph(model: nn.Module, method: Method, sites: Sequence[Site]) -> GraphModule:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass
-from nm_compiler.sites import Site
-from nm_compiler.state import Weight
+from nm_compiler.sites.plan import Site
+from nm_compiler.state.beside import Weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,12 +21,12 @@ from nm_compiler.passes.insert_bimask import insert_bimask
 from nm_compiler.passes.insert_srste import insert_srste
 from nm_compiler.passes.train_cusparselt import reasons_of, train_cusparselt
 from nm_compiler.runtime.cusparselt.eligible import machine_of, of_machine
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.backward_order import OrderSearch, quick_search, search_all, together
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.solvers.masks import on_gpu, top_mask
 from nm_compiler.solvers.order_launch import Problem
-from nm_compiler.state import Weight
+from nm_compiler.state.beside import Weight
 
 
 @dataclass(frozen=True, slots=True)

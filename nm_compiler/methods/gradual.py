@@ -15,9 +15,9 @@ from nm_compiler.methods.base import Clock, Method
 from nm_compiler.methods.decline import check_decline, left, window
 from nm_compiler.methods.magnitude import unpacked
 from nm_compiler.passes.insert_fixed_masks import insert_fixed_masks
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.combinations import pack
-from nm_compiler.state import Weight
+from nm_compiler.state.beside import Weight
 
 
 @dataclass(frozen=True, slots=True)

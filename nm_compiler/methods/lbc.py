@@ -18,10 +18,10 @@ from nm_compiler.methods.base import Clock, Method
 from nm_compiler.methods.decline import check_decline, left, window
 from nm_compiler.passes.insert_scores import insert_scores, table_of
 from nm_compiler.pattern import MAX_TABLE, combination_table
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.combinations import count, pack, retire
 from nm_compiler.solvers.live import retire as retire_packed
-from nm_compiler.state import Weight
+from nm_compiler.state.beside import Weight
 
 
 @dataclass(frozen=True, slots=True)

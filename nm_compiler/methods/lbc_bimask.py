@@ -15,8 +15,8 @@ from nm_compiler.methods.base import Clock
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.methods.lbc import LBC
 from nm_compiler.passes.insert_bimask import insert_bimask
-from nm_compiler.sites import Site
-from nm_compiler.state import Weight
+from nm_compiler.sites.plan import Site
+from nm_compiler.state.beside import Weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from nm_compiler.importance import Importance, importance_of
 from nm_compiler.layout import as_groups
 from nm_compiler.methods.base import Method
 from nm_compiler.passes.insert_fixed_masks import insert_fixed_masks
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.combinations import pack, unpack
 from nm_compiler.solvers.magnitude import magnitude_mask
 

@@ -14,10 +14,10 @@ from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass
 from nm_compiler.methods.base import Clock, Method
 from nm_compiler.passes.insert_srste import insert_srste
-from nm_compiler.sharding import write
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.magnitude import magnitude_mask
-from nm_compiler.state import Weight
+from nm_compiler.state.beside import Weight
+from nm_compiler.state.sharding import write
 
 if TYPE_CHECKING:
     from nm_compiler.methods.bimask import BiMask

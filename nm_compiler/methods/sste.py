@@ -13,7 +13,7 @@ from nm_compiler.graph import Pass
 from nm_compiler.methods.base import Method
 from nm_compiler.ops.define import weight_op
 from nm_compiler.passes.insert_op import insert_op
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 
 
 def soften(weight: Tensor, n: int, m: int, in_axis: int) -> Tensor:

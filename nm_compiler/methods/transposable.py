@@ -11,11 +11,11 @@ from torch import Tensor
 from nm_compiler.importance import importance_of
 from nm_compiler.layout import as_rows
 from nm_compiler.methods.magnitude import Magnitude, unpacked
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.combinations import pack
 from nm_compiler.solvers.magnitude import magnitude_mask
 from nm_compiler.solvers.transposable import transposable_mask
-from nm_compiler.state import Weight
+from nm_compiler.state.beside import Weight
 
 
 @dataclass(frozen=True, slots=True)

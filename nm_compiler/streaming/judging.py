@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nm_compiler.errors import NMError
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.importance import magnitude, ria, wanda
 from nm_compiler.solvers.masks import masked, top_mask
 from nm_compiler.solvers.select import keep

@@ -20,12 +20,12 @@ from nm_compiler.axes.reorder import needs_of, reorder
 from nm_compiler.axes.result import Axes, AxisClass, leaves
 from nm_compiler.axes.result import Axis as Expression
 from nm_compiler.axes.search import search_orders
-from nm_compiler.capture import capture_mode
+from nm_compiler.capture.export import capture_mode
+from nm_compiler.capture.exported import Exported
+from nm_compiler.capture.preparing import check_model
 from nm_compiler.errors import NMError
-from nm_compiler.exported import Exported
 from nm_compiler.permuting import coupled
-from nm_compiler.preparing import check_model
-from nm_compiler.sites import Plan, Site
+from nm_compiler.sites.plan import Plan, Site
 from nm_compiler.solvers.search_matrix import memory_needed
 from nm_compiler.streaming.folder import Folder
 from nm_compiler.streaming.parts import read_whole

@@ -20,7 +20,7 @@ from torch import nn
 from nm_compiler.errors import NMError, Refusal
 from nm_compiler.layout import Layout
 from nm_compiler.pattern import PatternMap, matches
-from nm_compiler.sites import Plan, Site
+from nm_compiler.sites.plan import Plan, Site
 from nm_compiler.streaming.tensor_file import FLOATING, Entry
 
 HEADS = ("lm_head", "head", "heads", "score", "classifier", "embed_out", "qa_outputs", "cls", "predictions", "output_layer")

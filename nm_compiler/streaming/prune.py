@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nm_compiler.errors import NMError, Refusal
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.runtime.verify import verify
-from nm_compiler.sites import Plan, Site
+from nm_compiler.sites.plan import Plan, Site
 from nm_compiler.streaming.folder import Folder, read_folder
 from nm_compiler.streaming.journal import digest, fingerprint, read_journal, write_journal
 from nm_compiler.streaming.judging import Judge, check_rule

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nm_compiler.errors import NMError
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 
 HOW = (
     "statistics = nm.calibrate(model, batches); statistics.save('norms.safetensors'), then --statistics norms.safetensors. "

@@ -14,12 +14,12 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.node import map_arg
 
+from nm_compiler.capture.signature import Signature
 from nm_compiler.errors import NMError
 from nm_compiler.graph import tensor_outputs
 from nm_compiler.runtime.products import Decision, Product, products
 from nm_compiler.scaled import Scaled, stood_in
-from nm_compiler.signature import Signature
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from nm_compiler.runtime.onnx_files.naming import output_names
 from nm_compiler.runtime.onnx_files.packages import require
 from nm_compiler.runtime.products import Decision, Product
 from nm_compiler.runtime.tensorrt.eligible import reasons
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 
 
 class Onnx(Backend):

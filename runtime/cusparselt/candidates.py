@@ -16,9 +16,9 @@ from nm_compiler.evaluate import value_of
 from nm_compiler.graph import arguments_of, target_name
 from nm_compiler.runtime.cusparselt.eligible import MIN_TOKENS, Machine, Product, machine_of, reasons
 from nm_compiler.runtime.cusparselt.unfold import geometry_of, matrix_of
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
+from nm_compiler.sites.uses import constants
 from nm_compiler.solvers.check import worst_group
-from nm_compiler.uses import constants
 
 aten = torch.ops.aten
 

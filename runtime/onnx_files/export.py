@@ -36,7 +36,7 @@ from nm_compiler.runtime.onnx_files.numerics import Numerics, compare, placehold
 from nm_compiler.runtime.onnx_files.packages import require
 from nm_compiler.runtime.onnx_files.reading import load
 from nm_compiler.runtime.onnx_files.saving import Staged
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.wording import dtype_name
 

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from nm_compiler.errors import NMError, Refusal
 from nm_compiler.runtime.onnx_files.reading import load, operands
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.check import worst_group
 
 

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from nm_compiler.graph import tensor_outputs
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
 
 
 def name_after_parameters(model: Any, sites: Mapping[str, Site], origins: dict[str, str]) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.fx import Interpreter
 from torch.utils import _pytree as pytree
 
-from nm_compiler.equations import PRODUCTS
 from nm_compiler.memory import give_back
-from nm_compiler.uses import CONVS
+from nm_compiler.sites.equations import PRODUCTS
+from nm_compiler.sites.uses import CONVS
 
 
 class Wide(Interpreter):

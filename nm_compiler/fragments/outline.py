@@ -20,8 +20,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from nm_compiler.binding import bind
-from nm_compiler.bodies import branch, checkpointed, is_body, programs
+from nm_compiler.capture.binding import bind
+from nm_compiler.capture.bodies import branch, checkpointed, is_body, programs
 from nm_compiler.graph import getattr_path
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
-from nm_compiler.binding import bind, flat_copy, is_state
+from nm_compiler.capture.binding import bind, flat_copy, is_state
 from nm_compiler.graph import body_of, getattr_path, show_graph, tidy
 
 _higher = torch.ops.higher_order

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nm_compiler.methods.base import Method, state_of
-from nm_compiler.sites import Plan
-from nm_compiler.state import RECIPE, Weight, mark, register, unmark, unregister, write_recipe
+from nm_compiler.sites.plan import Plan
+from nm_compiler.state.beside import RECIPE, Weight, mark, register, unmark, unregister, write_recipe
 
 
 def attach_state(model: nn.Module, plan: Plan, method: Method) -> None:

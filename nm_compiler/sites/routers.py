@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from nm_compiler.ends import weighted
 from nm_compiler.graph import arguments_of
-from nm_compiler.views import is_view
+from nm_compiler.sites.ends import weighted
+from nm_compiler.sites.views import is_view
 
 aten = torch.ops.aten
 

@@ -16,7 +16,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nm_compiler.capture import user_line
+from nm_compiler.capture.export import user_line
 
 PRODUCTS = (
     "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__", "bilinear",

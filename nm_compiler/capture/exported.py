@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from nm_compiler import records
-from nm_compiler.binding import bind, flat_copy
-from nm_compiler.bodies import is_body, program_text, programs
+from nm_compiler.capture import records
+from nm_compiler.capture.binding import bind, flat_copy
+from nm_compiler.capture.bodies import is_body, program_text, programs
+from nm_compiler.capture.signature import Signature
 from nm_compiler.graph import Pass, has_side_effect, run
 from nm_compiler.links import resized
 from nm_compiler.ops.together import together
 from nm_compiler.passes.gather_masks import gather_masks
 from nm_compiler.passes.spell_out_autocast import spell_out_autocast
-from nm_compiler.signature import Signature
-from nm_compiler.sites import Plan
+from nm_compiler.sites.plan import Plan
 
 
 @dataclass

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from nm_compiler.ends import ends
 from nm_compiler.errors import NMError, Refusal, refuse_all
 from nm_compiler.graph import getattr_path, reads
 from nm_compiler.layout import Layout
 from nm_compiler.pattern import Pattern, PatternMap, matches
-from nm_compiler.routers import routers
-from nm_compiler.uses import FUSED, Blocked, Use, constants, uses
-from nm_compiler.views import is_scale
+from nm_compiler.sites.ends import ends
+from nm_compiler.sites.routers import routers
+from nm_compiler.sites.uses import FUSED, Blocked, Use, constants, uses
+from nm_compiler.sites.views import is_scale
 
 UNREAD = "not read by the captured graph: give example inputs that use it"
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
 from nm_compiler.methods.base import Method, state_of
-from nm_compiler.sharding import cut_like, whole
-from nm_compiler.sites import Site
-from nm_compiler.state import RECIPE, Weight, learns
+from nm_compiler.sites.plan import Site
+from nm_compiler.state.beside import RECIPE, Weight, learns
+from nm_compiler.state.sharding import cut_like, whole
 
 if TYPE_CHECKING:
     from nm_compiler.carrier import Carrier

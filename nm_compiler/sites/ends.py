@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from nm_compiler.equations import LINEAR, PRODUCTS
 from nm_compiler.graph import base_of, getattr_path, target_name, written_by
-from nm_compiler.uses import GROUPED, RECURRENT
-from nm_compiler.views import is_view
+from nm_compiler.sites.equations import LINEAR, PRODUCTS
+from nm_compiler.sites.uses import GROUPED, RECURRENT
+from nm_compiler.sites.views import is_view
 
 
 def ends(gm: GraphModule, fixed: Collection[Node]) -> tuple[set[Node], set[Node]]:

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from nm_compiler.capture.exported import Exported
+from nm_compiler.capture.routes import take
 from nm_compiler.errors import NMError
-from nm_compiler.exported import Exported
 from nm_compiler.module import SparseModule
-from nm_compiler.routes import take
-from nm_compiler.state import MARK
+from nm_compiler.state.beside import MARK
 
 if TYPE_CHECKING:
-    from nm_compiler.dynamo import Fragments
+    from nm_compiler.fragments.dynamo import Fragments
 
 Routes = Mapping[bool, "Exported | Fragments"]
 

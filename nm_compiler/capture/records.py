@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from nm_compiler.binding import bind
-from nm_compiler.bodies import autocast, is_body
+from nm_compiler.capture.binding import bind
+from nm_compiler.capture.bodies import autocast, is_body
 from nm_compiler.graph import type_of
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nm_compiler.errors import NMError
 
 if TYPE_CHECKING:
-    from nm_compiler.sites import Site
+    from nm_compiler.sites.plan import Site
 
 
 def is_sharded(tensor: Any) -> bool:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
-from nm_compiler.sharding import whole, write
-from nm_compiler.sites import Site
+from nm_compiler.sites.plan import Site
+from nm_compiler.state.sharding import whole, write
 
 RECIPE = "nm_recipe"
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nm_compiler.capture import capture_mode, explain, in_mode, quiet, without_cache
+from nm_compiler.capture.export import capture_mode, explain, in_mode, quiet, without_cache
+from nm_compiler.capture.exported import Exported
+from nm_compiler.capture.own_gradients import Lost, nothing_lost
 from nm_compiler.errors import NMError
-from nm_compiler.exported import Exported
-from nm_compiler.own_gradients import Lost, nothing_lost
 from nm_compiler.pattern import PatternMap, matches
-from nm_compiler.state import MARK
+from nm_compiler.state.beside import MARK
 
 if TYPE_CHECKING:
-    from nm_compiler.dynamo import Fragments
+    from nm_compiler.fragments.dynamo import Fragments
 
 _log = logging.getLogger(__name__)
 _NOT_OWN = {*nn.Module().__dict__, MARK}
@@ -66,7 +66,7 @@ def take(
 def _fragments(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool, refused: NMError
 ) -> Fragments:
-    from nm_compiler.dynamo import Fragments, OwnFault  # TorchDynamo is heavy, and most models do without
+    from nm_compiler.fragments.dynamo import Fragments, OwnFault  # TorchDynamo is heavy, and most models do without
 
     carrier = Fragments(model, without_cache(model, kwargs))
     grad = training or isinstance(refused.__cause__, Lost)  # a tensor without gradients takes no hook
@@ -96,7 +96,7 @@ def check_outside(
 ) -> None:
     """Raise NMError for a weight that Python multiplied outside fragments, where no mask could reach it.
 
-    captured: as for `nm_compiler.watching.outside_text`.
+    captured: as for `nm_compiler.fragments.watching.outside_text`.
     """
     parameters = dict(model.named_parameters())
     for route in routes.values():
@@ -104,7 +104,7 @@ def check_outside(
             weight, pattern = parameters[name], patterns.of(name)
             could = weight.ndim >= 2 and weight.is_floating_point() and pattern is not None and not matches(name, exclude)
             if could and any(size % pattern.m == 0 for size in weight.shape):  # type: ignore[union-attr]
-                from nm_compiler.watching import outside_text
+                from nm_compiler.fragments.watching import outside_text
 
                 raise NMError(outside_text(name, line, captured=captured))
 

@@ -21,19 +21,19 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from nm_compiler import records
-from nm_compiler.bodies import program_text, programs
-from nm_compiler.dynamo_errors import check_around, explained, of_the_op, own_fault
+from nm_compiler.capture import records
+from nm_compiler.capture.bodies import program_text, programs
+from nm_compiler.capture.exported import copied
 from nm_compiler.errors import NMError
-from nm_compiler.exported import copied
-from nm_compiler.fragments import bind_inputs, lower, names_by_id
+from nm_compiler.fragments.aten import bind_inputs, lower, names_by_id
+from nm_compiler.fragments.dynamo_errors import check_around, explained, of_the_op, own_fault
+from nm_compiler.fragments.outline import Run, outline
+from nm_compiler.fragments.silence import expected
+from nm_compiler.fragments.watching import PRODUCTS, Watch, outside_text, python_line, unwatched
+from nm_compiler.fragments.ways_in import ways_in
 from nm_compiler.graph import Pass, reads, run
-from nm_compiler.outline import Run, outline
-from nm_compiler.silence import expected
-from nm_compiler.sites import UNREAD, Plan
-from nm_compiler.uses import Use, uses
-from nm_compiler.watching import PRODUCTS, Watch, outside_text, python_line, unwatched
-from nm_compiler.ways_in import ways_in
+from nm_compiler.sites.plan import UNREAD, Plan
+from nm_compiler.sites.uses import Use, uses
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
-from nm_compiler.state import learns
+from nm_compiler.state.beside import learns
 
 WAY_OUT = (
     "AveragedModel(use_buffers=True) averages whole numbers too: set averaged.use_buffers = False and call "

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
-from nm_compiler.binding import bind, flat_copy, is_state
-from nm_compiler.bodies import EXPORTED, open_bodies, programs
+from nm_compiler.capture.binding import bind, flat_copy, is_state
+from nm_compiler.capture.bodies import EXPORTED, open_bodies, programs
+from nm_compiler.capture.regions import checkpoints_open, masks_as_given, open_regions
+from nm_compiler.capture.signature import Signature, describe
+from nm_compiler.capture.single import other_branches
+from nm_compiler.capture.vmapped import without_vmap
 from nm_compiler.errors import NMError
 from nm_compiler.graph import fake_mode_of, getattr_path, tidy
 from nm_compiler.memory import free_young, own_cycles_freed
-from nm_compiler.regions import checkpoints_open, masks_as_given, open_regions
-from nm_compiler.signature import Signature, describe
-from nm_compiler.single import other_branches
-from nm_compiler.vmapped import without_vmap
 
 _LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))  # a folder: not torchvision's
 _ON_DATA = (

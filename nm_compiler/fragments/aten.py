@@ -22,10 +22,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils import _pytree as pytree
 
-from nm_compiler.bodies import HOSTS, bound
+from nm_compiler.capture.bodies import HOSTS, bound
+from nm_compiler.capture.vmapped import without_vmap
 from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path, unhooked
-from nm_compiler.vmapped import without_vmap
 
 
 def lower(fragment: GraphModule) -> GraphModule:

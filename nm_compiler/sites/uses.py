@@ -1,8 +1,8 @@
 """Follow a weight through the graph to the products that read it, or to what is no N:M product and why.
 
 A *use* is one product of the weight with data: any product that can be written as an einsum of two tensors
-(`nm_compiler.equations`), a convolution of one to three dimensions, or a grouped matmul of experts. Between the weight and
-the product there may be views and constant scales (`nm_compiler.views`).
+(`nm_compiler.sites.equations`), a convolution of one to three dimensions, or a grouped matmul of experts. Between the weight
+and the product there may be views and constant scales (`nm_compiler.sites.views`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from nm_compiler.equations import LINEAR, PRODUCTS, equation_of
 from nm_compiler.graph import arguments_of, reads, target_name
 from nm_compiler.layout import Layout
-from nm_compiler.views import Seen, fragments, is_scale, is_view, reads_shape_only, start, start_of, step
+from nm_compiler.sites.equations import LINEAR, PRODUCTS, equation_of
+from nm_compiler.sites.views import Seen, fragments, is_scale, is_view, reads_shape_only, start, start_of, step
 
 aten = torch.ops.aten
 

@@ -1,0 +1,17 @@
+"""A model becomes graphs: one aten graph a mode, over the model's own parameters and children.
+
+preparing      what compile, permute and show_axes do first
+routes         one exported graph for a mode, or fragments where export cannot take it
+export         `torch.export`, once in training and once in evaluation mode
+binding        a graph reads what the model holds now
+signature      what a graph was captured with, and whether a call fits
+exported       the carrier of one exported graph
+records        a graph as plain values that pickle, and back
+
+What an exported graph would get wrong, found or put right:
+single         a batch of one, which is captured as one of two
+regions        ``torch.no_grad()`` and reentrant checkpoints
+own_gradients  gradients that forward() makes by hand
+vmapped        ``torch.vmap``
+bodies         ops that take a subgraph
+"""
