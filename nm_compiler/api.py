@@ -17,7 +17,7 @@ from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
 from nm_compiler.graph import run
-from nm_compiler.importance import importance_of
+from nm_compiler.importance import check_names, importance_of
 from nm_compiler.links import check_hooks
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
@@ -250,6 +250,7 @@ def prepare(model: M, method: Method, patterns: PatternMap, told: Mapping[str, A
             f"no weight of this {type(model).__name__} can be {patterns}: none of its layers has inputs that M divides, "
             "or exclude= names them all"
         )
+    check_names(getattr(method, "importance", None), model)
     _check_finite({name: model.get_parameter(name) for name in made.candidates})
     for site in made.candidates.values():
         method.check(site)
@@ -265,6 +266,7 @@ def _importances(model: nn.Module, plan: Plan, method: Method) -> dict[str, Tens
 
 
 def _check_weights(model: nn.Module, plan: Plan, method: Method) -> None:
+    check_names(getattr(method, "importance", None), model)
     parameters = dict(model.named_parameters())
     _check_finite({site.name: parameters[site.name] for site in plan.sites})
     for site in plan.sites:

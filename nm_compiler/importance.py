@@ -9,11 +9,13 @@ A rule is a function of a `Site` and its weight that returns a tensor of the wei
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nm_compiler.calibration import Calibration
 from nm_compiler.errors import NMError
@@ -88,6 +90,17 @@ def importance_of(importance: Importance | None, site: Site, weight: Tensor) -> 
                 f"importance of {site.name} has NaN, infinite or negative entries: it says how much to keep, from 0 on"
             )
     return given
+
+
+def check_names(importance: Any, model: nn.Module) -> None:
+    """Raise NMError for tensors under a name that no parameter has: magnitude would decide in their place."""
+    if not isinstance(importance, Mapping):
+        return
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for stray in importance.keys() - set(names):
+        near = difflib.get_close_matches(str(stray), names, n=1)
+        meant = f"did you mean {near[0]!r}?" if near else f"its parameters have names such as {names[:1]}"
+        raise NMError(f"importance= has {stray!r}, which is no parameter of this {type(model).__name__}: {meant}")
 
 
 def _inputs(inputs: Mapping[str, Tensor], site: Site, weight: Tensor) -> Tensor:

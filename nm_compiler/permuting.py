@@ -22,7 +22,7 @@ from nm_compiler.capture.exported import Exported
 from nm_compiler.capture.preparing import Routes, captured, globs
 from nm_compiler.capture.signature import Signature
 from nm_compiler.errors import NMError
-from nm_compiler.importance import Importance
+from nm_compiler.importance import Importance, check_names
 from nm_compiler.passes.permute import permute as permute_pass
 from nm_compiler.passes.permute import permute_state
 from nm_compiler.pattern import PatternMap, PatternSpec
@@ -115,6 +115,7 @@ def permute(
     Raises NMError, nothing changed, if the model cannot be captured or an order does not fit.
     Reference: Pool & Yu, NeurIPS 2021.
     """
+    check_names(importance, model)
     routes = captured(model, example_inputs, kwargs, dynamic_shapes, what="nm.permute")
     whole = [route.whole for route in routes.values()]
     plan = find(

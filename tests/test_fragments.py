@@ -12,6 +12,7 @@ from awkward import AWKWARD
 from models import Branching
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -324,24 +325,28 @@ def test_a_weight_in_a_function_that_dynamo_leaves_alone_is_an_error_with_its_li
 
 
 class Routed(nn.Module):
-    """Every expert takes the rows that chose it, if there are any: a loop that branches on data."""
+    """Every expert takes the rows that chose it, if there are any: a loop that branches on data.
 
-    def __init__(self, moved: bool) -> None:
+    how: it calls the experts, multiplies with their weights itself, or does that in a method of its own.
+    """
+
+    def __init__(self, how: str) -> None:
         super().__init__()
         self.stem, self.router, self.head = nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, 4)
         self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
-        self.moved = moved
+        self.how = how
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.stem(x))
         chosen = self.router(y).argmax(-1)
         out = torch.zeros_like(y)
-        if self.moved:
+        if self.how == "method":
             return self.head(self.routed(y, chosen, out))
         for index, expert in enumerate(self.experts):
             rows = (chosen == index).nonzero().squeeze(-1)
             if rows.numel():
-                out = out.index_add(0, rows, expert(y[rows]))
+                product = expert(y[rows]) if self.how == "layer" else functional.linear(y[rows], expert.weight, expert.bias)
+                out = out.index_add(0, rows, product)
         return self.head(out)
 
     def routed(self, y: Tensor, chosen: Tensor, out: Tensor) -> Tensor:
@@ -356,16 +361,19 @@ class Routed(nn.Module):
 
 
 @pytest.mark.ci
-def test_a_loop_that_branches_on_data_is_an_error_that_names_the_way_out_and_it_works() -> None:
+@pytest.mark.parametrize("how", ["layer", "method"])
+def test_layers_that_a_loop_which_branches_on_data_calls_are_sparse(how: str) -> None:
     torch.manual_seed(0)
-    x = torch.randn(32, 8)
-    with pytest.raises(
-        nm.NMError, match=r"stem\.weight is read by code[\s\S]*a loop that branches on data.* a method of its own"
-    ):
-        nm.compile(Routed(moved=False), x)
-    sparse = nm.compile(Routed(moved=True), x)
+    x = torch.randn(256, 8)
+    sparse = nm.compile(Routed(how), x)
     assert {f"experts.{index}.weight" for index in range(3)} <= {site.name for site in sparse.plan.sites}
     torch.testing.assert_close(sparse(x), masked_call(sparse, x))
+
+
+def test_a_loop_that_branches_on_data_and_multiplies_itself_is_an_error_that_names_the_way_out() -> None:
+    said = r"experts\.0\.weight is read by code[\s\S]*a loop that branches on data.* a method of its own"
+    with pytest.raises(nm.NMError, match=said):
+        nm.compile(Routed("weight"), torch.randn(256, 8))
 
 
 def test_a_planned_weight_that_later_code_reads_outside_fragments_is_an_error_too() -> None:

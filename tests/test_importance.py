@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -325,3 +326,19 @@ def test_a_method_with_an_importance_prints_in_one_short_line() -> None:
     assert str(nm.Magnitude(importance=nm.Wanda(stats))) == "Magnitude(importance=Wanda())"
     assert str(nm.Magnitude(importance={"a": torch.ones(2)})) == "Magnitude(importance=given)"
     assert str(nm.Magnitude()) == "Magnitude()"
+
+
+@pytest.mark.parametrize("way", ["captured", "live", "permute"])
+def test_an_importance_under_a_name_that_no_parameter_has_is_an_error_and_nothing_changes(way: str) -> None:
+    model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), torch.randn(4, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    strays = {"1.weigth": torch.ones(8, 8)}
+    call: dict[str, Callable[[], Any]] = {
+        "captured": lambda: nm.compile(model, (x,), method=nm.Magnitude(importance=strays)),
+        "live": lambda: nm.compile(model, method=nm.Magnitude(importance=strays)),
+        "permute": lambda: nm.permute(model, (x,), importance=strays),
+    }
+    with pytest.raises(nm.NMError, match=r"importance= has '1.weigth', .* did you mean '1.weight'\?"):
+        call[way]()
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

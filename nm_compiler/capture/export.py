@@ -33,7 +33,8 @@ from nm_compiler.errors import NMError
 from nm_compiler.graph import fake_mode_of, getattr_path, tidy
 from nm_compiler.memory import free_young, own_cycles_freed
 
-_LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))  # a folder: not torchvision's
+# folders, so that torchvision is no part of torch
+_LIBRARIES = tuple(str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 _ON_DATA = (
     "Control flow that depends on data cannot be captured: rewrite that line with torch.where or torch.cond, or move it "
     "out of the model."
@@ -329,6 +330,8 @@ def _way_out(error: Exception) -> str:
         return _ON_DATA
     if "in output, which is not a known type" in str(error):
         return _CACHE if "cache_utils" in str(error) else _UNKNOWN_OUTPUT
+    if isinstance(error, TypeError) and "unhashable type" in str(error):  # torch 2.11, of an output that is a dataclass
+        return _UNKNOWN_OUTPUT
     if "Unsupported input type" in str(error):
         return _UNKNOWN_INPUT
     return "Check that model(*example_inputs) runs."
