@@ -54,6 +54,7 @@ def gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.ci(here=["LBC", "BiMask"])
 @pytest.mark.parametrize("method", [nm.LBC(), nm.BiMask(), nm.SRSTE(), nm.Magnitude()], ids=lambda each: each.name)
 def test_weights_in_a_region_train_as_masked_ones_there_would(method: nm.Method) -> None:
     torch.manual_seed(0)
@@ -92,6 +93,7 @@ def test_an_island_of_float32_stays_one_under_the_callers_autocast() -> None:
     assert (y.dtype, out.dtype) == (torch.float32, torch.bfloat16)
 
 
+@pytest.mark.ci
 def test_compiled_copied_and_pickled_models_keep_their_regions() -> None:
     torch.manual_seed(0)
     sparse = nm.compile(Mixed(), data(), method=nm.SRSTE())
@@ -127,6 +129,7 @@ def test_permuting_and_calibrating_look_into_regions() -> None:
     torch.testing.assert_close(squares.expand(16, 16)[0], seen[0].double().square().sum((0, 1)), rtol=1e-6, atol=0)
 
 
+@pytest.mark.ci(here=["dense"])
 @pytest.mark.parametrize("backend", ["dense", "cpu"])
 def test_a_frozen_model_is_lowered_with_its_casts(backend: str) -> None:
     torch.manual_seed(0)

@@ -201,6 +201,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, tiny: None, m
         trainer(tmp_path, lr=0.1).train(epochs=2)
 
 
+@pytest.mark.ci
 def test_measuring_the_speed_teaches_nothing(tmp_path: Path, tiny: None) -> None:
     for method in ("dense", "lbc", "bimask"):
         run = trainer(tmp_path, method)
@@ -289,6 +290,7 @@ def test_runs_together_in_one_process_are_the_runs_alone(tmp_path: Path, tiny: N
         assert all(one[key] == other[key] for key in ("losses", "curve", "accuracy", "steps", "live"))
 
 
+@pytest.mark.ci
 def test_runs_together_all_have_the_epochs_that_end_in_time_and_one_that_fails_is_named(
     tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

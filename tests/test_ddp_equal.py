@@ -98,6 +98,7 @@ def dying(rank: int, folder: str) -> None:
         nm.save_checkpoint(f"{folder}/run.pt", model=sparse, optimizer=optimizer, scheduler=scheduler)
 
 
+@pytest.mark.ci
 def test_a_rank_that_dies_leaves_a_checkpoint_from_which_the_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
         run_two(dying, str(tmp_path))

@@ -95,7 +95,7 @@ def test_a_frozen_grouped_matmul_is_torchs_own_again() -> None:
     assert {"up": (2,), "down": (1,)}.items() <= {k: v[-1:] for k, v in nm.verify(frozen).satisfied.items()}.items()
 
 
-@pytest.mark.ci(here=["Mixtral"])
+@pytest.mark.ci
 @pytest.mark.required
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_weight_of_a_language_model_is_planned_or_refused_for_a_good_reason(name: str) -> None:

@@ -227,6 +227,7 @@ def test_an_importance_moves_with_the_channels_that_compile_permutes(permute: st
     assert torch.equal(sparse.masked("2.weight")[0] != 0, magnitude_mask(importance, 2, 4, 1))
 
 
+@pytest.mark.ci(here=["Wanda"])
 @pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
 @pytest.mark.parametrize("rule", [nm.Wanda, nm.RIA])
 def test_statistics_of_before_a_permutation_are_refused_after_it(rule: Any, live: bool) -> None:

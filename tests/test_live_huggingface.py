@@ -103,6 +103,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": tokens, "labels": tokens}
 
 
+@pytest.mark.ci
 def test_the_trainer_takes_the_model_itself_and_the_frozen_one_goes_through_save_pretrained(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     from nm_compiler.integrations.transformers import SparsityCallback

@@ -283,7 +283,7 @@ def test_a_net_in_bfloat16_stays_in_bfloat16(make: Any) -> None:
     assert len(packed_nodes(lowered)) >= len(sites)
 
 
-@pytest.mark.ci(here=["int8"])
+@pytest.mark.ci
 @needs_kernels
 @pytest.mark.parametrize(("values", "bound"), [("bfloat16", 2e-2), ("int8", 1e-1)])
 def test_rounded_values_take_less_memory_and_stay_within_what_the_report_allows(values: str, bound: float) -> None:

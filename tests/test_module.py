@@ -212,6 +212,7 @@ def test_the_whole_graph_compiles_without_a_break_and_trains_the_same(method: An
     torch.testing.assert_close(fast(x), twin(x))
 
 
+@pytest.mark.ci
 def test_inductor_compiles_it_too() -> None:
     sparse, model = compiled(MLP, nm.BiMask())
     fast = torch.compile(copy.deepcopy(sparse), fullgraph=True)

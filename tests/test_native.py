@@ -255,6 +255,7 @@ def test_denormals_are_numbers(isa: str, tokens: int) -> None:
 # -- memory -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 def test_nothing_is_touched_outside_the_buffers_and_a_forked_child_computes_the_same() -> None:
     """Every buffer ends, or begins, exactly at a page that kills the process when it is touched."""
     done = python(str(Path(__file__).with_name("guarded.py")))

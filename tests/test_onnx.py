@@ -72,7 +72,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
-@pytest.mark.ci(here=["resnet18"])
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "make", [nets.resnet18, nets.mobilenet_v2, nets.vit, nets.bert, nets.llama], ids=lambda make: make.__name__
 )
@@ -550,6 +550,7 @@ class Upscaled(nn.Module):
         return a + nn.functional.interpolate(b, size=a.shape[-2:], mode="bilinear", align_corners=False)
 
 
+@pytest.mark.ci
 def test_a_network_that_resizes_to_sizes_of_its_own_is_written_and_resizes_images_of_any_size(tmp_path: Path) -> None:
     x, path = torch.randn(2, 8, 8, 12), tmp_path / "model.onnx"
     model = nm.freeze(nm.compile(Upscaled(), (x,), method=nm.Magnitude(), include=["*"])).eval()

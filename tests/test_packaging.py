@@ -102,6 +102,7 @@ def compile_quickly(project: Path) -> None:
     project.write_text(text.replace('"-O2"', '"-O0"'))
 
 
+@pytest.mark.ci(here=["without links"])
 @pytest.mark.parametrize("links", [True, False], ids=["with links", "without links"])
 def test_a_wheel_holds_every_file_once_under_nm_compiler(tmp_path: Path, links: bool) -> None:
     """Without links, git leaves a text file that holds the target where each link would be."""

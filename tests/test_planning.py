@@ -26,6 +26,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 30), nn.ReLU(), nn.Linear(30, 6))
 
 
+@pytest.mark.ci(here=["2:4"])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("pattern", ["2:4", "1:2", "4:8"])
 def test_one_rank_has_the_bytes_that_compile_and_adam_make(method: Any, pattern: str) -> None:

@@ -127,7 +127,7 @@ def test_the_table_of_methods_names_every_method_and_no_other() -> None:
     assert shown == exported
 
 
-@pytest.mark.ci(here=["[LBC]"])
+@pytest.mark.ci
 @pytest.mark.required
 @pytest.mark.parametrize("method", ["LBC", "BiMask"])
 def test_the_example_script_goes_on_exactly_where_it_was_stopped(method: str, tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def test_what_an_optimizer_remembers_of_scores_is_dropped_at_t_f_and_the_weights
 # -- precision, accumulation, clipping --------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci(here=["bf16-LBC]", "fp16-BiMask"])
 @each_method
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_mixed_precision_trains_close_to_float32_with_a_scaler_and_clipping(method: Any, dtype: torch.dtype) -> None:
@@ -191,6 +192,7 @@ def test_gradients_of_four_quarters_are_those_of_the_whole_batch(method: Any) ->
 # -- other losses, other starts ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci(here=["BiMask", "LBC]"])
 @each_method
 def test_a_dense_teacher_teaches_its_own_sparse_copy(method: Any) -> None:
     """Distillation: the student starts from the teacher's weights, follows its logits and a hidden layer, and ends N:M."""
@@ -319,6 +321,7 @@ def test_inductor_trains_channels_last_in_bf16_as_eager_does(method: Any) -> Non
 # -- averaging, freezing a part ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci(here=["captured-LBC]", "live-LBC]", "captured-Magnitude"])
 @each_method
 @pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
 def test_a_model_whose_masks_were_averaged_is_not_evaluated(method: Any, live: bool) -> None:
