@@ -58,6 +58,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.ci(here=["relu"])
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
 @pytest.mark.parametrize(
     "how", [{}, {"stride": 2, "padding": 1, "bias": False}, {"dilation": 2, "padding": "same", "groups": 1}]

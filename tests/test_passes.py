@@ -106,6 +106,7 @@ def test_a_pass_on_a_graph_without_sites_changes_nothing() -> None:
     assert show_graph(gm) == before
 
 
+@pytest.mark.ci(here=["ConvNet"])
 @pytest.mark.parametrize("pass_", [fold_batchnorm, flatten_tokens, linear_as_conv], ids=lambda each: each.__name__)
 @pytest.mark.parametrize("kind", [ConvNet, Attention])
 def test_arguments_that_a_graph_gives_by_keyword_are_read_too(kind: type[nn.Module], pass_: Pass) -> None:
