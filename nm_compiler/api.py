@@ -31,7 +31,7 @@ from nm_compiler.rewrite import masked_nodes
 from nm_compiler.sites.plan import Plan, check_globs, find
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.state.attaching import attach_state, detach_state
-from nm_compiler.state.beside import learns
+from nm_compiler.state.beside import Weight, learns
 from nm_compiler.state.sharding import is_sharded, sharded_freeze
 from nm_compiler.unwrapping import unwrap
 
@@ -173,6 +173,7 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
     for weight in open_ones:
         module.method.settle(weight)
     try:
+        _check_settled(module.method, open_ones)
         _check_masks(module)
     except NMError:
         for tensor, value in before:
@@ -208,6 +209,15 @@ def _how_far(module: Carrier) -> str:
     if step == total:
         return f"All {total} steps are over, so this state was loaded from before masks are decided: load some from after that"
     return f"Its SparsityScheduler has counted {step} of {total} steps: train on"
+
+
+def _check_settled(method: Method, weights: Sequence[Weight]) -> None:
+    for weight in weights:
+        if not method.is_settled(weight):
+            raise NMError(
+                f"{weight.site.name} of shape {list(weight.site.shape)} is not {weight.site.pattern} after "
+                f"{method.name}.settle(): that has to decide what {method.name}.is_settled() asks for"
+            )
 
 
 def _check_masks(module: Carrier) -> None:

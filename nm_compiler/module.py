@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Proxy
 
+from nm_compiler.alone import unwatch, watch
 from nm_compiler.capture import records
 from nm_compiler.capture.bodies import programs
 from nm_compiler.capture.exported import Exported, moved
@@ -57,16 +58,18 @@ class SparseModule(nn.Module):
         notes: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
+        self.__dict__.update(plan=plan, method=method, seed=seed, notes=notes, frozen=False)
         self._attach(model, routes)
-        self.__dict__.update(plan=plan, method=method, seed=seed, notes=notes)
 
     def _attach(self, model: nn.Module, routes: Mapping[bool, Exported | Fragments]) -> None:
         for name in _SHARED:
             self.__dict__[name] = getattr(model, name)
         self.__dict__.update(
-            origin=model, routes=dict(routes), training=model.training, frozen=False, _watched=list(model.modules()),
-            loads=0, progress=None, copy_known=None,
+            origin=model, routes=dict(routes), training=model.training, _watched=list(model.modules()), loads=0, progress=None,
+            copy_known=None,
         )  # fmt: skip
+        if not self.frozen and all(isinstance(route, Exported) for route in routes.values()):
+            watch(model, [site.name for site in self.plan.sites])
         self.__dict__["_links"] = list(links(model, [name for name, _ in model.named_parameters()]))
         self.__dict__["_settings"] = list(settings(model))
         self.__dict__["_hooks"] = list(hooks(model))
@@ -188,7 +191,7 @@ class SparseModule(nn.Module):
         if callable(value) and not isinstance(value, (nn.Module, Tensor)):
             raise AttributeError(
                 f"{type(origin).__name__}.{name} would run the dense weights: only forward() was captured. "
-                f"Freeze first, then call it on the frozen model (or on .origin, if dense is what you want)"
+                "Freeze first, then call it on the frozen model (on .origin under torch.no_grad(), if dense is what you want)"
             )
         return value
 
@@ -296,6 +299,7 @@ class SparseModule(nn.Module):
     def retire(self) -> None:
         """The masks are in the weights now: take the state off the model."""
         detach_state(self.origin, self.plan, self.method)
+        unwatch(self.origin)
         self.__dict__["frozen"] = True
 
     # -- loading -----------------------------------------------------------------------------------------------------
@@ -339,8 +343,8 @@ class SparseModule(nn.Module):
         memo[id(self)] = twin
         nn.Module.__init__(twin)
         model = copy.deepcopy(self.origin, memo)
-        twin._attach(model, {mode: route.copied(model, memo) for mode, route in self.routes.items()})
         twin.__dict__.update({key: self.__dict__[key] for key in ("plan", "method", "seed", "notes", "frozen")})
+        twin._attach(model, {mode: route.copied(model, memo) for mode, route in self.routes.items()})
         twin.__dict__["copy_known"] = ()
         return twin
 
@@ -355,8 +359,9 @@ class SparseModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__init__(self)
         model, passes = state["origin"], pipeline(state["method"], state["plan"].sites)
+        self.__dict__.update({key: state[key] for key in ("plan", "method", "seed", "notes", "frozen")})
         self._attach(model, {mode: _unpacked(packed, model, passes) for mode, packed in state["routes"].items()})
-        self.__dict__.update({key: state[key] for key in ("plan", "method", "seed", "notes", "frozen", "training")})
+        self.training = state["training"]
 
     def extra_repr(self) -> str:
         return f"{self.method}, {len(self.plan.sites)} weights N:M, {len(self.plan.refusals)} dense"

@@ -66,12 +66,21 @@ def owners_of(module: Carrier) -> dict[str, nn.Parameter]:
 
 
 def check_holds(optimizer: torch.optim.Optimizer, module: Carrier) -> None:
-    """Raise NMError unless the optimizer holds all of the learned state; that of frozen weights it may leave out."""
+    """Raise NMError unless the optimizer holds all of the learned state; that of frozen weights it may leave out.
+
+    Also for one that takes a score for an entry of a matrix.
+    """
     state, owners = learned_state(module), owners_of(module)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name, value in state.items() if id(value) not in held and owners[name].requires_grad]
     if missing:
         raise NMError(f"{type(optimizer).__name__} does not hold {_named(missing, state)}. {_WAY_OUT}")
+    matrices = [name for name, value in state.items() if id(value) in held] if type(optimizer).__name__ == "Muon" else []
+    if matrices:
+        raise NMError(
+            f"Muon holds {_named(matrices, state)}, and orthogonalises matrices, which scores are none: give it the group "
+            "'weights' of nm.parameter_groups(sparse), and the others to AdamW or SGD, as SparsityScheduler(optimizer=) too"
+        )
 
 
 def drop_frozen(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:

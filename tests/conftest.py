@@ -47,7 +47,9 @@ def _check_here(items: list[pytest.Item]) -> None:
     """Every part in a `here` names a case; else a renamed case would run in CI alone, and nobody would know."""
     cases: dict[tuple[str, str], list[str]] = {}
     for item in items:
-        left = item.get_closest_marker("ci")
+        left, none = item.get_closest_marker("ci"), item.get_closest_marker("skip")
+        if none and str(none.kwargs.get("reason", "")).startswith("got empty parameter set"):  # what this machine lacks
+            continue
         if left and "here" in left.kwargs:
             where = item.nodeid.partition("[")[0]
             for part in left.kwargs["here"]:

@@ -42,6 +42,7 @@ def run(sparse: nm.SparseModule, x: torch.Tensor) -> tuple[Any, Any, Any]:
     return as_4d(y), as_4d(g), as_4d(x.grad)
 
 
+@pytest.mark.ci(here=["2:4", "linear-4:8", "linear-1:4-position"])
 @pytest.mark.parametrize("layout", ["combination", "position"])
 @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "2:8"])
 @pytest.mark.parametrize("kind", LAYERS)
@@ -75,6 +76,7 @@ def test_lbc_computes_the_papers_forward_weight_gradient_and_score_gradient(kind
             assert total == pytest.approx(expected[o, number, c], rel=1e-12, abs=1e-12)
 
 
+@pytest.mark.ci(here=["2:4", "linear-1:16", "conv1x1-4:8"])
 @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "2:8", "1:16"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_bimask_computes_the_papers_forward_and_all_gradients(kind: str, text: str) -> None:

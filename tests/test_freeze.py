@@ -28,7 +28,7 @@ def trained(kind: type[nn.Module], method: Any, pattern: Any = "2:4", steps: int
     return sparse, model
 
 
-@pytest.mark.ci(here=["2:4"])
+@pytest.mark.ci(here=["2:4-LBC(scores='position'", "2:4-SRSTE"])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
 def test_the_users_own_module_comes_back_with_exact_zeros_and_the_same_function(method: Any, pattern: str) -> None:

@@ -44,6 +44,7 @@ def worker(rank: int, out: str) -> None:
     torch.save(trained(rank), f"{out}.{rank}")
 
 
+@pytest.mark.ci
 def test_two_processes_train_what_one_does_and_an_early_wrap_is_an_error(tmp_path: Path) -> None:
     run_two(worker, str(tmp_path / "out"))
     first, second = (torch.load(tmp_path / f"out.{rank}") for rank in (0, 1))

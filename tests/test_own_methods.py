@@ -296,3 +296,20 @@ def test_the_report_is_headed_by_the_options_that_are_not_the_defaults() -> None
     assert nm.report(nm.compile(MLP(), example(MLP()), method=nm.BiMask(interval=20))).title == "MLP with BiMask(interval=20)"
     assert nm.LBCBiMask(power=4, backward=nm.BiMask(moves=40)).brief() == "LBCBiMask(power=4, backward=BiMask(moves=40))"
     assert nm.Magnitude(importance={"a": torch.ones(2)}).brief() == "Magnitude(importance=given)"
+
+
+@dataclass(frozen=True, slots=True)
+class Undecided(Scored):
+    """A method whose author forgot settle()."""
+
+    def is_settled(self, weight: Any) -> bool:
+        return False
+
+
+def test_a_method_that_settle_leaves_undecided_is_not_frozen() -> None:
+    model = MLP()
+    sparse = nm.compile(model, example(model), method=Undecided())
+    before = {name: value.clone() for name, value in sparse.state_dict().items()}
+    with pytest.raises(nm.NMError, match=r"is not 2:4 after Undecided\.settle\(\)"):
+        nm.freeze(sparse, finish=True)
+    assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items())

@@ -37,6 +37,7 @@ def prepared(model: nn.Module, method: nm.Method, training: bool = True) -> tupl
     return captured[training][0], plan
 
 
+@pytest.mark.ci(here=["ConvNet", "lbc-Matmuls"])
 @pytest.mark.parametrize("kind", [ConvNet, Matmuls, Grouped])
 @pytest.mark.parametrize(
     "method",

@@ -136,6 +136,18 @@ def orders(site: Any) -> Tensor:
     return torch.stack(shuffled or [torch.cat(rows)]).view(site.leading)
 
 
+@pytest.mark.ci(
+    here=[
+        "bmm-4:8",
+        "einsum to heads-4:8",
+        "chunks of in_proj_weight-2:4",
+        "experts in a loop",
+        "matmul from the left-",
+        "a convolution as a linear",
+        "uneven splits-4:8",
+        "a constant scale",
+    ]
+)
 @pytest.mark.parametrize(("case", "text"), [(case, "2:4") for case in CASES] + [(case, "4:8") for case in FEW], ids=str)
 def test_bimask_computes_the_papers_forward_and_all_gradients(case: Case, text: str) -> None:
     sparse, x = compiled(case, nm.BiMask(decay=0.03), text)
@@ -160,6 +172,18 @@ def test_bimask_computes_the_papers_forward_and_all_gradients(case: Case, text: 
     np.testing.assert_allclose(weight.param.grad, dense + 0.03 * (1 - forward) * w, **TOLERANCE)
 
 
+@pytest.mark.ci(
+    here=[
+        "bmm-position",
+        "einsum to heads-position",
+        "chunks of in_proj_weight-combination",
+        "experts in a loop",
+        "matmul from the left-",
+        "a convolution as a linear",
+        "uneven splits-position",
+        "a constant scale",
+    ]
+)
 @pytest.mark.parametrize(("case", "layout"), [(c, "combination") for c in CASES] + [(c, "position") for c in FEW], ids=str)
 def test_lbc_computes_the_papers_weight_and_score_gradients(case: Case, layout: Any) -> None:
     sparse, x = compiled(case, nm.LBC(scores=layout))
@@ -194,7 +218,7 @@ def test_lbc_computes_the_papers_weight_and_score_gradients(case: Case, layout: 
 METHODS = [nm.LBC(), nm.LBC(scores="combination"), nm.BiMask(interval=1), nm.SRSTE(), nm.Magnitude()]
 
 
-@pytest.mark.ci(here=["bmm", "experts", "convolution"])
+@pytest.mark.ci(here=["bmm-LBC0", "experts in a loop", "a convolution as a linear"])
 @pytest.mark.parametrize(
     ("case", "method"),
     [(case, METHODS[2]) for case in CASES[1::2]]
@@ -251,6 +275,7 @@ def test_state_of_experts_leads_with_the_expert_so_that_it_can_be_sharded_with_t
     }  # fmt: skip
 
 
+@pytest.mark.ci(here=["lbc", "bimask"])
 @pytest.mark.parametrize("method", METHODS, ids=["lbc", "lbc_combination", "bimask", "srste", "magnitude"])
 def test_a_checkpoint_of_experts_resumes_to_the_bit_and_damaged_state_is_refused(method: nm.Method) -> None:
     runs = [compiled(CASES[1], method) for _ in range(2)]

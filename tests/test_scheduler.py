@@ -217,3 +217,16 @@ def test_scores_that_step_less_often_than_weights_need_the_optimizer_that_holds_
     assert len(told) == 1
     assert "or did not step" in told[0]
     assert "give SparsityScheduler(optimizer=) the one that holds them" in told[0]
+
+
+def test_scores_are_refused_in_an_optimizer_that_orthogonalises_matrices() -> None:
+    sparse = sparse_mlp()
+    groups = {group["name"]: group["params"] for group in nm.parameter_groups(sparse)}
+    both = torch.optim.Muon([*groups["weights"], *groups["scores"]])
+    with pytest.raises(nm.NMError, match=r"Muon holds .*_scores.*, and orthogonalises matrices"):
+        nm.SparsityScheduler(sparse, total_steps=4, optimizer=both)
+    weights, others = torch.optim.Muon(groups["weights"]), torch.optim.AdamW([*groups["scores"], *groups["others"]])
+    scheduler = nm.SparsityScheduler(sparse, total_steps=4, optimizer=others)
+    sparse(torch.randn(4, 8)).square().mean().backward()
+    weights.step(), others.step()
+    scheduler.step()

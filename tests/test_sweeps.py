@@ -57,6 +57,7 @@ def test_sums_of_the_larger_bytes_are_torchs(isa: str, seed: int) -> None:
     check_sums(seed, LIBRARIES[isa])
 
 
+@pytest.mark.ci(here=["1:31"])
 @each_isa
 @pytest.mark.parametrize("text", ["1:16", "3:12", "1:31", "2:32", "4:16"])
 def test_wide_groups_cover_send_gradients_and_retire_as_in_torch(isa: str, text: str) -> None:
@@ -65,6 +66,7 @@ def test_wide_groups_cover_send_gradients_and_retire_as_in_torch(isa: str, text:
             check_live(Case(pattern=Pattern.parse(text), layout=layout, dtype=torch.float32, values=values, size=(2, 5), seed=3), LIBRARIES[isa])  # fmt: skip
 
 
+@pytest.mark.ci(here=["2:4", "1:32", "2:5"])
 @each_isa
 @pytest.mark.parametrize("text", ["2:4", "2:5", "4:8", "1:32", "2:16"])
 def test_groups_that_lie_thousands_of_numbers_apart_cover_send_gradients_and_retire_as_in_torch(isa: str, text: str) -> None:
@@ -87,6 +89,7 @@ SCORES = {
 }
 
 
+@pytest.mark.ci(here=["4:8-", "3:8-", "4:9-often equal", "4:16-random"])
 @each_isa
 @pytest.mark.parametrize("values", list(SCORES))
 @pytest.mark.parametrize("text", ["4:8", "2:8", "3:8", "5:8", "4:9", "1:31", "4:16"])
@@ -110,7 +113,7 @@ def test_the_pull_of_pruned_weights_rounds_three_times_as_torch_does(isa: str, c
     check_decay(case, LIBRARIES[isa])
 
 
-@pytest.mark.ci(here=["avx2"])
+@pytest.mark.ci
 @each_isa
 def test_weights_beyond_one_part_are_the_same_on_one_and_on_three_threads(isa: str, threads: Any) -> None:
     for count in (1, 3):

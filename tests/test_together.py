@@ -95,7 +95,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.mark.ci(here=["MLP", "LBC-ConvNet", "Transposable-ConvNet"])
+@pytest.mark.ci(here=["LBC-MLP", "BiMask-MLP", "SRSTE-MLP", "Magnitude-MLP", "Transposable-ConvNet"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_every_model_to_the_bit_as_with_single_ops(method: str, model: str) -> None:
