@@ -336,30 +336,6 @@ def test_a_state_dict_holds_the_packed_weights_and_comes_back_and_no_dense_one_i
     assert torch.equal(again(x), wanted)
 
 
-AGAIN = """
-import sys, torch
-lowered = torch.load(sys.argv[1], weights_only=False)
-x, wanted = torch.load(sys.argv[2])
-assert torch.equal(lowered(x), wanted)
-print(str(lowered))
-"""
-
-
-@pytest.mark.ci
-@needs_kernels
-def test_a_saved_module_is_loaded_and_runs_in_a_process_that_has_lowered_nothing(tmp_path: Path) -> None:
-    model, x = convs()
-    lowered = forced(model, x)
-    torch.save(lowered, tmp_path / "lowered.pt")
-    torch.save((x, lowered(x).detach()), tmp_path / "data.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", AGAIN, str(tmp_path / "lowered.pt"), str(tmp_path / "data.pt")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert not done.returncode, done.stderr[-2000:]
-    assert "on cpu, 3 of" in done.stdout
-
-
 @pytest.mark.ci(here=["dtype0"])
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
