@@ -41,7 +41,7 @@ class DenseCall:
         if not isinstance(_at(module, self.weight), nn.Parameter):
             return
         if torch.is_grad_enabled():
-            raise NMError(f"{self._text(module)}. {_WAY_OUT}")
+            raise NMError(f"{self._text(module)}. {_WAY_OUT}. To compare: under torch.no_grad()")
         if not self.told:
             self.told.append(self.path)
             _log.warning("%s; no gradient is taken, so it goes on. %s", self._text(module), _WAY_OUT)

@@ -212,3 +212,9 @@ class Branching(nn.Module):
         y = self.norm(self.stem(x))
         y = self.up(y) if x.sum() > 0 else self.down(-y)
         return self.head(self.dropout(torch.tanh(self.last(y))))
+
+
+def dense(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a model that was compiled computes with its dense weights; with gradients that is an error."""
+    with torch.no_grad():
+        return model(*args, **kwargs)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from models import MLP, ConvNet, Remembering, example
+from models import MLP, ConvNet, Remembering, dense, example
 from torch import Tensor, nn
 
 import nm_compiler as nm
@@ -28,7 +28,7 @@ def test_an_example_of_batch_one_serves_every_batch() -> None:
     sparse = sparse_of(model, example(model, batch=1)).eval()
     for batch in (1, 2, 5, 64):
         x = example(model, batch=batch)
-        torch.testing.assert_close(sparse(x), model(x))
+        torch.testing.assert_close(sparse(x), dense(model, x))
 
 
 class Shifted(nn.Module):
@@ -45,7 +45,7 @@ class Shifted(nn.Module):
 def test_one_tensor_given_for_several_inputs_stands_for_several() -> None:
     model, x, y, z = Shifted(), *torch.randn(3, 4, 8)
     sparse = sparse_of(model, x, x, more=[x]).eval()  # as input_ids=tokens, labels=tokens
-    torch.testing.assert_close(sparse(x, y, more=[z]), model(x, y, more=[z]))
+    torch.testing.assert_close(sparse(x, y, more=[z]), dense(model, x, y, more=[z]))
     lowered = nm.lower(nm.freeze(sparse, finish=True), (x, x), {"more": [x]}, backend="dense")
     torch.testing.assert_close(lowered(x, y, more=[z]), model(x, y, more=[z]))
 
@@ -78,7 +78,7 @@ def test_nested_inputs_and_outputs_keep_their_structure() -> None:
     x = torch.randn(7, 8)
     out = sparse(x, extra={"more": [x]}, scale=0.5)
     assert isinstance(out, Pair)
-    expected = model(x, extra={"more": [x]}, scale=0.5)
+    expected = dense(model, x, extra={"more": [x]}, scale=0.5)
     torch.testing.assert_close(out.first, expected.first)
     torch.testing.assert_close(out.second["hidden"], expected.second["hidden"])
 
@@ -170,7 +170,7 @@ def test_the_users_dynamic_shapes_are_passed_through() -> None:
     auto = torch.export.Dim.AUTO
     sparse = nm.compile(model, torch.randn(3, 5, 8), method=nm.LBC(), dynamic_shapes=({0: auto, 1: auto},), include="*")
     x = torch.randn(2, 11, 8)
-    torch.testing.assert_close(sparse(x), model(x))
+    torch.testing.assert_close(sparse(x), dense(model, x))
     fixed = nm.compile(Sequence(), torch.randn(3, 5, 8), method=nm.LBC(), include="*")
     with pytest.raises(nm.NMError, match=r"size 11 on axis 1, where 5 was captured[\s\S]*dynamic_shapes="):
         fixed(x)
@@ -190,7 +190,7 @@ def test_control_flow_on_shapes_is_captured_and_the_other_branch_refused_rather_
     sparse = sparse_of(model, torch.randn(4, 8))
     for batch in (1, 10):
         x = torch.randn(batch, 8)
-        torch.testing.assert_close(sparse(x), model(x))
+        torch.testing.assert_close(sparse(x), dense(model, x))
     with pytest.raises(nm.NMError, match="size 11 on axis 0, and the captured branch holds for 0 to 10"):
         sparse(torch.randn(11, 8))
 
@@ -211,7 +211,7 @@ def test_a_batch_of_one_is_refused_where_the_models_python_treats_it_by_itself()
     sparse = copy.deepcopy(sparse_of(model, one))
     for batch in (2, 5):
         x = torch.randn(batch, 8)
-        torch.testing.assert_close(sparse(x), sparse.origin(x))
+        torch.testing.assert_close(sparse(x), dense(sparse.origin, x))
     with pytest.raises(
         nm.NMError, match=r"x has size 1 on axis 0, for which forward\(\) takes another[\s\S]*such as \(\{\},\)"
     ):
@@ -301,7 +301,7 @@ def test_plain_tensor_attributes_of_the_root_are_constants_of_the_graph() -> Non
 
     model = Scaled()
     x = torch.randn(3, 8)
-    torch.testing.assert_close(sparse_of(model, x)(x), model(x))
+    torch.testing.assert_close(sparse_of(model, x)(x), dense(model, x))
 
 
 class Batched(nn.Module):
@@ -321,7 +321,7 @@ def test_keywords_that_forward_does_not_name_are_dynamic_too_and_the_model_stays
     assert set(nm.calibrate(model, batches)) == {f"inner.fc{i}.weight" for i in (1, 2, 3)}
     sparse = nm.compile(model, kwargs=batches[0], method=nm.LBC(), include="*").eval()
     assert "nm.score_weight" in nm.show(sparse)
-    torch.testing.assert_close(sparse(**batches[1]), model(**batches[1]))
+    torch.testing.assert_close(sparse(**batches[1]), dense(model, **batches[1]))
     assert "forward" not in model.__dict__
     with pytest.raises(nm.NMError, match="shift has size 7 on axis 1|captured branch holds only while"):
         sparse(x=batches[1]["x"], shift=torch.randn(5, 7))
@@ -340,7 +340,7 @@ def test_inputs_of_different_batches_and_inputs_behind_a_star_are_captured() -> 
     sparse = sparse_of(model, torch.randn(1, 8), torch.randn(4, 8))
     for batch in (1, 4, 6):
         inputs = (torch.randn(1, 8), torch.randn(batch, 8))
-        torch.testing.assert_close(sparse(*inputs), model(*inputs))
+        torch.testing.assert_close(sparse(*inputs), dense(model, *inputs))
 
 
 def test_compiling_under_inference_mode_leaves_a_model_that_trains() -> None:
@@ -385,7 +385,7 @@ def test_constants_made_inside_a_submodule_stay_out_of_the_users_modules() -> No
     model = nn.Sequential(nn.Sequential(Inner()), Inner())
     sparse = sparse_of(model, torch.randn(2, 8))
     x = torch.randn(3, 8)
-    torch.testing.assert_close(sparse(x), model(x))
+    torch.testing.assert_close(sparse(x), dense(model, x))
     assert not any("lifted" in name for module in model.modules() for name in vars(module))
 
 
@@ -406,7 +406,7 @@ def test_constants_made_in_forward_and_frozen_parameters_are_no_obstacle() -> No
     sparse(x).sum().backward()
     assert model.a.weight.grad is None
     assert model.b.weight.grad is not None
-    torch.testing.assert_close(sparse(x), model(x))
+    torch.testing.assert_close(sparse(x), dense(model, x))
 
 
 def test_outputs_that_no_pytree_knows_are_carried_in_fragments() -> None:
@@ -519,7 +519,7 @@ def test_a_cache_of_a_part_that_no_parameter_names_is_not_asked_for() -> None:
     model, x = Answering(), torch.randn(2, 8)
     sparse = sparse_of(model, x)
     assert all(isinstance(route, Exported) for route in sparse.routes.values())
-    torch.testing.assert_close(sparse(x)[0], model(x)[0])
+    torch.testing.assert_close(sparse(x)[0], dense(model, x)[0])
     assert without_cache(model, {"use_cache": True}) == {}
     assert without_cache(Answering(caches=False), {}) == {}
     lowered = nm.lower(nm.freeze(sparse, finish=True), (x,), backend="dense")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, Attention, ConvNet, Grouped, Matmuls, example
+from models import MLP, Attention, ConvNet, Grouped, Matmuls, dense, example
 from ranks import run_two
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -336,7 +336,7 @@ def test_a_second_backward_pass_needs_the_graph_retained(method: str) -> None:
 def test_weights_changed_before_the_backward_pass_are_an_error() -> None:
     for call in (lambda module, x: module(x), single):
         sparse, _, data = pair(nm.SRSTE)
-        sparse.origin[0](data)  # reads the dense weight
+        dense(sparse.origin[0], data)  # reads the dense weight
         loss = call(sparse, data).sum()
         with torch.no_grad():
             sparse.origin[0].weight.add_(1)
