@@ -188,7 +188,8 @@ class SparseModule(nn.Module):
         if callable(value) and not isinstance(value, (nn.Module, Tensor)):
             raise AttributeError(
                 f"{type(origin).__name__}.{name} would run the dense weights: only forward() was captured. "
-                f"Freeze first, then call it on the frozen model (or on .origin, if dense is what you want)"
+                "Freeze first, then call it on the frozen model, or, to train a model whose methods are called, compile it "
+                "without example inputs: nm.compile(model) keeps all of them (.origin has them too, if dense is what you want)"
             )
         return value
 

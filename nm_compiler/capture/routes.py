@@ -152,6 +152,8 @@ def way_back(model: nn.Module) -> Callable[[], None]:
                 del known[key]
         with torch.no_grad():
             for buffer, value in values:
+                if buffer.shape == value.shape and (buffer.is_meta or torch.equal(buffer, value)):
+                    continue  # a backward pass that waits for it would refuse it if it were written to
                 if buffer.shape != value.shape:  # observers of quantisation resize theirs
                     buffer.resize_(value.shape)
                 buffer.copy_(value)
