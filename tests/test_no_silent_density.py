@@ -91,6 +91,22 @@ def test_a_head_that_python_multiplies_stays_dense_and_the_weight_before_it_is_n
             live(FusedHead(tied), include="*")(x)
 
 
+def test_a_table_that_python_looks_up_comes_before_the_first_layer() -> None:
+    class Looped(FusedHead):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.table(x)
+            for layer in (self.up, self.down):  # a loop that branches on data stays Python
+                if y.sum() != 0:
+                    y = torch.relu(layer(y))
+            return self.head(y)
+
+    model = live(Looped(tied=False))
+    model(torch.arange(4))
+    rows = {row.name: row for row in nm.report(model).rows}
+    assert rows["table.weight"].reason == "an embedding: rows are looked up, not multiplied"
+    assert [name for name, row in rows.items() if row.status == "sparse"] == ["up.weight", "down.weight"]
+
+
 def test_a_frame_that_dynamo_skips_is_an_error() -> None:
     class Skipped(MLP):
         def forward(self, x: Tensor) -> Tensor:

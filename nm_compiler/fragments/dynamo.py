@@ -27,7 +27,7 @@ from nm_compiler.capture.exported import copied
 from nm_compiler.errors import NMError
 from nm_compiler.fragments.aten import bind_inputs, lower, names_by_id
 from nm_compiler.fragments.dynamo_errors import check_around, explained, of_the_op, own_fault
-from nm_compiler.fragments.outline import Outside, Run, edges, multiplied, outline
+from nm_compiler.fragments.outline import How, Outside, Run, edges, multiplied, outline
 from nm_compiler.fragments.silence import expected
 from nm_compiler.fragments.watching import PRODUCTS, Watch, outside_text, python_line, unwatched
 from nm_compiler.fragments.ways_in import ways_in
@@ -152,14 +152,15 @@ class Fragments:
     def seen_outside(self, name: str, func: Any) -> None:
         """Keep, in its place among the runs, that Python computes with a weight."""
         assert self.runs is not None
-        product = getattr(func, "__name__", "") in PRODUCTS
+        called = getattr(func, "__name__", "")
+        how = How.PRODUCT if called in PRODUCTS else How.LOOKUP if called.startswith("embedding") else How.OTHER
         last = self.runs[-1] if self.runs else None
         if isinstance(last, Outside) and last.name == name:  # slice by slice, say
-            if last.product >= product:
+            if last.how >= how:
                 return
             self.runs.pop()
         if self.model.get_parameter(name).ndim >= 2:
-            self.runs.append(Outside(name, python_line(), product))
+            self.runs.append(Outside(name, python_line(), how))
 
     @property
     def whole(self) -> GraphModule:

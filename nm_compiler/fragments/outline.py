@@ -6,7 +6,8 @@
 
 An input that is the very tensor which an earlier fragment returned is connected to it; any other tensor that Python brings
 is taken to depend on everything before it. A weight that Python multiplies between two fragments is read there, by
-`multiplied_between`, so that first and last weights are told apart. The graph is never run.
+`multiplied_between`, and a table by `embedding_between`, so that first and last weights are told apart. The graph is never
+run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from nm_compiler.capture.binding import bind
 from nm_compiler.capture.bodies import branch, checkpointed, is_body, programs
 from nm_compiler.graph import getattr_path
 from nm_compiler.sites.ends import ends
-from nm_compiler.sites.uses import constants, multiplied_between
+from nm_compiler.sites.uses import constants, embedding_between, multiplied_between
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,21 @@ class Run:
     outputs: tuple[Any, ...]
 
 
+class How(IntEnum):
+    """What Python did with a parameter."""
+
+    OTHER = 0
+    LOOKUP = 1
+    PRODUCT = 2
+
+
 @dataclass(frozen=True)
 class Outside:
-    """A parameter that Python computed with between two runs.
-
-    line: of the user's code; product: whether it was multiplied there, itself, a view or a cast of it.
-    """
+    """A parameter that Python computed with between two runs, itself or a view or a cast of it. line: of the user's code."""
 
     name: str
     line: str
-    product: bool
+    how: How
 
 
 def multiplied(model: nn.Module, runs: Sequence[Run | Outside]) -> dict[str, str]:
@@ -61,8 +68,10 @@ def multiplied(model: nn.Module, runs: Sequence[Run | Outside]) -> dict[str, str
     }
     found: dict[str, str] = {}
     for each in runs:
-        if isinstance(each, Outside) and (each.product or (each.name not in read and _is_of_layer(model, each.name))):
-            found.setdefault(each.name, each.line)
+        if isinstance(each, Outside):
+            unseen = each.how is How.OTHER and each.name not in read and _is_of_layer(model, each.name)
+            if unseen or each.how is How.PRODUCT:
+                found.setdefault(each.name, each.line)
     return found
 
 
@@ -92,10 +101,11 @@ def outline(model: nn.Module, runs: Sequence[Run | Outside], examples: Any) -> G
     earlier: list[Node] = [graph.placeholder("inputs")]
     for number, run in enumerate(runs):
         if isinstance(run, Outside):
-            if run.name in outside:
+            if run.name in outside or run.how is How.LOOKUP:
                 weight = graph.create_node("get_attr", run.name)
                 weight.meta["val"] = model.get_parameter(run.name)
-                earlier.append(graph.call_function(multiplied_between, (weight, *earlier)))
+                between = embedding_between if run.how is How.LOOKUP else multiplied_between
+                earlier.append(graph.call_function(between, (weight, *earlier)))
             continue
         inputs = []
         placeholders = [node for node in run.program.graph.nodes if node.op == "placeholder"]

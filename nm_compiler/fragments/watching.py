@@ -73,7 +73,7 @@ class Watch(TorchFunctionMode):
         known = name or self._computed.get(tensor)
         if known is None:
             return
-        if name is None and getattr(func, "__name__", "") in PRODUCTS:
+        if name is None and getattr(func, "__name__", "") in (*PRODUCTS, "embedding"):
             self.carrier.note_outside(known, func)
         for value in (result,) if isinstance(result, Tensor) else result:
             if isinstance(value, Tensor) and value is not tensor and (_same_memory(value, tensor) or _is_cast(func)):

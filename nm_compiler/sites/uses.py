@@ -62,6 +62,11 @@ def multiplied_between(weight: Any, *earlier: Any) -> Any:
     raise AssertionError("an outline is not to be run")
 
 
+def embedding_between(table: Any, *earlier: Any) -> Any:
+    """Stands for Python between fragments that looks rows of a table up, likewise."""
+    raise AssertionError("an outline is not to be run")
+
+
 def constants(graph: Graph) -> set[Node]:
     """The nodes that depend on parameters, buffers and constants alone."""
     found: set[Node] = set()
@@ -232,8 +237,8 @@ def _read_by(node: Node) -> str:
 
 
 def _op_name(node: Node) -> str:
-    if node.target is multiplied_between:
-        return "-"
+    if node.target in (multiplied_between, embedding_between):
+        return "-" if node.target is multiplied_between else "embedding"
     return node.target._opname if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
 
 
