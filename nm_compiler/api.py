@@ -120,7 +120,7 @@ def compile(
     if permute is None and (budget_s is not None or outputs is not None):
         raise NMError('budget_s= and outputs= are about the permutation: say permute="search" too')
     routes = captured(model, example_inputs, kwargs, dynamic_shapes, what="nm.compile")
-    check_outside(model, routes, patterns, globs(exclude))
+    check_outside(model, routes, patterns, globs(include), globs(exclude))
     notes = check_hooks(model) if isinstance(routes[True], Exported) else ()
     plan = find(model, [route.whole for route in routes.values()], patterns, include=globs(include), exclude=globs(exclude))
     _check_weights(model, plan, method)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -44,6 +45,18 @@ def settings(root: nn.Module) -> Iterator[Setting]:
         for name in (*names, "drop_prob"):  # the latter of timm's and Hugging Face's layers
             if name in module.__dict__:
                 yield module.__dict__, name, module.__dict__[name], path
+
+
+def has_modes(module: nn.Module) -> bool:
+    """Whether a layer may compute other things in training than in evaluation: all but torch's own that never ask which it is.
+
+    Models may share one of those, as an activation that is the default of an argument; the mode of one is set by the other.
+    """
+    if module._forward_hooks or module._forward_pre_hooks or not type(module).__module__.startswith("torch.nn.modules."):
+        return True  # the old spectral_norm's hook asks
+    classes = [kind for kind in type(module).__mro__ if kind not in nn.Module.__mro__]
+    methods = [value for kind in classes for value in vars(kind).values() if inspect.isfunction(value)]
+    return any("training" in method.__code__.co_names for method in methods)
 
 
 def hooks(root: nn.Module) -> Iterator[Hooks]:

@@ -20,7 +20,7 @@ from nm_compiler.capture.exported import Exported, moved
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
 from nm_compiler.graph import Pass
-from nm_compiler.links import hooked, hooks, links, replaced, settings
+from nm_compiler.links import has_modes, hooked, hooks, links, replaced, settings
 from nm_compiler.methods.base import Method, state_of
 from nm_compiler.recipe import pipeline
 from nm_compiler.sites.plan import Plan
@@ -70,6 +70,7 @@ class SparseModule(nn.Module):
         )  # fmt: skip
         if not self.frozen and all(isinstance(route, Exported) for route in routes.values()):
             watch(model, [site.name for site in self.plan.sites])
+        self.__dict__["_with_modes"] = [has_modes(module) for module in self._watched]
         self.__dict__["_links"] = list(links(model, [name for name, _ in model.named_parameters()]))
         self.__dict__["_settings"] = list(settings(model))
         self.__dict__["_hooks"] = list(hooks(model))
@@ -127,8 +128,8 @@ class SparseModule(nn.Module):
                 raise hooked(where)
 
     def _check_modes(self, modes: tuple[bool, ...]) -> None:
-        for module, expected in zip(self._watched, modes, strict=True):
-            if module is not self.origin and module.training is not expected:
+        for module, expected, matters in zip(self._watched, modes, self._with_modes, strict=True):
+            if module.training is not expected and matters and module is not self.origin:
                 self._refuse_mode(module)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -191,7 +192,8 @@ class SparseModule(nn.Module):
         if callable(value) and not isinstance(value, (nn.Module, Tensor)):
             raise AttributeError(
                 f"{type(origin).__name__}.{name} would run the dense weights: only forward() was captured. "
-                "Freeze first, then call it on the frozen model (on .origin under torch.no_grad(), if dense is what you want)"
+                "Freeze first, then call it on the frozen model, or, to train a model whose methods are called, compile it "
+                "without example inputs: nm.compile(model) keeps all of them (.origin has them too, dense)"
             )
         return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -73,14 +74,18 @@ class SparsityScheduler:
     def follow(self, optimizer: torch.optim.Optimizer) -> SparsityScheduler:
         """Step after every ``optimizer.step()`` from now on, whoever calls it; `step` needs no call then. Returns self.
 
-        A step that a ``GradScaler`` skips is none. Raises NMError if the optimizer lacks the scores, if one is followed
-        already, or if it is a wrapper that calls no hooks.
+        A step that a ``GradScaler`` skips is none. An earlier scheduler of the same model that follows the same optimizer, as
+        of a loop that is begun once more, follows it no longer. Raises NMError if the optimizer lacks the scores, if this
+        scheduler follows one already, or if it is a wrapper that calls no hooks.
         """
         if self._followed:
             raise NMError("this scheduler follows an optimizer already; a second one would count its steps twice")
         check_holds(optimizer, self._model)
         self._optimizer = optimizer
-        hooked_step(optimizer).register_step_post_hook(lambda *_: self.step())
+        hooks = hooked_step(optimizer)._optimizer_step_post_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Follows) and hook.scheduler._model is self._model]:
+            del hooks[key]
+        hooked_step(optimizer).register_step_post_hook(_Follows(self))
         self._followed = self._looked = True
         self._forget()
         return self
@@ -127,6 +132,16 @@ class SparsityScheduler:
 
     def __repr__(self) -> str:
         return f"SparsityScheduler(step {self.last_step} of {self.total_steps}, {self._model.method})"
+
+
+@dataclass(frozen=True, eq=False)
+class _Follows:
+    """What an optimizer calls after each of its steps."""
+
+    scheduler: SparsityScheduler
+
+    def __call__(self, *_: Any) -> None:
+        self.scheduler.step()
 
 
 def _length(total_steps: int | None, epochs: int | None, steps_per_epoch: int | None) -> int:

@@ -105,6 +105,13 @@ def test_compiling_twice_is_refused_for_the_result_the_model_and_a_model_around_
     assert sparse(example(model)).shape == (2, 4)
 
 
+def test_inputs_that_are_no_tuple_and_options_without_their_name_are_told_so() -> None:
+    x = torch.randn(2, 8)
+    for call in (lambda: nm.compile(MLP(), x, x), lambda: nm.permute(MLP(), (x,), "random"), lambda: nm.lower(MLP(), x, x)):
+        with pytest.raises(nm.NMError, match=r"kwargs is a (Tensor|str), .* go into one tuple, \(x, y\)"):
+            call()
+
+
 def test_without_example_inputs_the_way_to_give_them_is_shown() -> None:
     with pytest.raises(nm.NMError, match=r"give inputs to capture the model with, such as \(x,\)"):
         nm.permute(MLP(), None)

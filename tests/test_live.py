@@ -315,6 +315,23 @@ def test_state_dicts_go_between_live_models_and_from_dense_ones() -> None:
         other.load_state_dict(nm.compile(MLP(), method=nm.Magnitude(), then="eager").state_dict())
 
 
+def test_a_part_that_is_planned_late_leaves_earlier_forward_passes_their_state() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.two = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+            self.body = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.two(torch.relu(self.one(self.stem(x)))))
+
+    model, x = nm.compile(Two(), method=nm.LBC(), then="eager"), positive()
+    loss = model.forward(x).square().mean()  # not model(x): layer by layer, each part planned when it comes
+    (loss + model.forward(x[:2]).square().mean()).backward()
+    torch.testing.assert_close(loss, dense_call(model, x).square().mean())
+    assert all(model.get_parameter(name).grad is not None for name in unwrap(model).sites)
+
+
 def test_parts_that_are_called_by_themselves_are_sparse_too() -> None:
     model = nm.compile(MLP(), method=nm.SRSTE(), include="*", then="eager")
     x = torch.randn(2, 16)

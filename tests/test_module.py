@@ -11,6 +11,7 @@ from models import MLP, Attention, ConvNet, Grouped, Matmuls, dense, example
 from torch import Tensor, nn
 
 import nm_compiler as nm
+from nm_compiler.links import has_modes
 
 METHODS = [nm.LBC(), nm.LBC(scores="combination"), nm.BiMask(interval=2, moves=40), nm.SRSTE(), nm.Magnitude()]
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: str(m).split(", decay")[0])
@@ -73,6 +74,17 @@ def test_a_layer_switched_to_another_mode_than_captured_is_an_error_not_a_silent
         sparse(example(model))
     sparse.train()
     sparse(example(model))
+
+
+def test_an_activation_that_two_models_share_may_be_in_either_mode() -> None:
+    shared = nn.SiLU()  # as the default of an argument is, of all models of a library
+    teacher, model = (nn.Sequential(nn.Linear(8, 16), shared, nn.Linear(16, 16), nn.Dropout(0.5)) for _ in range(2))
+    sparse = nm.compile(model, torch.randn(2, 8), include=["*"])
+    teacher.eval()
+    sparse(torch.randn(2, 8))
+    asks = (nn.Dropout(), nn.BatchNorm1d(4), nn.InstanceNorm1d(4), nn.RReLU(), nn.MultiheadAttention(4, 1), MLP())
+    assert not any(has_modes(layer) for layer in (shared, nn.Linear(4, 4), nn.Conv2d(4, 4, 1), nn.LayerNorm(4)))
+    assert all(has_modes(layer) for layer in (*asks, nn.utils.spectral_norm(nn.Linear(4, 4))))
 
 
 def test_a_number_that_the_training_graph_holds_and_that_is_changed_is_an_error_not_ignored() -> None:

@@ -56,6 +56,57 @@ def test_a_disabled_function_that_calls_a_layer_is_an_error_too() -> None:
         live(Calls())(positive())
 
 
+class FusedHead(nn.Module):
+    """A head whose loss is computed in slices of its weight by code that is not compiled; tied to the table or not."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(8, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 8, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.in_slices(self.down(torch.relu(self.up(self.table(x)))), self.head.weight)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def in_slices(self, y: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat([torch.mm(y, weight[at : at + 4].to(y.dtype).t()) for at in range(0, weight.shape[0], 4)], 1)
+
+
+@pytest.mark.parametrize(("tied", "options"), [(False, {}), (True, {}), (False, {"exclude": "head.weight"})])
+def test_a_head_that_python_multiplies_stays_dense_and_the_weight_before_it_is_no_head(
+    tied: bool, options: dict[str, Any]
+) -> None:
+    x = torch.arange(4)
+    model = live(FusedHead(tied), **options)
+    model(x).sum().backward()
+    rows = {row.name: row for row in nm.report(model).rows}
+    assert [name for name, row in rows.items() if row.status == "sparse"] == ["up.weight", "down.weight"]
+    if not tied:
+        said = "excluded by 'head.weight'" if options else "multiplied by Python that TorchDynamo does not compile"
+        assert rows["head.weight"].reason.startswith(said)
+    if not tied and not options:
+        with pytest.raises(nm.NMError, match="head.weight is read by code that TorchDynamo does not compile"):
+            live(FusedHead(tied), include="*")(x)
+
+
+def test_a_table_that_python_looks_up_comes_before_the_first_layer() -> None:
+    class Looped(FusedHead):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.table(x)
+            for layer in (self.up, self.down):  # a loop that branches on data stays Python
+                if y.sum() != 0:
+                    y = torch.relu(layer(y))
+            return self.head(y)
+
+    model = live(Looped(tied=False))
+    model(torch.arange(4))
+    rows = {row.name: row for row in nm.report(model).rows}
+    assert rows["table.weight"].reason == "an embedding: rows are looked up, not multiplied"
+    assert [name for name, row in rows.items() if row.status == "sparse"] == ["up.weight", "down.weight"]
+
+
 def test_a_frame_that_dynamo_skips_is_an_error() -> None:
     class Skipped(MLP):
         def forward(self, x: Tensor) -> Tensor:

@@ -167,6 +167,21 @@ def test_a_method_prints_the_same_in_every_process() -> None:
     assert "0x" not in str(nm.BiMask(search=lambda *a, **k: a[1]))
 
 
+def test_of_two_schedulers_of_a_model_that_follow_one_optimizer_only_the_later_counts() -> None:
+    model, other = (nm.compile(MLP(), (torch.randn(4, 8),), method=nm.LBC()) for _ in range(2))
+    optimizer = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
+    beside = nm.SparsityScheduler(other, 9).follow(optimizer)
+    counted = []
+    for length in (1, 2):  # fit() called twice: the first schedule has ended when the second begins
+        scheduler = nm.SparsityScheduler(model, length).follow(optimizer)
+        for _ in range(length):
+            (model(torch.randn(4, 8)).sum() + other(torch.randn(4, 8)).sum()).backward()
+            optimizer.step()
+        counted.append(scheduler)
+    assert [scheduler.last_step for scheduler in counted] == [1, 2]
+    assert beside.last_step == 3
+
+
 def test_a_scheduler_that_follows_an_optimizer_steps_by_itself_and_only_after_real_steps() -> None:
     followed, called = (nm.compile(MLP(), (torch.randn(4, 8),), method=nm.LBC()) for _ in range(2))
     called.load_state_dict(followed.state_dict())

@@ -24,6 +24,7 @@ import pytest
 import refused
 import torch
 from models import MLP, example
+from test_no_silent_density import FusedHead
 from test_routers import Mixture
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
@@ -108,6 +109,12 @@ def routed() -> str:
     gm = capture_mode(model, (torch.randn(2, 8),), {}, training=False)[0]
     found = find(model, [gm], PatternMap.parse("2:4"))
     return next(each.reason for each in found.refusals if each.where == "gate.weight")
+
+
+def between() -> str:
+    model = nm.compile(FusedHead(tied=False), method=nm.SRSTE(), then="eager")
+    model(torch.arange(4))
+    return next(row.reason for row in nm.report(model).rows if row.name == "head.weight")
 
 
 class State(dict[str, Tensor]):
@@ -280,6 +287,7 @@ PLANNING: list[tuple[str, Callable[[], Any]]] = [
     (f"a plain tensor, {A_PARAMETER}", lambda: refused.reasons()["table"]),
     ("its operands are no tensors", lambda: no_tensors(torch.ops.aten.mm.default, 2.0)),
     ("its operands are no tensors", lambda: no_tensors(torch.ops.aten.inner.default, 2.0)),
+    ("multiplied by Python that TorchDynamo does not compile, where no mask reaches it", between),
     ("stem: no other weight comes before it (include= makes it sparse)", lambda: refusal("fc1.weight")),
     ("head: no other weight comes after it (include= makes it sparse)", lambda: refusal("fc3.weight")),
     ("router: its result chooses what weights come next (include= makes it sparse)", routed),

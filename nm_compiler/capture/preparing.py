@@ -104,7 +104,12 @@ def _valueless(example: Tensor) -> Tensor:
 
 
 def arguments(example_inputs: Any, kwargs: Mapping[str, Any] | None, what: str) -> tuple[Any, ...]:
-    """The positional inputs as a tuple. Raises NMError if there are neither positional nor keyword inputs."""
+    """The positional inputs as a tuple. Raises NMError if there are neither positional nor keyword inputs, or not as such."""
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise NMError(
+            f"{what}(model, example_inputs, kwargs): kwargs is a {type(kwargs).__name__}, not keyword inputs by their names. "
+            "Several positional inputs go into one tuple, (x, y); options are given by name"
+        )
     if example_inputs is None and not kwargs:
         raise NMError(f"{what}(model, example_inputs): give inputs to capture the model with, such as (x,)")
     if example_inputs is None:

@@ -90,17 +90,21 @@ def check_outside(
     model: nn.Module,
     routes: Mapping[bool, Exported | Fragments],
     patterns: PatternMap,
+    include: Sequence[str],
     exclude: Sequence[str],
     *,
     captured: bool = True,
 ) -> None:
     """Raise NMError for a weight that Python multiplied outside fragments, where no mask could reach it.
 
+    The first and the last weight of all stay dense anyway, unless ``include`` names them.
     captured: as for `nm_compiler.fragments.watching.outside_text`.
     """
     parameters = dict(model.named_parameters())
-    for route in routes.values():
-        for name, line in () if isinstance(route, Exported) else route.outside.items():
+    for route in (each for each in routes.values() if not isinstance(each, Exported)):
+        for name, line in route.outside.items():
+            if name in route.edges and not matches(name, include):
+                continue
             weight, pattern = parameters[name], patterns.of(name)
             could = weight.ndim >= 2 and weight.is_floating_point() and pattern is not None and not matches(name, exclude)
             if could and any(size % pattern.m == 0 for size in weight.shape):  # type: ignore[union-attr]
@@ -148,6 +152,8 @@ def way_back(model: nn.Module) -> Callable[[], None]:
                 del known[key]
         with torch.no_grad():
             for buffer, value in values:
+                if buffer.shape == value.shape and (buffer.is_meta or torch.equal(buffer, value)):
+                    continue  # a backward pass that waits for it would refuse it if it were written to
                 if buffer.shape != value.shape:  # observers of quantisation resize theirs
                     buffer.resize_(value.shape)
                 buffer.copy_(value)

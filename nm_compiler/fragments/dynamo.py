@@ -27,7 +27,7 @@ from nm_compiler.capture.exported import copied
 from nm_compiler.errors import NMError
 from nm_compiler.fragments.aten import bind_inputs, lower, names_by_id
 from nm_compiler.fragments.dynamo_errors import check_around, explained, of_the_op, own_fault
-from nm_compiler.fragments.outline import Run, outline
+from nm_compiler.fragments.outline import How, Outside, Run, edges, multiplied, outline
 from nm_compiler.fragments.silence import expected
 from nm_compiler.fragments.watching import PRODUCTS, Watch, outside_text, python_line, unwatched
 from nm_compiler.fragments.ways_in import ways_in
@@ -58,9 +58,10 @@ class Fragments:
         self.planned: frozenset[str] = frozenset()
         self.unread: frozenset[str] = frozenset()
         self.passes: list[Pass] | None = None
-        self.runs: list[Run] | None = None
+        self.runs: list[Run | Outside] | None = None
         self.outlined: GraphModule | None = None
         self.outside: dict[str, str] = {}
+        self.edges: frozenset[str] = frozenset()
         self._fragments: list[_Fragment] = []
         self._names: dict[int, str] = {}
         self._compiled: Callable[..., Any] | None = None
@@ -137,9 +138,29 @@ class Fragments:
         self.runs = []
         try:
             self(args, kwargs)
-            self.outlined = outline(self.model, self.runs, (args, kwargs))
+            self.outlined = self.outline_of(args, kwargs)
         finally:
             self.runs = None
+
+    def outline_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphModule:
+        """What ran as one graph; what Python multiplied is in ``outside``, and what of that is an end in ``edges``."""
+        assert self.runs is not None
+        outlined = outline(self.model, self.runs, (args, kwargs))
+        self.outside, self.edges = multiplied(self.model, self.runs), edges(outlined)
+        return outlined
+
+    def seen_outside(self, name: str, func: Any) -> None:
+        """Keep, in its place among the runs, that Python computes with a weight."""
+        assert self.runs is not None
+        called = getattr(func, "__name__", "")
+        how = How.PRODUCT if called in PRODUCTS else How.LOOKUP if called.startswith("embedding") else How.OTHER
+        last = self.runs[-1] if self.runs else None
+        if isinstance(last, Outside) and last.name == name:  # slice by slice, say
+            if last.how >= how:
+                return
+            self.runs.pop()
+        if self.model.get_parameter(name).ndim >= 2:
+            self.runs.append(Outside(name, python_line(), how))
 
     @property
     def whole(self) -> GraphModule:
@@ -183,14 +204,11 @@ class Fragments:
 
     def note_outside(self, name: str, func: Any) -> None:
         """A parameter was read by Python outside fragments. Raises NMError if it is planned."""
-        line = python_line()
         if name in self.planned:
-            raise NMError(outside_text(name, line))
-        if getattr(func, "__name__", "") not in PRODUCTS:
-            return
-        if self.passes is None:
-            self.outside.setdefault(name, line)
-        elif name in self.unread:
+            raise NMError(outside_text(name, python_line()))
+        if self.runs is not None:
+            self.seen_outside(name, func)
+        elif name in self.unread and getattr(func, "__name__", "") in PRODUCTS:
             self._tell(name)
 
     def name_of(self, parameter: Tensor) -> str | None:

@@ -5,7 +5,9 @@
     fragment 2:  %z = linear(%c, %w2)       %z  = aten.linear(%c, %w2)
 
 An input that is the very tensor which an earlier fragment returned is connected to it; any other tensor that Python brings
-is taken to depend on everything before it. The graph is never run.
+is taken to depend on everything before it. A weight that Python multiplies between two fragments is read there, by
+`multiplied_between`, and a table by `embedding_between`, so that first and last weights are told apart. The graph is never
+run.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +26,8 @@ from torch.utils import _pytree as pytree
 from nm_compiler.capture.binding import bind
 from nm_compiler.capture.bodies import branch, checkpointed, is_body, programs
 from nm_compiler.graph import getattr_path
+from nm_compiler.sites.ends import ends
+from nm_compiler.sites.uses import constants, embedding_between, multiplied_between
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,74 @@ class Run:
     outputs: tuple[Any, ...]
 
 
-def outline(model: nn.Module, runs: Sequence[Run], examples: Any) -> GraphModule:
+class How(IntEnum):
+    """What Python did with a parameter."""
+
+    OTHER = 0
+    LOOKUP = 1
+    PRODUCT = 2
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A parameter that Python computed with between two runs, itself or a view or a cast of it. line: of the user's code."""
+
+    name: str
+    line: str
+    how: How
+
+
+def multiplied(model: nn.Module, runs: Sequence[Run | Outside]) -> dict[str, str]:
+    """The weights that Python multiplies, and its lines: those in a product, and those of layers that no run reads."""
+    read = {
+        str(node.target)
+        for run in runs
+        if isinstance(run, Run)
+        for program in programs(run.program)
+        for node in program.graph.nodes
+        if node.op == "get_attr"
+    }
+    found: dict[str, str] = {}
+    for each in runs:
+        if isinstance(each, Outside):
+            unseen = each.how is How.OTHER and each.name not in read and _is_of_layer(model, each.name)
+            if unseen or each.how is How.PRODUCT:
+                found.setdefault(each.name, each.line)
+    return found
+
+
+def _is_of_layer(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(path), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def edges(outlined: GraphModule) -> frozenset[str]:
+    """The weights that Python multiplies before all other weights, or after them: the stem and the head of the outline."""
+    stems, heads = ends(outlined, constants(outlined.graph))
+    between = [node for node in outlined.graph.nodes if node.target is multiplied_between]
+    places: dict[str, list[Node]] = {}
+    for node in between:
+        places.setdefault(str(node.args[0].target), []).append(node)
+    return frozenset(
+        name for name, nodes in places.items() if all(node in stems for node in nodes) or all(node in heads for node in nodes)
+    )
+
+
+def outline(model: nn.Module, runs: Sequence[Run | Outside], examples: Any) -> GraphModule:
     """One graph over ``model`` of all ``runs`` in order. examples: the inputs of the model, which depend on nothing."""
+    outside = multiplied(model, runs)
     graph, extras = Graph(), dict[str, Any]()
     given = {id(leaf) for leaf in pytree.tree_leaves(examples) if isinstance(leaf, Tensor)}
     made: dict[int, Node] = {}
     earlier: list[Node] = [graph.placeholder("inputs")]
     for number, run in enumerate(runs):
+        if isinstance(run, Outside):
+            if run.name in outside or run.how is How.LOOKUP:
+                weight = graph.create_node("get_attr", run.name)
+                weight.meta["val"] = model.get_parameter(run.name)
+                between = embedding_between if run.how is How.LOOKUP else multiplied_between
+                earlier.append(graph.call_function(between, (weight, *earlier)))
+            continue
         inputs = []
         placeholders = [node for node in run.program.graph.nodes if node.op == "placeholder"]
         for node, value in zip(placeholders, run.inputs, strict=True):

@@ -15,6 +15,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nm_compiler.capture.export import user_line
 
@@ -31,6 +32,8 @@ class Watcher(Protocol):
     def name_of(self, parameter: Tensor) -> str | None:
         """The full name of a parameter of the model, or None."""
 
+    runs: list[Any] | None
+
     def note_outside(self, name: str, func: Any) -> None:
         """A parameter was read outside fragments, by ``func``."""
 
@@ -41,6 +44,7 @@ class Watch(TorchFunctionMode):
     def __init__(self, carrier: Watcher) -> None:
         super().__init__()
         self.carrier = carrier
+        self._computed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # views and casts of parameters, and their names
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.compiler.is_compiling():
@@ -54,13 +58,47 @@ class Watch(TorchFunctionMode):
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def look(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Note a parameter that a tensor was computed from."""
-        given = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, nn.Parameter)]
-        if not given or not isinstance(result, (Tensor, tuple, list)) or torch._guards.CompileContext.try_get() is not None:
+        tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
+        if not tensors or not isinstance(result, (Tensor, tuple, list)) or torch._guards.CompileContext.try_get() is not None:
             return
-        for parameter in given:
-            name = self.carrier.name_of(parameter)
+        for tensor in tensors:
+            name = self.carrier.name_of(tensor) if isinstance(tensor, nn.Parameter) else None
             if name is not None:
                 self.carrier.note_outside(name, func)
+            if self.carrier.runs is not None:
+                self._follow(name, tensor, func, result)
+
+    def _follow(self, name: str | None, tensor: Tensor, func: Any, result: Any) -> None:
+        """While a run is planned on, a product with a view or a cast of a parameter is a product with the parameter."""
+        known = name or self._computed.get(tensor)
+        if known is None:
+            return
+        if name is None and getattr(func, "__name__", "") in (*PRODUCTS, "embedding"):
+            self.carrier.note_outside(known, func)
+        for value in (result,) if isinstance(result, Tensor) else result:
+            if isinstance(value, Tensor) and value is not tensor and (_same_memory(value, tensor) or _is_cast(func)):
+                self._computed[value] = known
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    try:
+        return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a tensor that has none of its own
+        return False
+
+
+def _is_cast(func: Any) -> bool:
+    return getattr(func, "__name__", "") in (
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "contiguous",
+        "clone",
+    )
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from nm_compiler.capture.routes import way_back
 from nm_compiler.errors import NMError
 from nm_compiler.fragments.aten import bind_inputs, lower
 from nm_compiler.fragments.dynamo import Fragments, Variant, entry_of, store_of, weakly
-from nm_compiler.fragments.outline import Run, outline
+from nm_compiler.fragments.outline import Run
 from nm_compiler.fragments.watching import PRODUCTS, outside_text, python_line, unwatched
 from nm_compiler.graph import reads, run
 from nm_compiler.live.entries import entered
@@ -112,10 +112,10 @@ class Live(Fragments):
 
     def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphModule:
         """Run the model once, dense, and return the outline of what ran. `settle` or `forget` has to follow."""
-        self.runs, self.outside, self._watching = [], {}, True
+        self.runs, self._watching = [], True
         try:
             self.guarded(self._entry(self.model)[1], args, kwargs)
-            return outline(self.model, self.runs, (args, kwargs))
+            return self.outline_of(args, kwargs)
         finally:
             self.runs = None
 
@@ -205,12 +205,13 @@ class Live(Fragments):
 
         One that may become planned and meets no product here is an error at the end of the call, if no graph reads it.
         """
+        if self.runs is not None and name not in self.prepared.sites:
+            self.seen_outside(name, func)
+            return
         if name in self.prepared.candidates and name not in self.computed_with:
             self.computed_with[name] = python_line()
         maybe = name in self.prepared.candidates and getattr(func, "__name__", "") in PRODUCTS
-        if maybe and self.runs is not None:
-            self.outside.setdefault(name, python_line())
-        elif maybe or name in self.prepared.sites:
+        if maybe or name in self.prepared.sites:
             raise NMError(outside_text(name, python_line(), captured=False))
 
 

@@ -185,7 +185,7 @@ class Prepared:
         try:
             with untouched(self.origin):
                 whole = live.look(*copies)
-            check_outside(self.origin, {self.origin.training: live}, self.patterns, self.exclude, captured=False)
+            check_outside(self.origin, {self.origin.training: live}, self.patterns, self.include, self.exclude, captured=False)
             self.growing.decide(whole, whole=True)
             self.looked = True
             live.settle()

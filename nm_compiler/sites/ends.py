@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from nm_compiler.graph import base_of, getattr_path, target_name, written_by
 from nm_compiler.sites.equations import LINEAR, PRODUCTS
-from nm_compiler.sites.uses import GROUPED, RECURRENT
+from nm_compiler.sites.uses import GROUPED, RECURRENT, embedding_between, multiplied_between
 from nm_compiler.sites.views import is_view
 
 
@@ -53,6 +53,8 @@ def _before(gm: GraphModule, chosen: set[Node]) -> set[Node]:
 
 def _is_weighted(gm: GraphModule, node: Node, fixed: Collection[Node]) -> bool:
     """A product, convolution (also transposed), embedding or recurrent op that reads a parameter."""
+    if node.target in (multiplied_between, embedding_between):
+        return True
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     if node in fixed and node.target is not LINEAR:  # weights multiplied with weights

@@ -19,7 +19,7 @@ from nm_compiler.layout import Layout
 from nm_compiler.pattern import Pattern, PatternMap, matches
 from nm_compiler.sites.ends import ends
 from nm_compiler.sites.routers import routers
-from nm_compiler.sites.uses import FUSED, Blocked, Use, constants, uses
+from nm_compiler.sites.uses import BETWEEN, FUSED, Blocked, Use, constants, uses
 from nm_compiler.sites.views import is_scale
 
 UNREAD = "not read by the captured graph: give example inputs that use it"
@@ -211,6 +211,8 @@ def _judge(
         return Refusal(name, UNREAD)
     if others:
         reason = others[0].reason
+        if excluded and reason == BETWEEN:
+            return Refusal(name, f"excluded by {excluded!r}")
         if products:
             embedded = reason.startswith("an embedding")
             reason = "shared with an embedding: untie them to make it sparse" if embedded else f"shared: also {reason}"

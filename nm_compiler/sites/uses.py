@@ -57,6 +57,16 @@ class Blocked:
     reason: str
 
 
+def multiplied_between(weight: Any, *earlier: Any) -> Any:
+    """Stands for Python between fragments that multiplies a weight with data; a graph with it is planned on and never run."""
+    raise AssertionError("an outline is not to be run")
+
+
+def embedding_between(table: Any, *earlier: Any) -> Any:
+    """Stands for Python between fragments that looks rows of a table up, likewise."""
+    raise AssertionError("an outline is not to be run")
+
+
 def constants(graph: Graph) -> set[Node]:
     """The nodes that depend on parameters, buffers and constants alone."""
     found: set[Node] = set()
@@ -192,12 +202,15 @@ def _placed(node: Node, op: str, seen: Seen, parts: Sequence[str], conv_groups: 
     return Use(node, op, layout, (start_of(seen.dims, in_axis, shape), inner[3]), outputs, conv_groups, seen.path)
 
 
+BETWEEN = "multiplied by Python that TorchDynamo does not compile, where no mask reaches it"
 FUSED = "inside a fused LSTM, GRU or RNN op: write the cell with linear layers to make it sparse"
 _TRANSPOSED = "a transposed convolution: no N:M kernel reduces along its axis"
 
 
 def _why_not(node: Node, *, computed: bool) -> str:
     name = _op_name(node)
+    if node.target is multiplied_between:
+        return BETWEEN
     if name.startswith("embedding"):
         return "an embedding: rows are looked up, not multiplied"
     if name in _TRANSPOSED_CONVS:
@@ -224,6 +237,8 @@ def _read_by(node: Node) -> str:
 
 
 def _op_name(node: Node) -> str:
+    if node.target in (multiplied_between, embedding_between):
+        return "-" if node.target is multiplied_between else "embedding"
     return node.target._opname if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
 
 
