@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from nm_compiler.alone import DenseCall
 from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path
 from nm_compiler.wording import several
@@ -52,7 +53,8 @@ def has_modes(module: nn.Module) -> bool:
 
     Models may share one of those, as an activation that is the default of an argument; the mode of one is set by the other.
     """
-    if module._forward_hooks or module._forward_pre_hooks or not type(module).__module__.startswith("torch.nn.modules."):
+    before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, DenseCall)]
+    if before or module._forward_hooks or not type(module).__module__.startswith("torch.nn.modules."):
         return True  # the old spectral_norm's hook asks
     classes = [kind for kind in type(module).__mro__ if kind not in nn.Module.__mro__]
     methods = [value for kind in classes for value in vars(kind).values() if inspect.isfunction(value)]

@@ -101,3 +101,9 @@ def test_a_captured_mode_beside_fragments_calls_layers_and_is_not_watched() -> N
 
     model = Branching()
     nm.compile(model, (X,), method=nm.SRSTE())(X).sum().backward()
+
+
+def test_a_watched_layer_that_never_asks_for_its_mode_may_be_in_another() -> None:
+    for sparse in (compiled := nm.compile(Two(), (X,), method=nm.SRSTE()), copy.deepcopy(compiled)):
+        sparse.body[2].eval()  # a linear
+        sparse(X).sum().backward()
