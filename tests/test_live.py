@@ -323,6 +323,16 @@ def test_parts_that_are_called_by_themselves_are_sparse_too() -> None:
     torch.testing.assert_close(model.forward(example(model)), dense_call(model, example(model)))
 
 
+def test_a_step_over_parts_that_are_called_one_by_one_has_its_gradients() -> None:
+    model = nm.compile(nn.Sequential(*(nn.Conv2d(8, 8, 1) if i % 2 else nn.BatchNorm2d(8) for i in range(5))), then="eager")
+    dense, x = copy.deepcopy(model), torch.randn(2, 8, 4, 4)
+    for layer in model:  # as a forward of the user's own does, which is not model.forward
+        x = layer(x)
+    x.square().mean().backward()  # buffers are put back at every first call, and autograd holds those of norms before it
+    assert all(p.grad is not None for p in model.parameters())
+    assert not torch.equal(model[0].running_mean, dense[0].running_mean)
+
+
 def test_a_compile_around_it_leaves_it_to_run_its_own_fragments() -> None:
     model = nm.compile(MLP(), method=nm.SRSTE(), then="eager")
     x = example(model)

@@ -150,7 +150,8 @@ def way_back(model: nn.Module) -> Callable[[], None]:
             for buffer, value in values:
                 if buffer.shape != value.shape:  # observers of quantisation resize theirs
                     buffer.resize_(value.shape)
-                buffer.copy_(value)
+                if buffer.is_meta or not torch.equal(buffer, value):  # a write where autograd saved it would end its graph
+                    buffer.copy_(value)
 
     return back
 
