@@ -201,6 +201,12 @@ def show(sparse: nn.Module, *, training: bool = False) -> str:
 
 def _how_far(module: Carrier) -> str:
     """How to go on until masks are decided."""
+    if module.copy_known is not None and not (module.progress and module.progress[0]):
+        return (
+            "No SparsityScheduler has stepped this copy of the model that trains. An average that leaves out what is not a "
+            "float, as ultralytics' ModelEMA does, has the masks that it was copied with: copy those values of the "
+            "state_dict() of the model that trains into its own, then freeze it"
+        )
     if module.progress is None:
         return "No SparsityScheduler was made for this model: train with one"
     step, total = module.progress

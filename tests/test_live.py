@@ -8,6 +8,7 @@ import sys
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import MLP, Branching, ConvNet, example
@@ -338,6 +339,31 @@ def test_parts_that_are_called_by_themselves_are_sparse_too() -> None:
     expected = nn.functional.linear(x, unwrap(model).masked("fc2.weight")[0], model.fc2.bias)
     torch.testing.assert_close(model.fc2(x), expected)
     torch.testing.assert_close(model.forward(example(model)), dense_call(model, example(model)))
+
+
+def test_a_step_over_parts_that_are_called_one_by_one_has_its_gradients() -> None:
+    model = nm.compile(nn.Sequential(*(nn.Conv2d(8, 8, 1) if i % 2 else nn.BatchNorm2d(8) for i in range(5))), then="eager")
+    dense, x = copy.deepcopy(model), torch.randn(2, 8, 4, 4)
+    for layer in model:  # as a forward of the user's own does, which is not model.forward
+        x = layer(x)
+    x.square().mean().backward()  # buffers are put back at every first call, and autograd holds those of norms before it
+    assert all(p.grad is not None for p in model.parameters())
+    assert not torch.equal(model[0].running_mean, dense[0].running_mean)
+
+
+def test_arithmetic_of_numpy_in_forward_is_what_it_is_without_the_watch() -> None:
+    class Checked(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            size = np.array(x.shape)
+            if (size % 2 > 0).any():  # as MONAI's SwinUNETR looks at its inputs
+                raise ValueError(f"odd sizes {size}")
+            size += 1
+            left = 40 - size // 2 + 2**size - -size * (size < 3)
+            return super().forward(x) * float((left & 31).sum())
+
+    model, x = nm.compile(Checked(), method=nm.SRSTE(), then="eager"), torch.randn(2, 8)
+    torch.testing.assert_close(model(x), dense_call(model, x))
+    assert [row.status for row in nm.report(model).rows] == ["dense", "sparse", "dense"]
 
 
 def test_a_compile_around_it_leaves_it_to_run_its_own_fragments() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP
+from models import MLP, example
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -165,6 +165,24 @@ def test_what_is_loaded_from_a_later_step_stays_as_it_is() -> None:
 
 
 # -- steps that nobody counts -----------------------------------------------------------------------------------------------
+
+
+def test_an_average_that_copies_no_whole_numbers_says_so_when_it_is_frozen_and_can_be_once_they_are_copied() -> None:
+    x = example(MLP())
+    model = nm.compile(MLP(), (x,), method=nm.Gradual())
+    average = copy.deepcopy(model)  # made before the scheduler, and given the mean of what is a float
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = nm.SparsityScheduler(model, total_steps=2)
+    for _ in range(2):
+        model(x).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    with pytest.raises(nm.NMError, match="has stepped this copy .* leaves out what is not a float"):
+        nm.freeze(average)
+    theirs = average.state_dict()
+    for name, value in model.state_dict().items():
+        value.is_floating_point() or theirs[name].copy_(value)
+    assert nm.verify(nm.freeze(average)).satisfied == nm.verify(nm.freeze(model)).satisfied != {}
 
 
 def test_freezing_too_early_says_how_far_the_scheduler_is_or_that_there_is_none() -> None:

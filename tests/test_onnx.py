@@ -563,6 +563,40 @@ def test_a_network_that_resizes_to_sizes_of_its_own_is_written_and_resizes_image
         np.testing.assert_allclose(found, model(y).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
+class Branching(nn.Module):
+    """Python that asks for the batch, as caches of anchors do: a graph is one branch of it."""
+
+    def __init__(self, takes: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.a, self.b, self.takes = nn.Linear(8, 16), nn.Linear(16, 16), takes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(torch.relu(self.a(x)))
+        return x if self.takes(x.shape[0]) else 2 * x
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("takes", "said", "axis"),
+    [
+        (lambda n: n == 2, "x.shape[0] == 2", 2),
+        (lambda n: n < 5, "x.shape[0] <= 4", None),
+        (lambda n: n % 2 == 0, "% 2", None),
+    ],
+)
+def test_a_batch_that_a_branch_fixes_is_fixed_in_the_file_and_conditions_that_no_file_checks_are_said(
+    takes: Callable[[int], bool], said: str, axis: int | None, tmp_path: Path
+) -> None:
+    x, path = torch.randn(2, 8), str(tmp_path / "model.onnx")
+    model = nm.freeze(nm.compile(Branching(takes), (x,), method=nm.Magnitude(), include=["*"])).eval()
+    lowered = nm.lower(model, (x,), backend="onnx", options={"path": path})
+    size = onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0]
+    assert (size.dim_value if axis else bool(size.dim_param)) == (axis or True)
+    (line,) = (line for line in nm.report(lowered).notes if "Nothing in the file checks" in line)
+    assert said in line
+    np.testing.assert_allclose(run(Path(path), x), model(x).detach().numpy(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_a_step_that_writes_to_its_inputs_is_compared_at_two_batches_and_leaves_the_example_as_it_was(tmp_path: Path) -> None:
     x, cache, length = torch.randn(3, 8), torch.zeros(3, 4, 16), torch.tensor(1)

@@ -183,8 +183,24 @@ class Signature:
             except KeyError:  # an input inside *args or **kwargs of forward, which has no name here
                 holds = True
             if not holds:
-                readable = re.sub(r"L\['(\w+)'\](\S*?)\.size\(\)\[(\d+)\]", r"\1\2.shape[\3]", guard)
-                self._refuse(args, kwargs, f"the captured branch holds only while {readable}")
+                self._refuse(args, kwargs, f"the captured branch holds only while {_readable(guard)}")
+
+    def fixed(self, place: int, axis: int) -> bool:
+        """Whether a condition leaves the axis of an input, one that the capture has as dynamic, only its own size."""
+        return any(
+            re.fullmatch(rf"flat\[{place}\]\.size\(\)\[{axis}\] == \d+", _on_leaves(g, self.paths)) for g in self.guards
+        )
+
+    def conditions(self) -> tuple[str, ...]:
+        """What sizes have to be for the captured branches to hold, in words: for who cannot ask `flatten`, such as files."""
+        found = [_readable(guard) for guard in self.guards]
+        for each, path in zip(self.inputs, self.paths, strict=True):
+            for axis, size in enumerate(each.sizes if isinstance(each, TensorInput) else ()):
+                low, high, name = each.low[axis], each.high[axis], f"{path}.shape[{axis}]"
+                found += [f"{name} >= {low}"] if size is None and low > 1 else []
+                found += [f"{name} <= {high}"] if size is None and high is not None else []
+                found += [f"{name} != 1"] if size is None and low < 2 and axis in each.branching else []
+        return tuple(dict.fromkeys(found))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _refuse(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str) -> None:
@@ -250,6 +266,11 @@ def _on_leaves(guard: str, paths: Sequence[str]) -> str:
         name, *_ = re.split(r"[\[.]", path, maxsplit=1)
         guard = re.sub(re.escape(f"L['{name}']{path[len(name) :]}") + r"(?!\w)", f"flat[{place}]", guard)
     return guard
+
+
+def _readable(guard: str) -> str:
+    """``L['x'].size()[0] == 2`` to ``x.shape[0] == 2``."""
+    return re.sub(r"L\['(\w+)'\](\S*?)\.size\(\)\[(\d+)\]", r"\1\2.shape[\3]", guard)
 
 
 def _show(value: Any) -> str:

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch._dynamo
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nm_compiler.capture.export import user_line
+from nm_compiler.fragments.arrays import OPERATORS, TURNED
 
 PRODUCTS = (
     "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__", "bilinear",
@@ -48,6 +50,10 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.compiler.is_compiling():
+            if args and isinstance(args[0], np.ndarray) and func.__name__ in OPERATORS:
+                return OPERATORS[func.__name__](*args)
+            if args and isinstance(args[0], np.ndarray) and func.__name__ in TURNED:
+                return TURNED[func.__name__](args[1], args[0])
             if func is Tensor.unflatten:  # it is written in Python: Dynamo cannot go into it, but knows the method
                 return getattr(args[0], func.__name__)(*args[1:], **(kwargs or {}))
             return func(*args, **(kwargs or {}))

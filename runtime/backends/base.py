@@ -59,14 +59,16 @@ class Job:
     def program(self, *, dynamic: bool = True, one_batch: bool = False, tensors_out: bool = False) -> ExportedProgram:
         """The graph exported anew; its inputs are the tensors alone, and with ``tensors_out`` its outputs too.
 
-        dynamic: with the dynamic axes that it was captured with, else for the sizes of the examples alone.
+        dynamic: with the dynamic axes that it was captured with, else for the sizes of the examples alone. An axis to which a
+        condition of the capture leaves one size (``x.shape[0] == 2``) is not dynamic, nor are others of the same size.
         one_batch: axis 0 of all inputs is the same batch, also where the capture did not need it to be.
         """
-        examples, axes = list[Tensor](), list[dict[int, str]]()
+        examples, axes, fixed = list[Tensor](), list[dict[int, str]](), self._fixed()
         for value, node in zip(self.flat, self.gm.graph.find_nodes(op="placeholder"), strict=True):
             if isinstance(value, Tensor):
                 sizes = node.meta["val"].shape if dynamic else ()
-                named = {axis: str(size) for axis, size in enumerate(sizes) if not isinstance(size, int)}
+                free = {axis: str(size) for axis, size in enumerate(sizes) if not isinstance(size, int)}
+                named = {axis: name for axis, name in free.items() if name not in fixed}
                 axes.append({axis: "batch" if one_batch and axis == 0 else name for axis, name in named.items()})
                 examples.append(_repeated(value, set(axes[-1])))
         gm = _of_tensors(self.gm, self.flat, out=tensors_out)
@@ -78,6 +80,16 @@ class Job:
                 program = _exported(gm, examples, axes, {})
         program.state_dict.update(scaled)
         return program
+
+    def _fixed(self) -> set[str]:
+        """The symbols of sizes to which the conditions of the capture leave one value."""
+        found = set[str]()
+        for place, node in enumerate(self.gm.graph.find_nodes(op="placeholder")):
+            value = node.meta.get("val")
+            for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+                if not isinstance(size, int) and self.signature.fixed(place, axis):
+                    found.add(str(size))
+        return found
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,11 @@ class Onnx(Backend):
             program, job.tensors, os.fspath(options.pop("path")), sites=sites,
             outputs=output_names(job.gm, job.signature.out_spec), report={"products": rows}, **options,
         )  # fmt: skip
+        held = job.signature.conditions()
+        unchecked = (f"Nothing in the file checks that its branches of forward() hold: only while {' and '.join(held)}",)
         notes = (
             f"Written to {written.path}, its zeros read back from the file. {written.numerics}",
+            *(unchecked if held else ()),
             "Whether a kernel is sparse is decided where the file is run. TensorRT 11:",
             "  " + commands.trtexec(written),
         )
