@@ -643,3 +643,35 @@ def test_a_method_that_gets_no_tensor_runs_as_it_is() -> None:
     squared = model.projection.detach() @ model.projection.detach()
     model.initialise()
     assert torch.equal(model.projection, squared)
+
+
+class Joinable(nn.Module):
+    """Two layers that can be joined into a new one, which then runs in their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.head = (nn.Linear(8, 8) for _ in range(4))
+        self.joined: nn.Linear | None = None
+
+    def join(self) -> None:
+        self.joined = nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        both = torch.cat((self.a(x), self.b(x)), -1) if self.joined is None else self.joined(x)
+        return self.head(torch.relu(both[:, :8] * both[:, 8:]))
+
+
+def test_a_weight_that_came_after_compile_is_in_the_log_and_in_the_report(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = nm.compile(Joinable(), method=nm.LBC(), then="eager"), torch.randn(4, 8)
+    model(x)
+    assert "joined.weight" not in str(nm.report(model))
+    model.join()
+    caplog.clear()
+    model(x)
+    model(x)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["joined.weight"]
+    (row,) = (row for row in nm.report(model).rows if row.name == "joined.weight")
+    assert (row.status, row.reason.split(":")[0]) == ("dense", "added after nm.compile")
+    assert "joined.weight" in copy.deepcopy(model).state_dict()
+    assert not nm.verify(nm.freeze(model, finish=True), "2:4").satisfied.get("joined.weight")
