@@ -34,6 +34,7 @@ from nm_compiler.passes.products_to_linear import products_to_linear
 from nm_compiler.passes.spell_out_autocast import spell_out_autocast
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.runtime.backends import Job, choose_backend
+from nm_compiler.runtime.facts import facts
 from nm_compiler.runtime.lowered import Lowered, relative_error
 from nm_compiler.runtime.products import check_zeros, unread
 from nm_compiler.scaled import keep
@@ -100,7 +101,7 @@ def lower(
     lost = unread(gm, sites)
     lowered = Lowered(
         chosen.lower(job), title=type(model).__name__, backend=chosen.name, signature=signature, plan=plan, sites=sites,
-        dense=dense, unread=lost, dtype=dtype, notes=notes,
+        dense=dense, unread=lost, dtype=dtype, notes=notes, attributes=facts(model),
     )  # fmt: skip
     give_back()
     if check:

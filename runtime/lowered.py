@@ -6,6 +6,7 @@ backend may have put there are registered here, not only where `nm.lower` is cal
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -30,6 +31,8 @@ from nm_compiler.wording import dtype_name
 class Lowered(nn.Module):
     """A model in evaluation mode on a runtime.
 
+    Plain attributes of the model (``config``, ``num_classes``) are there too, as they were when it was lowered.
+
     backend: its name; result: products, decisions, notes and artifact of the backend; error: of the check after lowering,
     relative, None if it was left out; sites: planned weights; unread: those that no product reads, and why; dense: all other
     weights, and why. Inputs are cast to the dtype it was lowered to; outputs are in that dtype.
@@ -50,11 +53,12 @@ class Lowered(nn.Module):
     notes: tuple[str, ...]
     error: float | None
     settled: bool
+    attributes: Mapping[str, Any]
 
     def __init__(self, result: Result, **facts: Any) -> None:
         super().__init__()
         self.run = result.run
-        self.__dict__.update(result=result, error=None, settled=True, **facts)
+        self.__dict__.update(**{"result": result, "error": None, "settled": True, "attributes": {}, **facts})
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,16 +80,24 @@ class Lowered(nn.Module):
         return pytree.tree_unflatten(leaves, self.signature.out_spec)
 
     def __getattr__(self, name: str) -> Any:
-        """As of any module. Raises AttributeError that says what there is in the place of the model's other methods."""
+        """The model's plain attributes. Raises AttributeError that says what there is in the place of its methods."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name.startswith("__") or "title" not in self.__dict__:
                 raise
+        if name in self.__dict__["attributes"]:
+            return self.attributes[name]
         raise AttributeError(
             f"a lowered {self.title} has no attribute {name!r}: only forward() was lowered. Where a method of the model calls "
             "it, as generate() does, lower parts of the model in their place: layer.mlp = nm.lower(layer.mlp, ...)"
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors lie; the CPU if it has none."""
+        held = itertools.chain(super().named_parameters(), super().named_buffers())
+        return next((tensor.device for _, tensor in held), torch.device("cpu"))
 
     def train(self, mode: bool = True) -> Lowered:
         """Stays in evaluation mode: there is nothing left to train."""

@@ -2,8 +2,10 @@
 """nm.compile(model): the user's own model, its state made at once, its graphs taken by TorchDynamo when it is called."""
 
 import copy
+import inspect
 import io
 import logging
+import pickle
 import sys
 import threading
 from typing import Any
@@ -630,3 +632,89 @@ def test_an_optimizer_built_after_a_checkpoint_was_loaded_holds_what_it_held_whe
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     assert set(nm.freeze(again).state_dict()) == set(MLP().state_dict())
+
+
+class TwoTowers(nn.Module):
+    """Its towers are also called one by one, through methods that multiply a parameter by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.projection = nn.Parameter(torch.randn(8, 8))
+        self.initialise()
+
+    def initialise(self) -> None:
+        with torch.no_grad():
+            self.projection.copy_(self.projection @ self.projection)
+
+    def encode_left(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        return torch.relu(self.left(x)) @ self.projection * scale
+
+    @torch.no_grad()
+    def encode_right(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(torch.relu(self.right(x)), self.projection.t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encode_left(x) + torch.relu(self.right(x)) @ self.projection
+
+
+@pytest.mark.ci(here=["eager"])
+@each_then
+def test_methods_that_multiply_a_parameter_by_hand_run_sparse_from_outside(then: str) -> None:
+    model, x = nm.compile(TwoTowers(), method=nm.Magnitude(), include=["*"], then=then), torch.randn(4, 8)
+    model(x)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    dense = copy.deepcopy(model.projection.detach())
+    for each in (model, twin):
+        assert [*inspect.signature(each.encode_left).parameters] == ["x", "scale"]
+        left, right = each.encode_left(x, scale=2.0), each.encode_right(x)
+        left.sum().backward()
+        masked = unwrap(each).masked("projection")[0]
+        assert (masked == 0).sum() == 32
+        assert (each.projection.grad[masked == 0] == 0).all()
+        assert each(x).requires_grad
+        frozen = nm.freeze(each)
+        assert not any("encode" in name for name in vars(frozen))
+        torch.testing.assert_close(left, frozen.encode_left(x, scale=2.0))
+        torch.testing.assert_close(right, frozen.encode_right(x))
+    assert not torch.equal(dense, model.projection)
+
+
+def test_a_method_that_gets_no_tensor_runs_as_it_is() -> None:
+    model, x = nm.compile(TwoTowers(), method=nm.Magnitude(), include=["*"], then="eager"), torch.randn(4, 8)
+    model(x)
+    squared = model.projection.detach() @ model.projection.detach()
+    model.initialise()
+    assert torch.equal(model.projection, squared)
+
+
+class Joinable(nn.Module):
+    """Two layers that can be joined into a new one, which then runs in their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.head = (nn.Linear(8, 8) for _ in range(4))
+        self.joined: nn.Linear | None = None
+
+    def join(self) -> None:
+        self.joined = nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        both = torch.cat((self.a(x), self.b(x)), -1) if self.joined is None else self.joined(x)
+        return self.head(torch.relu(both[:, :8] * both[:, 8:]))
+
+
+def test_a_weight_that_came_after_compile_is_in_the_log_and_in_the_report(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = nm.compile(Joinable(), method=nm.LBC(), then="eager"), torch.randn(4, 8)
+    model(x)
+    assert "joined.weight" not in str(nm.report(model))
+    model.join()
+    caplog.clear()
+    model(x)
+    model(x)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["joined.weight"]
+    (row,) = (row for row in nm.report(model).rows if row.name == "joined.weight")
+    assert (row.status, row.reason.split(":")[0]) == ("dense", "added after nm.compile")
+    assert "joined.weight" in copy.deepcopy(model).state_dict()
+    assert not nm.verify(nm.freeze(model, finish=True), "2:4").satisfied.get("joined.weight")

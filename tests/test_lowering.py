@@ -206,6 +206,46 @@ def test_a_lowered_model_takes_other_batches_keeps_its_state_dict_and_leaves_the
         lowered(torch.randn(3, 8))
 
 
+@dataclass
+class Config:
+    """What a pipeline asks its network for."""
+
+    size: int
+    names: tuple[str, ...]
+
+
+class Configured(MLP):
+    """With what libraries keep on their models: a config behind a property, sizes, names and a tensor."""
+
+    main_input_name = "x"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._internal, self.classes, self.means, self.own = Config(8, ("a", "b")), 4, torch.ones(3), lambda: 3
+
+    @property
+    def config(self) -> Config:
+        return self._internal
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+@pytest.mark.parametrize("backend", ["dense", "cpu"])
+def test_a_lowered_model_has_the_plain_attributes_that_callers_read_of_the_model(backend: str) -> None:
+    model, x = frozen(Configured)
+    lowered = nm.lower(model, x, backend=backend)
+    saved = copy.deepcopy(lowered)
+    for each in (lowered, saved):
+        assert each.config == model.config
+        assert (each.classes, each.main_input_name, each.device) == (4, "x", torch.device("cpu"))
+        for name in ("means", "own", "fc1"):  # a tensor, a function and a layer are the model's own
+            with pytest.raises(AttributeError, match=f"a lowered Configured has no attribute '{name}': only forward"):
+                getattr(each, name)
+    assert saved.config is not model.config
+
+
 def test_lowering_leaves_the_mode_of_every_layer_as_it_was() -> None:
     model, x = frozen(ConvNet)
     model.train()

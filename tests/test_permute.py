@@ -185,7 +185,22 @@ class Output:
     hidden_states: Tensor
 
 
+class Entries(dict[str, Tensor]):
+    """Outputs by name, registered without a function for their keys, as other libraries' are."""
+
+
+class Fields:
+    """Outputs as attributes, registered in the same way."""
+
+    def __init__(self, logits: Tensor, hidden_states: Tensor) -> None:
+        self.logits, self.hidden_states = logits, hidden_states
+
+
 pytree.register_dataclass(Output)
+pytree.register_pytree_node(
+    Entries, lambda x: ([*x.values()], [*x]), lambda values, keys: Entries(zip(keys, values, strict=True))
+)
+pytree.register_pytree_node(Fields, lambda x: ([x.logits, x.hidden_states], None), lambda values, _: Fields(*values))
 
 
 class Two(nn.Module):
@@ -204,16 +219,19 @@ WRAPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "tuple": lambda y, h: (y, h),
     "dict": lambda y, h: {"answer": y, "feature": h},
     "dataclass": Output,
+    "entries": lambda y, h: Entries(logits=y, hidden_states=h),
+    "fields": Fields,
 }
 
 
-@pytest.mark.ci(here=["dict"])
+@pytest.mark.ci(here=["dict", "fields"])
 @pytest.mark.parametrize(
     ("wrap", "outputs", "kept"),
     [
         ("tuple", None, "both"), ("tuple", 0, "logits"), ("tuple", -2, "logits"), ("tuple", 1, "hidden"), ("tuple", [0, 1], "both"),
         ("tuple", lambda out: out[0], "logits"), ("dict", None, "both"), ("dict", "answer", "logits"),
         ("dict", ["answer", "feature"], "both"), ("dict", lambda out: out["answer"], "logits"), ("dataclass", None, "logits"),
+        ("entries", None, "logits"), ("entries", "hidden_states", "hidden"), ("fields", None, "logits"), ("fields", 1, "hidden"),
         ("dataclass", "hidden_states", "hidden"), ("dataclass", lambda out: (out.logits, out.hidden_states), "both"),
     ],
 )  # fmt: skip

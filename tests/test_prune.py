@@ -72,6 +72,19 @@ def test_headers_index_config_and_tokenizer_are_the_same_files(folder: Path, tmp
         assert (tmp_path / "out" / shard.name).stat().st_size == shard.stat().st_size
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_checkpoint_may_be_called_after_something_else_than_the_model(tmp_path: Path, shards: int) -> None:
+    folder = write_folder(tmp_path / "dense", layers(3)[-shards:])
+    for path in folder.glob("model*"):
+        path.rename(folder / f"diffusion_pytorch_{path.name}")
+    for index in folder.glob("*.index.json"):
+        index.write_text(index.read_text().replace('"model-', '"diffusion_pytorch_model-'))
+    found = nm.prune_checkpoint(folder, tmp_path / "out")
+    assert len(found.pruned) == 2 * shards
+    assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "out").iterdir()} - {"nm_prune.json"}
+    assert set(nm.verify(tmp_path / "out", "2:4").satisfied) >= set(found.pruned)
+
+
 def test_a_pruned_folder_can_be_pruned_further(folder: Path, tmp_path: Path) -> None:
     nm.prune_checkpoint(folder, tmp_path / "once")
     assert nm.prune_checkpoint(tmp_path / "once", tmp_path / "twice", pattern="1:4").left == ("nm_prune.json",)
@@ -193,6 +206,8 @@ def tell(problem: str, folder: Path, tmp_path: Path) -> dict[str, Any]:
     if problem == "no weights":
         for path in [*shards, folder / INDEX]:
             path.unlink()
+    if problem == "several models":
+        (folder / INDEX).unlink()
     if problem == "missing shard":
         shards[1].unlink()
     if problem == "truncated":
@@ -260,6 +275,7 @@ def tell(problem: str, folder: Path, tmp_path: Path) -> dict[str, Any]:
     [
         ("no folder", "no such folder"),
         ("no weights", "holds neither model.safetensors nor model.safetensors.index.json"),
+        ("several models", "neither model.safetensors nor an index that says what belongs together"),
         ("missing shard", "lacks 1 of 3 shards, model-00002-of-00003.safetensors first"),
         ("truncated", "truncated, 100 bytes are missing"),
         ("longer", "4 bytes follow the last tensor"),

@@ -33,7 +33,7 @@ import nm_compiler as nm
 from nm_compiler.capture.export import capture_mode
 from nm_compiler.fragments.dynamo import Fragments
 from nm_compiler.layout import Layout
-from nm_compiler.live.growing import loaded_dense, not_yet, too_late
+from nm_compiler.live.growing import added, loaded_dense, not_yet, too_late
 from nm_compiler.lowering import _sparse_sites
 from nm_compiler.methods import bimask as bimask_method
 from nm_compiler.pattern import Pattern, PatternMap
@@ -298,6 +298,7 @@ TRAINING: list[tuple[str, Callable[[], Any]]] = [
     ("first used after nm.compile, on a path that the example inputs did not take: give inputs that take it", late),
     ("not read by any call so far", lambda: not_yet("w").reason),
     ("its scores were needed before the optimizer: name it in include=['w'] of nm.compile", lambda: too_late("w").reason),
+    ("added after nm.compile: change layers before it, or nm.freeze first and nm.compile again", lambda: added("w").reason),
     ("dense in the state_dict that was loaded before the first call", lambda: loaded_dense("w").reason),
     ("backward mask = forward mask: 6 output channels, not a multiple of 4", lambda: remark(nm.BiMask(), site(6, 8))),
     ("backward mask = forward mask: 6 output channels in each conv group, not a multiple of 4", lambda: remark(nm.BiMask(), site(12, 8, 1, conv_groups=2, blocks=2))),
@@ -444,7 +445,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "nm_compiler/sites/views.py": EVERYTHING,
     "nm_compiler/sites/equations.py": EVERYTHING,
     "nm_compiler/fragments/dynamo.py": ("_tell",),
-    "nm_compiler/live/growing.py": ("not_yet", "too_late", "loaded_dense"),
+    "nm_compiler/live/growing.py": ("not_yet", "too_late", "added", "loaded_dense"),
     "nm_compiler/lowering.py": ("_sparse_sites",),
     "nm_compiler/reporting.py": ("_plain",),
     "nm_compiler/streaming/planning.py": ("plan_tensors", "_impossible", "_by_globs", "_by_name"),

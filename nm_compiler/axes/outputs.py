@@ -6,7 +6,7 @@ stay right up to the order of their channels, and do not hold the residual strea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch.utils import _pytree as pytree
@@ -53,9 +53,29 @@ def chosen(specs: Sequence[pytree.TreeSpec], outputs: Outputs) -> list[tuple[tup
 def _named(spec: pytree.TreeSpec) -> list[tuple[str, str]]:
     """The first key of every leaf's path, and the whole path."""
     structure = pytree.tree_unflatten([_Marker(i) for i in range(spec.num_leaves)], spec)
-    paths, _ = pytree.tree_flatten_with_path(structure)
+    paths = list(_leaves(structure))
     assert [leaf.index for _, leaf in paths] == list(range(spec.num_leaves))
     return [(_key(path[0]) if path else "", pytree.keystr(path)) for path, _ in paths]
+
+
+def _leaves(tree: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """As `tree_leaves_with_path`, also of classes that were registered without a function for their keys."""
+
+    def below(node: Any) -> bool:
+        return node is not tree
+
+    try:
+        found = pytree.tree_leaves_with_path(tree, is_leaf=below)
+    except ValueError:  # torch finds no keys
+        children = pytree.tree_leaves(tree, is_leaf=below)
+        held: Mapping[Any, Any] = tree if isinstance(tree, Mapping) else getattr(tree, "__dict__", {})
+        names: dict[int, Any] = {id(value): pytree.MappingKey(name) for name, value in held.items()}
+        found = [((names.get(id(child), pytree.SequenceKey(i)),), child) for i, child in enumerate(children)]
+    for path, child in found:
+        if path:
+            yield from _leaves(child, (*before, *path))
+        else:
+            yield before, child
 
 
 def _key(key: Any) -> str:

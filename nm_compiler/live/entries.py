@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from nm_compiler.errors import NMError
+from nm_compiler.live.methods import install_methods, remove_methods
 
 if TYPE_CHECKING:
     from nm_compiler.live.prepared import Prepared
@@ -81,8 +82,8 @@ def _refuse(module: nn.Module) -> None:
 
 
 def install(carrier: Prepared, names: Iterable[str]) -> None:
-    """Give the root and every module above one of the weights ``names`` an entry."""
-    root = carrier.origin
+    """Give the root and every module above one of the weights ``names`` an entry, and methods that multiply one by hand."""
+    root, names = carrier.origin, list(names)
     paths = {""}
     for name in names:
         atoms = name.split(".")[:-1]
@@ -92,11 +93,13 @@ def install(carrier: Prepared, names: Iterable[str]) -> None:
         if _ENTRY not in module.__dict__:
             Entry(module, carrier)
             module.register_forward_pre_hook(entered)
+    install_methods(carrier, names)
 
 
 def remove(root: nn.Module) -> None:
     """Take all entries off again."""
     for module in root.modules():
+        remove_methods(module)
         if module.__dict__.pop(_ENTRY, None) is not None:
             module.__dict__.pop("_compiled_call_impl", None)
             for key in [key for key, hook in module._forward_pre_hooks.items() if hook is entered]:

@@ -27,6 +27,7 @@ from nm_compiler.sites.plan import UNREAD, Plan, Site, find
 from nm_compiler.state.attaching import recipe_tag
 from nm_compiler.state.beside import MARK, RECIPE, Weight, learns, mark, register, unregister
 from nm_compiler.state.sharding import in_shards
+from nm_compiler.wording import several
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +78,16 @@ class GrowingPlan:
     def undecided(self, names: Collection[str]) -> list[str]:
         """Which of the parameters ``names`` no graph has been planned on yet."""
         return [name for name in self.shapes if name in names and name not in self.sites and name not in self.refused]
+
+    def take_in(self, names: Collection[str]) -> None:
+        """Of the parameters ``names``, which a graph reads, refuse those that were not there yet at `nm.compile`."""
+        fresh = {name for name in names if name not in self.shapes}
+        own = {name: p for name, p in self.model.named_parameters() if name in fresh and p.ndim >= 2} if fresh else {}
+        if own:
+            self.shapes = {**self.shapes, **{name: tuple(parameter.shape) for name, parameter in own.items()}}
+            self.refused.update({name: added(name) for name in own})
+            self.version += 1
+            _log.warning("%s: dense, %s", several(list(own), 3), added("").reason)
 
     def decide(self, program: GraphModule, *, whole: bool) -> None:
         """Plan the undecided weights that ``program`` reads: all of a call, or (not ``whole``) a part of one.
@@ -230,6 +241,11 @@ def not_yet(name: str) -> Refusal:
 def too_late(name: str) -> Refusal:
     """Of a weight that nothing told before the first graph, where the method learns something beside it."""
     return Refusal(name, f"its scores were needed before the optimizer: name it in include=[{name!r}] of nm.compile")
+
+
+def added(name: str) -> Refusal:
+    """Of a weight of a layer that the model was given later, as where three projections are joined into one."""
+    return Refusal(name, "added after nm.compile: change layers before it, or nm.freeze first and nm.compile again")
 
 
 def loaded_dense(name: str) -> Refusal:

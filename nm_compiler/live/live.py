@@ -162,6 +162,7 @@ class Live(Fragments):
         """Plan what the program reads for the first time, and apply the passes. Raises `Undecided`."""
         prepared, bodies = self.prepared, list(programs(program))
         read = {str(node.target) for each in bodies for node in each.graph.nodes if node.op == "get_attr"}
+        prepared.growing.take_in(read)
         missing = prepared.growing.undecided(read)
         if not whole and not self.parts and (missing or not prepared.looked):
             raise Undecided(f"{', '.join(missing) or type(self.model).__name__}: read in part of a call")

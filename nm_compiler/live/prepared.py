@@ -27,6 +27,7 @@ from nm_compiler.evaluate import effective_weights
 from nm_compiler.links import Link, links, owner_at, replaced
 from nm_compiler.live.entries import install, remove
 from nm_compiler.live.growing import GrowingPlan, loaded_dense, not_yet
+from nm_compiler.live.methods import MethodEntry
 from nm_compiler.live.saving import unwatch_saving, watch_saving
 from nm_compiler.live.weights_graph import weights_graph
 from nm_compiler.methods.base import Method
@@ -123,8 +124,8 @@ class Prepared:
     # -- running -----------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the model, or a part of it that is called by itself. Raises NMError where a weight would be dense."""
+    def call(self, module: nn.Module | MethodEntry, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the model, or a part or method of it that is called by itself. Raises NMError where a weight would be dense."""
         from nm_compiler.capture.routes import way_back
         from nm_compiler.live.live import Undecided
 

@@ -1,6 +1,8 @@
 """A checkpoint folder as Hugging Face writes it, looked at as a whole before anything is done with it.
 
 model.safetensors, or model-00001-of-0000N.safetensors with model.safetensors.index.json; config.json, tokenizer files.
+Libraries beside transformers call the same files after something else (diffusion_pytorch_model.safetensors): where nothing
+is called model, the only one of its kind is taken.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from nm_compiler.streaming.tensor_file import Entry, TensorFile, read_tensor_fil
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_INDICES = ".safetensors.index.json"
 _OURS = ("nm_prune.json", "nm_orders.st")  # of a run of prune that wrote this folder
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
@@ -62,17 +65,30 @@ def read_folder(path: Path) -> Folder:
     single, index = path / SINGLE, path / INDEX
     if single.exists() and index.exists():
         raise NMError(f"{path} holds {SINGLE} and {INDEX}, so that every tensor may be listed twice: remove one of them")
-    if index.exists():
-        shards = _indexed(index)
-    elif single.exists():
-        shards = (read_tensor_file(single),)
-    else:
-        there = ", ".join(sorted(each.name for each in path.iterdir())[:6]) or "nothing"
-        raise NMError(f"{path} holds neither {SINGLE} nor {INDEX}; it holds {there}. Save the model as safetensors first")
-    used = {shard.path.name for shard in shards} | {INDEX}
+    if not single.exists() and not index.exists():
+        found = _called_otherwise(path)
+        single, index = (path, found) if found.name.endswith(_INDICES) else (found, path / INDEX)
+    shards = _indexed(index) if index.exists() else (read_tensor_file(single),)
+    used = {shard.path.name for shard in shards} | {index.name}
     others = sorted(each for each in path.iterdir() if each.name not in used)
     beside = tuple(each for each in others if each.is_file() and not each.name.endswith(_WEIGHTS) and each.name not in _OURS)
     return Folder(path, shards, index if index.exists() else None, beside, tuple(set(others) - set(beside)))
+
+
+def _called_otherwise(path: Path) -> Path:
+    """The index or the file of a checkpoint that is not called model. Raises NMError if there is none, or a choice."""
+    files = sorted(each for each in path.iterdir() if each.name.endswith((_INDICES, ".safetensors")))
+    found = [each for each in files if each.name.endswith(_INDICES)] or files
+    if not found:
+        there = ", ".join(sorted(each.name for each in path.iterdir())[:6]) or "nothing"
+        raise NMError(f"{path} holds neither {SINGLE} nor {INDEX}; it holds {there}. Save the model as safetensors first")
+    if len(found) > 1:
+        names = ", ".join(each.name for each in found[:6])
+        raise NMError(
+            f"{path} holds {names}, and neither {SINGLE} nor an index that says what belongs together: leave one of them "
+            "there, or save the model again"
+        )
+    return found[0]
 
 
 def _indexed(index: Path) -> tuple[TensorFile, ...]:
