@@ -32,7 +32,7 @@ def exported(model: Lowered, x: torch.Tensor, path: Path) -> None:
 
 def packaged(model: Lowered, x: torch.Tensor, path: Path) -> None:
     program = torch.export.export(model, (x,), dynamic_shapes=ANY)
-    aoti_compile_and_package(program, package_path=str(path))  # type: ignore[no-untyped-call]
+    aoti_compile_and_package(program, package_path=str(path))
 
 
 WAYS: dict[str, tuple[Callable[[Lowered, torch.Tensor, Path], None], str]] = {
@@ -49,8 +49,8 @@ def test_a_lowered_model_runs_in_a_process_that_has_lowered_nothing(way: str, ba
     if backend == "cpu" and isinstance(load(), str):
         pytest.skip(f"no CPU kernels here: {load()}")
     x, other = torch.randn(16, 32), torch.randn(5, 32)
-    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
-    model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude()))
+    model: nn.Module = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval()
     lowered = nm.lower(model, (x,), backend=backend, force=["*"] if backend == "cpu" else [])
     save, loading = WAYS[way]
     with torch.no_grad():
