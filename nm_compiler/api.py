@@ -31,6 +31,7 @@ from nm_compiler.rewrite import masked_nodes
 from nm_compiler.sites.plan import Plan, check_globs, find
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.state.attaching import attach_state, detach_state
+from nm_compiler.state.averaged import COPY_THEM
 from nm_compiler.state.beside import Weight, learns
 from nm_compiler.state.sharding import is_sharded, sharded_freeze
 from nm_compiler.unwrapping import unwrap
@@ -202,11 +203,7 @@ def show(sparse: nn.Module, *, training: bool = False) -> str:
 def _how_far(module: Carrier) -> str:
     """How to go on until masks are decided."""
     if module.copy_known is not None and not (module.progress and module.progress[0]):
-        return (
-            "No SparsityScheduler has stepped this copy of the model that trains. An average that leaves out what is not a "
-            "float, as ultralytics' ModelEMA does, has the masks that it was copied with: copy those values of the "
-            "state_dict() of the model that trains into its own, then freeze it"
-        )
+        return f"No SparsityScheduler has stepped this copy of the model that trains. {COPY_THEM}, then freeze it"
     if module.progress is None:
         return "No SparsityScheduler was made for this model: train with one"
     step, total = module.progress

@@ -25,7 +25,7 @@ from nm_compiler.methods.base import Method, state_of
 from nm_compiler.recipe import pipeline
 from nm_compiler.sites.plan import Plan
 from nm_compiler.state.attaching import detach_state, recipe_tag, state_names
-from nm_compiler.state.averaged import checked_copy
+from nm_compiler.state.averaged import checked_copy, copied
 from nm_compiler.state.beside import RECIPE, Weight, read_recipe
 from nm_compiler.state.loading import check_values, compare, start_afresh
 
@@ -347,7 +347,7 @@ class SparseModule(nn.Module):
         model = copy.deepcopy(self.origin, memo)
         twin.__dict__.update({key: self.__dict__[key] for key in ("plan", "method", "seed", "notes", "frozen")})
         twin._attach(model, {mode: route.copied(model, memo) for mode, route in self.routes.items()})
-        twin.__dict__["copy_known"] = ()
+        twin.__dict__["copy_known"] = copied(twin)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:

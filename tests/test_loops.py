@@ -185,6 +185,30 @@ def test_an_average_that_copies_no_whole_numbers_says_so_when_it_is_frozen_and_c
     assert nm.verify(nm.freeze(average)).satisfied == nm.verify(nm.freeze(model)).satisfied != {}
 
 
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+def test_an_average_of_the_parameters_alone_is_told_that_its_masks_stay(live: bool, caplog: pytest.LogCaptureFixture) -> None:
+    x, (captured, called) = example(MLP()), captured_and_live(nm.LBC())
+    model = called if live else captured
+    model(x)
+    average = copy.deepcopy(model)
+    optimizer, scheduler = torch.optim.SGD(model.parameters(), lr=0.01), nm.SparsityScheduler(model, total_steps=8)
+    for _ in range(3):
+        model(x).sum().backward()
+        optimizer.step()
+        scheduler.step()
+        average.eval()(x)
+        with torch.no_grad():
+            for own, new in zip(average.parameters(), model.parameters(), strict=True):
+                own.lerp_(new, 0.1)
+    assert len(caplog.records) == 1
+    assert "mask is not decided in this copy, whose weights move" in caplog.text
+    caplog.clear()
+    average = copy.deepcopy(model)  # one that follows
+    average.load_state_dict(model.state_dict())
+    average.eval()(x)
+    assert not caplog.records
+
+
 def test_freezing_too_early_says_how_far_the_scheduler_is_or_that_there_is_none() -> None:
     model = captured_and_live(nm.Gradual())[0]
     with pytest.raises(nm.NMError, match="more than N of a group are still kept. No SparsityScheduler was made"):

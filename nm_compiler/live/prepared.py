@@ -34,7 +34,7 @@ from nm_compiler.methods.base import Method
 from nm_compiler.pattern import PatternMap
 from nm_compiler.sites.plan import Plan, Site
 from nm_compiler.state.attaching import attach_state, detach_state, recipe_tag, state_names
-from nm_compiler.state.averaged import Versions, checked_copy
+from nm_compiler.state.averaged import Copied, checked_copy
 from nm_compiler.state.beside import MARK, RECIPE, Weight, read_recipe
 from nm_compiler.state.loading import check_values, compare, keep_state, start_afresh
 from nm_compiler.state.sharding import cut_like, parts, reshard
@@ -66,7 +66,7 @@ class Prepared:
         self.frozen = self.active = self.looked = self.bare = False
         self.calls = self.loads = 0
         self.progress: tuple[int, int] | None = None
-        self.copy_known: Versions | None = None
+        self.copy_known: Copied | None = None
         self.include, self.exclude = include, exclude
         self.growing = GrowingPlan(model, method, patterns, include=include, exclude=exclude)
         self.begin()
@@ -325,7 +325,7 @@ class Prepared:
         memo[id(self)] = twin
         twin.__dict__.update(self.__getstate__())
         twin.origin, twin._hook = copy.deepcopy(self.origin, memo), copy.deepcopy(self._hook, memo)
-        twin.growing, twin.copy_known = self.growing.copied(twin.origin), ()
+        twin.growing, twin.copy_known = self.growing.copied(twin.origin), Copied()  # the twin of the model may be half made
         twin.begin()
         return twin
 
