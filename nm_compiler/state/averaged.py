@@ -50,8 +50,10 @@ def copied(carrier: Carrier) -> Copied:
 def checked_copy(carrier: Carrier, known: Copied) -> Copied:
     """What is known of the copy by now. Raises NMError if its state cannot be the method's; logs that it does not move."""
     state = _state(carrier)
-    known = known if known.begin else replace(known, begin=copied(carrier).begin)
-    if not known.told and (state, carrier.progress) == known.begin[::2] and _weights(carrier) != known.begin[1]:
+    weights, progress = _weights(carrier), carrier.progress
+    begin = known.begin or (state, weights, progress)
+    known = replace(known, begin=begin)
+    if not known.told and weights != begin[1] and (state, progress) == (begin[0], begin[2]):
         open_ones = [weight.site.name for weight in carrier.weights if not carrier.method.is_settled(weight)]
         if open_ones:
             _log.warning("%s: its mask is not decided in this copy, whose weights move. %s", open_ones[0], COPY_THEM)
