@@ -158,6 +158,7 @@ class Pair:
         return self.state(self.orders["rows"], self.orders["columns"])
 
 
+@pytest.mark.ci
 def test_classes_that_influence_each_other_never_keep_less_and_reach_the_best_pair_of_orders() -> None:
     for seed in range(4):
         system = Pair(matrix(8, 8, seed))

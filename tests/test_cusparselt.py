@@ -544,6 +544,7 @@ class Convs(nn.Module):
         return self.border(torch.relu(self.skip(torch.relu(self.even(torch.relu(self.strided(torch.relu(self.taps(x)))))))))
 
 
+@pytest.mark.ci(here=["channels last"])
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["channels first", "channels last"])
 def test_unfolded_convolutions_compute_what_they_did_at_any_batch_and_size(calls: Any, form: torch.memory_format) -> None:
     model = Convs().to(memory_format=form)

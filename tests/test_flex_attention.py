@@ -80,6 +80,7 @@ def test_two_steps_through_a_score_function_and_a_block_mask_run_every_weight_sp
     assert set(AROUND) <= set(nm.verify(nm.freeze(model, finish=True)).satisfied)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("then", [slow("aot_eager"), "eager"])
 def test_a_weight_that_the_score_function_captures_stays_dense_with_a_reason_and_trains(
     then: str, differentiable: None

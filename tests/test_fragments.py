@@ -146,7 +146,7 @@ def test_training_freezing_and_the_frozen_model_fit_together(method: Any) -> Non
     assert planned <= {name for name, axes in nm.verify(frozen).satisfied.items() if 1 in axes}
 
 
-@pytest.mark.ci(here=["LBC(scores='position'"])
+@pytest.mark.ci
 @each_method
 def test_copies_and_saved_files_go_on_alone_with_the_same_function(method: Any) -> None:
     sparse, _ = branching(method)

@@ -58,7 +58,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.ci(here=["relu"])
+@pytest.mark.ci(here=["how0-relu", "how1-relu6", "how2-relu in place"])
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
 @pytest.mark.parametrize(
     "how", [{}, {"stride": 2, "padding": 1, "bias": False}, {"dilation": 2, "padding": "same", "groups": 1}]
@@ -107,6 +107,7 @@ def test_what_onednn_would_not_compute_this_way_stays(case: str) -> None:
     assert calls(fused(model, x)[1]) == 0
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(isinstance(load(), str), reason=f"no CPU kernels here: {load()}")
 def test_a_lowered_network_runs_it_also_compiled_and_exported() -> None:
     model = nn.Sequential(

@@ -210,6 +210,7 @@ def test_a_permutation_can_keep_what_wanda_finds_important() -> None:
     assert all(gain.after >= gain.before for gain in permutation.gains)
 
 
+@pytest.mark.ci(here=["Wanda-search", "RIA-random"])
 @pytest.mark.parametrize("permute", ["search", "random"])
 @pytest.mark.parametrize("rule", [nm.Wanda, nm.RIA])
 def test_an_importance_moves_with_the_channels_that_compile_permutes(permute: str, rule: Any) -> None:
@@ -227,7 +228,7 @@ def test_an_importance_moves_with_the_channels_that_compile_permutes(permute: st
     assert torch.equal(sparse.masked("2.weight")[0] != 0, magnitude_mask(importance, 2, 4, 1))
 
 
-@pytest.mark.ci(here=["Wanda"])
+@pytest.mark.ci(here=["Wanda-live"])
 @pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
 @pytest.mark.parametrize("rule", [nm.Wanda, nm.RIA])
 def test_statistics_of_before_a_permutation_are_refused_after_it(rule: Any, live: bool) -> None:
@@ -246,6 +247,7 @@ def test_statistics_of_before_a_permutation_are_refused_after_it(rule: Any, live
     compiled()
 
 
+@pytest.mark.ci(here=["trained on", "cast"])
 @pytest.mark.parametrize("change", ["trained on", "rounded", "cast", "reinitialised", "scaled"])
 def test_weights_that_were_changed_but_not_moved_take_statistics_of_before(change: str) -> None:
     torch.manual_seed(0)

@@ -49,7 +49,7 @@ def live_bits(sparse: nm.SparseModule) -> torch.Tensor:
     return unpack(live, weight.site.pattern.combinations) if method.by_position else live.bool()
 
 
-@pytest.mark.ci(here=["2:4"])
+@pytest.mark.ci
 @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "2:8"])
 def test_position_scores_are_combination_scores_under_sgd_with_momentum_and_weight_decay(text: str) -> None:
     by_position, by_combination = (start(nm.LBC(scores=s, t_f=0.9), text, STEPS) for s in ("position", "combination"))
@@ -122,6 +122,7 @@ def test_a_decided_group_gets_a_zero_score_gradient_even_where_scores_still_requ
     assert not bool(scores.grad.any())
 
 
+@pytest.mark.ci(here=["2:4-", "4:8-"])
 @pytest.mark.parametrize(
     ("text", "numbers", "bytes_a_group"), [("2:4", 4, 1), ("1:4", 4, 1), ("2:8", 8, 4), ("4:8", 8, 9), ("1:16", 16, 2)]
 )
@@ -156,6 +157,7 @@ def test_where_combinations_are_too_many_positions_retire_instead() -> None:
     assert set(nm.verify(nm.freeze(sparse), "8:16").satisfied) == {"fc2.weight"}
 
 
+@pytest.mark.ci(here=["2:3", "position-3:4"])
 @pytest.mark.parametrize("text", ["1:2", "2:3", "3:4", "7:8"])
 @pytest.mark.parametrize("layout", ["position", "combination"])
 def test_where_there_are_as_many_combinations_as_positions_the_lowest_scored_still_goes(text: str, layout: Any) -> None:
@@ -208,6 +210,7 @@ class PartlyFrozen(nn.Module):
         return self.head(self.layer(y).relu() + z)
 
 
+@pytest.mark.ci(here=["position-captured", "combination-live"])
 @pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
 @pytest.mark.parametrize("scores", ["position", "combination"])
 def test_a_weight_that_no_gradient_reaches_keeps_its_largest(scores: Any, live: bool) -> None:

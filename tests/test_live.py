@@ -133,7 +133,7 @@ class Breaking(nn.Module):
         return self.layers[3](self.layers[2](x))
 
 
-@pytest.mark.ci(here=["eager"])
+@pytest.mark.ci(here=["[eager"])
 @each_then
 def test_a_first_call_that_breaks_is_traced_once(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """TorchDynamo takes a minute to trace a detector once."""
@@ -164,7 +164,7 @@ def test_a_compiler_that_may_want_guards_of_its_own_traces_fragments_without_fix
     torch.testing.assert_close(model(other), dense_call(model, other))
 
 
-@pytest.mark.ci(here=["eager"])
+@pytest.mark.ci(here=["[eager"])
 @each_then
 def test_a_first_call_that_fails_halfway_leaves_no_dense_fragment_behind(then: str) -> None:
     model, x = nm.compile(Breaking(), method=nm.SRSTE(), then=then), positive()
@@ -573,6 +573,7 @@ def test_what_torch_says_of_breaks_and_failing_ops_stays_away_unless_it_is_asked
             logger.setLevel(level)
 
 
+@pytest.mark.ci(here=["later"])
 @pytest.mark.parametrize("called", [False, True], ids=["first call", "later"])
 def test_functional_call_with_plain_tensors_is_an_error_that_says_so_and_its_ways_out_are_sparse(called: bool) -> None:
     torch.manual_seed(0)
@@ -658,7 +659,7 @@ class TwoTowers(nn.Module):
         return self.encode_left(x) + torch.relu(self.right(x)) @ self.projection
 
 
-@pytest.mark.ci(here=["eager"])
+@pytest.mark.ci(here=["[eager"])
 @each_then
 def test_methods_that_multiply_a_parameter_by_hand_run_sparse_from_outside(then: str) -> None:
     model, x = nm.compile(TwoTowers(), method=nm.Magnitude(), include=["*"], then=then), torch.randn(4, 8)

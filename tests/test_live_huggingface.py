@@ -193,6 +193,7 @@ class Adapted(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
+@pytest.mark.ci
 def test_adapters_on_a_frozen_base_leave_its_zeros_zero() -> None:
     model, inputs = llama()
     model = nm.compile(model, method=nm.Magnitude(), then="eager")

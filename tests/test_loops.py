@@ -117,6 +117,7 @@ def test_a_live_model_inside_a_flop_counter_is_an_error_that_names_it_and_a_capt
 # -- reloads ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci(here=["captured-LBCp", "captured-Gradual", "live-LBCc"])
 @pytest.mark.parametrize(
     "method",
     [nm.LBC(), nm.LBC(scores="combination"), nm.LBCBiMask(), nm.Gradual()],

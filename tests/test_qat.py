@@ -51,7 +51,7 @@ def images() -> Tensor:
     return torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.ci(here=["eager"])
+@pytest.mark.ci(here=["[eager"])
 @pytest.mark.parametrize("how", ["eager", "fx"])
 def test_masks_lie_in_front_of_fake_quantisation_and_int8_weights_are_2_4(how: str) -> None:
     """fx folds batch norm's factor into a weight before it is rounded."""

@@ -47,6 +47,7 @@ def test_the_first_example_trains_a_model_whose_middle_weight_is_2_4(capsys: pyt
     assert "1 of 3 weights are 2:4." in capsys.readouterr().out
 
 
+@pytest.mark.ci(here=["README", "lowering", "methods", "new-method", "permutation", "CHANGELOG"])
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_other_python_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

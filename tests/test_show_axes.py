@@ -88,6 +88,7 @@ def test_a_class_is_found_by_its_name_and_by_that_of_any_axis_in_it() -> None:
         axes["conv9.weight[0]"]
 
 
+@pytest.mark.ci(here=["Attention"])
 @pytest.mark.parametrize("kind", [Block, ConvNet, Attention, Unruled])
 def test_the_picture_is_valid_and_has_every_free_class(kind: type[nn.Module], tmp_path: Path) -> None:
     axes = axes_of(kind)

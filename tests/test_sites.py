@@ -87,6 +87,7 @@ def test_a_conjugate_transpose_of_real_weights_is_a_transpose() -> None:
     }
 
 
+@pytest.mark.ci(here=["MLP", "ConvNet", "Matmuls", "Grouped"])
 @pytest.mark.parametrize("kind", [MLP, ConvNet, Attention, Matmuls, Grouped, Oddities])
 def test_every_parameter_of_two_or_more_axes_has_exactly_one_line(kind: type[nn.Module]) -> None:
     model = kind()

@@ -41,6 +41,7 @@ def test_a_row_comes_every_so_many_steps_and_is_plain_numbers() -> None:
     assert "total/backward_kept" not in flat(last)
 
 
+@pytest.mark.ci(here=["Grouped"])
 @pytest.mark.parametrize("kind", [ConvNet, Grouped])
 @pytest.mark.parametrize("method", [nm.BiMask(interval=1, moves=20), nm.SRSTE(), nm.LBCBiMask()], ids=str)
 def test_numbers_are_what_their_definitions_say(method: Any, kind: Any) -> None:

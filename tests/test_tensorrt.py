@@ -174,6 +174,7 @@ def test_a_program_in_float32_is_built_with_a_warning(recorder: Recorder, caplog
 # --- dynamic batches -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci(here=["bounded"])
 @pytest.mark.parametrize("dim", [Dim("batch"), Dim.AUTO, Dim("batch", min=1, max=32)], ids=["open", "auto", "bounded"])
 def test_a_dynamic_batch_is_traced_with_the_usual_size_between_the_bounds(recorder: Recorder, dim: Any) -> None:
     exported, x = dynamic(dim)
@@ -199,6 +200,7 @@ def test_a_program_with_bounds_of_its_own_needs_no_batch(recorder: Recorder) -> 
     assert [shape[0] for shape in (given.min_shape, given.opt_shape, given.max_shape)] == [1, 4, 8]
 
 
+@pytest.mark.ci(here=["order", "outside", "fixed"])
 @pytest.mark.parametrize(
     ("make", "batch", "says"),
     [

@@ -176,6 +176,7 @@ def test_under_autocast_weights_stay_float32_and_products_are_packed(calls: Any)
     assert len(calls) == 8
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_torch_compile_takes_a_step_whole_at_any_batch(calls: Any, backend: str) -> None:
     model, x = Net().half(), torch.randn(3, 8, 16).half()

@@ -85,6 +85,7 @@ def test_lightning_trains_to_exactly_n_m_and_counts_optimizer_steps(method: Any,
     assert set(nm.verify(nm.freeze(module.net)).satisfied) >= {"fc2.weight"}
 
 
+@pytest.mark.ci
 @pytest.mark.filterwarnings("ignore")
 @each_method
 def test_lightning_resumes_to_the_bit(method: Any, tmp_path: Path) -> None:
