@@ -1,9 +1,11 @@
 """Layers of a captured model that Python calls by themselves: masks are in the captured graph, so they would run dense.
 
-sparse = nm.compile(model, (x,))
-sparse(x)          the graph: no layer is called
-model(x)           its layers: an error where gradients would train dense weights, else a warning, once
-sparse.body(x)     the same
+    sparse = nm.compile(model, (x,))
+    sparse(x)          the graph: no layer is called
+    model(x)           its layers: an error where gradients would train dense weights, else a warning, once
+    sparse.body(x)     the same
+
+Hooks on the layers say so, until `nm.freeze` takes them off.
 """
 
 from __future__ import annotations
