@@ -93,7 +93,7 @@ def test_weights_in_a_list_are_watched_where_they_are_multiplied() -> None:
         sparse[1](X)
 
 
-def test_a_captured_mode_beside_fragments_calls_layers_and_is_not_watched() -> None:
+def test_layers_of_a_model_in_fragments_are_called_by_it_and_not_watched() -> None:
     class Branching(Two):
         def forward(self, x: Tensor) -> Tensor:
             y = self.body(x)
@@ -101,6 +101,7 @@ def test_a_captured_mode_beside_fragments_calls_layers_and_is_not_watched() -> N
 
     model = Branching()
     nm.compile(model, (X,), method=nm.SRSTE())(X).sum().backward()
+    assert model.body[2].weight.grad is not None
 
 
 def test_a_watched_layer_that_never_asks_for_its_mode_may_be_in_another() -> None:

@@ -52,6 +52,7 @@ def test_a_lowered_model_runs_in_a_process_that_has_lowered_nothing(way: str, ba
     model: nn.Module = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
     model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval()
     lowered = nm.lower(model, (x,), backend=backend, force=["*"] if backend == "cpu" else [])
+    assert any(row.status == "sparse" for row in nm.report(lowered).rows) is (backend == "cpu"), "what is shipped is packed"
     save, loading = WAYS[way]
     with torch.no_grad():
         save(lowered, x, tmp_path / "model.pt2")

@@ -27,6 +27,8 @@ PRODUCTS = (
 )  # fmt: skip
 """Functions that multiply with a weight, or show it transposed to one that does, by name."""
 
+_CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")
+
 
 class Watcher(Protocol):
     """Who is told."""
@@ -81,8 +83,9 @@ class Watch(TorchFunctionMode):
             return
         if name is None and getattr(func, "__name__", "") in (*PRODUCTS, "embedding"):
             self.carrier.note_outside(known, func)
+        cast = getattr(func, "__name__", "") in _CASTS
         for value in (result,) if isinstance(result, Tensor) else result:
-            if isinstance(value, Tensor) and value is not tensor and (_same_memory(value, tensor) or _is_cast(func)):
+            if isinstance(value, Tensor) and value is not tensor and (cast or _same_memory(value, tensor)):
                 self._computed[value] = known
 
 
@@ -91,20 +94,6 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
         return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # a tensor that has none of its own
         return False
-
-
-def _is_cast(func: Any) -> bool:
-    return getattr(func, "__name__", "") in (
-        "to",
-        "type",
-        "type_as",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "contiguous",
-        "clone",
-    )
 
 
 @contextlib.contextmanager
