@@ -1,7 +1,7 @@
 """Layers of a captured model that Python calls by themselves: masks are in the captured graph, so they would run dense.
 
     sparse = nm.compile(model, (x,))
-    sparse(x)          the graph: no layer is called
+    sparse(x)          the graph: no layer is called; or fragments, and Python that calls layers, which is watched
     model(x)           its layers: an error where gradients would train dense weights, else a warning, once
     sparse.body(x)     the same
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from nm_compiler.errors import NMError
+from nm_compiler.fragments.watching import is_watched
 
 _log = logging.getLogger(__name__)
 _WAY_OUT = (
@@ -31,15 +32,19 @@ _WAY_OUT = (
 class DenseCall:
     """A forward pre-hook on a layer that multiplies a planned weight: path of the layer, weight from there.
 
+    parts: a mode runs in fragments, so TorchDynamo traces the layer, or Python calls it in between, under a `Watch`.
     told: shared by the layers of a model, for one warning.
     """
 
     path: str
     weight: str
+    parts: bool
     told: list[str]
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Raises NMError where gradients are taken. A weight that was swapped, as functional_call does, is no dense one."""
+        if self.parts and (torch.compiler.is_compiling() or is_watched()):
+            return
         if not isinstance(_at(module, self.weight), nn.Parameter):
             return
         if torch.is_grad_enabled():
@@ -55,8 +60,11 @@ class DenseCall:
         )
 
 
-def watch(model: nn.Module, names: Iterable[str]) -> None:
-    """Hook the layers that would multiply the weights ``names``; hooks that a copy or a file brought along are replaced."""
+def watch(model: nn.Module, names: Iterable[str], *, parts: bool) -> None:
+    """Hook the layers that would multiply the weights ``names``; hooks that a copy or a file brought along are replaced.
+
+    parts: the model runs in fragments in one of its modes.
+    """
     unwatch(model)
     told = list[str]()
     for name in names:
@@ -65,7 +73,7 @@ def watch(model: nn.Module, names: Iterable[str]) -> None:
             path, _, above = path.rpartition(".")
             weight = f"{above}.{weight}"
         layer = model.get_submodule(path)
-        layer.register_forward_pre_hook(DenseCall(path or "the model", weight, told))
+        layer.register_forward_pre_hook(DenseCall(path or "the model", weight, parts, told))
 
 
 def unwatch(model: nn.Module) -> None:

@@ -68,8 +68,9 @@ class SparseModule(nn.Module):
             origin=model, routes=dict(routes), training=model.training, _watched=list(model.modules()), loads=0, progress=None,
             copy_known=None,
         )  # fmt: skip
-        if not self.frozen and all(isinstance(route, Exported) for route in routes.values()):
-            watch(model, [site.name for site in self.plan.sites])
+        if not self.frozen:
+            parts = not all(isinstance(route, Exported) for route in routes.values())
+            watch(model, [site.name for site in self.plan.sites], parts=parts)
         self.__dict__["_with_modes"] = [has_modes(module) for module in self._watched]
         self.__dict__["_links"] = list(links(model, [name for name, _ in model.named_parameters()]))
         self.__dict__["_settings"] = list(settings(model))

@@ -93,15 +93,22 @@ def test_weights_in_a_list_are_watched_where_they_are_multiplied() -> None:
         sparse[1](X)
 
 
-def test_layers_of_a_model_in_fragments_are_called_by_it_and_not_watched() -> None:
+def test_a_model_in_fragments_may_call_its_layers_and_nobody_else_may() -> None:
     class Branching(Two):
         def forward(self, x: Tensor) -> Tensor:
             y = self.body(x)
             return self.head(-y if y.sum() > 0 else y)
 
     model = Branching()
-    nm.compile(model, (X,), method=nm.SRSTE())(X).sum().backward()
+    sparse = nm.compile(model, (X,), method=nm.SRSTE())
+    for inputs in (X, -X, torch.randn(7, 8)):
+        sparse(inputs).sum().backward()
     assert model.body[2].weight.grad is not None
+    for call in (lambda: sparse.body(X), lambda: model(X), lambda: copy.deepcopy(sparse).body(X)):
+        with pytest.raises(nm.NMError, match=r"body\.2 \(Linear\) was called by Python"):
+            call()
+    frozen = nm.freeze(sparse)
+    torch.testing.assert_close(frozen.body(X), frozen.body[2](frozen.body[1](frozen.body[0](X))))
 
 
 def test_a_watched_layer_that_never_asks_for_its_mode_may_be_in_another() -> None:

@@ -107,6 +107,11 @@ def unwatched() -> Iterator[None]:
         yield
 
 
+def is_watched() -> bool:
+    """Whether a model is being called in fragments, and what Python does between them looked at."""
+    return any(isinstance(mode, Watch) for mode in torch.overrides._get_current_function_mode_stack())
+
+
 torch._dynamo.eval_frame.skip_code(Watch.__torch_function__.__code__)  # as a frame of its own it must stay Python
 
 
