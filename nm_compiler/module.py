@@ -89,12 +89,11 @@ class SparseModule(nn.Module):
         eager = not torch.compiler.is_compiling()
         if eager:
             self._check_layers()
+            self._check_hooks()
             if self.copy_known is not None and not self.training:
                 self.__dict__["copy_known"] = checked_copy(self, self.copy_known)
         if isinstance(route, Exported):  # fragments follow the mode of every layer by themselves
             self._check_modes(route.signature.modes)
-            if eager:
-                self._check_hooks()
             if eager and self.training:
                 self._check_settings()
             return route(args, kwargs, eager=eager and not hasattr(type(self), "reshard"))  # fully_shard has it

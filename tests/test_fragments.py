@@ -60,6 +60,17 @@ def test_control_flow_on_data_is_carried_in_fragments_and_both_branches_are_spar
     assert not torch.allclose(sparse(x), dense(sparse.origin, x))
 
 
+def test_a_hook_that_fragments_would_not_call_is_an_error_until_it_is_taken_off() -> None:
+    sparse, model = branching()
+    sparse.eval()
+    expected = sparse(x := positive())
+    handle = model.up.register_forward_hook(lambda *_: None)
+    with pytest.raises(nm.NMError, match=r"up \(Linear\) got or lost a hook after nm.compile"):
+        sparse(x)
+    handle.remove()
+    torch.testing.assert_close(sparse(x), expected)
+
+
 def test_stem_and_head_are_the_first_and_last_weights_over_all_fragments() -> None:
     sparse, _ = branching()
     rows = {row.name: row.reason for row in nm.report(sparse).rows}

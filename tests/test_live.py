@@ -61,6 +61,48 @@ def train(model: nn.Module, x: Tensor, count: int, scheduler: Any = None) -> lis
     return losses
 
 
+HOOKS: dict[str, Any] = {
+    "of the whole model": lambda model, seen: model.register_forward_hook(lambda *_: seen.append(1)),
+    "of a layer": lambda model, seen: model.fc2.register_forward_hook(lambda *_: seen.append(1)),
+    "that leaves the graph": lambda model, seen: model.fc2.register_forward_hook(
+        lambda _module, _inputs, out: seen.append(out.detach().numpy().sum())
+    ),
+    "before a layer": lambda model, seen: model.fc2.register_forward_pre_hook(lambda *_: seen.append(1)),
+    "of gradients": lambda model, seen: model.fc2.register_full_backward_hook(lambda *_: seen.append(1)),
+}
+
+
+@pytest.mark.ci(here=["of a layer-eager"])
+@each_then
+@pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS)
+def test_a_hook_that_comes_after_the_first_call_is_called_until_it_goes(register: Any, then: str) -> None:
+    model = MLP()
+    nm.compile(model, method=nm.SRSTE(), then=then)
+    x, seen = example(model), list[Any]()
+    expected = model(x)
+    for turn in (1, 2):
+        handle = register(model, seen)
+        result = model(x)
+        result.sum().backward()
+        assert len(seen) == turn
+        handle.remove()
+        for found in (result, model(x)):
+            torch.testing.assert_close(found, expected, atol=0, rtol=0)
+        assert len(seen) == turn
+    torch.testing.assert_close(expected, dense_call(model, x))
+
+
+def test_a_hook_may_change_what_a_layer_of_a_live_model_returns() -> None:
+    model = MLP()
+    nm.compile(model, method=nm.SRSTE(), then="eager")
+    x = example(model)
+    expected = model(x)
+    handle = model.fc3.register_forward_hook(lambda _module, _inputs, out: 2 * out)
+    torch.testing.assert_close(model(x), 2 * expected)
+    handle.remove()
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_the_model_is_the_users_own_with_its_state_there_before_the_first_call() -> None:
     model = MLP()
     assert nm.compile(model, method=nm.LBC(), then="eager") is model

@@ -51,6 +51,9 @@ class Fragments:
     hidden: keyword inputs that every call gets unless it brings its own (``use_cache=False``).
     """
 
+    follows_hooks = False
+    """Whether layers may get and lose hooks later; a captured model says no (`SparseModule`)."""
+
     def __init__(self, model: nn.Module, hidden: Mapping[str, Any]) -> None:
         self.model, self.hidden = model, dict(hidden)
         self.seen: dict[str, GraphModule] = {}
@@ -82,7 +85,7 @@ class Fragments:
         """Call what `entry_of` gave, with errors instead of TorchDynamo's dense ways out. watched: see `Watch`."""
         check_around(self.model)
         try:
-            with expected(), torch._dynamo.config.patch(_settings()), Watch(self) if watched else contextlib.nullcontext():
+            with expected(), torch._dynamo.config.patch(_settings(self)), Watch(self) if watched else contextlib.nullcontext():
                 return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchRuntimeError as error:  # an op of the model itself fails on these inputs
             inner = of_the_op(error)
@@ -91,9 +94,9 @@ class Fragments:
             inner = error.inner_exception
             if isinstance(inner, NMError):
                 raise inner from None
-            raise NMError(explained(self.model, inner, _settings()["recompile_limit"])) from error
+            raise NMError(explained(self.model, inner, _settings(self)["recompile_limit"])) from error
         except (torch._dynamo.exc.FailOnRecompileLimitHit, torch._dynamo.exc.TorchDynamoException) as error:
-            raise NMError(explained(self.model, error, _settings()["recompile_limit"])) from error
+            raise NMError(explained(self.model, error, _settings(self)["recompile_limit"])) from error
 
     def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A Dynamo fragment becomes what runs in its place. This is the backend that Dynamo calls."""
@@ -259,13 +262,14 @@ class _Fragment:
         return outputs
 
 
-def _settings() -> dict[str, Any]:
+def _settings(carrier: Fragments) -> dict[str, Any]:
     """Dynamo's own settings while a carrier runs, the user's otherwise."""
     return {
         "fail_on_recompile_limit_hit": True,  # not: go on with the dense code
         "suppress_errors": False,  # nor this
         "recompile_limit": max(_LIMIT, torch._dynamo.config.recompile_limit),
         "optimize_ddp": False,  # it splits fragments and hands them over with fake inputs
+        "skip_nnmodule_hook_guards": not carrier.follows_hooks,
         "allow_empty_graphs": True,  # else a function whose first call has no ops stays Python for good
     }
 

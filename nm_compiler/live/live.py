@@ -51,6 +51,8 @@ class Broken(NMError):
 class Live(Fragments):
     """The fragments of a `Prepared` model, all modes and modules together."""
 
+    follows_hooks = True
+
     def __init__(self, prepared: Prepared) -> None:
         super().__init__(prepared.origin, {})
         self.prepared = prepared
