@@ -90,9 +90,9 @@ def check_hooks(root: nn.Module) -> tuple[str, ...]:
 def hooked(where: str) -> NMError:
     """What to say of a module whose hooks are others than when it was captured."""
     return NMError(
-        f"{where} got or lost a hook after nm.compile, which what was captured does not follow. Hooks on what "
-        "nm.compile returned are called; on layers, register what computes something before nm.compile or after nm.freeze, return what others "
-        "look at from forward(), or say nm.compile(model), without inputs, which calls all hooks"
+        f"{where} got or lost a hook after nm.compile, which what was captured does not follow. Hooks on what nm.compile "
+        "returned are called; on layers, register what computes something before nm.compile or after nm.freeze, return what "
+        "others look at from forward(), or say nm.compile(model), without inputs, which calls all hooks"
     )
 
 
