@@ -26,17 +26,17 @@ Hooks = tuple[dict[int, Callable[..., Any]], int, str]
 """The hooks of one kind of a module, how many there were when the model was captured, and which module that is."""
 
 
-def links(root: nn.Module, names: Iterable[str]) -> Iterator[Link]:
-    """Every step from the root to the owners of the weights ``names``: where a module lies, and which it is."""
+def links(root: nn.Module, paths: Iterable[str]) -> Iterator[Link]:
+    """Every step from the root to the modules at ``paths``: where a module lies, and which it is."""
     seen = set()
-    for name in names:
-        atoms, module = name.split(".")[:-1], root
+    for path in filter(None, paths):
+        atoms, module = path.split("."), root
         for depth, atom in enumerate(atoms):
-            path, parent = ".".join(atoms[: depth + 1]), module
+            step, parent = ".".join(atoms[: depth + 1]), module
             module = parent._modules[atom]  # type: ignore[assignment]
-            if path not in seen:
-                seen.add(path)
-                yield parent._modules, atom, module, path
+            if step not in seen:
+                seen.add(step)
+                yield parent._modules, atom, module, step
 
 
 def settings(root: nn.Module) -> Iterator[Setting]:

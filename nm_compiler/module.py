@@ -72,7 +72,7 @@ class SparseModule(nn.Module):
             parts = not all(isinstance(route, Exported) for route in routes.values())
             watch(model, [site.name for site in self.plan.sites], parts=parts)
         self.__dict__["_with_modes"] = [has_modes(module) for module in self._watched]
-        self.__dict__["_links"] = list(links(model, [name for name, _ in model.named_parameters()]))
+        self.__dict__["_links"] = list(links(model, [path for path, _ in model.named_modules()]))
         self.__dict__["_settings"] = list(settings(model))
         self.__dict__["_hooks"] = list(hooks(model))
         self.__dict__["forward"] = MethodType(_own_code(type(self).forward), self)
@@ -107,7 +107,7 @@ class SparseModule(nn.Module):
         )
 
     def _check_layers(self) -> None:
-        """Raise NMError if a layer with parameters is another one now, as under adapters."""
+        """Raise NMError if a layer is another one now, as under adapters."""
         for children, key, expected, path in self._links:
             if children.get(key) is not expected:
                 raise replaced(path, "the captured graph knows nothing of the new layer")

@@ -126,6 +126,19 @@ def test_a_hook_that_the_graph_would_not_call_is_an_error_not_ignored(kind: str,
     assert called == [1]
 
 
+def test_a_layer_without_weights_that_is_another_one_now_is_an_error_and_back_it_runs() -> None:
+    sparse, model = compiled(ConvNet)
+    x = example(model)
+    expected = sparse.eval()(x)
+    for path, module in [(path, module) for path, module in model.named_modules() if path and not list(module.parameters())]:
+        parent = model.get_submodule(path.rpartition(".")[0])
+        parent.add_module(path.rpartition(".")[2], nn.Tanh())
+        with pytest.raises(nm.NMError, match=f"{path} was replaced after nm.compile"):
+            sparse(x)
+        parent.add_module(path.rpartition(".")[2], module)
+    torch.testing.assert_close(sparse(x), expected)
+
+
 def test_forward_hooks_from_before_are_in_the_graph_and_noted_and_backward_ones_are_refused() -> None:
     model = MLP()
     x = example(model)

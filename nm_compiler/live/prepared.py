@@ -209,7 +209,7 @@ class Prepared:
                 path, _, leaf = name.rpartition(".")
                 if leaf not in owner_at(self.origin, path).__dict__.get(MARK, ()) and not self.bare:
                     raise replaced(path)
-            self._links = list(links(self.origin, [*self.sites, *self.candidates]))
+            self._links = list(links(self.origin, self._owners()))
         moved = [path for children, key, expected, path in self._links if children.get(key) is not expected]
         if moved:
             self._follow(moved)
@@ -217,13 +217,16 @@ class Prepared:
     def _follow(self, moved: Sequence[str]) -> None:
         """Containers may be others now, as models swap them in forward, if the layers in them are the same. Else NMError."""
         known = {path: module for _, _, module, path in self._links or ()}
-        names = [*self.sites, *self.candidates]
-        for path in dict.fromkeys(name.rpartition(".")[0] for name in names):  # in their order: the first is named
+        for path in self._owners():
             if path and owner_at(self.origin, path) is not known[path]:
                 raise replaced(path if path in moved else moved[0])
         if not self.bare:
-            install(self, names)
-        self._links = list(links(self.origin, names))
+            install(self, [*self.sites, *self.candidates])
+        self._links = list(links(self.origin, self._owners()))
+
+    def _owners(self) -> list[str]:
+        """The paths of the layers that own prepared weights, in the order of those: the first is named in errors."""
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in (*self.sites, *self.candidates)))
 
     def _check_options(self) -> None:
         """Raise NMError if a torch.compile around says other things than `nm.compile` did."""
