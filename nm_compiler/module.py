@@ -76,13 +76,15 @@ class SparseModule(nn.Module):
     def _attach(self, model: nn.Module, routes: Mapping[bool, Exported | Fragments]) -> None:
         for name in _SHARED:
             self.__dict__[name] = getattr(model, name)
-        self.__dict__.update(origin=model, routes=dict(routes), training=model.training)
-        self.loads, self.progress, self.copy_known = 0, None, None
+        self._note(origin=model, routes=dict(routes), training=model.training, loads=0, progress=None, copy_known=None)
         if not self.frozen and all(isinstance(route, Exported) for route in routes.values()):
             watch(model, [site.name for site in self.plan.sites])
-        self._layers = Layers(model)
         below = [(place, module) for place, module in enumerate(model.modules()) if place and has_modes(module)]
-        self.__dict__.update(_below=below, forward=MethodType(_own_code(type(self).forward), self))
+        self._note(_layers=Layers(model), _below=below, forward=MethodType(_own_code(type(self).forward), self))
+
+    def _note(self, **attributes: Any) -> None:
+        """Set attributes of its own, past `nn.Module`: a child of the model, which is a child here too, may have the name."""
+        self.__dict__.update(attributes)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -97,7 +99,7 @@ class SparseModule(nn.Module):
         if eager:
             self._layers.check(exported=isinstance(route, Exported), training=self.training)
             if self.copy_known is not None and not self.training:
-                self.copy_known = checked_copy(self, self.copy_known)
+                self._note(copy_known=checked_copy(self, self.copy_known))
         if not isinstance(route, Exported):  # fragments follow the mode of every layer by themselves
             return route(args, kwargs)
         for place, module in self._below:
@@ -282,7 +284,7 @@ class SparseModule(nn.Module):
         """The masks are in the weights now: take the state off the model."""
         detach_state(self.origin, self.plan, self.method)
         unwatch(self.origin)
-        self.frozen = True
+        self._note(frozen=True)
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
@@ -312,7 +314,7 @@ class SparseModule(nn.Module):
             compare(self, read_recipe(tag), read_recipe(own))
             check_values(self, state_dict, prefix)
         state_dict[prefix + RECIPE] = own
-        self.loads += 1
+        self._note(loads=self.loads + 1)
         self.origin._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -327,7 +329,7 @@ class SparseModule(nn.Module):
         model = copy.deepcopy(self.origin, memo)
         twin.__dict__.update({key: self.__dict__[key] for key in ("plan", "method", "seed", "notes", "frozen")})
         twin._attach(model, {mode: route.copied(model, memo) for mode, route in self.routes.items()})
-        twin.copy_known = copied(twin)
+        twin._note(copy_known=copied(twin))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
