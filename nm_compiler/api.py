@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, overload
 
@@ -28,7 +28,7 @@ from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.permuting import Order, reorder
 from nm_compiler.recipe import freezing, pipeline
 from nm_compiler.rewrite import masked_nodes
-from nm_compiler.sites.plan import Plan, check_globs, find
+from nm_compiler.sites.plan import Plan, Site, check_globs, find
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.state.attaching import attach_state, detach_state
 from nm_compiler.state.averaged import COPY_THEM
@@ -112,8 +112,11 @@ def compile(
     pipeline(method, ())  # an unknown method is refused before anything else happens
     if example_inputs is None and not kwargs:
         told = {"permute": permute, "budget_s": budget_s, "outputs": outputs, "dynamic_shapes": dynamic_shapes}
-        said = {"include": globs(include), "exclude": globs(exclude), "seed": seed, "then": then or "inductor"}
-        return prepare(model, method, patterns, told, said)
+        for name, value in told.items():
+            if value is not None:
+                raise NMError(f"{name}={value!r} needs a graph: give nm.compile example inputs, such as (x,)")
+        named = {"include": globs(include), "exclude": globs(exclude)}
+        return _prepare(model, method, patterns, **named, seed=seed, then=then or "inductor")
     if then is not None:
         raise NMError(f"then={then!r} is for nm.compile(model) without example inputs; torch.compile what this returns")
     if permute is None and method.folds:
@@ -124,7 +127,7 @@ def compile(
     check_outside(model, routes, patterns, globs(include), globs(exclude))
     notes = check_hooks(model) if isinstance(routes[True], Exported) else ()
     plan = find(model, [route.whole for route in routes.values()], patterns, include=globs(include), exclude=globs(exclude))
-    _check_weights(model, plan, method)
+    _check_weights(model, plan.sites, method)
     moved, chosen = None, method
     if permute is not None:
         kept = _importances(model, plan, method)
@@ -162,13 +165,7 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
     _check_finite({weight.site.name: weight.param for weight in weights})
     open_ones = [weight for weight in weights if not module.method.is_settled(weight)]
     if open_ones and not finish:
-        first = open_ones[0].site
-        why = (module.method.remark(open_ones[0]) or "its mask is not decided").removeprefix("training: ")
-        raise NMError(
-            f"{len(open_ones)} of {len(weights)} weights are not {first.pattern} yet (first {first.name} of shape "
-            f"{list(first.shape)}): {why}. {_how_far(module)}, or "
-            "nm.freeze(sparse, finish=True) decides now, at a cost in accuracy"
-        )
+        raise _undecided(module, open_ones, len(weights))
     state = [weight[suffix] for weight in weights for suffix in module.method.suffixes(weight.site)]
     before = [(tensor, tensor.detach().clone()) for tensor in state if not learns(tensor)]
     for weight in open_ones:
@@ -198,6 +195,17 @@ def show(sparse: nn.Module, *, training: bool = False) -> str:
     Raises NMError for a model that was not compiled, and for a live one before its first call.
     """
     return unwrap(sparse).text(training)
+
+
+def _undecided(module: Carrier, open_ones: Sequence[Weight], count: int) -> NMError:
+    """What to say where some of ``count`` weights are not N:M yet."""
+    first = open_ones[0].site
+    why = (module.method.remark(open_ones[0]) or "its mask is not decided").removeprefix("training: ")
+    return NMError(
+        f"{len(open_ones)} of {count} weights are not {first.pattern} yet (first {first.name} of shape "
+        f"{list(first.shape)}): {why}. {_how_far(module)}, or "
+        "nm.freeze(sparse, finish=True) decides now, at a cost in accuracy"
+    )
 
 
 def _how_far(module: Carrier) -> str:
@@ -239,34 +247,30 @@ def _check_masks(module: Carrier) -> None:
                     )
 
 
-def prepare(model: M, method: Method, patterns: PatternMap, told: Mapping[str, Any], options: Mapping[str, Any]) -> M:
+def _prepare(
+    model: M, method: Method, patterns: PatternMap, *, include: tuple[str, ...], exclude: tuple[str, ...], seed: int, then: str
+) -> M:
     """`compile` without example inputs: the model itself, with the state of its weights and entries for its calls.
 
-    told: arguments that need example inputs. Raises NMError, the model unchanged, if one was given or nothing can be N:M.
+    Raises NMError, the model unchanged, if nothing can be N:M.
     """
     from nm_compiler.backend import check_then
     from nm_compiler.live.prepared import Prepared
 
-    for name, value in told.items():
-        if value is not None:
-            raise NMError(f"{name}={value!r} needs a graph: give nm.compile example inputs, such as (x,)")
     if method.folds:
         raise NMError(
             f"{method} puts channels in another order, which needs a graph: nm.permute(model, (x,)) first, or inputs"
         )
-    check_then(options["then"])
+    check_then(then)
     check_model(model, "nm.compile")
-    check_globs(model, patterns, options["include"], options["exclude"])
-    made = Prepared(model, method, patterns, **options)
+    check_globs(model, patterns, include, exclude)
+    made = Prepared(model, method, patterns, include=include, exclude=exclude, seed=seed, then=then)
     if not made.candidates:
         raise NMError(
             f"no weight of this {type(model).__name__} can be {patterns}: none of its layers has inputs that M divides, "
             "or exclude= names them all"
         )
-    check_names(getattr(method, "importance", None), model)
-    _check_finite({name: model.get_parameter(name) for name in made.candidates})
-    for site in made.candidates.values():
-        method.check(site)
+    _check_weights(model, made.candidates.values(), method)
     made.attach()
     return model
 
@@ -278,11 +282,11 @@ def _importances(model: nn.Module, plan: Plan, method: Method) -> dict[str, Tens
     return {s.name: importance_of(method.importance, s, model.get_parameter(s.name)).detach().clone() for s in plan.sites}
 
 
-def _check_weights(model: nn.Module, plan: Plan, method: Method) -> None:
+def _check_weights(model: nn.Module, sites: Collection[Site], method: Method) -> None:
+    """Raise NMError for a weight that the method cannot take, or whose values it could not compare."""
     check_names(getattr(method, "importance", None), model)
-    parameters = dict(model.named_parameters())
-    _check_finite({site.name: parameters[site.name] for site in plan.sites})
-    for site in plan.sites:
+    _check_finite({site.name: model.get_parameter(site.name) for site in sites})
+    for site in sites:
         method.check(site)
 
 

@@ -18,12 +18,39 @@ _SET: dict[type[nn.Module], tuple[str, ...]] = {
     nn.modules.dropout._DropoutNd: ("p",), nn.modules.batchnorm._NormBase: ("momentum",), nn.MultiheadAttention: ("dropout",),
 }  # fmt: skip
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-Setting = tuple[dict[str, Any], str, Any, str]
-"""The attributes of a module, the name of one of them, what it was when the model was captured, and the module's path."""
 Link = tuple[dict[str, nn.Module | None], str, nn.Module | None, str]
 """The children of a module, the name of one of them, which module it is, and its path from the root."""
-Hooks = tuple[dict[int, Callable[..., Any]], int, str]
-"""The hooks of one kind of a module, how many there were when the model was captured, and which module that is."""
+
+
+class Layers:
+    """The layers of a model as it was captured; `check` finds out at a call what is another now.
+
+    links: of every layer; settings: the attributes of a module, the name of one, its value and the
+    module's path; hooks: those of one kind of a module, how many there were, and which module that is.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.links = list(links(root, [path for path, _ in root.named_modules()]))
+        self.settings = list(_settings(root))
+        self.hooks = list(_hooks(root))
+
+    def check(self, *, exported: bool, training: bool) -> None:
+        """Raise NMError for a layer that was replaced, as under adapters, or got or lost a hook.
+
+        exported: a graph runs, which, in training, holds numbers such as a dropout's ``p``.
+        """
+        for children, key, expected, path in self.links:
+            if children.get(key) is not expected:
+                raise replaced(path, "the captured graph knows nothing of the new layer")
+        for registered, captured, where in self.hooks:
+            if len(registered) != captured:
+                raise _hooked(where)
+        for attributes, key, held, path in self.settings if exported and training else ():
+            if attributes.get(key) != held:
+                raise NMError(
+                    f"{path}.{key} is {attributes.get(key)} now, and the captured graph holds {held}: set it before "
+                    "nm.compile or after nm.freeze (as update_bn does); nm.compile(model), without inputs, follows changes"
+                )
 
 
 def links(root: nn.Module, paths: Iterable[str]) -> Iterator[Link]:
@@ -39,7 +66,7 @@ def links(root: nn.Module, paths: Iterable[str]) -> Iterator[Link]:
                 yield parent._modules, atom, module, step
 
 
-def settings(root: nn.Module) -> Iterator[Setting]:
+def _settings(root: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, str]]:
     """What trainers change between steps, and a captured graph holds as a number: dropouts and momenta of batch norms."""
     for path, module in root.named_modules():
         names = [name for kind, names in _SET.items() if isinstance(module, kind) for name in names]
@@ -61,7 +88,7 @@ def has_modes(module: nn.Module) -> bool:
     return any("training" in method.__code__.co_names for method in methods)
 
 
-def hooks(root: nn.Module) -> Iterator[Hooks]:
+def _hooks(root: nn.Module) -> Iterator[tuple[dict[int, Callable[..., Any]], int, str]]:
     """What would be called around the layers: a captured graph has what they computed then, and calls none of them."""
     for path, module in root.named_modules():
         for kind in _HOOKS:
@@ -87,7 +114,7 @@ def check_hooks(root: nn.Module) -> tuple[str, ...]:
     return (f"Forward hooks of {several(noted, 3)}: what they compute is in the graph, which does not call them again.",)
 
 
-def hooked(where: str) -> NMError:
+def _hooked(where: str) -> NMError:
     """What to say of a module whose hooks are others than when it was captured."""
     return NMError(
         f"{where} got or lost a hook after nm.compile, which what was captured does not follow. Hooks on what nm.compile "

@@ -20,12 +20,12 @@ from nm_compiler.capture.exported import Exported, moved
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
 from nm_compiler.graph import Pass
-from nm_compiler.links import has_modes, hooked, hooks, links, replaced, settings
+from nm_compiler.links import Layers, has_modes
 from nm_compiler.methods.base import Method, state_of
 from nm_compiler.recipe import pipeline
 from nm_compiler.sites.plan import Plan
 from nm_compiler.state.attaching import detach_state, recipe_tag, state_names
-from nm_compiler.state.averaged import checked_copy, copied
+from nm_compiler.state.averaged import Copied, checked_copy, copied
 from nm_compiler.state.beside import RECIPE, Weight, read_recipe
 from nm_compiler.state.loading import check_values, compare, start_afresh
 
@@ -45,8 +45,20 @@ class SparseModule(nn.Module):
     DDP and so on are the model's own plus the state beside the weights. ``forward`` runs one rewritten graph per mode,
     or, in a mode that export cannot take, rewritten fragments. Made by `nm_compiler.compile`.
 
-    plan: which weights are N:M, and why the others are not; method: as given; origin: the model itself; notes: for the report.
+    plan: which weights are N:M, and why the others are not; method: as given; origin: the model itself; notes: for the report;
+    routes: what runs each mode. The rest is as of every `nm_compiler.carrier.Carrier`.
     """
+
+    origin: nn.Module
+    routes: dict[bool, Exported | Fragments]
+    plan: Plan
+    method: Method
+    seed: int
+    notes: tuple[str, ...]
+    frozen: bool
+    loads: int
+    progress: tuple[int, int] | None
+    copy_known: Copied | None
 
     def __init__(
         self,
@@ -64,18 +76,16 @@ class SparseModule(nn.Module):
     def _attach(self, model: nn.Module, routes: Mapping[bool, Exported | Fragments]) -> None:
         for name in _SHARED:
             self.__dict__[name] = getattr(model, name)
-        self.__dict__.update(
-            origin=model, routes=dict(routes), training=model.training, _watched=list(model.modules()), loads=0, progress=None,
-            copy_known=None,
-        )  # fmt: skip
+        self._note(origin=model, routes=dict(routes), training=model.training, loads=0, progress=None, copy_known=None)
         if not self.frozen:
             parts = not all(isinstance(route, Exported) for route in routes.values())
             watch(model, [site.name for site in self.plan.sites], parts=parts)
-        self.__dict__["_with_modes"] = [has_modes(module) for module in self._watched]
-        self.__dict__["_links"] = list(links(model, [path for path, _ in model.named_modules()]))
-        self.__dict__["_settings"] = list(settings(model))
-        self.__dict__["_hooks"] = list(hooks(model))
-        self.__dict__["forward"] = MethodType(_own_code(type(self).forward), self)
+        below = [(place, module) for place, module in enumerate(model.modules()) if place and has_modes(module)]
+        self._note(_layers=Layers(model), _below=below, forward=MethodType(_own_code(type(self).forward), self))
+
+    def _note(self, **attributes: Any) -> None:
+        """Set attributes of its own, past `nn.Module`: a child of the model, which is a child here too, may have the name."""
+        self.__dict__.update(attributes)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -88,16 +98,15 @@ class SparseModule(nn.Module):
         route = self.routes[self.training]
         eager = not torch.compiler.is_compiling()
         if eager:
-            self._check_layers()
-            self._check_hooks()
+            self._layers.check(exported=isinstance(route, Exported), training=self.training)
             if self.copy_known is not None and not self.training:
-                self.__dict__["copy_known"] = checked_copy(self, self.copy_known)
-        if isinstance(route, Exported):  # fragments follow the mode of every layer by themselves
-            self._check_modes(route.signature.modes)
-            if eager and self.training:
-                self._check_settings()
-            return route(args, kwargs, eager=eager and not hasattr(type(self), "reshard"))  # fully_shard has it
-        return route(args, kwargs)
+                self._note(copy_known=checked_copy(self, self.copy_known))
+        if not isinstance(route, Exported):  # fragments follow the mode of every layer by themselves
+            return route(args, kwargs)
+        for place, module in self._below:
+            if module.training is not route.signature.modes[place]:
+                self._refuse_mode(module)
+        return route(args, kwargs, eager=eager and not hasattr(type(self), "reshard"))  # fully_shard has it
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _refuse_symbols(self) -> None:
@@ -105,32 +114,6 @@ class SparseModule(nn.Module):
             f"torch.fx cannot trace this {type(self.origin).__name__}: nm.compile has made it a graph. What traces, as "
             "create_feature_extractor or prepare_fx do, comes before nm.compile, or takes what nm.freeze returns"
         )
-
-    def _check_layers(self) -> None:
-        """Raise NMError if a layer is another one now, as under adapters."""
-        for children, key, expected, path in self._links:
-            if children.get(key) is not expected:
-                raise replaced(path, "the captured graph knows nothing of the new layer")
-
-    def _check_settings(self) -> None:
-        """Raise NMError if what a training graph holds of a layer is another number now, as a dropout's ``p``."""
-        for attributes, key, captured, path in self._settings:
-            if attributes.get(key) != captured:
-                raise NMError(
-                    f"{path}.{key} is {attributes.get(key)} now, and the captured graph holds {captured}: set it before "
-                    "nm.compile or after nm.freeze (as update_bn does); nm.compile(model), without inputs, follows changes"
-                )
-
-    def _check_hooks(self) -> None:
-        """Raise NMError if a layer has hooks that the graph has not seen, or has lost one that is in the graph."""
-        for registered, captured, where in self._hooks:
-            if len(registered) != captured:
-                raise hooked(where)
-
-    def _check_modes(self, modes: tuple[bool, ...]) -> None:
-        for module, expected, matters in zip(self._watched, modes, self._with_modes, strict=True):
-            if module.training is not expected and matters and module is not self.origin:
-                self._refuse_mode(module)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _refuse_mode(self, module: nn.Module) -> None:
@@ -302,7 +285,7 @@ class SparseModule(nn.Module):
         """The masks are in the weights now: take the state off the model."""
         detach_state(self.origin, self.plan, self.method)
         unwatch(self.origin)
-        self.__dict__["frozen"] = True
+        self._note(frozen=True)
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
@@ -332,7 +315,7 @@ class SparseModule(nn.Module):
             compare(self, read_recipe(tag), read_recipe(own))
             check_values(self, state_dict, prefix)
         state_dict[prefix + RECIPE] = own
-        self.__dict__["loads"] += 1
+        self._note(loads=self.loads + 1)
         self.origin._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -347,7 +330,7 @@ class SparseModule(nn.Module):
         model = copy.deepcopy(self.origin, memo)
         twin.__dict__.update({key: self.__dict__[key] for key in ("plan", "method", "seed", "notes", "frozen")})
         twin._attach(model, {mode: route.copied(model, memo) for mode, route in self.routes.items()})
-        twin.__dict__["copy_known"] = copied(twin)
+        twin._note(copy_known=copied(twin))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,17 +20,16 @@ def behind(gm: GraphModule, name: str, build: Callable[[Node], Node]) -> None:
     """Replace every read of the weight ``name`` by what ``build(read)`` makes of it, just after the read."""
     for read in reads(gm, name):
         users = list(read.users)
-        with gm.graph.inserting_after(read):
-            anchor = gm.graph.call_function(_anchor)
-        with gm.graph.inserting_before(anchor):
+        with following(read):
             new = build(read)
-        gm.graph.erase_node(anchor)
         for user in users:
             user.replace_input_with(read, new)
 
 
-def _anchor() -> None:
-    """A place in the graph, gone before the pass returns."""
+def following(node: Node) -> AbstractContextManager[None]:
+    """Inside, nodes are inserted just behind ``node``, in the order in which they are made."""
+    place: AbstractContextManager[None] = node.graph.inserting_before(node.next)
+    return place
 
 
 def replace(node: Node, new: Node) -> None:

@@ -118,7 +118,7 @@ class SparsityScheduler:
         self._forget()
 
     def _tell(self) -> None:
-        self._model.progress = self.last_step, self.total_steps
+        self._model.__dict__["progress"] = self.last_step, self.total_steps  # a child of the model may have the name
 
     def _forget(self) -> None:
         if self._optimizer is not None:

@@ -96,8 +96,14 @@ def flat(row: Row) -> dict[str, float]:
     For TensorBoard: ``for key, value in flat(row).items(): writer.add_scalar(key, value, row["step"])``; for CSV a
     `csv.DictWriter`; for other loggers ``log(flat(row), step=row["step"])``.
     """
-    named = {"total": row["total"], **row["weights"]}
-    return {f"{name}/{key}": value for name, values in named.items() for key, value in values.items() if value is not None}
+    found = {f"{name}/{key}": value for name, values in named(row).items() for key, value in values.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def named(row: Row) -> dict[str, Mapping[str, float | None]]:
+    """The numbers of a row by what they are of: ``total`` and the weights; of one of several modules ``generator.total``."""
+    module = row.get("module")
+    return {f"{module}.total" if module else "total": row["total"], **row["weights"]}
 
 
 _SUMS = ("magnitude", "kept", "kept_square", "used", "flipped", "backward", "gap", "size")

@@ -18,7 +18,7 @@ from nm_compiler.graph import arguments_of, target_name
 from nm_compiler.ops import einsum as _einsum  # noqa: F401  registers nm::einsum, and so on
 from nm_compiler.ops import grouped_mm as _grouped_mm  # noqa: F401
 from nm_compiler.ops import products as _products  # noqa: F401
-from nm_compiler.rewrite import call, masked_nodes, replace
+from nm_compiler.rewrite import call, following, masked_nodes, replace
 from nm_compiler.sites.equations import Equation, equation_of
 from nm_compiler.sites.plan import Site
 from nm_compiler.sites.uses import CONVS, GROUPED, Use, uses
@@ -45,7 +45,7 @@ def _replace(gm: GraphModule, use: Use, seen: dict[Node, Node]) -> None:
     node, view = use.node, use.path[-1]
     for before, after in pairwise(use.path):
         if after not in seen:
-            with gm.graph.inserting_after(after):
+            with following(after):
                 seen[after] = _same_step(gm, before, after, seen[before])
     with gm.graph.inserting_before(node):
         if node.target in CONVS:
@@ -66,8 +66,7 @@ def _same_step(gm: GraphModule, before: Node, after: Node, backward: Node) -> No
         args, kwargs = map_arg((after.args, after.kwargs), lambda arg: backward if arg is before else arg)
         return gm.graph.create_node("call_function", after.target, args, kwargs, f"{after.name}_backward")
     kept = gm.graph.call_function(aten.ne.Scalar, (backward, 0))
-    with gm.graph.inserting_after(kept):
-        return call(gm, aten.mul.Tensor, (after, kept), f"{after.name}_backward")
+    return call(gm, aten.mul.Tensor, (after, kept), f"{after.name}_backward")
 
 
 def _offsets(node: Node) -> Any:

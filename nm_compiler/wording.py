@@ -1,4 +1,4 @@
-"""What tensors, and several names, are called in messages and reports."""
+"""What tensors, errors and several names are called in messages and reports."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ def shown(tensor: Tensor) -> str:
     '[2, 3] (float32, cpu)'
     """
     return f"{list(tensor.shape)} ({dtype_name(tensor.dtype)}, {tensor.device})"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says first; its kind where it says nothing.
+
+    >>> first_line(ValueError("no such axis\\nwhile tracing")), first_line(ValueError())
+    ('no such axis', 'ValueError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def several(names: Sequence[str], most: int) -> str:

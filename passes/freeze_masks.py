@@ -13,6 +13,7 @@ into the parameter in place. `nm.linear` and its kin become the products they co
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from nm_compiler.evaluate import value_of
 from nm_compiler.rewrite import is_masked, read_behind, replace
 from nm_compiler.runtime.cusparselt.training import cslt_train_linear
 
-aten = torch.ops.aten
+aten, nm = torch.ops.aten, torch.ops.nm
 _CONV = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
 
@@ -49,19 +50,10 @@ def freeze_masks(gm: GraphModule, *, values: Mapping[int, Tensor] | None = None)
             parameter.copy_(values[id(parameter)])
             node.replace_all_uses_with(read)
     for node in list(gm.graph.nodes):
-        if node.target is torch.ops.nm.linear.default:
-            _become(gm, node, aten.linear.default, (node.args[0], node.args[1], node.args[3]))
-        elif node.target is cslt_train_linear._opoverload:
-            _become(gm, node, aten.linear.default, (node.args[0], node.args[1], node.args[4]))
-        elif node.target is torch.ops.nm.conv.default:
-            data, weight, _, bias, *geometry = node.args
-            _become(gm, node, _CONV[len(geometry[0])], (data, weight, bias, *geometry))
-        elif node.target is torch.ops.nm.einsum.default:
-            _become(gm, node, aten.einsum.default, (node.args[3], [node.args[0], node.args[1]]))
-        elif node.target is torch.ops.nm.grouped_mm.default:
-            data, weight, _, offsets, native = node.args
-            op = aten._grouped_mm.default if native else torch.ops.transformers.grouped_mm_fallback.default
-            _become(gm, node, op, (data, weight, offsets))
+        plain = _plain(node)
+        if plain is not None:
+            with gm.graph.inserting_before(node):
+                replace(node, gm.graph.call_function(*plain))
     return gm
 
 
@@ -69,7 +61,24 @@ def _masked(gm: GraphModule) -> list[Node]:
     return [node for node in gm.graph.nodes if is_masked(node)]
 
 
-def _become(gm: GraphModule, node: Node, target: object, args: tuple[object, ...]) -> None:
-    with gm.graph.inserting_before(node):
-        new = gm.graph.call_function(target, args)  # type: ignore[arg-type]
-    replace(node, new)
+def _plain(node: Node) -> tuple[Any, tuple[Any, ...]] | None:
+    """The op and the arguments with which a product of two weights computes its output; None for any other node."""
+    args: Any = node.args
+    match node.target:
+        case nm.linear.default:
+            data, weight, _, bias = args
+            return aten.linear.default, (data, weight, bias)
+        case cslt_train_linear._opoverload:
+            data, weight, _, _, bias, *_ = args
+            return aten.linear.default, (data, weight, bias)
+        case nm.conv.default:
+            data, weight, _, bias, *geometry = args
+            return _CONV[len(geometry[0])], (data, weight, bias, *geometry)
+        case nm.einsum.default:
+            data, weight, _, equation = args
+            return aten.einsum.default, (equation, [data, weight])
+        case nm.grouped_mm.default:
+            data, weight, _, offsets, native = args
+            op = aten._grouped_mm.default if native else torch.ops.transformers.grouped_mm_fallback.default
+            return op, (data, weight, offsets)
+    return None

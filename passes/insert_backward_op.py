@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from nm_compiler.errors import NMError
 from nm_compiler.ops.weights import makes_backward
 from nm_compiler.passes.insert_op import arguments
-from nm_compiler.rewrite import call
+from nm_compiler.rewrite import call, following
 from nm_compiler.sites.plan import Site
 from nm_compiler.sites.uses import constants
 from nm_compiler.two_weights import give_second
@@ -47,10 +47,6 @@ def insert_backward_op(
 
 
 def _called(gm: GraphModule, forward: Node, *, site: Site, op: Any, options: tuple[Any, ...], state: Sequence[str]) -> Node:
-    with gm.graph.inserting_after(forward):
-        anchor = gm.graph.call_function(torch.ops.aten.detach.default, (forward,))
-    with gm.graph.inserting_before(anchor):
+    with following(forward):
         given = (forward, *arguments(gm, site, op, state, options))
-        new = call(gm, op, given, f"{forward.name.removesuffix('_masked')}_backward")
-    gm.graph.erase_node(anchor)
-    return new
+        return call(gm, op, given, f"{forward.name.removesuffix('_masked')}_backward")

@@ -31,7 +31,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from nm_compiler.ops import weights as _weights  # noqa: F401  registers nm::backward_weight
-from nm_compiler.rewrite import call
+from nm_compiler.rewrite import call, following
 from nm_compiler.sites.plan import Site
 from nm_compiler.sites.uses import constants
 from nm_compiler.two_weights import give_second
@@ -50,9 +50,8 @@ def insert_bimask(gm: GraphModule, *, sites: Sequence[Site], folded: bool = Fals
 
 def _backward(gm: GraphModule, site: Site, forward: Node, *, folded: bool) -> Node:
     name, n, m = f"{forward.name.removesuffix('_masked')}_backward", site.pattern.n, site.pattern.m
-    with gm.graph.inserting_after(forward):
+    with following(forward):
         if folded:
             return call(gm, nm.backward_groups.default, (forward, n, m, site.layout.out_axis), name)
         order = gm.graph.get_attr(f"{site.name}_order")
-    with gm.graph.inserting_after(order):
         return call(gm, nm.backward_weight.default, (forward, order, n, m, site.rows), name)

@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 from nm_compiler.graph import propagate_shapes
 from nm_compiler.ops.two_masks import TWO_MASKS
 from nm_compiler.ops.weights import BACKWARD
-from nm_compiler.rewrite import call, leading_sizes, masked_nodes, replace
+from nm_compiler.rewrite import call, following, leading_sizes, masked_nodes, replace
 from nm_compiler.runtime.cusparselt.consumers import between, leave_in_columns
 from nm_compiler.runtime.cusparselt.eligible import of_pattern, of_sizes
 from nm_compiler.runtime.cusparselt.training import cslt_train_linear
@@ -76,11 +76,10 @@ def _replaced(gm: GraphModule, forward: Node, min_tokens: int) -> list[Node]:
     name = forward.name.removesuffix("_masked")
     weight, n, m, _, decay = forward.args
     order: Any = backward.args[1] if backward.target is BACKWARD[0] else None
-    with gm.graph.inserting_after(backward):
+    with following(backward):
         both = call(gm, TWO_MASKS, (weight, order, n, m, decay), f"{name}_both")
-    with gm.graph.inserting_after(both):
-        turned = call(gm, operator.getitem, (both, 1), f"{name}_turned")
         masked = call(gm, operator.getitem, (both, 0), f"{name}_forward")
+        turned = call(gm, operator.getitem, (both, 1), f"{name}_turned")
     return [_product(gm, each, masked, turned, order, min_tokens) for each in products]
 
 

@@ -68,7 +68,7 @@ class Report:
         sparse = [row for row in rows if row.status == "sparse"]
         size, total = sum(map(_size, sparse)), sum(map(_size, rows))
         weights, dense = {row.of or row.name for row in rows}, {row.of or row.name for row in rows if row.status != "sparse"}
-        kept = [row.retained * _size(row) for row in sparse if row.retained is not None]
+        kept = [(row.retained * _size(row), _size(row)) for row in sparse if row.retained is not None]
         timed = [row for row in self.rows if row.dense_ms is not None]
         spent = sum((row.sparse_ms if row.status == "sparse" else row.dense_ms) or 0.0 for row in timed)
         lowered = {
@@ -83,7 +83,7 @@ class Report:
             "parameters": total,
             "sparse_parameters": size,
             "sparse_share": size / total if total else 0.0,
-            "retained": sum(kept) / size if kept else None,
+            "retained": sum(part for part, _ in kept) / sum(whole for _, whole in kept) if kept else None,
             **(lowered if timed else {}),
         }
 

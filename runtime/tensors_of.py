@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nm_compiler.carrier import carrier_of
 from nm_compiler.errors import NMError
+from nm_compiler.wording import first_line
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -118,7 +119,7 @@ def _unreadable(path: Path, error: Exception) -> NMError:
         )
     if not path.stat().st_size:
         return NMError(f"{path} is empty: save it again, as model.state_dict()")
-    first = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".") if str(error).strip() else type(error).__name__
+    first = first_line(error).partition(". ")[0].rstrip(".")
     return NMError(
         f"{path} ({path.stat().st_size} bytes) cannot be read: {first}. The file is truncated, damaged or holds more than "
         "tensors: save it again, as model.state_dict()"

@@ -14,7 +14,8 @@ from models import MLP, ConvNet, Remembering, dense, example
 from torch import Tensor, nn
 
 import nm_compiler as nm
-from nm_compiler.capture.export import user_line, without_cache
+from nm_compiler.capture.explaining import user_line
+from nm_compiler.capture.export import without_cache
 from nm_compiler.capture.exported import Exported
 
 

@@ -377,6 +377,14 @@ def test_the_report_draws_times_where_both_ways_were_measured() -> None:
     assert json.loads(json.dumps(report.to_dict()))["weights"][0]["speedup"] == 1.6
 
 
+def test_the_magnitude_that_is_retained_is_of_the_weights_that_say_so() -> None:
+    """As of a plain module that holds a compiled one: a weight that was frozen before knows nothing of it."""
+    from nm_compiler.runtime.report import Report, Row
+
+    rows = [Row(name, "linear", (4, 4), "2:4", "sparse", "", retained=kept) for name, kept in (("a", 0.5), ("b", None))]
+    assert Report("Net", tuple(rows)).totals["retained"] == 0.5
+
+
 def test_a_way_out_that_has_a_column_of_its_own_is_not_said_twice() -> None:
     from nm_compiler.runtime.report import Report, Row
 

@@ -15,7 +15,10 @@ from precompiled import precompiled
 from torch import Tensor, nn
 
 import nm_compiler as nm
+from nm_compiler.layout import Layout
 from nm_compiler.methods.sste import soft_weight, soften
+from nm_compiler.pattern import Pattern
+from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.magnitude import magnitude_mask
 
 NEW = [nm.Gradual(), nm.SSTE(), nm.LBCBiMask(backward=nm.BiMask(interval=2, moves=40)), nm.LBC(power=4), nm.BiMask(fold=True)]
@@ -270,6 +273,17 @@ def test_s_ste_scales_so_that_the_soft_weight_is_nearest_and_its_gradient_goes_s
     torch.testing.assert_close(x.grad, torch.ones(3, 4).double() @ (scale * soft))
     with pytest.raises(nm.NMError, match="the scale is -1.0, it must be a positive number"):
         sparse.load_state_dict({**sparse.state_dict(), "weight_scale": torch.tensor(-1.0, dtype=torch.float64)})
+
+
+@pytest.mark.parametrize("size", [30.0, 1e-4])
+def test_s_stes_scale_of_float16_weights_is_that_of_float32_where_squares_are_beyond_float16(size: float) -> None:
+    model = nn.Linear(64, 64, bias=False)
+    model.weight.data = (size * torch.randn(64, 64)).half()
+    wanted = nm.SSTE().state(Site("weight", "linear", (64, 64), Layout(1, 0), Pattern(2, 4)), model.weight.detach().float())[
+        "scale"
+    ]
+    nm.compile(model.half(), torch.randn(2, 64).half(), method=nm.SSTE(), include="*")
+    torch.testing.assert_close(model.weight_scale.float(), wanted, rtol=1e-3, atol=0)
 
 
 def test_the_op_of_a_method_passes_opcheck_in_any_memory_layout() -> None:

@@ -3,6 +3,7 @@
 
 import copy
 import io
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -65,6 +66,18 @@ def test_dropout_follows_the_mode() -> None:
     sparse.eval()
     assert torch.equal(sparse(x), sparse(x))
     assert not model.dropout.training
+
+
+def test_layers_of_the_model_may_be_called_like_what_its_carrier_keeps() -> None:
+    names = ("frozen", "loads", "progress", "copy_known", "method", "plan")
+    model, x = nn.Sequential(OrderedDict((name, nn.Linear(8, 8)) for name in names)), torch.randn(2, 8)
+    sparse = nm.compile(model, x, method=nm.SRSTE(), include=["*"])
+    scheduler = nm.SparsityScheduler(sparse, total_steps=1)
+    sparse(x).sum().backward()
+    scheduler.step()
+    sparse.load_state_dict(sparse.state_dict())
+    assert torch.equal(copy.deepcopy(sparse).eval()(x), sparse.eval()(x))
+    assert set(nm.verify(nm.freeze(sparse)).satisfied) == {f"{name}.weight" for name in names}
 
 
 def test_a_layer_switched_to_another_mode_than_captured_is_an_error_not_a_silent_difference() -> None:

@@ -240,14 +240,40 @@ def test_a_csv_file_has_a_line_for_every_weight_and_goes_on_where_it_was(tmp_pat
         csv_file(tmp_path / "other.csv")
 
 
+def test_a_csv_file_has_columns_for_the_numbers_that_a_method_adds(tmp_path: Path) -> None:
+    file, row = tmp_path / "masks.csv", nm.Telemetry(compiled(nm.SRSTE()), every=1).step()
+    more = {**row, "weights": {name: {**values, "largest": 2.0} for name, values in row["weights"].items()}}
+    csv_file(file)(more)
+    csv_file(file)({**row, "step": 2})
+    assert [line["largest"] for line in csv.DictReader(file.open())] == ["", "2.0", "", ""]
+    csv_file(tmp_path / "plain.csv")(row)
+    with pytest.raises(
+        nm.NMError, match=r"plain\.csv has no column 'largest', which this row has: give csv_file another path"
+    ):
+        csv_file(tmp_path / "plain.csv")(more)
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.scalars: dict[str, tuple[float, int]] = {}
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        assert tag not in self.scalars, f"{tag} of two modules"
+        self.scalars[tag] = (value, step)
+
+
+def test_the_totals_of_several_compiled_parts_are_told_apart(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"one": compiled(nm.SRSTE()), "two": compiled(nm.SRSTE())})
+    recorder, file = Recorder(), tmp_path / "masks.csv"
+    Schedules(model, 4, every=1, write=tensorboard(recorder)).step()
+    assert {"sparsity/one.total/retained", "sparsity/two.total/retained"} < set(recorder.scalars)
+    Schedules(model, 4, every=1, write=csv_file(file)).step()
+    assert [line["name"] for line in csv.DictReader(file.open())] == [
+        "one.total", "one.fc2.weight", "two.total", "two.fc2.weight",
+    ]  # fmt: skip
+
+
 def test_tensorboard_gets_a_scalar_for_every_number() -> None:
-    class Recorder:
-        def __init__(self) -> None:
-            self.scalars: dict[str, tuple[float, int]] = {}
-
-        def add_scalar(self, tag: str, value: float, step: int) -> None:
-            self.scalars[tag] = (value, step)
-
     recorder, row = Recorder(), nm.Telemetry(compiled(nm.LBC()), every=1).step()
     tensorboard(recorder)(row)
     assert recorder.scalars["sparsity/fc2.weight/live"] == (6.0, 1)

@@ -222,7 +222,7 @@ def measured_on_cpu(model: nn.Module, x: Tensor, name: str) -> Decision:
     job = Job(gm, signature, {}, (x,))
     choices = SimpleNamespace(find=lambda key, measure: Timing(1e-3, 2e-3))
     with patch.object(cpu_backend, "pack", lambda *_, **__: SimpleNamespace(nbytes=1)):
-        return cpu_backend._decide(job, each, node, choices, None)
+        return cpu_backend._decide(job, each, node, cpu_backend.Wish(choices=choices))
 
 
 def kernels(*files: str, handle: Any = None, off: str = "") -> str:

@@ -8,14 +8,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import linecache
 import logging
-import os
 import sys
-import sysconfig
-import traceback
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,29 +20,15 @@ from torch.utils import _pytree as pytree
 
 from nm_compiler.capture.binding import bind, flat_copy, is_state
 from nm_compiler.capture.bodies import EXPORTED, open_bodies, programs
+from nm_compiler.capture.explaining import LIBRARIES, explain
 from nm_compiler.capture.regions import checkpoints_open, masks_as_given, open_regions
-from nm_compiler.capture.signature import Signature, describe
+from nm_compiler.capture.signature import Signature
 from nm_compiler.capture.single import other_branches
 from nm_compiler.capture.vmapped import without_vmap
 from nm_compiler.errors import NMError
 from nm_compiler.graph import fake_mode_of, getattr_path, tidy
 from nm_compiler.memory import free_young, own_cycles_freed
 
-# folders, so that torchvision is no part of torch
-_LIBRARIES = tuple(str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
-_ON_DATA = (
-    "Control flow that depends on data cannot be captured: rewrite that line with torch.where or torch.cond, or move it "
-    "out of the model."
-)
-_UNKNOWN_OUTPUT = (
-    "torch.export takes outputs of types that it knows: return a tuple or a dict, or say once what yours holds, with "
-    "torch.export.register_dataclass for a dataclass or torch.utils._pytree.register_pytree_node."
-)
-_CACHE = "Pass use_cache=False, or set config.use_cache = False: torch.export knows no caches of Hugging Face's models."
-_UNKNOWN_INPUT = (
-    "torch.export takes inputs of types that it knows: pass tensors, tuples or dicts, or say once what yours holds, with "
-    "torch.export.register_dataclass for a dataclass or torch.utils._pytree.register_pytree_node."
-)
 _NOISY = (
     "torch.fx.experimental.symbolic_shapes",
     "torch._subclasses.fake_tensor",
@@ -101,7 +82,7 @@ def _export(
             _no_hooks_left(),
             checkpoints_open(),
             masks_as_given(),
-            other_branches(_LIBRARIES) as branching,
+            other_branches(LIBRARIES) as branching,
         ):
             free = dynamic_shapes is None
             shapes = _dynamic_batch(model, given, named) if free else _with_hidden(dynamic_shapes, kwargs, hidden)
@@ -311,38 +292,3 @@ def _dynamic_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return shapes.dynamic_shapes(model, args, kwargs) if chosen else None
     except Exception:  # the arguments do not fit forward(): export says so, naming the argument
         return None
-
-
-def explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> str:
-    """Why a model could not be captured, in words: the call, the error, the line of the user's code, and the way out."""
-    message = str(error).strip().split("\n\nWhile executing")[0].strip()
-    short = "\n  ".join(message.splitlines()[:6]) or type(error).__name__
-    mode = "training" if training else "evaluation"
-    line = user_line(traceback.extract_tb(error.__traceback__))
-    return (
-        f"{type(model).__name__} could not be captured in {mode} mode with inputs {describe(args, kwargs)}\n"
-        f"  {type(error).__name__}: {short}\n" + (f"  at {line}\n" if line else "") + _way_out(error)
-    )
-
-
-def _way_out(error: Exception) -> str:
-    if "DataDependent" in type(error).__name__:
-        return _ON_DATA
-    if "in output, which is not a known type" in str(error):
-        return _CACHE if "cache_utils" in str(error) else _UNKNOWN_OUTPUT
-    if isinstance(error, TypeError) and "unhashable type" in str(error):  # torch 2.11, of an output that is a dataclass
-        return _UNKNOWN_OUTPUT
-    if "Unsupported input type" in str(error):
-        return _UNKNOWN_INPUT
-    return "Check that model(*example_inputs) runs."
-
-
-def user_line(frames: Iterable[traceback.FrameSummary]) -> str | None:
-    """The innermost of ``frames`` outside torch and this package: the line of the user's code."""
-    found, standard = None, sysconfig.get_path("stdlib")
-    for frame in frames:
-        in_standard_library = frame.filename.startswith(standard) and "site-packages" not in frame.filename
-        if not frame.filename.startswith(_LIBRARIES) and not frame.filename.startswith("<") and not in_standard_library:
-            code = linecache.getline(frame.filename, frame.lineno or 0).strip()
-            found = f"{frame.filename}:{frame.lineno} in {frame.name}: {code}"
-    return found

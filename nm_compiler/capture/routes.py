@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nm_compiler.capture.export import capture_mode, explain, in_mode, quiet, without_cache
+from nm_compiler.capture.explaining import explain
+from nm_compiler.capture.export import capture_mode, in_mode, quiet, without_cache
 from nm_compiler.capture.exported import Exported
 from nm_compiler.capture.own_gradients import Lost, nothing_lost
 from nm_compiler.errors import NMError
@@ -44,12 +45,8 @@ def take(
     for training in modes:
         refused: NMError | None = None
         try:
-            lost = nothing_lost() if trains else contextlib.nullcontext()
-            with (
-                untouched(model),
-                in_mode(model, True),
-                lost,
-            ):  # through train(): what eval() keeps of weights is computed anew
+            # through train(): what eval() keeps of weights is computed anew
+            with untouched(model), in_mode(model, True), nothing_lost() if trains else contextlib.nullcontext():
                 routes[training] = Exported(*capture_mode(model, args, kwargs, dynamic_shapes, training=training))
         except NMError as error:
             if whole or error.__cause__ is None or (dynamic_shapes is not None and "dynamic_shapes" in str(error)):

@@ -6,11 +6,10 @@ says what was captured instead.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +20,9 @@ from torch.fx import GraphModule
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
+from nm_compiler.capture.explaining import describe, describe_leaf
 from nm_compiler.errors import NMError
-from nm_compiler.wording import dtype_name
 
-_LONGEST = 200  # characters of a value in a message
 _HOW_SHAPES = {
     False: "and dynamic_shapes= for sizes that vary besides the batch",
     True: "and, since one of batch 1 stands for any batch, with dynamic_shapes=, such as ({},) to fix all sizes",
@@ -275,41 +273,3 @@ def _readable(guard: str) -> str:
 
 def _show(value: Any) -> str:
     return str(value) if isinstance(value, TensorInput) else repr(value)
-
-
-def describe_leaf(value: Any) -> str:
-    """``float32[2, 3]`` for a tensor, also inside a dataclass; the repr of anything else, its beginning if it is long."""
-    if isinstance(value, Tensor):
-        return f"{dtype_name(value.dtype)}{list(value.shape)}"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        held = {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if hasattr(value, each.name)}
-        return f"{type(value).__name__}{describe((), held)}"
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-
-
-def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """A call's inputs, tensors as dtype and shape."""
-    parts = [_described(value) for value in args] + [f"{key}={_described(value)}" for key, value in kwargs.items()]
-    return f"({', '.join(parts)})"
-
-
-def _described(value: Any) -> str:
-    leaves, spec = pytree.tree_flatten(value)
-    return repr(_texts(spec, iter(leaves)))
-
-
-def _texts(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
-    """Texts in the place of leaves, in Python's own containers: others, such as caches, cannot be built of texts."""
-    if spec.is_leaf():
-        return _Text(describe_leaf(next(leaves)))
-    parts = [_texts(child, leaves) for child in spec.children()]
-    if spec.type.__module__ in ("builtins", "collections"):
-        flat = pytree.TreeSpec(spec.type, spec.context, [pytree.tree_structure(0)] * len(parts))
-        return pytree.tree_unflatten(parts, flat)
-    return _Text(f"{spec.type.__name__}({', '.join(map(repr, parts))})")
-
-
-class _Text(str):
-    def __repr__(self) -> str:
-        return str(self)

@@ -16,6 +16,7 @@ from nm_compiler.methods.lbc import LBC
 from nm_compiler.methods.magnitude import Magnitude
 from nm_compiler.methods.srste import SRSTE
 from nm_compiler.pattern import Pattern
+from nm_compiler.wording import first_line
 
 METHODS: dict[str, Callable[[], Method]] = {"magnitude": Magnitude, "srste": SRSTE, "lbc": LBC, "bimask": BiMask}
 TITLES = {"dense": "dense", "magnitude": "one-shot magnitude", "srste": "SR-STE", "lbc": "LBC", "bimask": "Bi-Mask"}
@@ -96,4 +97,4 @@ def _check_device(name: str) -> None:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise NMError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): try --device cpu") from error
+        raise NMError(f"--device {name} cannot be used here ({first_line(error)}): try --device cpu") from error

@@ -10,8 +10,7 @@ import torch._dynamo
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from nm_compiler.capture.export import user_line
-from nm_compiler.capture.signature import describe
+from nm_compiler.capture.explaining import describe, user_line
 from nm_compiler.errors import NMError
 from nm_compiler.fragments.watching import python_line
 

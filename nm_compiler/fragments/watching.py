@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nm_compiler.capture.export import user_line
+from nm_compiler.capture.explaining import user_line
 from nm_compiler.fragments.arrays import OPERATORS, TURNED
 
 PRODUCTS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nm_compiler.errors import NMError
-from nm_compiler.telemetry import Row, flat
+from nm_compiler.telemetry import Row, flat, named
 
 
 def tensorboard(writer: Any, prefix: str = "sparsity") -> Callable[[Row], None]:
@@ -27,26 +27,30 @@ def tensorboard(writer: Any, prefix: str = "sparsity") -> Callable[[Row], None]:
 def csv_file(path: str | Path) -> Callable[[Row], None]:
     """A writer for a CSV file: a line for every weight and one for the total, flushed; a file that is there goes on.
 
-    Columns: step, name ("total" or the weight's), and the numbers of `nm.Telemetry`; what a method does not have is empty.
-    Raises NMError if the file is there and is not one of these.
+    Columns: step, name ("total" or the weight's), the numbers of `nm.Telemetry` and those that the method adds in the first
+    row; what a method does not have is empty. Raises NMError if the file is there and is not one of these, or lacks a column.
     """
-    file = Path(path)
-    head = ["step", "name", *_NUMBERS]
+    file, head = Path(path), list[str]()
     if file.exists() and file.stat().st_size:
         with file.open(newline="") as old:
-            if next(csv.reader(old), None) != head:
-                raise NMError(f"{file} is not a file of telemetry: its first line is not {','.join(head)}; give another path")
-    else:
-        with file.open("w", newline="") as new:
-            csv.writer(new).writerow(head)
+            head += next(csv.reader(old), [])
+        if head[: len(_HEAD)] != _HEAD:
+            raise NMError(f"{file} is not a file of telemetry: its first line is not {','.join(_HEAD)}; give another path")
+    file.open("a").close()  # a place that cannot be written is found out now
 
     def write(row: Row) -> None:
-        with file.open("a", newline="") as lines:
-            writer = csv.DictWriter(lines, head)
-            for name, values in {"total": row["total"], **row["weights"]}.items():
-                writer.writerow({"step": row["step"], "name": name, **values})
+        lines = [{"step": row["step"], "name": name, **values} for name, values in named(row).items()]
+        columns = list(dict.fromkeys([*_HEAD, *(key for line in lines for key in line)]))
+        lacking = [column for column in columns if head and column not in head]
+        if lacking:
+            raise NMError(f"{file} has no column {lacking[0]!r}, which this row has: give csv_file another path")
+        with file.open("a", newline="") as out:
+            if not head:
+                head.extend(columns)
+                csv.writer(out).writerow(head)
+            csv.DictWriter(out, head).writerows(lines)
 
     return write
 
 
-_NUMBERS = ("retained", "nonzero", "flipped", "live", "backward_kept", "gradient_gap")
+_HEAD = ["step", "name", "retained", "nonzero", "flipped", "live", "backward_kept", "gradient_gap"]

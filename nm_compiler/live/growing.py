@@ -23,7 +23,7 @@ from nm_compiler.links import owner_at
 from nm_compiler.live.candidates import candidates
 from nm_compiler.methods.base import Method, state_of
 from nm_compiler.pattern import PatternMap
-from nm_compiler.sites.plan import UNREAD, Plan, Site, find
+from nm_compiler.sites.plan import HEAD, STEM, UNREAD, Plan, Site, find
 from nm_compiler.state.attaching import recipe_tag
 from nm_compiler.state.beside import MARK, RECIPE, Weight, learns, mark, register, unregister
 from nm_compiler.state.sharding import in_shards
@@ -98,8 +98,8 @@ class GrowingPlan:
         check_parameters(self.model, self.shapes)
         graph = opened_up(self.model, program)
         plan = find(self.model, [graph], self.patterns, include=self.include, exclude=self.exclude, may_be_empty=True)
-        doubtful = [*(("stem:",) if self.sites or not whole else ()), *(() if whole else ("head:",))]
-        ends = [r.where for r in plan.refusals if r.reason.startswith(tuple(doubtful)) and not self._is_end(r.where)]
+        doubtful = () if whole and not self.sites else (STEM,) if whole else (STEM, HEAD)
+        ends = [r.where for r in plan.refusals if r.reason in doubtful and not self._is_end(r.where)]
         if ends:
             more = (*self.include, *ends)
             plan = find(self.model, [graph], self.patterns, include=more, exclude=self.exclude, may_be_empty=True)

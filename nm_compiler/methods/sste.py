@@ -47,9 +47,10 @@ class SSTE(Method):
         return [partial(insert_op, sites=sites, op=soft_weight, state=("scale",), options=options)]
 
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
-        soft = soften(weight, site.pattern.n, site.pattern.m, site.in_axis)
+        wide = weight.float() if weight.dtype.itemsize < 4 else weight  # squares are beyond float16
+        soft = soften(wide, site.pattern.n, site.pattern.m, site.in_axis)
         power = (soft * soft).sum()
-        return {"scale": torch.where(power > 0, (weight * soft).sum() / power, 1.0).to(weight.dtype)}
+        return {"scale": torch.where(power > 0, (wide * soft).sum() / power, 1.0).to(weight.dtype)}
 
     def suffixes(self, site: Site) -> tuple[str, ...]:
         return ("scale",)

@@ -19,10 +19,13 @@ from nm_compiler.layout import Layout
 from nm_compiler.pattern import Pattern, PatternMap, matches
 from nm_compiler.sites.ends import ends
 from nm_compiler.sites.routers import routers
-from nm_compiler.sites.uses import BETWEEN, FUSED, Blocked, Use, constants, uses
+from nm_compiler.sites.uses import BETWEEN, EMBEDDING, FUSED, Blocked, Use, constants, uses
 from nm_compiler.sites.views import is_scale
 
 UNREAD = "not read by the captured graph: give example inputs that use it"
+STEM = "stem: no other weight comes before it (include= makes it sparse)"
+HEAD = "head: no other weight comes after it (include= makes it sparse)"
+ROUTER = "router: its result chooses what weights come next (include= makes it sparse)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,7 @@ def find(
     parameters = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
     check_globs(model, patterns, include, exclude)
     fixed = [constants(gm.graph) for gm in graphs]
-    edges = [(*ends(gm, known), routers(gm, known)) for gm, known in zip(graphs, fixed, strict=True)]
+    special = [(*ends(gm, known), routers(gm, known)) for gm, known in zip(graphs, fixed, strict=True)]
     sites: list[Site] = []
     refusals: list[Refusal] = []
     ops: dict[str, str] = {}
@@ -121,7 +124,10 @@ def find(
         per_graph = [list(_uses_in(gm, name, known)) for gm, known in zip(graphs, fixed, strict=True)]
         ops[name] = _op_label(per_graph)
         included = matches(name, include)
-        verdict = _judge(name, parameter, per_graph, edges, patterns, included is not None, matches(name, exclude))
+        verdict = _judge(name, parameter, [use for found in per_graph for use in found], patterns, matches(name, exclude))
+        if isinstance(verdict, Site) and included is None:
+            at = next(index for index, found in enumerate(per_graph) if found)
+            verdict = _customary(verdict, {use.node for use in per_graph[at] if isinstance(use, Use)}, *special[at]) or verdict
         if verdict == Refusal(name, UNREAD) and _is_recurrent(model, name):
             verdict = Refusal(name, FUSED)
         if isinstance(verdict, Site):
@@ -195,16 +201,14 @@ def _op_label(per_graph: Sequence[Sequence[Use | Blocked]]) -> str:
 def _judge(
     name: str,
     parameter: Tensor,
-    per_graph: Sequence[Sequence[Use | Blocked]],
-    edges: Sequence[tuple[set[Node], set[Node], set[Node]]],
+    every: Sequence[Use | Blocked],
     patterns: PatternMap,
-    included: bool,
     excluded: str | None,
 ) -> Site | Refusal:
+    """The site of a weight with the uses ``every``, or the first reason against one. excluded: the glob that names it."""
     shape = tuple(parameter.shape)
     if not parameter.dtype.is_floating_point:
         return Refusal(name, f"not floating point ({parameter.dtype}): dequantise it to make it sparse")
-    every = [use for found in per_graph for use in found]
     products = [use for use in every if isinstance(use, Use)]
     others = [use for use in every if isinstance(use, Blocked)]
     if not every:
@@ -214,8 +218,8 @@ def _judge(
         if excluded and reason == BETWEEN:
             return Refusal(name, f"excluded by {excluded!r}")
         if products:
-            embedded = reason.startswith("an embedding")
-            reason = "shared with an embedding: untie them to make it sparse" if embedded else f"shared: also {reason}"
+            embedded = "shared with an embedding: untie them to make it sparse"
+            reason = embedded if reason == EMBEDDING else f"shared: also {reason}"
         return Refusal(name, reason)
     if excluded:
         return Refusal(name, f"excluded by {excluded!r}")
@@ -228,20 +232,19 @@ def _judge(
     cut = _cut(name, shape, products, pattern)
     if cut:
         return cut
-    if not included:
-        at = next(index for index, found in enumerate(per_graph) if found)
-        stems, heads, choosing = edges[at]
-        here = [use.node for use in per_graph[at] if isinstance(use, Use)]
-        if all(node in stems for node in here):
-            return Refusal(name, "stem: no other weight comes before it (include= makes it sparse)")
-        if all(node in heads for node in here):
-            return Refusal(name, "head: no other weight comes after it (include= makes it sparse)")
-        few = shape[first.layout.out_axis] < shape[first.layout.in_axis]
-        if few and any(node in choosing for node in here):
-            return Refusal(name, "router: its result chooses what weights come next (include= makes it sparse)")
     rows = shape[first.layout.out_axis]
     block = math.gcd(rows // first.conv_groups, *(edge for use in products for edge in use.outputs))
     return Site(name, first.op, shape, first.layout, pattern, first.conv_groups, rows // block)
+
+
+def _customary(site: Site, here: set[Node], stems: set[Node], heads: set[Node], choosing: set[Node]) -> Refusal | None:
+    """Why a weight that could be N:M stays dense unless asked for. here: its products, in the first graph that has any."""
+    if here <= stems:
+        return Refusal(site.name, STEM)
+    if here <= heads:
+        return Refusal(site.name, HEAD)
+    few = site.shape[site.out_axis] < site.shape[site.in_axis]
+    return Refusal(site.name, ROUTER) if few and here & choosing else None
 
 
 def _cut(name: str, shape: tuple[int, ...], products: Sequence[Use], pattern: Pattern) -> Refusal | None:

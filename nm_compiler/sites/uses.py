@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -161,48 +161,64 @@ def _convolution(node: Node, seen: Seen) -> Use | Blocked:
     return _placed(node, f"conv{seen.dims.ndim - 2}d", seen, parts, groups)
 
 
-def _placed(node: Node, op: str, seen: Seen, parts: Sequence[str], conv_groups: int = 1) -> Use | Blocked:
-    """Carry the parts of the product's axes over to the weight's own axes.
+class _Step(NamedTuple):
+    """An axis of the product walks along ``axis`` of the weight: ``size`` entries ``jump`` apart; stride: in the view."""
+
+    stride: int
+    axis: int
+    jump: int
+    size: int
+
+
+def _walked(seen: Seen, parts: Sequence[str], shape: tuple[int, ...]) -> dict[str, list[_Step]] | str:
+    """Along which axes of the weight each part of the product walks, or why that cannot be said.
 
     Where several axes play one part, the fastest in memory is the one that groups run along.
     """
-    shape = tuple(int(size) for size in seen.path[0].meta["val"].shape)
-    walked: dict[str, list[tuple[int, int, int, int]]] = {"in": [], "out": [], "batch": [], "taps": []}
+    walked: dict[str, list[_Step]] = {"in": [], "out": [], "batch": [], "taps": []}
     for part, size, stride in zip(parts, seen.dims.shape, seen.dims.stride(), strict=True):
         if size == 1 or stride == 0:
             if part == "in" and size > 1:
-                return Blocked(op, "expanded along the axis that its product sums over: store it at full size")
+                return "expanded along the axis that its product sums over: store it at full size"
             continue
         steps = fragments(size, stride, shape)
         if steps is None:
-            return Blocked(op, "reshaped across its axes: keep the parameter in the shape that its product reads")
-        slower = {"in": "taps", "out": "batch"}.get(part, part)
-        for index, (axis, jump, count) in enumerate(steps):
-            walked[slower if index else part].append((stride if not index else 1 << 62, axis, jump, count))
+            return "reshaped across its axes: keep the parameter in the shape that its product reads"
+        fastest, *others = (_Step(stride, *each) for each in steps)
+        walked[part].append(fastest)
+        walked[{"in": "taps", "out": "batch"}.get(part, part)].extend(others)
+    return walked
+
+
+def _placed(node: Node, op: str, seen: Seen, parts: Sequence[str], conv_groups: int = 1) -> Use | Blocked:
+    """Carry the parts of the product's axes over to the weight's own axes."""
+    shape = tuple(int(size) for size in seen.path[0].meta["val"].shape)
+    walked = _walked(seen, parts, shape)
+    if isinstance(walked, str):
+        return Blocked(op, walked)
     units = [axis for axis, size in enumerate(shape) if size == 1]
-    inner = min(walked["in"], default=(0, units[-1] if units else 0, 1, 1))
-    if "in" not in parts or (not walked["in"] and not units):
+    if "in" not in parts or not (walked["in"] or units):
         return Blocked(op, "multiplied element by element: its product sums over none of its axes")
-    if inner[2] != 1:
-        return Blocked(op, f"its product reads weights {inner[2]} apart, groups need consecutive ones")
-    if inner[0] in seen.indexed:
+    inner = min(walked["in"] or [_Step(0, units[-1], 1, 1)])
+    if inner.jump != 1:
+        return Blocked(op, f"its product reads weights {inner.jump} apart, groups need consecutive ones")
+    if inner.stride in seen.indexed:
         return Blocked(op, "indexed along the axis that its product sums over: index the data in its place")
-    in_axis = inner[1]
-    units = [axis for axis in units if axis != in_axis]
-    outer = min((step for step in walked["out"] if step[1] != in_axis), default=None)
-    if outer is None and not units:
+    units = [axis for axis in units if axis != inner.axis]
+    outs = [step for step in walked["out"] if step.axis != inner.axis]
+    if not outs and not units:
         return Blocked(op, "no output axis: every weight row meets data of its own")
-    _, out_axis, jump, count = outer or (0, units[0], 1, 1)
-    batch = {step[1] for part in ("batch", "out") for step in walked[part]}
-    batch |= {axis for axis in range(len(shape)) if all(axis != step[1] for steps in walked.values() for step in steps)}
-    batch -= {axis for axis in units if axis > min(in_axis, out_axis)} | {in_axis, out_axis}
-    layout = Layout(in_axis, out_axis, tuple(sorted(batch)))
-    first = start_of(seen.dims, out_axis, shape)
-    outputs = (first, count) if jump == 1 else (0, 1)
-    return Use(node, op, layout, (start_of(seen.dims, in_axis, shape), inner[3]), outputs, conv_groups, seen.path)
+    outer = min(outs or [_Step(0, units[0], 1, 1)])
+    unwalked = set(range(len(shape))) - {step.axis for steps in walked.values() for step in steps}
+    batch = {step.axis for part in ("batch", "out") for step in walked[part]} | unwalked
+    batch -= {axis for axis in units if axis > min(inner.axis, outer.axis)} | {inner.axis, outer.axis}
+    inputs = start_of(seen.dims, inner.axis, shape), inner.size
+    outputs = (start_of(seen.dims, outer.axis, shape), outer.size) if outer.jump == 1 else (0, 1)
+    return Use(node, op, Layout(inner.axis, outer.axis, tuple(sorted(batch))), inputs, outputs, conv_groups, seen.path)
 
 
 BETWEEN = "multiplied by Python that TorchDynamo does not compile, where no mask reaches it"
+EMBEDDING = "an embedding: rows are looked up, not multiplied"
 FUSED = "inside a fused LSTM, GRU or RNN op: write the cell with linear layers to make it sparse"
 _TRANSPOSED = "a transposed convolution: no N:M kernel reduces along its axis"
 
@@ -212,7 +228,7 @@ def _why_not(node: Node, *, computed: bool) -> str:
     if node.target is multiplied_between:
         return BETWEEN
     if name.startswith("embedding"):
-        return "an embedding: rows are looked up, not multiplied"
+        return EMBEDDING
     if name in _TRANSPOSED_CONVS:
         return _TRANSPOSED
     if name in RECURRENT:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nm_compiler.wording import first_line
+
 
 def meta_model(folder: Path, config: Mapping[str, Any]) -> nn.Module | str:
     """The model of ``config["architectures"]`` on the meta device, in evaluation mode; or why there is none, in words.
@@ -32,6 +34,5 @@ def meta_model(folder: Path, config: Mapping[str, Any]) -> nn.Module | str:
         with torch.device("meta"):
             model = maker._from_config(settings) if hasattr(maker, "_from_config") else maker(settings)
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"{name} cannot be built from config.json ({first})"
+        return f"{name} cannot be built from config.json ({first_line(error)})"
     return model.eval() if isinstance(model, nn.Module) else f"{name} is no model"

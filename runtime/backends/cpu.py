@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
-from nm_compiler.graph import arguments_of, getattr_path, run, standalone
+from nm_compiler.graph import Pass, arguments_of, getattr_path, run, standalone
 from nm_compiler.memory import give_back, keep_freed
 from nm_compiler.passes.channels_last import channels_last
 from nm_compiler.passes.fuse_dense import fuse_dense
@@ -36,7 +36,7 @@ from nm_compiler.scaled import value_if_scaled
 from nm_compiler.wording import dtype_name
 
 VALUES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-ROUGH = {torch.bfloat16: 2e-2, torch.int8: 1e-1}
+ROUGH: Mapping[torch.dtype | None, float] = {torch.bfloat16: 2e-2, torch.int8: 1e-1}
 """How far outputs may be from the model's where values are rounded."""
 
 
@@ -60,35 +60,53 @@ class Cpu(Backend):
         return found if isinstance(found, str) else None
 
     def lower(self, job: Job) -> Result:
-        options = self.take(job, "values", "choose", "cache", "against")
-        values, against = _values(options.get("values")), options.get("against", "eager")
-        if against not in ("eager", "inductor"):
-            raise NMError(f"options={{'against': {against!r}}}: choose eager or inductor")
-        choices = Choices(options.get("cache")) if options.get("choose", True) else None
+        wish = _wish(self.take(job, "values", "choose", "cache", "against"))
         found, nodes = job.products, {node.name: node for node in job.gm.graph.nodes}
-        inductor = against == "inductor"
         keep_freed()
-        decisions = {each.node: _decide(job, each, nodes[each.node], choices, values, inductor=inductor) for each in found}
+        decisions = {each.node: _decide(job, each, nodes[each.node], wish) for each in found}
         chosen = [each for each in found if decisions[each.node].kernel]
-        lower = partial(lower_cpu, chosen=chosen, values=values)
         measured = chosen and all(decisions[each.node].dense_s is not None for each in chosen)  # none is forced
         dense = standalone(GraphModule(job.gm, copy.deepcopy(job.gm.graph))) if measured else None
-        gm = run(job.gm, [lower, fuse_epilogues, huge_pages])
-        turned = gm if dense is None else channels_last(gm)
-        ways = {} if turned is gm else {"packed, channels last": standalone(run(turned, [fuse_dense]))}
-        ways = {"packed": standalone(run(gm, [pool_channels_last, fuse_dense])), **ways}
-        gm = ways["packed"]
+        ways = _ways(job.gm, partial(lower_cpu, chosen=chosen, values=wish.values), both=dense is not None)
         give_back()
-        library = load()
-        threads = torch.get_num_threads()
+        library, threads = load(), torch.get_num_threads()
         notes = [f"CPU kernels for {getattr(library, 'isa', library)}, {threads} thread{'s' * (threads > 1)}."]
+        made = ways["packed"]
         if dense is not None:
-            whole = compared(dense, ways, job.flat, inductor=inductor)
+            whole = compared(dense, ways, job.flat, inductor=wish.inductor)
             notes.append(str(whole))
-            gm = ways[whole.best]
+            made = ways[whole.best]
             if not whole.packed_wins:
-                gm, decisions = dense, {name: _undone(each, whole) for name, each in decisions.items()}
-        return Result(gm, decisions, found, tuple(notes), rough=0.0 if values is None else ROUGH.get(values, 0.0))
+                made, decisions = dense, {name: _undone(each, whole) for name, each in decisions.items()}
+        return Result(made, decisions, found, tuple(notes), rough=ROUGH.get(wish.values, 0.0))
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The options. values: dtype of packed values, by default that of each weight; choices: timings, None to take none."""
+
+    values: torch.dtype | None = None
+    choices: Choices | None = None
+    inductor: bool = False
+
+
+def _wish(options: Mapping[str, Any]) -> Wish:
+    """Raises NMError for an option of another value than there is."""
+    values, against = options.get("values"), options.get("against", "eager")
+    if values is not None and values not in VALUES:
+        raise NMError(f"options={{'values': {values!r}}}: choose one of {', '.join(VALUES)}")
+    if against not in ("eager", "inductor"):
+        raise NMError(f"options={{'against': {against!r}}}: choose eager or inductor")
+    choices = Choices(options.get("cache")) if options.get("choose", True) else None
+    return Wish(None if values is None else VALUES[values], choices, against == "inductor")
+
+
+def _ways(gm: GraphModule, lower: Pass, *, both: bool) -> dict[str, GraphModule]:
+    """The packed graph, by its name in notes, and if ``both`` and there are images in rows, one with channels innermost."""
+    gm = run(gm, [lower, fuse_epilogues, huge_pages])
+    turned = channels_last(gm) if both else gm
+    last = {} if turned is gm else {"packed, channels last": standalone(run(turned, [fuse_dense]))}
+    return {"packed": standalone(run(gm, [pool_channels_last, fuse_dense])), **last}
 
 
 def _undone(decision: Decision, whole: Whole) -> Decision:
@@ -99,29 +117,19 @@ def _undone(decision: Decision, whole: Whole) -> Decision:
     return replace(decision, kernel="", bytes=None, reasons=(reason,), hint=hint)
 
 
-def _values(name: Any) -> torch.dtype | None:
-    if name is None:
-        return None
-    if name not in VALUES:
-        raise NMError(f"options={{'values': {name!r}}}: choose one of {', '.join(VALUES)}")
-    return VALUES[name]
-
-
-def _decide(
-    job: Job, product: Product, node: Node, choices: Choices | None, values: torch.dtype | None, *, inductor: bool = False
-) -> Decision:
+def _decide(job: Job, product: Product, node: Node, wish: Wish) -> Decision:
     why = reasons(product, node)
     if why:
         return Decision(reasons=why, hint=why[0].partition(": ")[2])
     weight: Tensor = getattr_path(job.gm, product.read).detach()
-    site, dtype = product.site, values or weight.dtype
+    site, dtype = product.site, wish.values or weight.dtype
     name = f"CPU packed {site.pattern}" + ("" if dtype == torch.float32 else f" {dtype_name(dtype)}")
     decision = Decision(name, eligible=True, bytes=packed_bytes(tuple(weight.shape), site.pattern, site.conv_groups, dtype))
-    if choices is None or matches(site.name, job.force) is not None:
+    if wish.choices is None or matches(site.name, job.force) is not None:
         return decision
     data: Any = node.args[0]
     x = _example(job, data, weight.dtype)
-    timing = choices.find(*_measurement(job, product, node, weight, x, name, dtype, inductor))
+    timing = wish.choices.find(*_measurement(job, product, node, weight, x, name, wish))
     give_back()
     decision = replace(decision, dense_s=timing.dense_s, sparse_s=timing.sparse_s)
     if timing.sparse_wins:
@@ -134,22 +142,23 @@ def _decide(
 
 
 def _measurement(
-    job: Job, product: Product, node: Node, weight: Tensor, x: Tensor, name: str, dtype: torch.dtype, inductor: bool
+    job: Job, product: Product, node: Node, weight: Tensor, x: Tensor, kernel: str, wish: Wish
 ) -> tuple[str, Callable[[], Timing]]:
     """What it is known under, and how it is taken. The weight is computed and packed only if it is."""
     given = arguments_of(node)["bias"]
     bias = None if given is None else value_of(job.gm, given).detach()
     conv = None if product.site.op == "linear" else geometry(node)
     key = key_of(
-        weight.device, kernel=name, weight=tuple(weight.shape), input=tuple(x.shape), strides=x.stride(), conv=conv,
+        weight.device, kernel=kernel, weight=tuple(weight.shape), input=tuple(x.shape), strides=x.stride(), conv=conv,
         bias=bias is not None, dtype=weight.dtype, isa=getattr(load(), "isa", ""), kernels=digest(),
-        inductor=inductor,
+        inductor=wish.inductor,
     )  # fmt: skip
 
     def measure() -> Timing:
         value = value_if_scaled(weight)
-        packed = pack(value, product.site.pattern, conv_groups=product.site.conv_groups, dtype=dtype)
-        return timed(value, packed, x, bias, conv, inductor=inductor)
+        site, dtype = product.site, wish.values or weight.dtype
+        packed = pack(value, site.pattern, conv_groups=site.conv_groups, dtype=dtype)
+        return timed(value, packed, x, bias, conv, inductor=wish.inductor)
 
     return key, measure
 

@@ -18,7 +18,7 @@ from nm_compiler.sites.plan import Site
 
 
 class Onnx(Backend):
-    """Options: path (needed), tolerance and one_file of `nm_compiler.runtime.onnx_files.write`.
+    """Options: path (needed), tolerance and one_file of `nm_compiler.runtime.onnx_files.export.write`.
 
     The module that comes back runs the same graph in PyTorch; the file is its ``artifact``. Unless weights were cast, folded
     ones are computed when it is first called: who wants the file alone needs no memory for them.

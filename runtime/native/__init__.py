@@ -1,1 +1,13 @@
-"""CPU kernels for N:M weights: C without torch or Python.h, loaded through ctypes; and what packs weights for them."""
+"""CPU kernels for N:M weights: C without torch or Python.h, loaded through ctypes; and what packs weights for them.
+
+building   compiled when the package is installed
+library    loaded, and an instruction set chosen
+job        what the kernels of packed products are told
+sweep      the same of those over weights that are not packed
+packing    a weight as they read it
+pages      packed weights in huge pages
+ops        ``nm::packed_linear`` and ``nm::packed_conv2d``
+eligible   which products they take, and why not the others
+measuring  a product timed, packed and dense
+whole      a graph timed, packed and dense
+"""

@@ -38,7 +38,7 @@ from nm_compiler.runtime.onnx_files.reading import load
 from nm_compiler.runtime.onnx_files.saving import Staged
 from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.check import worst_group
-from nm_compiler.wording import dtype_name
+from nm_compiler.wording import dtype_name, first_line
 
 ONE_FILE = 2**31 - 2**26  # protobuf ends at 2 GiB; the graph needs some of it
 _NOISY = ("onnxscript", "onnx_ir", "torch.onnx")
@@ -183,8 +183,7 @@ def _why_not(error: BaseException) -> str:
         )
     while error.__cause__ is not None:
         error = error.__cause__
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return f"{told}: {first[:300]}. Update torch and onnxscript, or write that part of the model with other ops"
+    return f"{told}: {first_line(error)[:300]}. Update torch and onnxscript, or write that part of the model with other ops"
 
 
 def _check_valid(path: Path) -> None:
@@ -193,10 +192,9 @@ def _check_valid(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise NMError(
-            f"what was exported is no valid ONNX model: {first[:300]}. An op that does not take the dtype is exported in "
-            "float32 or float16; otherwise write that part of the model with other ops"
+            f"what was exported is no valid ONNX model: {first_line(error)[:300]}. An op that does not take the dtype is "
+            "exported in float32 or float16; otherwise write that part of the model with other ops"
         ) from error
 
 

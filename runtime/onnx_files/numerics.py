@@ -16,6 +16,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.runtime.onnx_files.parts import PartError, run_in_parts
 from nm_compiler.runtime.onnx_files.reading import load
 from nm_compiler.runtime.onnx_files.wide import Wide
+from nm_compiler.wording import first_line
 
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
@@ -67,7 +68,9 @@ def compare(program: ExportedProgram, inputs: tuple[Tensor, ...], outline: Path,
         found = run_in_parts(outline, feeds, options)
     except PartError as error:
         shapes = _shapes(runs[error.args[0]])
-        raise NMError(f"onnxruntime cannot run what was exported on inputs of {shapes}: {_brief(error.__cause__)}") from error
+        raise NMError(
+            f"onnxruntime cannot run what was exported on inputs of {shapes}: {_brief(error.__cause__ or error)}"
+        ) from error
     except unable as error:
         return Numerics(None, allowed, reason=f"onnxruntime {onnxruntime.__version__} on CPU: {_brief(error)}")
     except Exception as error:
@@ -160,7 +163,6 @@ def _shapes(inputs: Sequence[Tensor]) -> str:
     return ", ".join(str(list(tensor.shape)) for tensor in inputs)
 
 
-def _brief(error: BaseException | None) -> str:
+def _brief(error: BaseException) -> str:
     """The message without onnxruntime's code in front of it."""
-    text: str = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return text.rpartition(" : ")[2][:300]
+    return first_line(error).rpartition(" : ")[2][:300]

@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
+from nm_compiler.wording import first_line
 
 Batch = tuple[int, int, int]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -88,8 +89,7 @@ def with_profile(program: ExportedProgram, inputs: Inputs, batch: Batch) -> tupl
     try:
         again = torch.export.export(module, args, kwargs, dynamic_shapes=shapes.dynamic_shapes(module, args, kwargs))
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise NMError(f"the program cannot take batch={batch!r}: {first}") from error
+        raise NMError(f"the program cannot take batch={batch!r}: {first_line(error)}") from error
     return again, (args, kwargs)
 
 

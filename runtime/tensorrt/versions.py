@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from nm_compiler.errors import NMError
+from nm_compiler.wording import first_line
 
 # torch -> torch_tensorrt, TensorRT: the pins in the metadata of the torch-tensorrt wheels on PyPI.
 MATCHING = {
@@ -72,7 +73,7 @@ def _check(version: str) -> None:
 
 
 def _why(error: Exception) -> str:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = first_line(error)
     if "nvinfer" in said or "tensorrt" in said.lower():
         return f"torch_tensorrt cannot load TensorRT's libraries ({said}). {advice()}"
     if "cuda" in said.lower() or "nvidia" in said.lower():
