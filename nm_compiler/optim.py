@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
 from nm_compiler.state.beside import learns
+from nm_compiler.state.sharding import is_sharded
 from nm_compiler.unwrapping import unwrap
 
 
@@ -119,27 +120,30 @@ class FirstStep:
     """Finds out, without being told the optimizer, whether it moves the learned state as it moves the weights.
 
     A tensor counts its changes in place; so an optimizer that was built before `compile`, or from some parameters only, shows
-    in the first step that moves a weight and not its scores.
+    in the first step that moves a weight and not its scores. What is written through ``.data``, as ZeroRedundancyOptimizer
+    does with parameters of other ranks, is not counted: some of the values tell then.
     """
 
     def __init__(self, module: Carrier) -> None:
         self._module = module
         self._before = self._now()
 
-    def _now(self) -> dict[str, tuple[Tensor, int, Tensor, int]]:
+    def _now(self) -> dict[str, tuple[Tensor, int, Tensor, int, Tensor]]:
         state, owners = learned_state(self._module), owners_of(self._module)
-        return {name: (owners[name], owners[name]._version, score, score._version) for name, score in state.items()}
+        return {
+            name: (owners[name], owners[name]._version, score, score._version, _some(score)) for name, score in state.items()
+        }
 
     def check(self) -> bool:
         """Whether a weight has moved, so that there is nothing to look for any more. Raises NMError if its scores have not."""
         now, stuck, moved = self._now(), {}, False
-        for name, (weight, version, score, score_version) in now.items():
+        for name, (weight, version, score, score_version, some) in now.items():
             old = self._before[name]
             if weight is not old[0] or score is not old[2]:  # replaced, by load_state_dict(assign=True): nothing to compare
                 self._before[name] = now[name]
             elif version != old[1]:
                 moved = True
-                if score_version == old[3] and score.requires_grad:
+                if score_version == old[3] and score.requires_grad and _same(some, old[4]):
                     stuck[name] = score
         if stuck:
             raise NMError(
@@ -147,6 +151,18 @@ class FirstStep:
                 f"them, or did not step. {_WAY_OUT}; or give SparsityScheduler(optimizer=) the one that holds them"
             )
         return moved or not now
+
+
+def _some(values: Tensor) -> Tensor:
+    """A copy of some numbers of a tensor, spread over all of it, or over this rank's shard."""
+    own: Tensor = values.detach().to_local() if is_sharded(values) else values.detach()  # type: ignore[attr-defined]
+    flat = own.flatten()
+    return flat[:: max(1, flat.numel() // 1024)].clone()
+
+
+def _same(values: Tensor, others: Tensor) -> bool:
+    """Whether numbers are what they were; unknown ones are taken to be."""
+    return values.is_meta or others.is_meta or torch.equal(values, others.to(values.device))
 
 
 _WAY_OUT = "Build it after nm.compile, from sparse.parameters() or nm.parameter_groups(sparse)"

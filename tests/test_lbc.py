@@ -234,3 +234,22 @@ def test_a_weight_that_no_gradient_reaches_keeps_its_largest(scores: Any, live: 
     model = nm.freeze(sparse)
     for name, mask in largest.items():
         assert torch.equal(model.get_parameter(name) != 0, mask), name
+
+
+def test_scores_of_a_model_in_bfloat16_move_under_small_steps() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))).to(torch.bfloat16)
+    x = torch.randn(32, 16, dtype=torch.bfloat16)
+    sparse = nm.compile(model, (x,), method=nm.LBC())
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-4)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=4)
+    for _ in range(4):
+        sparse(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    scores = sparse.weights[0]["scores"]
+    assert scores.dtype == torch.bfloat16
+    assert float((scores != scores[0, 0]).float().mean()) > 0.9
+    (row,) = (row for row in nm.report(sparse).rows if row.status == "sparse")
+    assert "never moved" not in row.reason

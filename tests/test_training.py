@@ -89,6 +89,28 @@ def test_an_optimizer_without_the_scores_is_found_out_in_its_first_step(method: 
     assert scheduler.last_step == 0
 
 
+def test_scores_that_are_written_past_torchs_count_of_changes_raise_no_alarm() -> None:
+    class FromOtherRanks(torch.optim.SGD):
+        """As ZeroRedundancyOptimizer: some parameters are updated here, the others arrive in their ``.data``."""
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                arrived = p - 0.1 * p.grad
+                p.data.copy_(arrived.detach()) if p is scores else p.detach().copy_(arrived)
+
+    torch.manual_seed(0)
+    sparse = nm.compile(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), (torch.randn(4, 8),), method=nm.LBC())
+    scores = sparse.weights[0]["scores"]
+    optimizer = FromOtherRanks(sparse.parameters())
+    scheduler = nm.SparsityScheduler(sparse, total_steps=2)
+    before = scores.detach().clone(), scores._version
+    sparse(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    scheduler.step()
+    assert scores._version == before[1]
+    assert not torch.equal(scores, before[0])
+
+
 def test_steps_that_change_nothing_and_parameters_that_were_replaced_raise_no_alarm() -> None:
     sparse, model = compiled(nm.LBC())
     scheduler = nm.SparsityScheduler(sparse, total_steps=8)

@@ -76,7 +76,8 @@ class LBC(Method):
 
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
         pattern = site.pattern
-        start = 1 / math.comb(pattern.m - 1, pattern.n - 1)
+        half = weight.dtype in (torch.bfloat16, torch.float16)  # beside 1 / C a step would round away: only differences count
+        start = 0.0 if half else 1 / math.comb(pattern.m - 1, pattern.n - 1)
         if self.by_position:
             scores = torch.full_like(weight, start / pattern.n)
         else:
