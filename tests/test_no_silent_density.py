@@ -123,14 +123,23 @@ def test_a_frame_that_dynamo_skips_is_an_error() -> None:
         assert nm.report(model).rows[1].runs
 
 
-@pytest.mark.parametrize("switch", [lambda: torch.compiler.set_stance("force_eager"),
-                                    lambda: torch._dynamo.config.patch(disable=True)], ids=["stance", "config"])  # fmt: skip
-def test_with_dynamo_switched_off_there_is_an_error(switch: Callable[[], Any]) -> None:
+def test_with_dynamo_switched_off_there_is_an_error_and_on_again_it_runs() -> None:
     model = live(MLP())
-    with switch(), pytest.raises(nm.NMError, match=r"fc\d.weight is read by code that TorchDynamo"):
+    off = torch._dynamo.config.patch(disable=True)
+    with off, pytest.raises(nm.NMError, match="TorchDynamo is switched off .* the weights of this MLP would be dense"):
+        model(example(model))
+    x, expected = example(model), model(example(model))
+    with off, pytest.raises(nm.NMError, match="TorchDynamo is switched off"):
+        model(x)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_where_dynamo_is_told_to_leave_all_to_python_there_is_an_error() -> None:
+    model = live(MLP())
+    with torch.compiler.set_stance("force_eager"), pytest.raises(nm.NMError, match=r"fc\d.weight is read by code that Torch"):
         model(example(model))
     x, expected = example(model), model(example(model))  # and on again
-    with switch():
+    with torch.compiler.set_stance("force_eager"):
         try:
             torch.testing.assert_close(model(x), expected)  # what was compiled before may still run
         except nm.NMError as error:

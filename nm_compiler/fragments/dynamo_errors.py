@@ -17,6 +17,11 @@ from nm_compiler.fragments.watching import python_line
 
 def check_around(model: nn.Module) -> None:
     """Raises NMError inside what keeps TorchDynamo from compiling anything."""
+    if torch._dynamo.config.disable:  # torch 2.11 would, for good, leave to Python what is called meanwhile
+        raise NMError(
+            f"TorchDynamo is switched off (torch._dynamo.config.disable, or TORCH_COMPILE_DISABLE=1), and the weights of this "
+            f"{type(model).__name__} would be dense: switch it on, or give nm.compile example inputs, if it can be captured"
+        )
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise NMError(
             f"{type(model).__name__} was called inside torch.func (grad, vmap, ...), where TorchDynamo compiles "

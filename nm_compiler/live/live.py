@@ -102,8 +102,7 @@ class Live(Fragments):
         known = self._entries.get(id(module))
         if known is None:
             known = (module, *entry_of(module, self, breaks=id(module) in self._watched))
-            if not torch._dynamo.config.disable:  # with which torch.compile gives back what it was given
-                self._entries[id(module)] = known
+            self._entries[id(module)] = known
         return known
 
     def met_in_python(self) -> None:
