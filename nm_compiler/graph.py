@@ -126,6 +126,12 @@ def arguments_of(node: Node) -> dict[str, Any]:
     return bound
 
 
+def per_axis(value: Any, axes: int) -> list[int]:
+    """A number for each axis of space, as a convolution is given them: 1, [1] and [1, 1] mean the same."""
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    return numbers * axes if len(numbers) == 1 else numbers
+
+
 def base_of(value: Any) -> Any:
     """The node whose memory a node may show, by what the schemas of ops say of views: itself if it is none."""
     while isinstance(value, Node) and value.op == "call_function":
