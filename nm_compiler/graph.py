@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from nm_compiler.errors import NMError
@@ -88,6 +89,23 @@ def getattr_path(owner: Any, path: Any) -> Any:
     return owner
 
 
+Copies = dict[Node, Any]
+"""What stands for the nodes of a program that `inline` has come by."""
+
+
+def inline(graph: Graph, program: GraphModule, inputs: Iterable[Any], copy: Callable[[Node, Copies], Any]) -> Any:
+    """Put the nodes of ``program`` into ``graph``, where it inserts now. Returns what ``program`` returns, as nodes there.
+
+    inputs: what stands for its placeholders; copy: makes what stands for each other node, of what stands for those before.
+    """
+    given, copies = iter(inputs), Copies()
+    for node in program.graph.nodes:
+        if node.op == "output":
+            return map_arg(node.args[0], copies.__getitem__)
+        copies[node] = next(given) if node.op == "placeholder" else copy(node, copies)
+    raise AssertionError("a graph without an output")
+
+
 def reads(gm: GraphModule, name: str) -> list[Node]:
     """All nodes that read the parameter or buffer ``name``."""
     return [node for node in gm.graph.nodes if node.op == "get_attr" and node.target == name]
@@ -108,6 +126,12 @@ def arguments_of(node: Node) -> dict[str, Any]:
     return bound
 
 
+def per_axis(value: Any, axes: int) -> list[int]:
+    """A number for each axis of space, as a convolution is given them: 1, [1] and [1, 1] mean the same."""
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    return numbers * axes if len(numbers) == 1 else numbers
+
+
 def base_of(value: Any) -> Any:
     """The node whose memory a node may show, by what the schemas of ops say of views: itself if it is none."""
     while isinstance(value, Node) and value.op == "call_function":
@@ -121,13 +145,17 @@ def base_of(value: Any) -> Any:
     return value
 
 
-def written_by(node: Node) -> list[Node]:
-    """The `base_of` what an op writes to, by its schema."""
+def written_args(node: Node) -> list[Any]:
+    """Those of the positional arguments that an op writes to, by its schema."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return []
     given = zip(node.args, node.target._schema.arguments, strict=False)
-    args = [arg for arg, said in given if said.alias_info is not None and said.alias_info.is_write]
-    return [base_of(arg) for arg in args if isinstance(arg, Node)]
+    return [arg for arg, said in given if said.alias_info is not None and said.alias_info.is_write]
+
+
+def written_by(node: Node) -> list[Node]:
+    """The `base_of` what an op writes to."""
+    return [base_of(arg) for arg in written_args(node) if isinstance(arg, Node)]
 
 
 def tensor_outputs(gm: GraphModule) -> list[int]:

@@ -14,9 +14,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path
 from nm_compiler.wording import several
 
-_SET: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.modules.dropout._DropoutNd: ("p",), nn.modules.batchnorm._NormBase: ("momentum",), nn.MultiheadAttention: ("dropout",),
-}  # fmt: skip
+_SET: dict[type[nn.Module], str] = {nn.modules.dropout._DropoutNd: "p", nn.modules.batchnorm._NormBase: "momentum"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 Link = tuple[dict[str, nn.Module | None], str, nn.Module | None, str]
 """The children of a module, the name of one of them, which module it is, and its path from the root."""
@@ -25,8 +23,8 @@ Link = tuple[dict[str, nn.Module | None], str, nn.Module | None, str]
 class Layers:
     """The layers of a model as it was captured; `check` finds out at a call what is another now.
 
-    links: of every layer; settings: the attributes of a module, the name of one, its value and the
-    module's path; hooks: those of one kind of a module, how many there were, and which module that is.
+    links: of every layer; settings: the attributes of a module, the name of one, its value and its
+    whole name; hooks: those of one kind of a module, how many there were, and which module that is.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -45,10 +43,10 @@ class Layers:
         for registered, captured, where in self.hooks:
             if len(registered) != captured:
                 raise _hooked(where)
-        for attributes, key, held, path in self.settings if exported and training else ():
+        for attributes, key, held, where in self.settings if exported and training else ():
             if attributes.get(key) != held:
                 raise NMError(
-                    f"{path}.{key} is {attributes.get(key)} now, and the captured graph holds {held}: set it before "
+                    f"{where} is {attributes.get(key)} now, and the captured graph holds {held}: set it before "
                     "nm.compile or after nm.freeze (as update_bn does); nm.compile(model), without inputs, follows changes"
                 )
 
@@ -69,10 +67,14 @@ def links(root: nn.Module, paths: Iterable[str]) -> Iterator[Link]:
 def _settings(root: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, str]]:
     """What trainers change between steps, and a captured graph holds as a number: dropouts and momenta of batch norms."""
     for path, module in root.named_modules():
-        names = [name for kind, names in _SET.items() if isinstance(module, kind) for name in names]
-        for name in (*names, "drop_prob"):  # the latter of timm's and Hugging Face's layers
-            if name in module.__dict__:
-                yield module.__dict__, name, module.__dict__[name], path
+        names = {name for kind, name in _SET.items() if isinstance(module, kind)}
+        for name, value in module.__dict__.items():
+            if name in names or ("drop" in name and _is_share(value)):  # drop_prob, attention_dropout, ..
+                yield module.__dict__, name, value, f"{path}.{name}".lstrip(".")
+
+
+def _is_share(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and 0 <= value <= 1)
 
 
 def has_modes(module: nn.Module) -> bool:

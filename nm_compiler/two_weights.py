@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from nm_compiler.graph import arguments_of, target_name
+from nm_compiler.graph import arguments_of, per_axis, target_name
 from nm_compiler.ops import einsum as _einsum  # noqa: F401  registers nm::einsum, and so on
 from nm_compiler.ops import grouped_mm as _grouped_mm  # noqa: F401
 from nm_compiler.ops import products as _products  # noqa: F401
@@ -97,24 +97,18 @@ def _product(gm: GraphModule, equation: Equation, forward: Node, backward: Node)
 def _conv(gm: GraphModule, node: Node, forward: Node, backward: Node) -> Node:
     taps = list(forward.meta["val"].shape[2:])
     given = arguments_of(node)
-    stride, dilation = (_each(given[name], len(taps)) for name in ("stride", "dilation"))
+    stride, dilation = (per_axis(given[name], len(taps)) for name in ("stride", "dilation"))
     data, padding = given["input"], given["padding"]
     if isinstance(padding, str):
         data, sides = _by_name(gm, data, padding, taps, dilation)
     else:
-        sides = _each(padding, len(taps))
+        sides = per_axis(padding, len(taps))
     unbatched = given["input"].meta["val"].ndim == len(taps) + 1
     if unbatched:
         data = gm.graph.call_function(aten.unsqueeze.default, (data, 0))
     arguments = (data, forward, backward, given["bias"], stride, sides, dilation, given["groups"])
     product = gm.graph.call_function(torch.ops.nm.conv.default, arguments)
     return gm.graph.call_function(aten.squeeze.dim, (product, 0)) if unbatched else product
-
-
-def _each(value: object, count: int) -> list[int]:
-    """A number for each space axis: 1, [1] and [1, 1] all mean the same."""
-    sizes = list(value) if isinstance(value, (list, tuple)) else [value]
-    return sizes * count if len(sizes) == 1 else sizes  # type: ignore[return-value]
 
 
 def _by_name(gm: GraphModule, data: Node, padding: str, taps: list[int], dilation: list[int]) -> tuple[Node, list[int]]:

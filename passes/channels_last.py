@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from nm_compiler.graph import tidy
+from nm_compiler.graph import tidy, written_args
 from nm_compiler.runtime.memory_format import lies_in_channels_last
 from nm_compiler.runtime.native.ops import CONV2D
 
@@ -40,12 +40,12 @@ def channels_last(gm: GraphModule) -> GraphModule:
         return gm
     made = GraphModule(gm, copy.deepcopy(gm.graph))
     made.__dict__["extras"] = dict(gm.__dict__.get("extras", {}))
-    rows = [_of_rows(value) for value in _results(made)]
     try:
+        rows = [_of_rows(value) for value in _results(made)]
         _turn(made)
-    except (RuntimeError, ValueError):  # an op that cannot take images in this layout
+        _turn_back(made, rows)
+    except (RuntimeError, ValueError):  # an op that cannot take images in this layout, or sizes that only data tell
         return gm
-    _turn_back(made, rows)
     return made
 
 
@@ -62,15 +62,12 @@ def _depends_on_strides(node: Node) -> bool:
     """Reads them, or may do so in a body, or writes through a view, which would be a copy."""
     if node.target in _READ_STRIDES or isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
-    return node.target in _VIEWS and any(_writes(user, node) for user in node.users)
+    return node.target in _VIEWS and any(_may_write(user, node) for user in node.users)
 
 
-def _writes(user: Node, operand: Node) -> bool:
-    schema: Any = getattr(user.target, "_schema", None)
-    if schema is None:
-        return True
-    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments]
-    return any(each is operand for each, writes in zip(user.args, written, strict=False) if writes)
+def _may_write(user: Node, operand: Node) -> bool:
+    known = isinstance(user.target, torch._ops.OpOverload) or user.op == "output"
+    return not known or operand in written_args(user)
 
 
 def _turn(gm: GraphModule) -> None:
@@ -103,18 +100,18 @@ def _from(node: Node) -> list[Node]:
 
 
 def _results(gm: GraphModule) -> list[Any]:
-    (returned,) = gm.graph.find_nodes(op="output")[0].args
+    (returned,) = gm.graph.output_node().args
     return list(returned) if isinstance(returned, (list, tuple)) else [returned]
 
 
 def _of_rows(result: Any) -> bool:
     value = result.meta.get("val") if isinstance(result, Node) else None
-    return isinstance(value, Tensor) and value.ndim == 4 and value.is_contiguous()
+    return isinstance(value, Tensor) and value.is_contiguous()
 
 
 def _turn_back(gm: GraphModule, rows: list[bool]) -> None:
     """Results that lay in rows do so again."""
-    output = gm.graph.find_nodes(op="output")[0]
+    output = gm.graph.output_node()
     results = _results(gm)
     for place, result in enumerate(results):
         if rows[place] and not result.meta["val"].is_contiguous():

@@ -29,7 +29,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from nm_compiler.graph import getattr_path
+from nm_compiler.graph import base_of, getattr_path, written_args
 from nm_compiler.ops.together import KINDS, together
 from nm_compiler.rewrite import replace
 
@@ -92,33 +92,21 @@ def _is_barrier(node: Node) -> bool:
         return False
     if not isinstance(node.target, torch._ops.OpOverload):
         return getattr(node.target, "__module__", None) not in ("_operator", "operator", "builtins", "math")
-    written = [
-        arg
-        for arg, said in zip(node.args, node.target._schema.arguments, strict=False)
-        if said.alias_info is not None and said.alias_info.is_write
-    ]
-    return any(_is_state(arg) for arg in written) or (node.target._schema.is_mutable and (not written or bool(node.kwargs)))
+    written = written_args(node)
+    return any(map(_is_state, written)) or (node.target._schema.is_mutable and (not written or bool(node.kwargs)))
 
 
 def _is_state(written: Any) -> bool:
     """Whether what is written is a parameter or state of at least two axes, a view of such, or nothing known."""
-    while isinstance(written, Node) and written.op == "call_function":
-        if written.target is operator.getitem:
-            written = written.args[0]
-            continue
-        if not isinstance(written.target, torch._ops.OpOverload):
-            return True
-        returned = written.target._schema.returns
-        if written.target in KINDS or not returned:
-            return True
-        if returned[0].alias_info is None:
-            return False
-        written = written.args[0]
-    if not isinstance(written, Node):
+    base = base_of(written)
+    if not isinstance(base, Node):
         return True
-    if written.op == "get_attr":
-        return bool(getattr_path(written.graph.owning_module, written.target).ndim > 1)
-    return written.op != "placeholder"
+    if base.op == "get_attr":
+        return bool(getattr_path(base.graph.owning_module, base.target).ndim > 1)
+    if not isinstance(base.target, torch._ops.OpOverload):
+        return base.op != "placeholder"
+    returned = base.target._schema.returns
+    return base.target in KINDS or not returned or returned[0].alias_info is not None
 
 
 def _merge(graph: Graph, target: Any, chunk: list[Node]) -> None:

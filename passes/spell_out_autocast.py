@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nm_compiler.capture.binding import bind
 from nm_compiler.capture.bodies import autocast, is_body
-from nm_compiler.graph import fake_mode_of, getattr_path, tidy, unhooked
+from nm_compiler.graph import Copies, fake_mode_of, getattr_path, inline, tidy, unhooked
 
 aten = torch.ops.aten
 
@@ -37,7 +37,7 @@ def spell_out_autocast(gm: GraphModule) -> GraphModule:
     if not gm.graph.find_nodes(op="call_function", target=autocast):
         return gm
     graph, extras = Graph(), dict[str, Any]()
-    given = [_copy(graph, node) for node in gm.graph.find_nodes(op="placeholder")]
+    given = [graph.node_copy(node) for node in gm.graph.find_nodes(op="placeholder")]
     graph.output(_inline(graph, gm, given, extras, fake_mode_of(gm.graph), None))
     flat = bind(graph, gm, extras)
     tidy(flat)
@@ -48,51 +48,42 @@ def _inline(
     graph: Graph, gm: GraphModule, given: Sequence[Any], extras: dict[str, Any], mode: Any, region: Sequence[Any] | None
 ) -> Any:
     """Append the nodes of ``gm``, which lies in ``region``: what autocast was told. Returns what it returns, in new nodes."""
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    copies: dict[Node, Any] = dict(zip(placeholders, given, strict=True))
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            continue
-        if node.op == "output":
-            return torch.fx.map_arg(node.args[0], copies.__getitem__)
+
+    def copy(node: Node, copies: Copies) -> Any:
         if node.op == "get_attr":
             value = getattr_path(gm, node.target)
-            if not is_body(value):
-                copies[node] = _read(graph, node, value, gm.__dict__["extras"], extras)
-        elif node.target is autocast:
-            *told, body = node.args[:5]
-            inputs = torch.fx.map_arg(node.args[5:], copies.__getitem__)
-            copies[node] = _inline(graph, getattr_path(gm, body.target), inputs, extras, mode, told)
-        elif _item_of(node) in copies and not isinstance(copies[_item_of(node)], Node):
-            copies[node] = copies[_item_of(node)][node.args[1]]
-        elif region is None or not isinstance(node.target, torch._ops.OpOverload):
-            copies[node] = _copy(graph, node, copies)
-        else:
-            copies[node] = _cast(graph, node, copies, mode, region)
-    raise AssertionError("a graph without an output")
+            return None if is_body(value) else _read(graph, node, value, gm.__dict__["extras"], extras)
+        if node.target is autocast:
+            args: Any = node.args
+            *told, body = args[:5]
+            inputs = torch.fx.map_arg(args[5:], copies.__getitem__)
+            return _inline(graph, getattr_path(gm, body.target), inputs, extras, mode, told)
+        if _item_of(node) in copies and not isinstance(copies[_item_of(node)], Node):
+            return copies[_item_of(node)][node.args[1]]
+        if region is None or not isinstance(node.target, torch._ops.OpOverload):
+            return graph.node_copy(node, copies.__getitem__)
+        return _cast(graph, node, copies, mode, region)
+
+    return inline(graph, gm, given, copy)
 
 
 def _item_of(node: Node) -> Any:
     return node.args[0] if node.target is operator.getitem else None
 
 
-def _copy(graph: Graph, node: Node, copies: Mapping[Node, Any] | None = None) -> Node:
-    return graph.node_copy(node, (copies or {}).__getitem__)
-
-
 def _read(graph: Graph, node: Node, value: Any, held: Mapping[str, Any], extras: dict[str, Any]) -> Node:
     """Read state under its name, and a constant of a body under one that is free."""
-    new = _copy(graph, node)
+    new = graph.node_copy(node)
     if node.target in held:
         while extras.setdefault(str(new.target), value) is not value:
             new.target = f"{new.target}_"
     return new
 
 
-def _cast(graph: Graph, node: Node, copies: Mapping[Node, Any], mode: Any, region: Sequence[Any]) -> Node:
+def _cast(graph: Graph, node: Node, copies: Copies, mode: Any, region: Sequence[Any]) -> Node:
     """A copy of ``node`` whose inputs are cast as autocast would cast them."""
     device, dtype, enabled, _ = region
-    new = _copy(graph, node, copies)
+    new = graph.node_copy(node, copies.__getitem__)
     if not enabled or getattr(node.target, "_opname", "") in ("to", "_to_copy"):
         return new
     with mode, unhooked(), torch.no_grad():

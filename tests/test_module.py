@@ -114,6 +114,26 @@ def test_a_number_that_the_training_graph_holds_and_that_is_changed_is_an_error_
         sparse(x)
 
 
+class Dropped(MLP):
+    """Its dropout is a number of its own, as in Hugging Face's layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_dropout = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(x, self.hidden_dropout, self.training))
+
+
+def test_a_dropout_that_is_a_number_of_the_model_is_one_of_those() -> None:
+    model = Dropped()
+    sparse = nm.compile(model, example(model), method=nm.SRSTE())
+    model.hidden_dropout = 0
+    with pytest.raises(nm.NMError, match=r"^hidden_dropout is 0 now, and the captured graph holds 0\.5: "):
+        sparse(example(model))
+    sparse.eval()(example(model))
+
+
 HOOKS = [
     "register_forward_hook",
     "register_forward_pre_hook",

@@ -20,8 +20,7 @@ def flat_copy(graph: Graph) -> Graph:
     copy = Graph()
     output = copy.graph_copy(graph, {})
     copy.output(output)
-    old = next(node for node in reversed(graph.nodes) if node.op == "output")
-    next(iter(reversed(copy.nodes))).meta.update(old.meta)
+    copy.output_node().meta.update(graph.output_node().meta)
     return copy
 
 

@@ -16,7 +16,7 @@ train. So its function is captured as it is, as that of any other checkpoint is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node, has_side_effect
 
-from nm_compiler.graph import getattr_path
+from nm_compiler.graph import Copies, getattr_path, inline
 
 _REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
@@ -49,7 +49,7 @@ def open_regions(exported: GraphModule) -> None:
             body = getattr_path(exported, read.target)
             with graph.inserting_before(node):
                 was = graph.call_function(switch_gradients, (enabled,))
-                outputs = _inlined(exported, body, dict(zip(_placeholders(body), given, strict=True)), str(node.name))
+                outputs = _inlined(exported, body, given, node.name)
                 now = graph.call_function(switch_gradients, (was,))
             was.meta["val"] = now.meta["val"] = None
             for user in list(node.users):  # an item of what the body returns
@@ -89,23 +89,17 @@ def masks_as_given() -> Iterator[None]:
         yield
 
 
-def _placeholders(body: GraphModule) -> list[Node]:
-    return body.graph.find_nodes(op="placeholder")
+def _inlined(exported: GraphModule, body: GraphModule, given: Sequence[Any], name: str) -> Any:
+    """Put the body of the region ``name`` to where nodes are inserted now. Returns what it returns, in nodes of the graph."""
 
-
-def _inlined(exported: GraphModule, body: GraphModule, copies: dict[Node, Any], name: str) -> Any:
-    """Copy the nodes of ``body`` to where nodes are inserted now. Returns what it returns, in nodes of the graph."""
-    for node in body.graph.nodes:
-        if node.op == "placeholder":
-            continue
-        if node.op == "output":
-            return torch.fx.map_arg(node.args[0], copies.__getitem__)
-        copies[node] = exported.graph.node_copy(node, copies.__getitem__)
+    def copy(node: Node, copies: Copies) -> Node:
+        new = exported.graph.node_copy(node, copies.__getitem__)
         if node.op == "get_attr":  # a constant, or a region of its own
-            own = f"{name}_{str(node.target).replace('.', '_')}"
-            _set(exported, own, getattr_path(body, node.target))
-            copies[node].target = own
-    raise AssertionError("a graph without an output")
+            new.target = f"{name}_{str(node.target).replace('.', '_')}"
+            _set(exported, new.target, getattr_path(body, node.target))
+        return new
+
+    return inline(exported.graph, body, given, copy)
 
 
 def _set(module: nn.Module, name: str, value: Any) -> None:

@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from nm_compiler.errors import NMError
+from nm_compiler.graph import Copies, inline
 
 
 def without_vmap(graph: Graph, key: str, mode: Any) -> tuple[Graph, dict[str, Tensor]]:
@@ -46,18 +47,16 @@ def without_vmap(graph: Graph, key: str, mode: Any) -> tuple[Graph, dict[str, Te
         depth -= node.target in leave
         if region and not depth:
             program, inputs, outputs = _batched(region, key, mode, casts)
-            _splice(made, program, [copies[each] for each in inputs], outputs, copies, constants)
+            copies |= zip(outputs, _splice(made, program, [copies[each] for each in inputs], constants), strict=True)
             region = []
     return made, constants
 
 
 def _marks() -> tuple[Sequence[Any], Sequence[Any]]:
+    """What opens a torch.vmap in a graph, and what closes one: the functions in C, or those that export puts for them."""
     from torch._C import _functorch as plain
+    from torch._functorch import predispatch as wrapped
 
-    try:  # torch 2.9 on: what a graph holds in place of the functions in C
-        from torch._functorch import predispatch as wrapped
-    except ImportError:
-        return (plain._vmap_increment_nesting,), (plain._vmap_decrement_nesting,)
     both = (plain, wrapped)
     return [each._vmap_increment_nesting for each in both], [each._vmap_decrement_nesting for each in both]
 
@@ -112,27 +111,16 @@ def _no_levels_left() -> Iterator[None]:
         raise
 
 
-def _splice(
-    graph: Graph,
-    program: GraphModule,
-    inputs: Sequence[Node],
-    outputs: Sequence[Node],
-    copies: dict[Node, Node],
-    constants: dict[str, Tensor],
-) -> None:
-    """Append ``program``, its inputs given, and enter what it returns into ``copies`` in the place of ``outputs``."""
-    given = iter(inputs)
-    inner: dict[Node, Node] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            inner[node] = next(given)
-        elif node.op == "get_attr":
-            name = f"_vmap_constant{len(constants)}"
-            constants[name] = getattr(program, str(node.target))
-            inner[node] = graph.create_node("get_attr", name)
-            inner[node].meta = dict(node.meta)
-        elif node.op == "output":
-            results: Any = node.args[0]
-            copies.update({old: inner[new] for old, new in zip(outputs, results, strict=True)})
-        else:
-            inner[node] = graph.node_copy(node, inner.__getitem__)
+def _splice(graph: Graph, program: GraphModule, inputs: Sequence[Node], constants: dict[str, Tensor]) -> Any:
+    """Append ``program``, its inputs given, and note what it reads in ``constants``. Returns the nodes that it returns."""
+
+    def copy(node: Node, copies: Copies) -> Node:
+        if node.op != "get_attr":
+            return graph.node_copy(node, copies.__getitem__)
+        name = f"_vmap_constant{len(constants)}"
+        constants[name] = getattr(program, str(node.target))
+        read = graph.create_node("get_attr", name)
+        read.meta = dict(node.meta)
+        return read
+
+    return inline(graph, program, inputs, copy)

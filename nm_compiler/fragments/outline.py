@@ -20,12 +20,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from nm_compiler.capture.binding import bind
 from nm_compiler.capture.bodies import branch, checkpointed, is_body, programs
-from nm_compiler.graph import getattr_path
+from nm_compiler.graph import Copies, getattr_path, inline
 from nm_compiler.sites.ends import ends
 from nm_compiler.sites.uses import constants, embedding_between, multiplied_between
 
@@ -132,34 +131,32 @@ def code_between(*values: Any) -> Any:
 
 def _inline(graph: Graph, gm: GraphModule, inputs: Sequence[Any], prefix: str, extras: dict[str, Any]) -> Any:
     """Append the nodes of ``gm`` to ``graph``, bodies opened up. Returns what ``gm`` returns, as nodes of ``graph``."""
-    given = iter(inputs)
-    copies: dict[Node, Any] = {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            copies[node] = next(given)
-        elif node.op == "get_attr" and node.target in gm.__dict__["extras"]:
+
+    def opened(body: Node, given: Any, copies: Copies, name: str) -> Any:
+        return _inline(graph, getattr_path(gm, body.target), _copied(given, copies), f"{prefix}{name}_", extras)
+
+    def copy(node: Node, copies: Copies) -> Any:
+        args: Any = node.args
+        if node.op == "get_attr" and node.target in gm.__dict__["extras"]:
             value = getattr_path(gm, node.target)
-            if not is_body(value):
-                extras[prefix + node.target] = value
-                copies[node] = graph.create_node("get_attr", prefix + node.target)
-                copies[node].meta = dict(node.meta)
-        elif node.op == "output":
-            return map_arg(node.args[0], copies.__getitem__)
-        elif node.target is checkpointed:
-            body = getattr_path(gm, node.args[0].target)
-            copies[node] = _inline(graph, body, _copied(node.args[1:], copies), f"{prefix}{node.name}_", extras)
-        elif node.target is branch:
-            condition, yes, no, operands = node.args
-            taken = [
-                _inline(graph, getattr_path(gm, arm.target), _copied(operands, copies), f"{prefix}{arm.name}_", extras)
-                for arm in (yes, no)
-            ]
-            copies[node] = [_either(graph, copies.get(condition), *pair) for pair in zip(*taken, strict=True)]
-        elif node.target is operator.getitem and not isinstance(copies[node.args[0]], Node):
-            copies[node] = copies[node.args[0]][node.args[1]]
-        else:
-            copies[node] = graph.node_copy(node, lambda each: copies[each])
-    raise AssertionError("a graph without an output")
+            if is_body(value):
+                return None
+            name = f"{prefix}{node.target}"
+            extras[name] = value
+            read = graph.create_node("get_attr", name)
+            read.meta = dict(node.meta)
+            return read
+        if node.target is checkpointed:
+            return opened(args[0], args[1:], copies, node.name)
+        if node.target is branch:
+            condition, yes, no, operands = args
+            taken = [opened(arm, operands, copies, arm.name) for arm in (yes, no)]
+            return [_either(graph, copies.get(condition), *pair) for pair in zip(*taken, strict=True)]
+        if node.target is operator.getitem and not isinstance(copies[args[0]], Node):
+            return copies[args[0]][args[1]]
+        return graph.node_copy(node, copies.__getitem__)
+
+    return inline(graph, gm, inputs, copy)
 
 
 def _either(graph: Graph, condition: Any, yes: Any, no: Any) -> Node:
@@ -169,7 +166,7 @@ def _either(graph: Graph, condition: Any, yes: Any, no: Any) -> Node:
     return node
 
 
-def _copied(values: Any, copies: dict[Node, Any]) -> list[Any]:
+def _copied(values: Any, copies: Copies) -> list[Any]:
     return [copies[value] if isinstance(value, Node) else value for value in values]
 
 
@@ -178,6 +175,5 @@ def opened_up(model: nn.Module, program: GraphModule) -> GraphModule:
     if len(list(programs(program))) == 1:
         return program
     count = sum(node.op == "placeholder" for node in program.graph.nodes)
-    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
-    results: Any = output.args[0]
+    results: Any = program.graph.output_node().args[0]
     return outline(model, [Run(program, (None,) * count, (None,) * len(results))], ())

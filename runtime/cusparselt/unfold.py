@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
 
-from nm_compiler.graph import arguments_of
+from nm_compiler.graph import arguments_of, per_axis
 
 Pair = tuple[int, int]
 
@@ -55,8 +55,8 @@ def geometry_of(node: Node, taps: Sequence[int]) -> Geometry:
 
 
 def _pair(value: Any) -> Pair:
-    sizes = [value] if isinstance(value, int) else list(value)
-    return (sizes[0], sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+    down, across = per_axis(value, 2)
+    return down, across
 
 
 def matrix_of(weight: Tensor) -> Tensor:

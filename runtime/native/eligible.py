@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from nm_compiler.graph import arguments_of
+from nm_compiler.graph import arguments_of, per_axis
 from nm_compiler.runtime.native.packing import MOST_M
 from nm_compiler.runtime.products import Product
 from nm_compiler.wording import dtype_name
@@ -59,11 +59,11 @@ def geometry(node: Node) -> Conv | None:
     kernel = weight.meta["val"].shape[2:]
     strides, dilations = _pair(stride, axes), _pair(dilation, axes)
     if isinstance(padding, str):
-        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(_each(dilation, axes), kernel, strict=True)]
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(per_axis(dilation, axes), kernel, strict=True)]
         if any(amount % 2 for amount in total):
             return None
         padding = [amount // 2 for amount in total]
-    paddings = (0, int(_each(padding, 1)[0])) if axes == 1 else _pair(padding, 2)
+    paddings = (0, int(per_axis(padding, 1)[0])) if axes == 1 else _pair(padding, 2)
     return Conv(strides, paddings, dilations, int(given["groups"]), axes == 1)
 
 
@@ -75,12 +75,7 @@ def _axes(node: Node) -> int | None:
     return axes if axes in (1, 2) and data.meta["val"].ndim == axes + 2 else None
 
 
-def _each(value: Any, axes: int) -> list[int]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    return values * axes if len(values) == 1 else values
-
-
 def _pair(value: Any, axes: int) -> tuple[int, int]:
     """Along height and width; a single axis of space is the width."""
-    first, *rest = _each(value, axes)
+    first, *rest = per_axis(value, axes)
     return (first, rest[0]) if axes == 2 else (1, first)
