@@ -46,11 +46,12 @@ class SparsityScheduler:
         self.total_steps = _length(total_steps, epochs, steps_per_epoch)
         if optimizer is not None:
             check_holds(optimizer, self._model)
-        self._optimizer, self._first = optimizer, FirstStep(self._model)
+        self._optimizer = optimizer
         self._looked, self._followed = optimizer is not None, False  # one that was given holds all that learns
         self.last_step, self._loads = 0, -1
         keep_freed()
         self._begin()
+        self._first = FirstStep(self._model)
 
     def step(self) -> None:
         """Count one optimizer step and do what falls due. Raises NMError past the end."""

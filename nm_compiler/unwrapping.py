@@ -1,10 +1,12 @@
-"""Find the carrier of a compiled model inside what was put around it: DDP, an averaged model, ``torch.compile``."""
+"""Find the carrier of a compiled model inside what was put around it: DDP, an averaged model, ``torch.compile``, Fabric.
+
+A wrapper has the model as its ``module``, and no parameters beside those of it.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from nm_compiler.carrier import Carrier, carrier_of
@@ -12,8 +14,6 @@ from nm_compiler.errors import NMError
 from nm_compiler.module import SparseModule
 from nm_compiler.state.averaged import WAY_OUT
 from nm_compiler.state.beside import RECIPE
-
-_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -36,16 +36,22 @@ def carrier_in(model: Any) -> Carrier | None:
     inner, averaged = model, False
     while not isinstance(inner, SparseModule) and carrier_of(inner) is None:
         averaged = averaged or bool(getattr(inner, "use_buffers", False))
-        if isinstance(inner, _WRAPPERS):
-            inner = inner.module
-        elif isinstance(inner, nn.Module) and "_orig_mod" in inner._modules:
-            inner = inner._orig_mod
-        else:
+        inner = inner._modules.get("_orig_mod", _wrapped(inner)) if isinstance(inner, nn.Module) else None
+        if inner is None:
             return None
     carrier: Carrier = inner if isinstance(inner, SparseModule) else carrier_of(inner)
     if averaged and not carrier.frozen:
         _check_not_averaged(carrier)
     return carrier
+
+
+def _wrapped(wrapper: nn.Module) -> nn.Module | None:
+    """The ``module`` of what only wraps one; FSDP1, which flattens its parameters, does more."""
+    module = getattr(wrapper, "module", None)
+    if not isinstance(module, nn.Module) or module is wrapper or hasattr(wrapper, "_fsdp_wrapped_module"):
+        return None
+    own = {id(parameter) for parameter in module.parameters()}
+    return module if all(id(parameter) in own for parameter in wrapper.parameters()) else None
 
 
 def compiled_parts(model: nn.Module) -> dict[str, Carrier]:

@@ -328,3 +328,29 @@ def test_the_report_says_of_masks_that_are_still_open_how_full_they_are(method: 
     assert opened == sorted(opened, reverse=True), "once it is 2:4 it stays so"
     assert opened[0]
     assert not opened[-1]
+
+
+def test_a_wrapper_that_only_holds_the_model_as_its_module_is_looked_into() -> None:
+    class Wrapper(nn.Module):
+        """As Lightning Fabric's: what runs lies under another name, perhaps inside DDP."""
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self._forward_module = nn.Sequential(model)
+
+        @property
+        def module(self) -> nn.Module:
+            return self._forward_module[0]
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self._forward_module(x)
+
+    model = MLP()
+    sparse = nm.compile(model, example(model), method=nm.SRSTE())
+    wrapper = Wrapper(sparse)
+    assert nm.SparsityScheduler(wrapper, total_steps=1).total_steps == 1
+    wrapper.head = nn.Linear(2, 2)
+    with pytest.raises(nm.NMError, match="Wrapper is not a compiled model itself"):
+        nm.parameter_groups(wrapper)
+    del wrapper.head
+    assert nm.freeze(wrapper) is model

@@ -236,11 +236,15 @@ def test_a_weight_that_no_gradient_reaches_keeps_its_largest(scores: Any, live: 
         assert torch.equal(model.get_parameter(name) != 0, mask), name
 
 
-def test_scores_of_a_model_in_bfloat16_move_under_small_steps() -> None:
+@pytest.mark.parametrize("cast", ["before", "after"])
+def test_scores_of_a_model_in_bfloat16_move_under_small_steps(cast: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))).to(torch.bfloat16)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
     x = torch.randn(32, 16, dtype=torch.bfloat16)
-    sparse = nm.compile(model, (x,), method=nm.LBC())
+    if cast == "before":
+        sparse = nm.compile(model.to(x.dtype), (x,), method=nm.LBC())
+    else:  # as Lightning's "bf16-true" does
+        sparse = nm.compile(model, (x.float(),), method=nm.LBC()).to(x.dtype)
     optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-4)
     scheduler = nm.SparsityScheduler(sparse, total_steps=4)
     for _ in range(4):

@@ -117,6 +117,25 @@ def between() -> str:
     return next(row.reason for row in nm.report(model).rows if row.name == "head.weight")
 
 
+class Normed(nn.Module):
+    """Divides by the norm of a parameter, in a function that TorchDynamo does not compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Linear(8, 8) for _ in range(3))
+        self.base = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.middle(self.first(x)) / torch._dynamo.disable(torch.linalg.norm)(self.base.detach()))
+        return y
+
+
+def handed_over() -> str:
+    model = nm.compile(Normed(), method=nm.SRSTE(), then="eager", include=["*"])
+    model(torch.randn(4, 8))
+    return next(row.reason for row in nm.report(model).rows if row.name == "base")
+
+
 class State(dict[str, Tensor]):
     """A weight as a method has it at its first step."""
 
@@ -288,6 +307,7 @@ PLANNING: list[tuple[str, Callable[[], Any]]] = [
     ("its operands are no tensors", lambda: no_tensors(torch.ops.aten.mm.default, 2.0)),
     ("its operands are no tensors", lambda: no_tensors(torch.ops.aten.inner.default, 2.0)),
     ("multiplied by Python that TorchDynamo does not compile, where no mask reaches it", between),
+    ("handed to Python that TorchDynamo does not compile, which may do anything with it", handed_over),
     ("stem: no other weight comes before it (include= makes it sparse)", lambda: refusal("fc1.weight")),
     ("head: no other weight comes after it (include= makes it sparse)", lambda: refusal("fc3.weight")),
     ("router: its result chooses what weights come next (include= makes it sparse)", routed),

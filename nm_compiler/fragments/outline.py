@@ -26,7 +26,7 @@ from nm_compiler.capture.binding import bind
 from nm_compiler.capture.bodies import branch, checkpointed, is_body, programs
 from nm_compiler.graph import Copies, getattr_path, inline
 from nm_compiler.sites.ends import ends
-from nm_compiler.sites.uses import constants, embedding_between, multiplied_between
+from nm_compiler.sites.uses import code_between, constants, embedding_between, multiplied_between
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,6 @@ def outline(model: nn.Module, runs: Sequence[Run | Outside], examples: Any) -> G
                     made[id(value)] = result
     graph.output(tuple(earlier))
     return bind(graph, model, extras)
-
-
-def code_between(*values: Any) -> Any:
-    """Stands for the Python that runs between fragments, and for the choice between branches."""
-    raise AssertionError("an outline is not to be run")
 
 
 def _inline(graph: Graph, gm: GraphModule, inputs: Sequence[Any], prefix: str, extras: dict[str, Any]) -> Any:

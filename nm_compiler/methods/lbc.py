@@ -23,6 +23,8 @@ from nm_compiler.solvers.combinations import count, pack, retire
 from nm_compiler.solvers.live import retire as retire_packed
 from nm_compiler.state.beside import Weight
 
+_HALF = (torch.bfloat16, torch.float16)  # beside 1 / C a step would round away there, and only differences count
+
 
 @dataclass(frozen=True, slots=True)
 class LBC(Method):
@@ -76,8 +78,7 @@ class LBC(Method):
 
     def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
         pattern = site.pattern
-        half = weight.dtype in (torch.bfloat16, torch.float16)  # beside 1 / C a step would round away: only differences count
-        start = 0.0 if half else 1 / math.comb(pattern.m - 1, pattern.n - 1)
+        start = 0.0 if weight.dtype in _HALF else 1 / math.comb(pattern.m - 1, pattern.n - 1)
         if self.by_position:
             scores = torch.full_like(weight, start / pattern.n)
         else:
@@ -128,6 +129,8 @@ class LBC(Method):
         learning = clock.step < self.window(clock.total)[1] or torch.distributed.is_initialized()
         for weight in weights:
             scores = weight["scores"]
+            if scores.dtype in _HALF and not scores.is_meta and _are_equal(weight.read("scores")):  # cast after nm.compile
+                weight.write("scores", torch.zeros_like(weight.read("scores")))
             if scores.requires_grad != learning:  # under DDP the flag must stay: its reducer counts on every gradient
                 scores.requires_grad_(learning)
                 scores.grad = None

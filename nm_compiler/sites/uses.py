@@ -67,6 +67,11 @@ def embedding_between(table: Any, *earlier: Any) -> Any:
     raise AssertionError("an outline is not to be run")
 
 
+def code_between(*values: Any) -> Any:
+    """Stands for the Python that runs between fragments, and for the choice between branches, likewise."""
+    raise AssertionError("an outline is not to be run")
+
+
 def constants(graph: Graph) -> set[Node]:
     """The nodes that depend on parameters, buffers and constants alone."""
     found: set[Node] = set()
@@ -217,6 +222,7 @@ def _placed(node: Node, op: str, seen: Seen, parts: Sequence[str], conv_groups: 
     return Use(node, op, Layout(inner.axis, outer.axis, tuple(sorted(batch))), inputs, outputs, conv_groups, seen.path)
 
 
+HANDED_OVER = "handed to Python that TorchDynamo does not compile, which may do anything with it"
 BETWEEN = "multiplied by Python that TorchDynamo does not compile, where no mask reaches it"
 EMBEDDING = "an embedding: rows are looked up, not multiplied"
 FUSED = "inside a fused LSTM, GRU or RNN op: write the cell with linear layers to make it sparse"
@@ -227,6 +233,8 @@ def _why_not(node: Node, *, computed: bool) -> str:
     name = _op_name(node)
     if node.target is multiplied_between:
         return BETWEEN
+    if node.target is code_between:
+        return HANDED_OVER
     if name.startswith("embedding"):
         return EMBEDDING
     if name in _TRANSPOSED_CONVS:
