@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nm_compiler.capture.drawn import nothing_drawn
 from nm_compiler.capture.export import capture_mode, explain, in_mode, quiet, without_cache
 from nm_compiler.capture.exported import Exported
 from nm_compiler.capture.own_gradients import Lost, nothing_lost
@@ -49,6 +50,7 @@ def take(
                 untouched(model),
                 in_mode(model, True),
                 lost,
+                nothing_drawn(model) if trains and training else contextlib.nullcontext(),
             ):  # through train(): what eval() keeps of weights is computed anew
                 routes[training] = Exported(*capture_mode(model, args, kwargs, dynamic_shapes, training=training))
         except NMError as error:
