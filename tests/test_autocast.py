@@ -93,6 +93,33 @@ def test_an_island_of_float32_stays_one_under_the_callers_autocast() -> None:
     assert (y.dtype, out.dtype) == (torch.float32, torch.bfloat16)
 
 
+class Following(Mixed):
+    """It takes dtypes from its data, as stochastic depth and RMS norms do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.fc(x)
+        kept = torch.empty(len(y), 1, 1, dtype=y.dtype).bernoulli_(0.5)
+        x = x + kept * y
+        x = (x.float() * x.float().square().mean(-1, keepdim=True).rsqrt()).to(x.dtype)
+        return self.head(x + self.island(x))
+
+
+def test_captured_under_autocast_a_model_has_the_dtypes_that_its_data_have_there() -> None:
+    torch.manual_seed(0)
+    model = Following()
+    twin = copy.deepcopy(model)
+    with BF16:
+        sparse = nm.compile(model, data(), method=nm.LBC())  # which starts dense
+        torch.manual_seed(1)
+        loss, ours = gradients(sparse)
+        torch.manual_seed(1)
+        expected, theirs = gradients(twin)
+    assert {weight.site.name for weight in sparse.weights} == {"fc.weight", "island.weight"}
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(ours[name], gradient) for name, gradient in theirs.items())
+
+
 @pytest.mark.ci
 def test_compiled_copied_and_pickled_models_keep_their_regions() -> None:
     torch.manual_seed(0)

@@ -4,8 +4,10 @@
 import copy
 import io
 import logging
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from awkward import AWKWARD
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import nm_compiler as nm
+from nm_compiler.capture.exported import Exported
 from nm_compiler.fragments.dynamo import Fragments
 from nm_compiler.sites.plan import UNREAD
 from nm_compiler.solvers.magnitude import magnitude_mask
@@ -537,6 +540,55 @@ def test_the_example_run_leaves_no_trace_on_the_model() -> None:
     assert model.calls == 0
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items() if name in before)
+
+
+class Skipping(nn.Module):
+    """Leaves its second layer out by chance while it trains, as layerdrop does."""
+
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3, self.draw = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.fc1(x))
+        if not self.training or self.draw() > 0.5:
+            x = x + torch.relu(self.fc2(x))
+        return self.fc3(x)
+
+
+@pytest.mark.parametrize("draw", [lambda: random.random(), lambda: np.random.rand()], ids=["random", "numpy"])
+def test_what_python_draws_in_training_is_drawn_at_every_call_and_not_kept_in_a_graph(draw: Any) -> None:
+    model, x = Skipping(draw), positive()
+    sparse = nm.compile(model, (x,), method=nm.LBC())  # which starts dense
+    assert [type(sparse.routes[training]) for training in (False, True)] == [Exported, Fragments]
+    assert [site.name for site in sparse.plan.sites] == ["fc2.weight"]
+    dense, skipped = copy.deepcopy(model), set()
+    for seed in range(6):
+        random.seed(seed)
+        np.random.seed(seed)
+        found = sparse(x)
+        random.seed(seed)
+        np.random.seed(seed)
+        skip = draw() <= 0.5
+        skipped.add(skip)
+        torch.testing.assert_close(found, dense.fc3((h := torch.relu(dense.fc1(x))) + (not skip) * torch.relu(dense.fc2(h))))
+    assert skipped == {False, True}
+
+
+def test_a_random_generator_that_a_layer_keeps_is_an_error_where_torch_compile_would_draw_from_it_once() -> None:
+    class Own(Skipping):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.generator = random.Random(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.draw = self.generator.random
+            return super().forward(x)
+
+    with pytest.raises(
+        nm.NMError, match=r"Own draws from generator in Python, a random.Random of its own.*from the module random"
+    ):
+        nm.compile(Own(), (positive(),))
 
 
 def test_a_compile_around_the_carrier_leaves_it_to_run_its_own_fragments() -> None:

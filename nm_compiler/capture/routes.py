@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nm_compiler.capture.drawn import nothing_drawn
 from nm_compiler.capture.explaining import explain
 from nm_compiler.capture.export import capture_mode, in_mode, quiet, without_cache
 from nm_compiler.capture.exported import Exported
@@ -45,8 +46,9 @@ def take(
     for training in modes:
         refused: NMError | None = None
         try:
-            # through train(): what eval() keeps of weights is computed anew
-            with untouched(model), in_mode(model, True), nothing_lost() if trains else contextlib.nullcontext():
+            lost = nothing_lost() if trains else contextlib.nullcontext()
+            drawn = nothing_drawn(model) if trains and training else contextlib.nullcontext()
+            with untouched(model), in_mode(model, True), lost, drawn:  # through train(): what eval() keeps is computed anew
                 routes[training] = Exported(*capture_mode(model, args, kwargs, dynamic_shapes, training=training))
         except NMError as error:
             if whole or error.__cause__ is None or (dynamic_shapes is not None and "dynamic_shapes" in str(error)):
