@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from nm_compiler.alone import DenseCall
+from nm_compiler.capture.held import held
 from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path
 from nm_compiler.wording import several
 
-_SET: dict[type[nn.Module], str] = {nn.modules.dropout._DropoutNd: "p", nn.modules.batchnorm._NormBase: "momentum"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 Link = tuple[dict[str, nn.Module | None], str, nn.Module | None, str]
 """The children of a module, the name of one of them, which module it is, and its path from the root."""
@@ -23,19 +23,19 @@ Link = tuple[dict[str, nn.Module | None], str, nn.Module | None, str]
 class Layers:
     """The layers of a model as it was captured; `check` finds out at a call what is another now.
 
-    links: of every layer; settings: the attributes of a module, the name of one, its value and its
-    whole name; hooks: those of one kind of a module, how many there were, and which module that is.
+    links: of every layer; held: numbers that are in the graphs; hooks: those of one kind of a module, how many there were,
+    and which module that is.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.links = list(links(root, [path for path, _ in root.named_modules()]))
-        self.settings = list(_settings(root))
+        self.held = list(held(root))
         self.hooks = list(_hooks(root))
 
     def check(self, *, exported: bool, training: bool) -> None:
-        """Raise NMError for a layer that was replaced, as under adapters, or got or lost a hook.
+        """Raise NMError for a layer that was replaced, as under adapters, or got or lost a hook, or holds another number.
 
-        exported: a graph runs, which, in training, holds numbers such as a dropout's ``p``.
+        exported: one graph runs, and not fragments, which follow numbers.
         """
         for children, key, expected, path in self.links:
             if children.get(key) is not expected:
@@ -43,11 +43,12 @@ class Layers:
         for registered, captured, where in self.hooks:
             if len(registered) != captured:
                 raise _hooked(where)
-        for attributes, key, held, where in self.settings if exported and training else ():
-            if attributes.get(key) != held:
+        for each in self.held if exported else ():
+            if (training or not each.trains_only) and each.is_another():
                 raise NMError(
-                    f"{where} is {attributes.get(key)} now, and the captured graph holds {held}: set it before "
-                    "nm.compile or after nm.freeze (as update_bn does); nm.compile(model), without inputs, follows changes"
+                    f"{each.where} is {each.attributes.get(each.name)} now, and the captured graph holds {each.value}: set it "
+                    "before nm.compile or after nm.freeze (where update_bn belongs); nm.compile(model), without inputs, "
+                    "follows changes"
                 )
 
 
@@ -62,19 +63,6 @@ def links(root: nn.Module, paths: Iterable[str]) -> Iterator[Link]:
             if step not in seen:
                 seen.add(step)
                 yield parent._modules, atom, module, step
-
-
-def _settings(root: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, str]]:
-    """What trainers change between steps, and a captured graph holds as a number: dropouts and momenta of batch norms."""
-    for path, module in root.named_modules():
-        names = {name for kind, name in _SET.items() if isinstance(module, kind)}
-        for name, value in module.__dict__.items():
-            if name in names or ("drop" in name and _is_share(value)):  # drop_prob, attention_dropout, ..
-                yield module.__dict__, name, value, f"{path}.{name}".lstrip(".")
-
-
-def _is_share(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and 0 <= value <= 1)
 
 
 def has_modes(module: nn.Module) -> bool:

@@ -163,6 +163,14 @@ class SparseModule(nn.Module):
                     weight[suffix].copy_(value)
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An attribute that the model has is the model's: the next call says if a graph holds another value of it."""
+        origin = self.__dict__.get("origin")
+        if origin is not None and name in origin.__dict__ and name not in self.__dict__:
+            setattr(origin, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         """Plain attributes of the model (``config``, ``num_classes``); its other methods would run dense weights."""
         try:

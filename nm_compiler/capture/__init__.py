@@ -13,6 +13,7 @@ What an exported graph would get wrong, found or put right:
 single         a batch of one, which is captured as one of two
 regions        ``torch.no_grad()`` and reentrant checkpoints
 own_gradients  gradients that forward() makes by hand
+held           numbers that forward() reads from layers, and somebody changes later
 drawn          random numbers that Python draws in forward()
 vmapped        ``torch.vmap``
 bodies         ops that take a subgraph

@@ -1,0 +1,78 @@
+"""Numbers that ``forward`` reads from its layers: an exported graph holds those of its capture for good.
+
+    def forward(self, x): return self.fc(x) / self.temperature        graph: div(linear, 0.5)
+
+So a temperature that a loop anneals, a dropout's ``p`` or a switch that is set later would be ignored without a word. Which
+names ``forward`` reads is told from its code, and that of the methods it calls; what it or ``train`` sets is left out.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+_PLAIN = (bool, int, float, str)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The attribute ``name`` of a layer, whose own these are; value: at capture; where: its whole name."""
+
+    attributes: dict[str, Any]
+    name: str
+    value: Any
+    where: str
+
+    @property
+    def trains_only(self) -> bool:
+        """Whether evaluation does not ask for it: dropouts, and momenta of batch norms."""
+        return self.name in ("p", "momentum") or "drop" in self.name
+
+    def is_another(self) -> bool:
+        """Whether it has another value now."""
+        now = self.attributes.get(self.name)
+        return now is not self.value and (not isinstance(now, _PLAIN) or now != self.value)
+
+
+def held(root: nn.Module) -> Iterator[Held]:
+    """The plain attributes of the layers of ``root`` that its graphs may hold."""
+    kinds = {type(module) for module in root.modules()}
+    read = {name for kind in kinds for name in _names(kind, "forward")[0]}
+    own = {name for kind in kinds for start in ("forward", "train") for name in _names(kind, start)[1]}
+    for path, module in root.named_modules():
+        for name, value in module.__dict__.items():
+            if isinstance(value, _PLAIN) and name in read - own and name != "training" and not name.startswith("_"):
+                yield Held(module.__dict__, name, value, f"{path}.{name}".lstrip("."))
+
+
+def _names(kind: type, start: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The attributes that the method ``start`` of a class, and those that it calls, read and set, by name."""
+    read, written, seen, left = set[str](), set[str](), set[str](), [start]
+    while left:
+        seen.add(method := left.pop())
+        for code in _codes(kind, method):
+            for step in dis.get_instructions(code):
+                if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                    read.add(step.argval)
+                elif step.opname == "STORE_ATTR":
+                    written.add(step.argval)
+        left = [name for name in read - seen if any(_codes(kind, name))]
+    return frozenset(read), frozenset(written)
+
+
+def _codes(kind: type, method: str) -> Iterator[CodeType]:
+    """The code of a method, of all classes that have it (which `super` may call), without decorators; and code in it."""
+    for each in kind.__mro__:
+        found = vars(each).get(method) if each not in nn.Module.__mro__ else None
+        found = getattr(found, "fget", None) or getattr(found, "__func__", None) or found  # a property, a static method
+        function = inspect.unwrap(found) if callable(found) else None
+        left = [function.__code__] if isinstance(function, FunctionType) else []
+        while left:
+            yield (code := left.pop())
+            left += [value for value in code.co_consts if isinstance(value, CodeType)]
