@@ -63,6 +63,7 @@ def test_control_flow_on_data_is_carried_in_fragments_and_both_branches_are_spar
     assert not torch.allclose(sparse(x), dense(sparse.origin, x))
 
 
+@pytest.mark.ci
 def test_a_hook_that_fragments_would_not_call_is_an_error_until_it_is_taken_off() -> None:
     sparse, model = branching()
     sparse.eval()
@@ -556,6 +557,7 @@ class Skipping(nn.Module):
         return self.fc3(x)
 
 
+@pytest.mark.ci(here=["[random"])
 @pytest.mark.parametrize("draw", [lambda: random.random(), lambda: np.random.rand()], ids=["random", "numpy"])
 def test_what_python_draws_in_training_is_drawn_at_every_call_and_not_kept_in_a_graph(draw: Any) -> None:
     model, x = Skipping(draw), positive()

@@ -105,6 +105,7 @@ def test_numbers_that_no_graph_holds_may_change() -> None:
         sparse.train()(X)
 
 
+@pytest.mark.ci
 def test_fragments_and_live_models_follow_them() -> None:
     class Branching(Annealed):
         def forward(self, x: Tensor) -> Tensor:
