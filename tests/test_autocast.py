@@ -6,18 +6,23 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import nm_compiler as nm
 from nm_compiler.capture.bodies import autocast
 from nm_compiler.capture.export import capture_mode
 from nm_compiler.capture.records import move_devices
+from nm_compiler.fragments.aten import lower
 from nm_compiler.graph import show_graph
 from nm_compiler.passes.spell_out_autocast import spell_out_autocast
+from nm_compiler.unwrapping import unwrap
 
 Golden = Callable[[str, str], None]
 BF16 = torch.autocast("cpu", torch.bfloat16)
@@ -242,3 +247,127 @@ def test_a_region_follows_its_model_to_another_device() -> None:
     assert [node.args[0] for node in regions] == ["cpu"], "meta is no device for autocast"
     move_devices(gm, to_cuda)
     assert [node.args[0] for node in regions] == ["cuda"]
+
+
+class Attending(nn.Module):
+    """Under autocast: a mask and a sum that take their dtype from the data, both of ops that want one dtype of all inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.q, self.k, self.v, self.island, self.head = (nn.Linear(8, 8) for _ in range(6))
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        mask = torch.zeros(1, 6, 6, dtype=q.dtype).masked_fill(torch.ones(6, 6).triu(1).bool(), -100.0)
+        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask)[:, 0]
+        return torch.zeros_like(x, dtype=q.dtype).index_add_(1, torch.arange(6), y)
+
+    def between(self, x: Tensor) -> Tensor:
+        """What parts the call, so that TorchDynamo has to open the region again."""
+        torch._dynamo.graph_break()
+        return x if bool((x.detach().float() < 1e9).all()) else 2 * x
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.between(self.attend(x))
+
+    def run(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(x)
+        x = self.body(x)
+        with torch.autocast("cpu", enabled=False):
+            y = self.island(x.float())
+        return self.head(self.between(y)), x, y, x.float() * 1.01
+
+    def forward(self, x: Tensor, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", dtype):
+            return self.run(x)
+
+
+class Checkpointed(Attending):
+    def body(self, x: Tensor) -> Tensor:
+        return checkpoint(self.attend, x, use_reentrant=False)
+
+
+class Choosing(Attending):
+    """torch itself has no backward of it under autocast: "expected scalar type Float but found BFloat16"."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() < 1e9, self.attend, lambda x: self.attend(x) * 2, (x,))
+
+
+class Method(Attending):
+    """Layers that Python calls within the region: each is a frame of its own, and finds it open."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.deep(x)
+
+    def deep(self, x: Tensor) -> Tensor:
+        x = self.attend(x)
+        torch._dynamo.graph_break()
+        return self.v(x)
+
+
+def outputs_and_gradients(model: nn.Module, *args: object) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    outputs = model(data(), *args)
+    torch.stack([each.float().square().mean() for each in outputs]).sum().backward()
+    return outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.ci(here=["Checkpointed-bfloat16-live"])
+@pytest.mark.parametrize("how", ["live", "aot_eager", "captured"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", [Attending, Checkpointed, Choosing, Method])
+def test_fragments_of_a_region_have_the_dtypes_of_the_model(kind: type[Attending], dtype: torch.dtype, how: str) -> None:
+    if kind is Choosing and how == "aot_eager":
+        pytest.skip("torch.compile of the dense model fails in its backward pass, too")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = kind()
+    twin: nn.Module = Method() if kind is Method else Attending()
+    twin.load_state_dict(model.state_dict())
+    sparse: Any
+    if how == "captured":
+        sparse = nm.compile(model, (data(), dtype), method=nm.Magnitude())
+    else:
+        sparse = nm.compile(model, method=nm.Magnitude(), then="eager" if how == "live" else how)
+        sparse(data(), dtype)
+    carrier = unwrap(sparse)
+    planned = {weight.site.name: carrier.masked(weight.site.name)[0].detach().clone() for weight in carrier.weights}
+    assert set(planned) >= {"q.weight", "k.weight", "v.weight"}
+    for name, value in planned.items():
+        twin.get_parameter(name).data = value
+    (found, ours), (expected, theirs) = outputs_and_gradients(sparse, dtype), outputs_and_gradients(twin, dtype)
+    assert [each.dtype for each in found] == [each.dtype for each in expected] == [dtype, dtype, torch.float32, torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    near = 0.01 * max(float(gradient.abs().max()) for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        kept = planned[name].ne(0) if name in planned else 1
+        torch.testing.assert_close(ours[name] * kept, gradient * kept, rtol=0.01, atol=near)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_forward_wrapped_in_autocast_as_accelerate_does_it() -> None:
+    class Parted(Attending):
+        def forward(self, x: Tensor, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+            return self.run(x)
+
+    torch._dynamo.reset()
+    sparse: Any = nm.compile(Parted(), method=nm.LBC(), then="eager")  # which starts dense
+    twin: Any = Parted()
+    twin.load_state_dict({name: value for name, value in sparse.state_dict().items() if name in twin.state_dict()})
+    for each in (sparse, twin):
+        each.forward = BF16(each.forward)
+    with torch.no_grad():
+        found, expected = sparse(data()), twin(data())
+    assert [each.dtype for each in found] == [each.dtype for each in expected]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_an_op_that_fails_while_a_fragment_is_lowered_leaves_autocast_as_it_was() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = FakeTensorMode().from_tensor(torch.ones(2, 8))
+    graph.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, True))
+    graph.output((graph.call_function(torch.mm, (x, x)),))
+    with pytest.raises(RuntimeError, match="must have same reduction dim"):
+        lower(torch.fx.GraphModule(nn.Module(), graph))
+    assert not torch.is_autocast_enabled("cpu")

@@ -2,6 +2,7 @@
 
 dynamo    the carrier of a mode in fragments
 aten      a fragment in the dialect that export gives, so that the same passes serve
+autocasts regions of autocast in a fragment, entered while it is traced
 outline   all fragments of one run as one graph, for planning
 ways_in   torch's own layers that Python calls between fragments
 watching  what else Python does there with weights

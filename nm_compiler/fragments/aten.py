@@ -12,7 +12,7 @@ code of equal layers), so binding is a step of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from nm_compiler.capture.bodies import HOSTS, bound
 from nm_compiler.capture.vmapped import without_vmap
 from nm_compiler.errors import NMError
+from nm_compiler.fragments.autocasts import Region, Regions, under
 from nm_compiler.graph import getattr_path, unhooked
 
 
@@ -42,12 +43,14 @@ def lower(fragment: GraphModule) -> GraphModule:
         held = [str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")]
         own = {name: constants[name] if name in constants else getattr_path(fragment, name) for name in held}
         fragment = GraphModule(own, graph)
-    with mode, unhooked():
-        lowered = make_fx(_Lowering(fragment).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
+    lowering = _Lowering(fragment)
+    with mode, unhooked(), lowering.regions:
+        lowered = make_fx(lowering.run, pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     _check_nothing_lost(lowered)
     for name, body in list(lowered.named_children()):
         if isinstance(body, GraphModule) and _host_of(lowered, name) in HOSTS:
-            inner = lower(body)
+            with under(lowering.regions_of[name]):
+                inner = lower(body)
             inner.meta.update(body.meta)
             setattr(lowered, name, inner)
     return lowered
@@ -78,20 +81,34 @@ def names_by_id(model: nn.Module) -> dict[int, str]:
 class _Lowering(Interpreter):
     """Runs the fragment's ops; an op that takes a subgraph becomes one opaque node instead of being traced through.
 
-    Tracing through would run custom backwards forward only and drop checkpointing.
+    Tracing through would run custom backwards forward only and drop checkpointing. Regions of autocast are entered, as the
+    fragment itself will enter them: the tracer alone would only note them, and every value in them would have another dtype.
     """
 
+    def __init__(self, fragment: GraphModule) -> None:
+        super().__init__(fragment)
+        self.regions = Regions()
+        self.regions_of: dict[str, tuple[Region, ...]] = {}
+
     def run_node(self, n: Node) -> Any:
+        if n.target is torch.amp.autocast_mode._enter_autocast:
+            return self.regions.enter(n.args)  # the tracer notes both by itself
+        if n.target is torch.amp.autocast_mode._exit_autocast:
+            return self.regions.leave()
         if n.target is torch._C._autograd._get_data_attr:  # type: ignore[attr-defined]
             return self.fetch_args_kwargs_from_env(n)[0][0].detach()  # the tracer does not see `x.data`, and would lose x
         if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             if any(isinstance(arg, GraphModule) for arg in args):
-                return _opaque(n, args, kwargs)
+                return _opaque(n, args, kwargs, self._note_regions)
         return super().run_node(n)
 
+    def _note_regions(self, name: str) -> None:
+        self.regions_of[name] = self.regions.open
 
-def _opaque(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+
+def _opaque(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], note: Callable[[str], None]) -> Any:
+    """One node for an op and its subgraphs. note: is told the name of each."""
     mode = get_proxy_mode()
     assert mode is not None
     tracer: Any = mode.tracer
@@ -100,6 +117,7 @@ def _opaque(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(value, GraphModule):
             name = tracer.get_fresh_qualname("body_")
             tracer.root.register_module(name, value)
+            note(name)
             return tracer.create_proxy("get_attr", name, (), {})
         return tracer.unwrap_proxy(value)
 
