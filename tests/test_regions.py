@@ -73,6 +73,25 @@ def test_weights_of_a_region_without_gradients_are_sparse_and_gradients_are_thos
             torch.testing.assert_close(found[name], grad, msg=name)
 
 
+class UnderAutocast(Backbone):
+    """The same under bfloat16 autocast, which torch.export would carry on without its region."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+@pytest.mark.ci
+def test_a_region_without_gradients_within_autocast_stays_one(x: Tensor) -> None:
+    model = UnderAutocast()
+    sparse = nm.compile(model, (x,), method=nm.SRSTE())
+    sparse(x).float().sum().backward()
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == {
+        "stem", "within", "layer", "head",
+    }  # fmt: skip
+    assert {"frozen.weight", "within.weight", "layer.weight"} == {site.name for site in sparse.plan.sites}
+
+
 def test_whoever_calls_without_gradients_gets_none_and_has_none_afterwards(x: Tensor) -> None:
     sparse = sparse_of(Backbone(), x)
     with torch.no_grad():

@@ -2,9 +2,10 @@
 
     class Round(torch.autograd.Function)    straight through in backward(), while its round() alone has no gradient
     h.register_hook(lambda g: g / 2)        where h is a tensor of the model
+    with autocast: with no_grad: ...        gradients would go on into what is frozen
 
-Export traces through such a function and drops such a hook. So the capture of a model that is to train fails there, and it
-runs in TorchDynamo's fragments, which keep both.
+Export traces through such a function, drops such a hook and forgets such a region. So the capture of a model that is to
+train fails there, and it runs in TorchDynamo's fragments, which keep all three.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._export.passes import replace_set_grad_with_hop_pass as hop_pass
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.amp import autocast_mode as amp
+from torch.fx import GraphModule
 
 _SETTERS = ("register_hook", "register_post_accumulate_grad_hook")
 _ASKED = "_is_setup_context_defined"  # what Function.apply calls first before torch 2.14, also where it goes by another name
@@ -31,8 +35,13 @@ class Lost(RuntimeError):
 
 @contextlib.contextmanager
 def nothing_lost() -> Iterator[None]:
-    """Inside, a hook on a tensor that is traced, or an autograd function that gets one with a gradient, raises `Lost`."""
+    """Inside, a hook on a tensor that is traced, or an autograd function that gets one with a gradient, raises `Lost`.
+
+    So does a graph with ``no_grad`` in a region of autocast.
+    """
     with contextlib.ExitStack() as stack:
+        name = "replace_set_grad_with_hop_pass"
+        stack.enter_context(patch.object(hop_pass, name, _looking_for_nested(getattr(hop_pass, name))))
         for name in _SETTERS:
             stack.enter_context(patch.object(Tensor, name, _refusing(name, getattr(Tensor, name))))
         asked = getattr(torch.autograd.function, _ASKED, None)
@@ -43,6 +52,19 @@ def nothing_lost() -> Iterator[None]:
         for kind in kinds:  # what C++ calls is their forward
             stack.enter_context(patch.object(kind, "forward", staticmethod(_guarded(kind, kind.forward))))
         yield
+
+
+def _looking_for_nested(function: Callable[..., Any]) -> Callable[..., Any]:
+    def replaced(gm: GraphModule, *args: Any) -> Any:
+        depth = 0
+        for node in gm.graph.nodes:
+            depth += (node.target is amp._enter_autocast) - (node.target is amp._exit_autocast)
+            switches = node.target is torch._C._set_grad_enabled
+            if depth and switches and node.args[0] is not torch.is_grad_enabled():
+                raise Lost("torch.no_grad() within torch.autocast in forward(): a graph of torch.export forgets it")
+        return function(gm, *args)
+
+    return replaced
 
 
 def _functions(base: type) -> Iterator[Any]:
