@@ -70,6 +70,7 @@ def test_verify_exits_with_2_and_one_line_on_a_mistake(tmp_path: Path, capsys: p
     assert ("did you mean '2:4'?" if case == "pattern" else str(path)) in error
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

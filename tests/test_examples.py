@@ -65,6 +65,7 @@ def small(num_classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("model", ["small", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_torchvisions_recipe_trains_a_network_whose_average_is_2_4(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     main = main_of("torchvision_train", "torchvision")

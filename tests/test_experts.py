@@ -148,7 +148,7 @@ class Encoder(nn.Module):
         return self.head(self.attention(x, other, other)[0])
 
 
-@pytest.mark.ci(here=["self"])
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("memory", "options", "blocks"),
     [(0, {}, {"in_proj_weight": 1}), (16, {}, {"in_proj_weight": 3}), (8, {"kdim": 8, "vdim": 8}, {})],

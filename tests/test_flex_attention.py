@@ -63,6 +63,7 @@ def dense_twin(model: nn.Module, **options: Any) -> nn.Module:
     return twin
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("then", ["aot_eager", slow("eager")])
 def test_two_steps_through_a_score_function_and_a_block_mask_run_every_weight_sparse(then: str, differentiable: None) -> None:
     model, x = nm.compile(Attention(), method=nm.LBC(), then=then), torch.randn(2, 128, 8)

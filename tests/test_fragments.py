@@ -197,6 +197,7 @@ def test_state_dicts_casts_and_assigned_parameters_take_effect_at_the_next_forwa
     torch.testing.assert_close(sparse(x.double()), masked_call(sparse, x.double()))
 
 
+@pytest.mark.ci
 def test_layers_that_share_their_code_read_each_its_own_weights() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -385,6 +386,7 @@ def test_layers_that_a_loop_which_branches_on_data_calls_are_sparse(how: str) ->
     torch.testing.assert_close(sparse(x), masked_call(sparse, x))
 
 
+@pytest.mark.ci
 def test_a_loop_that_branches_on_data_and_multiplies_itself_is_an_error_that_names_the_way_out() -> None:
     said = r"experts\.0\.weight is read by code[\s\S]*a loop that branches on data.* a method of its own"
     with pytest.raises(nm.NMError, match=said):
@@ -453,7 +455,7 @@ def test_many_models_of_one_class_do_not_share_a_recompile_limit(monkeypatch: An
             torch.testing.assert_close(sparse.eval()(x), masked_call(sparse, x))
 
 
-@pytest.mark.ci(here=["LBC(scores='position'"])
+@pytest.mark.ci
 @pytest.mark.parametrize("method", [nm.LBC(), nm.BiMask(), nm.SRSTE()], ids=str)
 def test_weights_under_checkpointing_are_sparse_and_recomputed_with_the_same_dropout(method: Any) -> None:
     class Checkpointed(Branching):
@@ -485,6 +487,7 @@ def test_weights_under_checkpointing_are_sparse_and_recomputed_with_the_same_dro
     torch.testing.assert_close(sparse(x), masked_call(sparse, x))
 
 
+@pytest.mark.ci
 def test_weights_in_the_branches_of_cond_are_sparse() -> None:
     class Cond(Branching):
         def forward(self, x: Tensor) -> Tensor:
@@ -593,6 +596,7 @@ def test_a_random_generator_that_a_layer_keeps_is_an_error_where_torch_compile_w
         nm.compile(Own(), (positive(),))
 
 
+@pytest.mark.ci
 def test_a_compile_around_the_carrier_leaves_it_to_run_its_own_fragments() -> None:
     sparse, _ = branching()
     fast = torch.compile(sparse.eval(), backend="eager")

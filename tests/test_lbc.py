@@ -210,7 +210,7 @@ class PartlyFrozen(nn.Module):
         return self.head(self.layer(y).relu() + z)
 
 
-@pytest.mark.ci(here=["position-captured", "combination-live"])
+@pytest.mark.ci
 @pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
 @pytest.mark.parametrize("scores", ["position", "combination"])
 def test_a_weight_that_no_gradient_reaches_keeps_its_largest(scores: Any, live: bool) -> None:

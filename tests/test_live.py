@@ -206,7 +206,7 @@ def test_a_compiler_that_may_want_guards_of_its_own_traces_fragments_without_fix
     torch.testing.assert_close(model(other), dense_call(model, other))
 
 
-@pytest.mark.ci(here=["[eager"])
+@pytest.mark.ci
 @each_then
 def test_a_first_call_that_fails_halfway_leaves_no_dense_fragment_behind(then: str) -> None:
     model, x = nm.compile(Breaking(), method=nm.SRSTE(), then=then), positive()
@@ -302,7 +302,7 @@ def test_control_flow_on_data_is_planned_as_a_whole_and_both_branches_are_sparse
     assert int(model.norm.num_batches_tracked) == 1
 
 
-@pytest.mark.ci(here=["[eager]"])
+@pytest.mark.ci
 @each_then
 def test_weights_under_checkpointing_and_in_branches_of_cond_are_sparse(then: str) -> None:
     class Bodies(Branching):

@@ -59,6 +59,7 @@ def test_a_live_model_can_be_recomputed_from_its_first_call_on(then: str, reentr
     torch.testing.assert_close(recomputed, gradients(model, model(x)))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("then", ["eager", "aot_eager"])
 def test_a_selective_checkpoint_in_a_live_model_recomputes_what_its_policy_says(then: str) -> None:
     class Selective(nn.Module):
@@ -287,6 +288,7 @@ def test_a_tensor_hook_set_by_a_forward_hook_is_kept_and_evaluation_runs_with_an
     assert not any("Forward hooks" in note for note in nm.report(sparse).notes)
 
 
+@pytest.mark.ci
 def test_a_transformer_with_a_causal_mask_is_captured_as_one_graph() -> None:
     class Causal(nn.Module):
         def __init__(self) -> None:

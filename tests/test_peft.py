@@ -81,6 +81,7 @@ def inside(name: str) -> str:
     return f"base_model.model.{name}"
 
 
+@pytest.mark.ci
 def test_adapters_train_on_a_frozen_sparse_base_whose_zeros_stay_zero_and_reload(
     base: nn.Module, planned: set[str], tmp_path: Path
 ) -> None:
@@ -116,6 +117,7 @@ def test_merged_adapters_fill_the_zeros_which_verify_says_and_magnitude_prunes_t
     assert planned <= set(nm.verify(nm.freeze(again), "2:4").satisfied)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("live", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["live", "captured"])
 def test_peft_over_a_model_that_still_trains_sparse_is_an_error_until_it_is_unloaded(live: bool) -> None:
     given = {name: value for name, value in tokens().items() if name != "labels"}

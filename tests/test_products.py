@@ -136,18 +136,7 @@ def orders(site: Any) -> Tensor:
     return torch.stack(shuffled or [torch.cat(rows)]).view(site.leading)
 
 
-@pytest.mark.ci(
-    here=[
-        "bmm-4:8",
-        "einsum to heads-4:8",
-        "chunks of in_proj_weight-2:4",
-        "experts in a loop",
-        "matmul from the left-",
-        "a convolution as a linear",
-        "uneven splits-4:8",
-        "a constant scale",
-    ]
-)
+@pytest.mark.ci
 @pytest.mark.parametrize(("case", "text"), [(case, "2:4") for case in CASES] + [(case, "4:8") for case in FEW], ids=str)
 def test_bimask_computes_the_papers_forward_and_all_gradients(case: Case, text: str) -> None:
     sparse, x = compiled(case, nm.BiMask(decay=0.03), text)
@@ -172,18 +161,7 @@ def test_bimask_computes_the_papers_forward_and_all_gradients(case: Case, text: 
     np.testing.assert_allclose(weight.param.grad, dense + 0.03 * (1 - forward) * w, **TOLERANCE)
 
 
-@pytest.mark.ci(
-    here=[
-        "bmm-position",
-        "einsum to heads-position",
-        "chunks of in_proj_weight-combination",
-        "experts in a loop",
-        "matmul from the left-",
-        "a convolution as a linear",
-        "uneven splits-position",
-        "a constant scale",
-    ]
-)
+@pytest.mark.ci
 @pytest.mark.parametrize(("case", "layout"), [(c, "combination") for c in CASES] + [(c, "position") for c in FEW], ids=str)
 def test_lbc_computes_the_papers_weight_and_score_gradients(case: Case, layout: Any) -> None:
     sparse, x = compiled(case, nm.LBC(scores=layout))
@@ -246,6 +224,7 @@ def test_a_few_steps_end_exactly_n_of_m_in_the_users_own_module(case: Case, meth
     assert case.axes.index("i") in nm.verify(model).satisfied["w"]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("case", FEW[:3], ids=str)
 def test_there_are_no_more_products_than_in_the_dense_model(case: Case) -> None:
     def products(model: nn.Module) -> int:
@@ -275,7 +254,7 @@ def test_state_of_experts_leads_with_the_expert_so_that_it_can_be_sharded_with_t
     }  # fmt: skip
 
 
-@pytest.mark.ci(here=["lbc", "bimask"])
+@pytest.mark.ci
 @pytest.mark.parametrize("method", METHODS, ids=["lbc", "lbc_combination", "bimask", "srste", "magnitude"])
 def test_a_checkpoint_of_experts_resumes_to_the_bit_and_damaged_state_is_refused(method: nm.Method) -> None:
     runs = [compiled(CASES[1], method) for _ in range(2)]
@@ -304,6 +283,7 @@ def test_orders_never_cross_the_slices_of_an_in_proj_weight() -> None:
     assert torch.equal(order.view(3, 8).sort(-1).values, torch.arange(24).view(3, 8))
 
 
+@pytest.mark.ci
 def test_a_compiled_graph_of_experts_and_einsums_trains_as_the_eager_one() -> None:
     for case in (CASES[0], CASES[9]):
         sparse, x = compiled(case, nm.BiMask())

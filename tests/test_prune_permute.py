@@ -89,6 +89,7 @@ def test_the_checkpoint_is_that_of_the_permuted_and_pruned_model(
     assert type(model).from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.ci
 def test_a_run_that_goes_on_keeps_its_orders(llama: Any, tmp_path: Path, captured_once: None) -> None:
     _, dense = llama
     out = tmp_path / "out"

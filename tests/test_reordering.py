@@ -38,7 +38,7 @@ def fingerprint(model: nn.Module) -> str:
 X = torch.randn(6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.ci(here=["LBC"])
+@pytest.mark.ci
 @pytest.mark.parametrize("method", [nm.LBC(), nm.BiMask(), nm.SRSTE(), nm.Magnitude()], ids=lambda m: type(m).__name__)
 def test_compiling_with_a_search_keeps_the_function_and_more_of_each_weight(method: Any) -> None:
     model = net().eval()

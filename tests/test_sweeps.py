@@ -89,7 +89,7 @@ SCORES = {
 }
 
 
-@pytest.mark.ci(here=["4:8-", "3:8-", "4:9-often equal", "4:16-random"])
+@pytest.mark.ci
 @each_isa
 @pytest.mark.parametrize("values", list(SCORES))
 @pytest.mark.parametrize("text", ["4:8", "2:8", "3:8", "5:8", "4:9", "1:31", "4:16"])
@@ -130,6 +130,7 @@ def test_weights_beyond_one_part_are_the_same_on_one_and_on_three_threads(isa: s
                 check_live(case, LIBRARIES[isa])
 
 
+@pytest.mark.ci
 @each_isa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_masks_too_large_for_the_caches_are_the_same_on_one_and_on_three_threads(

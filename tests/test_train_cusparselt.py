@@ -108,6 +108,7 @@ def test_both_products_are_those_of_the_masked_weights(calls: Any, dtype: torch.
             assert dx.is_contiguous() is given.is_contiguous()
 
 
+@pytest.mark.ci
 @COLUMNS
 @pytest.mark.parametrize("least", [1, 100], ids=["packed", "dense"])
 def test_opcheck_passes_packed_and_dense(calls: Any, columns: bool, least: int) -> None:
@@ -138,6 +139,7 @@ def test_a_call_says_why_it_multiplies_densely(calls: Any, change: dict[str, Any
 # --- the method
 
 
+@pytest.mark.ci
 def test_a_step_on_packed_weights_is_the_step_on_masked_ones(calls: Any) -> None:
     model, x = Net().bfloat16(), torch.randn(3, 8, 16).bfloat16()
     for options in ({}, {"fold": True}):
