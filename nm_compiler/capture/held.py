@@ -44,10 +44,10 @@ def held(root: nn.Module) -> Iterator[Held]:
     """The plain attributes of the layers of ``root`` that its graphs may hold."""
     kinds = {type(module) for module in root.modules()}
     read = {name for kind in kinds for name in _names(kind, "forward")[0]}
-    own = {name for kind in kinds for start in ("forward", "train") for name in _names(kind, start)[1]}
+    read -= {name for kind in kinds for start in ("forward", "train") for name in _names(kind, start)[1]}
     for path, module in root.named_modules():
         for name, value in module.__dict__.items():
-            if isinstance(value, _PLAIN) and name in read - own and name != "training" and not name.startswith("_"):
+            if isinstance(value, _PLAIN) and name in read and name != "training" and not name.startswith("_"):
                 yield Held(module.__dict__, name, value, f"{path}.{name}".lstrip("."))
 
 
@@ -58,7 +58,7 @@ def _names(kind: type, start: str) -> tuple[frozenset[str], frozenset[str]]:
         seen.add(method := left.pop())
         for code in _codes(kind, method):
             for step in dis.get_instructions(code):
-                if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
                     read.add(step.argval)
                 elif step.opname == "STORE_ATTR":
                     written.add(step.argval)
