@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import update_wrapper
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,13 @@ class SparseModule(nn.Module):
         raise NMError(
             f"torch.fx cannot trace this {type(self.origin).__name__}: nm.compile has made it a graph. What traces, as "
             "create_feature_extractor or prepare_fx do, comes before nm.compile, or takes what nm.freeze returns"
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """For torch.jit.script, also of what this is part of. Raises NMError."""
+        raise NMError(
+            f"torch.jit.script reads Python, and this {type(self.origin).__name__} is a graph: script what nm.freeze returns, "
+            "or record a call of this one with torch.jit.trace"
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,13 @@ class Lowered(nn.Module):
             raise
         leaves = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
         return pytree.tree_unflatten(leaves, self.signature.out_spec)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """For torch.jit.script, also of what this is part of. Raises NMError."""
+        raise NMError(
+            f"torch.jit.script reads Python, and this lowered {self.title} is a graph: record a call with torch.jit.trace, or "
+            "script the model that was lowered"
+        )
 
     def __getattr__(self, name: str) -> Any:
         """The model's plain attributes. Raises AttributeError that says what there is in the place of its methods."""

@@ -3,12 +3,13 @@
 
 import copy
 import logging
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from models import MLP, Branching, Breaking, example
+from models import MLP, Branching, Breaking, Matmuls, example
 from test_live import dense_call, positive
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -287,6 +288,8 @@ def test_tracers_that_would_take_the_weights_of_a_live_model_dense_are_an_error(
         "torch.export": lambda: torch.export.export(model, (x,)),
         "torch.jit.trace": lambda: torch.jit.trace(model, x),
         "make_fx": lambda: make_fx(model)(x),
+        "torch.fx": lambda: torch.fx.symbolic_trace(model),
+        "torch.jit.script": lambda: torch.jit.script(model),
     }
     for name, trace in tracers.items():
         with pytest.raises(nm.NMError, match=f"{name} would take its weights dense. Trace what nm.freeze"):
@@ -294,6 +297,40 @@ def test_tracers_that_would_take_the_weights_of_a_live_model_dense_are_an_error(
     model(x)
     frozen = nm.freeze(model)
     assert torch.equal(torch.export.export(frozen, (x,)).module()(x), frozen(x))
+    assert torch.equal(torch.fx.symbolic_trace(frozen)(x), frozen(x))
+    assert torch.equal(torch.jit.script(frozen)(x), frozen(x))
+
+
+def test_a_part_or_a_copy_of_a_live_model_keeps_its_name_and_is_traced_no_more_than_the_whole() -> None:
+    whole = live(nn.Sequential(Matmuls(), nn.Linear(4, 4)))
+    for model in (whole, copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
+        assert model._get_name() == "Sequential"
+        for trace in (torch.fx.symbolic_trace, torch.jit.script):
+            with pytest.raises(nm.NMError, match=r"this (Sequential|Matmuls) was prepared .* would take its weights dense"):
+                trace(nn.Sequential(model))
+
+
+@pytest.mark.parametrize("script", [torch.jit.script, lambda model: torch.jit.script(nn.Sequential(model))])
+def test_torch_jit_script_is_told_that_a_compiled_model_is_a_graph(script: Callable[[nn.Module], Any]) -> None:
+    sparse = nm.compile(MLP(), (positive(),))
+    with pytest.raises(nm.NMError, match="this MLP is a graph: script what nm.freeze returns"):
+        script(sparse)
+    frozen = nm.freeze(sparse)
+    with pytest.raises(nm.NMError, match="this lowered MLP is a graph: record a call with torch.jit.trace"):
+        script(nm.lower(frozen, (positive(),)))
+
+
+@pytest.mark.parametrize("given", [(), (positive(),)])
+def test_the_report_of_a_part_of_a_compiled_model_says_that_its_masks_are_elsewhere(given: tuple[Any, ...]) -> None:
+    model = nn.Sequential(MLP(), nn.Linear(4, 4))
+    compiled = nm.compile(model, given) if given else live(model)
+    compiled(positive())
+    part = nm.report(compiled[0])
+    assert part.notes == (
+        "fc2.weight, fc3.weight: part of a model that nm.compile returned, whose masks are not in these values: report that one.",
+    )
+    assert not nm.report(nn.Sequential(compiled)).notes
+    assert not nm.report(nm.freeze(compiled)[0]).notes
 
 
 def test_a_layer_that_took_the_hooks_of_a_prepared_one_but_not_its_masks_is_an_error() -> None:

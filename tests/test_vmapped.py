@@ -44,6 +44,13 @@ def under_autocast(layer: nn.Linear, x: Tensor) -> Tensor:
         return torch.vmap(layer)(x).float()
 
 
+def twice_under_autocast(layer: nn.Linear, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.vmap(layer)(x) + torch.arange(16)
+        with torch.autocast("cpu", enabled=False):
+            return torch.vmap(lambda row: layer(row) + torch.tensor([1.0]).sum())(y.float())
+
+
 @pytest.mark.parametrize(
     ("inner", "then"),
     [
@@ -81,6 +88,20 @@ def test_a_captured_model_masks_the_weight_inside(method: nm.Method) -> None:
     assert model.middle.weight.grad.any()
     assert nm.report(sparse).totals["sparse"] == 1
     assert "vmap" not in nm.show(sparse)
+
+
+def test_a_captured_model_masks_the_weight_inside_also_in_a_region_of_autocast() -> None:
+    model, x = Mapped(twice_under_autocast), torch.randn(4, 8)
+    sparse = nm.compile(model, (x,), method=nm.SRSTE())
+    values = {name: value.detach().clone() for name, value in sparse.masked_parameters().items()}
+    for _ in range(2):
+        torch.testing.assert_close(sparse(x), torch.func.functional_call(model, values, (x,)), rtol=0, atol=0)
+        sparse.eval()
+    sparse.train()(x).sum().backward()
+    assert model.middle.weight.grad.any()
+    assert nm.report(sparse).totals["sparse"] == 1
+    frozen = nm.freeze(sparse).eval()
+    torch.testing.assert_close(nm.lower(frozen, (x,))(x), frozen(x))
 
 
 def test_a_vmap_in_which_an_op_fails_leaves_no_level_behind() -> None:

@@ -24,7 +24,7 @@ from nm_compiler.capture.explaining import LIBRARIES, explain
 from nm_compiler.capture.regions import checkpoints_open, masks_as_given, open_regions
 from nm_compiler.capture.signature import Signature
 from nm_compiler.capture.single import other_branches
-from nm_compiler.capture.vmapped import without_vmap
+from nm_compiler.capture.vmapped import open_vmap_in_regions, without_vmap
 from nm_compiler.errors import NMError
 from nm_compiler.graph import fake_mode_of, getattr_path, tidy
 from nm_compiler.memory import free_young, own_cycles_freed
@@ -94,6 +94,7 @@ def _export(
     free_young()  # of what traced it
     exported = program.module(check_guards=False)
     open_regions(exported)
+    open_vmap_in_regions(exported, fake_mode_of(exported.graph))
     graph = flat_copy(exported.graph)
     extras = _extras(graph, exported, model)
     graph, constants = without_vmap(graph, "val", fake_mode_of(graph))

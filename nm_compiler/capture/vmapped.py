@@ -22,13 +22,14 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from nm_compiler.errors import NMError
-from nm_compiler.graph import Copies, inline
+from nm_compiler.graph import Copies, getattr_path, inline
 
 
-def without_vmap(graph: Graph, key: str, mode: Any) -> tuple[Graph, dict[str, Tensor]]:
+def without_vmap(graph: Graph, key: str, mode: Any, casts: Sequence[Any] = ()) -> tuple[Graph, dict[str, Tensor]]:
     """A graph without torch.vmap, and the constants that it reads by name; ``graph`` itself where there is none.
 
-    key: where nodes keep their fake value (``val`` or ``example_value``); mode: the fake mode of these values.
+    key: where nodes keep their fake value (``val`` or ``example_value``); mode: the fake mode of these values; casts: what
+    each ``with torch.autocast`` around the graph was told.
     Raises whatever the ops in it raise on fake values, and NMError where this torch cannot batch sizes that it does not know.
     """
     enter, leave = _marks()
@@ -36,7 +37,7 @@ def without_vmap(graph: Graph, key: str, mode: Any) -> tuple[Graph, dict[str, Te
         return graph, {}
     made, copies, constants = Graph(), dict[Node, Node](), dict[str, Tensor]()
     region: list[Node] = []
-    depth, casts = 0, list[Any]()
+    depth, casts = 0, list(casts)
     for node in graph.nodes:
         depth += node.target in enter
         if depth and node.op != "get_attr":
@@ -50,6 +51,18 @@ def without_vmap(graph: Graph, key: str, mode: Any) -> tuple[Graph, dict[str, Te
             copies |= zip(outputs, _splice(made, program, [copies[each] for each in inputs], constants), strict=True)
             region = []
     return made, constants
+
+
+def open_vmap_in_regions(exported: GraphModule, mode: Any, casts: Sequence[Any] = ()) -> None:
+    """The same for the bodies of regions of autocast in an exported graph, of one within another too. In place."""
+    for node in exported.graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_autocast):
+        body, told = getattr_path(exported, node.args[4].target), [*casts, node.args[:4]]
+        open_vmap_in_regions(body, mode, told)
+        graph, constants = without_vmap(body.graph, "val", mode, told)
+        if graph is not body.graph:
+            for name, value in constants.items():
+                body.register_buffer(name, value)
+            body.graph = graph
 
 
 def _marks() -> tuple[Sequence[Any], Sequence[Any]]:

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nm_compiler.errors import NMError
 from nm_compiler.live.methods import install_methods, remove_methods
+from nm_compiler.live.tracers import install_refusals, remove_refusals
 
 if TYPE_CHECKING:
     from nm_compiler.live.prepared import Prepared
@@ -93,6 +94,7 @@ def install(carrier: Prepared, names: Iterable[str]) -> None:
         if _ENTRY not in module.__dict__:
             Entry(module, carrier)
             module.register_forward_pre_hook(entered)
+            install_refusals(module, root=module is root)
     install_methods(carrier, names)
 
 
@@ -100,6 +102,7 @@ def remove(root: nn.Module) -> None:
     """Take all entries off again."""
     for module in root.modules():
         remove_methods(module)
+        remove_refusals(module)
         if module.__dict__.pop(_ENTRY, None) is not None:
             module.__dict__.pop("_compiled_call_impl", None)
             for key in [key for key, hook in module._forward_pre_hooks.items() if hook is entered]:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from nm_compiler.carrier import CARRIER
 from nm_compiler.errors import NMError
@@ -29,6 +28,7 @@ from nm_compiler.live.entries import install, remove
 from nm_compiler.live.growing import GrowingPlan, loaded_dense, not_yet
 from nm_compiler.live.methods import MethodEntry
 from nm_compiler.live.saving import unwatch_saving, watch_saving
+from nm_compiler.live.tracers import refuse_tracers
 from nm_compiler.live.weights_graph import weights_graph
 from nm_compiler.methods.base import Method
 from nm_compiler.pattern import PatternMap
@@ -339,22 +339,6 @@ class Prepared:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.begin()
-
-
-def refuse_tracers(model: nn.Module) -> None:
-    """Raise NMError inside a tracer that would take the dense weights: under it TorchDynamo compiles nothing."""
-    tracers = {
-        "torch.export": torch.compiler.is_exporting(),
-        "torch.jit.trace": torch._C._get_tracing_state() is not None,
-        "make_fx": get_proxy_mode() is not None,
-    }
-    tracer = next((name for name, is_on in tracers.items() if is_on), None)
-    if tracer is not None:
-        raise NMError(
-            f"this {type(model).__name__} was prepared by nm.compile without example inputs, and its masks are in the graphs "
-            f"that TorchDynamo gives: {tracer} would take its weights dense. Trace what nm.freeze(model) returns, or what "
-            "nm.compile(model, example_inputs) does: a graph, which can be traced while it trains"
-        )
 
 
 def load_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
