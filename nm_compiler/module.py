@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Proxy
 
+from nm_compiler.absent import absent
 from nm_compiler.alone import unwatch, watch
 from nm_compiler.capture import records
 from nm_compiler.capture.bodies import programs
@@ -188,11 +189,7 @@ class SparseModule(nn.Module):
                 raise
         value = getattr(origin, name)
         if callable(value) and not isinstance(value, (nn.Module, Tensor)):
-            raise AttributeError(
-                f"{type(origin).__name__}.{name} would run the dense weights: only forward() was captured. "
-                "Freeze first, then call it on the frozen model, or, to train a model whose methods are called, compile it "
-                "without example inputs: nm.compile(model) keeps all of them (.origin has them too, dense)"
-            )
+            raise absent(origin, name)
         return value
 
     def __getitem__(self, key: Any) -> Any:

@@ -367,6 +367,24 @@ def test_plain_attributes_are_the_models_and_its_other_methods_do_not_run_dense_
         _ = sparse.nothing_like_it
 
 
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("gradient_checkpointing_enable", "a captured graph recomputes nothing: leave gradient_checkpointing out, or"),
+        ("get_input_embeddings", "a hook on the embedding, as NEFTune's, .* compile it without example inputs"),
+        ("save_pretrained", r"its weights are dense while it trains: nm.freeze\(model\) returns the model to save"),
+        ("resize_token_embeddings", "call it before nm.compile, or after nm.freeze"),
+        ("generate", "a method would run the dense weights. Freeze first"),
+    ],
+)
+def test_a_method_that_libraries_call_is_absent_with_the_way_out(name: str, way_out: str) -> None:
+    model = type("Pretrained", (MLP,), {name: lambda self: None})()
+    sparse = nm.compile(model, (example(model),))
+    assert not hasattr(sparse, name)
+    with pytest.raises(nm.NMError, match=rf"Pretrained.{name} is not there once captured: .*{way_out}"):
+        getattr(sparse, name)
+
+
 def test_two_models_with_two_patterns_live_in_one_process() -> None:
     one, two = MLP(), MLP()
     first = nm.compile(one, example(one), pattern="2:4", method=nm.LBC())
