@@ -11,8 +11,8 @@ from nm_compiler.errors import NMError
 
 _LIVE = "compile it without example inputs: nm.compile(model) keeps all of them"
 _CHECKPOINTS = (
-    "a captured graph recomputes nothing: leave gradient_checkpointing out, or, where memory matters, call it on the model and "
-    f"{_LIVE.replace('all of them', 'checkpoints')}"
+    "a captured graph recomputes nothing: leave gradient_checkpointing out, or, where memory matters, call it on the model "
+    f"and {_LIVE.replace('all of them', 'checkpoints')}"
 )
 _EMBEDDING = (
     "a captured graph calls no layer, so a hook on the embedding, as NEFTune's, or another embedding would do nothing: "
@@ -34,8 +34,8 @@ _INSTEAD: Mapping[str, str] = {
     "push_to_hub": _SAVING,
 }
 _ELSE = (
-    "only forward() was captured, and a method would run the dense weights. Freeze first, then call it on the frozen model, or, "
-    f"to train a model whose methods are called, {_LIVE} (.origin has them too, dense)"
+    "only forward() was captured, and a method would run the dense weights. Freeze first, then call it on the frozen model, "
+    f"or, to train a model whose methods are called, {_LIVE} (.origin has them too, dense)"
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.fx._symbolic_trace import is_fx_tracing
+from torch.fx import _symbolic_trace as fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from nm_compiler.errors import NMError
@@ -26,7 +26,7 @@ def refuse_tracers(model: nn.Module) -> None:
         "torch.export": torch.compiler.is_exporting(),
         "torch.jit.trace": torch._C._get_tracing_state() is not None,
         "make_fx": get_proxy_mode() is not None,
-        "torch.fx": is_fx_tracing(),
+        "torch.fx": fx._is_fx_tracing_flag,
     }
     tracer = next((name for name, is_on in tracers.items() if is_on), None)
     if tracer is not None:
@@ -41,7 +41,7 @@ class Name:
 
     def __call__(self) -> str:
         """Raises NMError inside torch.fx."""
-        if is_fx_tracing() and get_proxy_mode() is None:  # make_fx has a root of its own
+        if fx._is_fx_tracing_flag and get_proxy_mode() is None:  # make_fx has a root of its own
             raise _refusal(self.kind, "torch.fx")
         return self.kind.__name__
 
