@@ -15,6 +15,7 @@ regions        ``torch.no_grad()`` and reentrant checkpoints
 own_gradients  gradients that forward() makes by hand
 held           numbers that forward() reads from layers, and somebody changes later
 drawn          random numbers that Python draws in forward()
+counted        numbers that forward() keeps from call to call
 vmapped        ``torch.vmap``
 bodies         ops that take a subgraph
 """

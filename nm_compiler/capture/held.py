@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 _PLAIN = (bool, int, float, str)
+_READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +54,25 @@ def held(root: nn.Module) -> Iterator[Held]:
 
 def _names(kind: type, start: str) -> tuple[frozenset[str], frozenset[str]]:
     """The attributes that the method ``start`` of a class, and those that it calls, read and set, by name."""
-    read, written, seen, left = set[str](), set[str](), set[str](), [start]
+    read, written = set[str](), set[str]()
+    for code in codes_of(kind, start):
+        for step in dis.get_instructions(code):
+            if step.opname in _READS:
+                read.add(step.argval)
+            elif step.opname == "STORE_ATTR":
+                written.add(step.argval)
+    return frozenset(read), frozenset(written)
+
+
+def codes_of(kind: type, start: str) -> Iterator[CodeType]:
+    """The code of the method ``start`` of a class, and of the methods of it that it calls."""
+    seen, left = set[str](), [start]
     while left:
         seen.add(method := left.pop())
         for code in _codes(kind, method):
-            for step in dis.get_instructions(code):
-                if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-                    read.add(step.argval)
-                elif step.opname == "STORE_ATTR":
-                    written.add(step.argval)
-        left = [name for name in read - seen if any(_codes(kind, name))]
-    return frozenset(read), frozenset(written)
+            yield code
+            read = {step.argval for step in dis.get_instructions(code) if step.opname in _READS}
+            left += [name for name in read - seen if name not in left and any(_codes(kind, name))]
 
 
 def _codes(kind: type, method: str) -> Iterator[CodeType]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nm_compiler.capture.counted import nothing_counted
 from nm_compiler.capture.drawn import nothing_drawn
 from nm_compiler.capture.explaining import explain
 from nm_compiler.capture.export import capture_mode, in_mode, quiet, without_cache
@@ -48,7 +49,14 @@ def take(
         try:
             lost = nothing_lost() if trains else contextlib.nullcontext()
             drawn = nothing_drawn(model) if trains and training else contextlib.nullcontext()
-            with untouched(model), in_mode(model, True), lost, drawn:  # through train(): what eval() keeps is computed anew
+            counted = nothing_counted(model) if trains else contextlib.nullcontext()
+            with (
+                untouched(model),
+                in_mode(model, True),
+                lost,
+                drawn,
+                counted,
+            ):  # through train(): it forgets what eval() keeps
                 routes[training] = Exported(*capture_mode(model, args, kwargs, dynamic_shapes, training=training))
         except NMError as error:
             if whole or error.__cause__ is None or (dynamic_shapes is not None and "dynamic_shapes" in str(error)):

@@ -1,0 +1,125 @@
+# mypy: disable-error-code="arg-type,assignment,attr-defined,no-any-return,no-untyped-call,operator,union-attr"
+"""Plain numbers that forward() keeps from call to call: a captured graph would hold those of its capture."""
+
+import copy
+
+import pytest
+import torch
+from models import MLP
+from torch import Tensor, nn
+
+import nm_compiler as nm
+from nm_compiler.capture.exported import Exported
+
+X = torch.randn(6, 8)
+
+
+class Keeping(MLP):
+    """Counts, has a flag, and notes a size. Its weight is 2:4, so that a mask changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.calls, self.ready, self.size, self.mean, self.warmup = 0, 0, False, 0, 0.5, 2
+        self.shift = nn.Parameter(torch.zeros(8))
+        with torch.no_grad():
+            self.fc2.weight.unflatten(1, (-1, 4))[..., 2:] = 0
+
+
+class WarmingUp(Keeping):
+    def forward(self, x: Tensor) -> Tensor:
+        self.step += 1
+        return super().forward(x if self.step > self.warmup else x / 2)
+
+
+class Growing(Keeping):
+    def tick(self) -> None:
+        self.step = self.step + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.tick()
+        return super().forward(x * self.factor())
+
+    def factor(self) -> float:
+        return min(1.0, self.step / 5)
+
+
+class StartingFromData(Keeping):
+    """As the actnorm of a normalising flow does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            with torch.no_grad():
+                self.shift.copy_(-x.mean(0))
+            self.ready = True
+        return super().forward(x + self.shift)
+
+
+class Alternating(Keeping):
+    def forward(self, x: Tensor) -> Tensor:
+        self.ready = not self.ready
+        return super().forward(x if self.ready else -x)
+
+
+class Told(Keeping):
+    """What it does to itself lies in a function that is none of its methods."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * counted_up(self))
+
+
+def counted_up(model: Keeping) -> int:
+    model.step += 1
+    return model.step
+
+
+class Counting(Keeping):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.step = self.step + len(self.fc1.weight)
+        self.mean = 0.9 * self.mean + 0.1
+        return super().forward(x)
+
+
+class Sized(Keeping):
+    def forward(self, x: Tensor) -> Tensor:
+        self.size = x.shape[1]
+        return self.scaled(super().forward(x))
+
+    def scaled(self, y: Tensor) -> Tensor:
+        return y / self.size
+
+
+class Averaging(Keeping):
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1
+        return super().forward(x) * self.mean
+
+
+@pytest.mark.parametrize("kind", [WarmingUp, Growing, StartingFromData, Alternating, Told])
+def test_what_goes_by_a_number_of_the_last_call_does_so_captured(kind: type[Keeping]) -> None:
+    torch._dynamo.reset()
+    model = kind()
+    dense, sparse = copy.deepcopy(model), nm.compile(model, (X,), method=nm.SRSTE())
+    assert (model.step, model.ready) == (0, False)
+    for call in range(8):
+        sparse.train(call not in (4, 5))
+        torch.testing.assert_close(sparse(X * call), dense.train(sparse.training)(X * call))
+    assert (model.step, model.ready) == (dense.step, dense.ready)
+
+
+@pytest.mark.parametrize("kind", [Counting, Sized])
+def test_a_number_that_is_only_counted_or_set_before_it_is_read_leaves_one_graph(kind: type[Keeping]) -> None:
+    sparse = nm.compile(kind(), (X,), method=nm.SRSTE())
+    assert all(isinstance(route, Exported) for route in sparse.routes.values())
+
+
+def test_a_float_that_is_kept_is_an_error_with_the_way_out() -> None:
+    with pytest.raises(
+        nm.NMError, match=r"sets mean and reads it in its next call: .* buffer, or say nm.compile\(model\), without"
+    ):
+        nm.compile(Averaging(), (X,), method=nm.SRSTE())
+    torch._dynamo.reset()
+    model = Averaging()
+    dense, live = copy.deepcopy(model), nm.compile(model, method=nm.SRSTE(), then="eager")
+    for _ in range(4):
+        torch.testing.assert_close(live(X), dense(X))
