@@ -1,5 +1,5 @@
 # mypy: disable-error-code="arg-type,assignment,attr-defined,no-any-return,no-untyped-call,operator,union-attr"
-"""Plain numbers that forward() keeps from call to call: a captured graph would hold those of its capture."""
+"""Numbers and tensors that forward() keeps from call to call: a captured graph would hold those of its capture."""
 
 import copy
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import nm_compiler as nm
 from nm_compiler.capture.exported import Exported
+from nm_compiler.unwrapping import unwrap
 
 X = torch.randn(6, 8)
 
@@ -20,6 +21,7 @@ class Keeping(MLP):
     def __init__(self) -> None:
         super().__init__()
         self.step, self.calls, self.ready, self.size, self.mean, self.warmup = 0, 0, False, 0, 0.5, 2
+        self.memory, self.states, self.mask, self.seen = torch.zeros(8), None, None, None
         self.shift = nn.Parameter(torch.zeros(8))
         with torch.no_grad():
             self.fc2.weight.unflatten(1, (-1, 4))[..., 2:] = 0
@@ -72,12 +74,40 @@ def counted_up(model: Keeping) -> int:
     return model.step
 
 
+class Decaying(Keeping):
+    """As the membrane of a spiking neuron."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.memory = 0.9 * self.memory + x.detach().mean(0)
+        return super().forward(x + self.memory)
+
+
+class Recurrent(Keeping):
+    """Its states are none at first, and whoever begins a sequence sets them to none again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, c = self.states if self.states is not None else (torch.zeros_like(x), torch.zeros_like(x))
+        h, c = torch.tanh(x + h), c + x
+        self.states = h.detach(), c.detach()
+        return super().forward(h + c)
+
+
 class Counting(Keeping):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         self.step = self.step + len(self.fc1.weight)
         self.mean = 0.9 * self.mean + 0.1
         return super().forward(x)
+
+
+class Masked(Keeping):
+    """A mask that is made once, and something to look at afterwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mask is None or self.mask.shape[0] != x.shape[1]:
+            self.mask = torch.linspace(0, 1, x.shape[1])
+        self.seen = x * self.mask
+        return super().forward(self.seen)
 
 
 class Sized(Keeping):
@@ -95,22 +125,37 @@ class Averaging(Keeping):
         return super().forward(x) * self.mean
 
 
-@pytest.mark.parametrize("kind", [WarmingUp, Growing, StartingFromData, Alternating, Told])
-def test_what_goes_by_a_number_of_the_last_call_does_so_captured(kind: type[Keeping]) -> None:
+@pytest.mark.parametrize("kind", [WarmingUp, Growing, StartingFromData, Alternating, Told, Decaying, Recurrent])
+def test_what_goes_by_the_last_call_does_so_captured(kind: type[Keeping]) -> None:
     torch._dynamo.reset()
     model = kind()
     dense, sparse = copy.deepcopy(model), nm.compile(model, (X,), method=nm.SRSTE())
-    assert (model.step, model.ready) == (0, False)
+    assert (model.step, model.ready, model.states) == (0, False, None)
     for call in range(8):
+        if call == 5:
+            dense.states = sparse.states = None
         sparse.train(call not in (4, 5))
         torch.testing.assert_close(sparse(X * call), dense.train(sparse.training)(X * call))
     assert (model.step, model.ready) == (dense.step, dense.ready)
 
 
-@pytest.mark.parametrize("kind", [Counting, Sized])
-def test_a_number_that_is_only_counted_or_set_before_it_is_read_leaves_one_graph(kind: type[Keeping]) -> None:
+@pytest.mark.parametrize("kind", [Counting, Sized, Masked])
+def test_what_is_only_counted_or_made_once_or_set_before_it_is_read_leaves_one_graph(kind: type[Keeping]) -> None:
     sparse = nm.compile(kind(), (X,), method=nm.SRSTE())
     assert all(isinstance(route, Exported) for route in sparse.routes.values())
+
+
+@pytest.mark.parametrize("form", ["captured", "live"])
+def test_a_counter_is_not_compiled_for_each_of_its_values(form: str) -> None:
+    torch._dynamo.reset()
+    model = WarmingUp()
+    dense = copy.deepcopy(model)
+    sparse = nm.compile(model, (X,), method=nm.SRSTE()) if form == "captured" else nm.compile(model, then="eager")
+    for _ in range(100):  # the limit is 64
+        torch.testing.assert_close(sparse(X), dense(X))
+    other = nm.compile(MLP(), then="eager")
+    other(X)
+    assert not unwrap(other).live.counts, "a layer's number is a constant elsewhere"
 
 
 def test_a_float_that_is_kept_is_an_error_with_the_way_out() -> None:

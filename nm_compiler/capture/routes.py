@@ -7,6 +7,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,7 +50,8 @@ def take(
         try:
             lost = nothing_lost() if trains else contextlib.nullcontext()
             drawn = nothing_drawn(model) if trains and training else contextlib.nullcontext()
-            counted = nothing_counted(model) if trains else contextlib.nullcontext()
+            again = partial(_called, model, args, kwargs, training)
+            counted = nothing_counted(model, again) if trains else contextlib.nullcontext()
             with (
                 untouched(model),
                 in_mode(model, True),
@@ -68,6 +70,11 @@ def take(
             with in_mode(model, training):
                 routes[training] = _fragments(model, args, kwargs, training, refused)
     return routes
+
+
+def _called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> None:
+    with in_mode(model, training), torch.no_grad():
+        model(*copies_of(args), **{**without_cache(model, kwargs), **copies_of(dict(kwargs))})
 
 
 def _fragments(

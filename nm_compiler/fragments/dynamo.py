@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 
 from nm_compiler.capture import records
 from nm_compiler.capture.bodies import program_text, programs
+from nm_compiler.capture.counted import counts
 from nm_compiler.capture.exported import copied
 from nm_compiler.errors import NMError
 from nm_compiler.fragments.aten import bind_inputs, lower, names_by_id
@@ -65,6 +66,7 @@ class Fragments:
         self.outlined: GraphModule | None = None
         self.outside: dict[str, str] = {}
         self.edges: frozenset[str] = frozenset()
+        self.counts = counts(model)
         self._fragments: list[_Fragment] = []
         self._names: dict[int, str] = {}
         self._compiled: Callable[..., Any] | None = None
@@ -267,6 +269,7 @@ def _settings(carrier: Fragments) -> dict[str, Any]:
     return {
         "fail_on_recompile_limit_hit": True,  # not: go on with the dense code
         "suppress_errors": False,  # nor this
+        "allow_unspec_int_on_nn_module": carrier.counts,  # else each value that a counter takes is compiled
         "recompile_limit": max(_LIMIT, torch._dynamo.config.recompile_limit),
         "optimize_ddp": False,  # it splits fragments and hands them over with fake inputs
         "skip_nnmodule_hook_guards": not carrier.follows_hooks,

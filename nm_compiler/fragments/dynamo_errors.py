@@ -41,14 +41,13 @@ def explained(model: nn.Module, error: BaseException, limit: int) -> str:
     """The message for an error of TorchDynamo or of a fragment that could not be rewritten. limit: of recompilations."""
     kind = type(model).__name__
     line = user_line(traceback.extract_tb(error.__traceback__)) or _line_in(str(error))
+    at = f"\n  at {line}" if line else ""
     if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
         return (
-            f"{kind}: TorchDynamo compiled one function {limit} times, and would run it without "
-            f"masks from now on\n  at {line}\n"
-            "An argument or attribute in it takes ever new values (TORCH_LOGS=recompiles says which): pass it as a "
-            "tensor, or raise torch._dynamo.config.recompile_limit"
+            f"{kind}: TorchDynamo compiled one function {limit} times, and would run it without masks from now on{at}\n"
+            "An argument, an attribute or the length of a list in it takes ever new values (TORCH_LOGS=recompiles says "
+            "which): pass it as a tensor, or raise torch._dynamo.config.recompile_limit"
         )
-    at = f"\n  at {line}" if line else ""
     return (
         f"{kind}: a fragment of its forward could not be rewritten: {type(error).__name__}: {_first_lines(error, 4)}{at}\n"
         "Write that line with other ops, or move it behind a @torch._dynamo.disable function that reads no weights"
