@@ -145,6 +145,17 @@ def test_what_is_only_counted_or_made_once_or_set_before_it_is_read_leaves_one_g
     assert all(isinstance(route, Exported) for route in sparse.routes.values())
 
 
+def test_lowering_what_keeps_a_tensor_is_an_error_with_the_way_out() -> None:
+    for kind in (Decaying, Recurrent):
+        with pytest.raises(
+            nm.NMError, match=r"reads it in its next call: .* in a buffer, or say check=False if every call begins"
+        ):
+            nm.lower(kind().eval(), (X,))
+        assert nm.lower(kind().eval(), (X,), check=False)(X).shape == (6, 4)
+    for kind in (WarmingUp, Counting, Sized, Masked):  # numbers in evaluation mode are taken as they are
+        nm.lower(kind().eval(), (X,))
+
+
 @pytest.mark.parametrize("form", ["captured", "live"])
 def test_a_counter_is_not_compiled_for_each_of_its_values(form: str) -> None:
     torch._dynamo.reset()

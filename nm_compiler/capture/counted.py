@@ -35,10 +35,13 @@ class Counted(RuntimeError):
 
 
 @contextlib.contextmanager
-def nothing_counted(model: nn.Module, again: Callable[[], object]) -> Iterator[None]:
+def nothing_counted(
+    model: nn.Module, again: Callable[[], object], *, numbers: bool = True, way_out: str = ""
+) -> Iterator[None]:
     """Raises NMError afterwards if forward() has changed what it goes by in its next call; its cause is `Counted`.
 
-    again: calls the model with real values, for tensors that have changed.
+    again: calls the model with real values, for tensors that have changed; numbers: whether these are asked; way_out: one
+    more for the message.
     """
     before, changed = dict[_Place, object](), dict[_Place, object]()
 
@@ -57,6 +60,8 @@ def nothing_counted(model: nn.Module, again: Callable[[], object]) -> Iterator[N
     if any(not isinstance(value, _NUMBERS) for value in changed.values()):
         moving = _moving(model, again)
         changed = {key: value for key, value in changed.items() if isinstance(value, _NUMBERS) or key in moving}
+    if not numbers:
+        changed = {key: value for key, value in changed.items() if not isinstance(value, _NUMBERS)}
     if not changed:
         return
     codes = [code for kind in {type(module) for module in model.modules()} for code in codes_of(kind, "forward")]
@@ -65,7 +70,7 @@ def nothing_counted(model: nn.Module, again: Callable[[], object]) -> Iterator[N
             text = (
                 f"forward() of this {type(model).__name__} sets {f'{path}.{name}'.lstrip('.')} and reads it in its next call"
             )
-            told = f"{text}: one graph would hold what it was at capture for good. Keep it in a buffer"
+            told = f"{text}: one graph would hold what it was at capture for good. Keep it in a buffer{way_out}"
             if isinstance(value, float):  # TorchDynamo loses one that it takes for an input, while it is watched
                 raise NMError(f"{told}, or say nm.compile(model), without inputs")
             raise NMError(told) from Counted(text)

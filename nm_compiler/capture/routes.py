@@ -50,7 +50,7 @@ def take(
         try:
             lost = nothing_lost() if trains else contextlib.nullcontext()
             drawn = nothing_drawn(model) if trains and training else contextlib.nullcontext()
-            again = partial(_called, model, args, kwargs, training)
+            again = partial(called, model, args, kwargs, training)
             counted = nothing_counted(model, again) if trains else contextlib.nullcontext()
             with (
                 untouched(model),
@@ -72,7 +72,8 @@ def take(
     return routes
 
 
-def _called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> None:
+def called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> None:
+    """Call the model in a mode, on copies of the inputs."""
     with in_mode(model, training), torch.no_grad():
         model(*copies_of(args), **{**without_cache(model, kwargs), **copies_of(dict(kwargs))})
 
