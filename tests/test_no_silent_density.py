@@ -261,6 +261,17 @@ def test_freezing_before_the_first_call_says_that_no_graph_is_known() -> None:
         nm.freeze(live(MLP()))
 
 
+def test_freezing_what_has_read_no_weight_that_can_be_sparse_says_why() -> None:
+    class Flipped(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.fc1(x), self.fc2.weight.flip(1))
+
+    model = live(Flipped())
+    model(positive())
+    with pytest.raises(nm.NMError, match=r"(?s)no call of this Flipped so far has read .* 2:4:.*fc2.weight: read by aten.flip"):
+        nm.freeze(model)
+
+
 def test_a_weight_that_no_call_ever_read_stays_dense_when_the_model_is_frozen() -> None:
     model = live(Branching(), method=nm.Magnitude()).eval()
     model(positive())

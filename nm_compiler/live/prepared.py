@@ -264,9 +264,11 @@ class Prepared:
     def ready(self) -> list[Weight]:
         """The weights that graphs were planned on; others are dropped. Raises NMError before the first call."""
         if not self.sites:
-            raise NMError(
-                f"this {type(self.origin).__name__} has not run since nm.compile, so no graph is known: call it once first"
-            )
+            kind = type(self.origin).__name__
+            if not self.calls:
+                raise NMError(f"this {kind} has not run since nm.compile, so no graph is known: call it once first")
+            reasons = "\n  ".join(map(str, self.plan.refusals[:12]))
+            raise NMError(f"no call of this {kind} so far has read a weight that can be {self.patterns}:\n  {reasons}")
         reshard(self.origin)
         return [Weight(site, self.origin) for site in self.sites.values()]
 
