@@ -89,8 +89,8 @@ def lower(
     give_back()
     twin = cast(model, dtype)
     given = pytree.tree_map_only(Tensor, partial(_as, dtype=dtype), (args, named))
-    again, way_out = partial(called, twin, *given, False), ", or say check=False if every call begins anew"
-    kept = nothing_counted(twin, again, numbers=False, way_out=way_out) if check else contextlib.nullcontext()
+    again, way_out = partial(called, twin, given[0], given[1]), ", or say check=False if every call begins anew"
+    kept = nothing_counted(twin, again, False, numbers=False, way_out=way_out) if check else contextlib.nullcontext()
     with untouched(twin), kept:
         gm, signature = capture_mode(twin, given[0], given[1], dynamic_shapes, training=False)
     gm = run(gm, [spell_out_autocast, without_switches])

@@ -2,6 +2,7 @@
 """Numbers and tensors that forward() keeps from call to call: a captured graph would hold those of its capture."""
 
 import copy
+from collections import deque
 
 import pytest
 import torch
@@ -22,6 +23,12 @@ class Keeping(MLP):
         super().__init__()
         self.step, self.calls, self.ready, self.size, self.mean, self.warmup = 0, 0, False, 0, 0.5, 2
         self.memory, self.states, self.mask, self.seen = torch.zeros(8), None, None, None
+        self.last, self.losses, self.tables, self.pairs = (
+            deque[Tensor](maxlen=3),
+            list[Tensor](),
+            dict[int, Tensor](),
+            {"x": X[0]},
+        )
         self.shift = nn.Parameter(torch.zeros(8))
         with torch.no_grad():
             self.fc2.weight.unflatten(1, (-1, 4))[..., 2:] = 0
@@ -92,6 +99,25 @@ class Recurrent(Keeping):
         return super().forward(h + c)
 
 
+class Rolling(Keeping):
+    def forward(self, x: Tensor) -> Tensor:
+        self.losses = [*self.losses, x.detach().mean(0)][-3:]
+        return super().forward(x + torch.stack(self.losses).mean(0))
+
+
+class RollingDeque(Keeping):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.append(x.detach().mean(0))
+        return super().forward(x + torch.stack(list(self.last)).mean(0))
+
+
+class Swapping(Keeping):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x + self.pairs["x"])
+        self.pairs["x"] = x.detach().mean(0)
+        return y
+
+
 class Counting(Keeping):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -101,12 +127,15 @@ class Counting(Keeping):
 
 
 class Masked(Keeping):
-    """A mask that is made once, and something to look at afterwards."""
+    """A mask and a table that are made once, something to look at afterwards, and a record."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mask is None or self.mask.shape[0] != x.shape[1]:
             self.mask = torch.linspace(0, 1, x.shape[1])
-        self.seen = x * self.mask
+        if x.shape[1] not in self.tables:
+            self.tables[x.shape[1]] = torch.arange(x.shape[1]) / 8
+        self.seen = x * self.mask + self.tables[x.shape[1]]
+        self.losses.append(self.seen.detach().mean())
         return super().forward(self.seen)
 
 
@@ -125,12 +154,14 @@ class Averaging(Keeping):
         return super().forward(x) * self.mean
 
 
-@pytest.mark.parametrize("kind", [WarmingUp, Growing, StartingFromData, Alternating, Told, Decaying, Recurrent])
+@pytest.mark.parametrize(
+    "kind", [WarmingUp, Growing, StartingFromData, Alternating, Told, Decaying, Recurrent, Rolling, Swapping]
+)
 def test_what_goes_by_the_last_call_does_so_captured(kind: type[Keeping]) -> None:
     torch._dynamo.reset()
     model = kind()
     dense, sparse = copy.deepcopy(model), nm.compile(model, (X,), method=nm.SRSTE())
-    assert (model.step, model.ready, model.states) == (0, False, None)
+    assert (model.step, model.ready, model.states, len(model.last)) == (0, False, None, 0)
     for call in range(8):
         if call == 5:
             dense.states = sparse.states = None
@@ -143,10 +174,12 @@ def test_what_goes_by_the_last_call_does_so_captured(kind: type[Keeping]) -> Non
 def test_what_is_only_counted_or_made_once_or_set_before_it_is_read_leaves_one_graph(kind: type[Keeping]) -> None:
     sparse = nm.compile(kind(), (X,), method=nm.SRSTE())
     assert all(isinstance(route, Exported) for route in sparse.routes.values())
+    assert not sparse.origin.losses
+    assert not sparse.origin.tables
 
 
 def test_lowering_what_keeps_a_tensor_is_an_error_with_the_way_out() -> None:
-    for kind in (Decaying, Recurrent):
+    for kind in (Decaying, Recurrent, RollingDeque, Swapping):
         with pytest.raises(
             nm.NMError, match=r"reads it in its next call: .* in a buffer, or say check=False if every call begins"
         ):
@@ -154,6 +187,15 @@ def test_lowering_what_keeps_a_tensor_is_an_error_with_the_way_out() -> None:
         assert nm.lower(kind().eval(), (X,), check=False)(X).shape == (6, 4)
     for kind in (WarmingUp, Counting, Sized, Masked):  # numbers in evaluation mode are taken as they are
         nm.lower(kind().eval(), (X,))
+
+
+def test_a_deque_which_torch_compile_does_not_roll_is_an_error_and_left_empty() -> None:
+    model = RollingDeque()
+    with pytest.raises(
+        nm.NMError, match=r"sets last and reads it in its next call: .* in a list \(self.last = self.last\[-3:\]\)"
+    ):
+        nm.compile(model, (X,), method=nm.SRSTE())
+    assert not model.last
 
 
 @pytest.mark.parametrize("form", ["captured", "live"])

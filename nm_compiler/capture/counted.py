@@ -9,23 +9,32 @@
 Export runs these lines once. So the capture of a model that is to train fails where a number of a layer is another afterwards
 and more is done with it than to count it up, or a tensor is, and that mode runs in TorchDynamo's fragments, which keep both.
 What is set anew before it is read, as the size of an image, is nothing kept, nor is a tensor that a second call leaves, as a
-mask that is made once. Of what lies in lists and dicts this is not asked: one that grows is compiled again at each length.
+mask that is made once. So it is with what lies in lists and dicts, but for one that only gets more and more, as a record of
+losses: fragments would be compiled again at each length.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dis
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from types import CodeType
 
+import torch
 from torch import Tensor, nn
 
+from nm_compiler.capture.export import in_mode
 from nm_compiler.capture.held import codes_of
 from nm_compiler.errors import NMError
 
 _Place = tuple[str, str]  # the path of a layer, and the name of an attribute
 _NUMBERS = (bool, int, float)
+CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict)
+_OF_MODULES = frozenset(nn.Module().__dict__)
+_PUTTING = ("append", "appendleft", "extend", "add", "update", "clear")
 _ELSEWHERE = ("COMPARE", "IS_OP", "CONTAINS", "TO_BOOL", "POP", "JUMP", "STORE", "RETURN", "YIELD")
 """Where a value goes that is read and not set anew, by how the names of the instructions begin."""
 
@@ -36,12 +45,12 @@ class Counted(RuntimeError):
 
 @contextlib.contextmanager
 def nothing_counted(
-    model: nn.Module, again: Callable[[], object], *, numbers: bool = True, way_out: str = ""
+    model: nn.Module, again: Callable[[], object], training: bool, *, numbers: bool = True, way_out: str = ""
 ) -> Iterator[None]:
     """Raises NMError afterwards if forward() has changed what it goes by in its next call; its cause is `Counted`.
 
-    again: calls the model with real values, for tensors that have changed; numbers: whether these are asked; way_out: one
-    more for the message.
+    again: calls the model with real values, in the mode ``training``, for tensors that have changed; numbers: whether these
+    are asked; way_out: one more for the message.
     """
     before, changed = dict[_Place, object](), dict[_Place, object]()
 
@@ -58,7 +67,7 @@ def nothing_counted(
         for handle in handles:
             handle.remove()
     if any(not isinstance(value, _NUMBERS) for value in changed.values()):
-        moving = _moving(model, again)
+        moving = _moving(model, again, training)
         changed = {key: value for key, value in changed.items() if isinstance(value, _NUMBERS) or key in moving}
     if not numbers:
         changed = {key: value for key, value in changed.items() if not isinstance(value, _NUMBERS)}
@@ -66,13 +75,16 @@ def nothing_counted(
         return
     codes = [code for kind in {type(module) for module in model.modules()} for code in codes_of(kind, "forward")]
     for (path, name), value in changed.items():
-        if keeps(codes, name, elsewhere=isinstance(value, _NUMBERS)):
+        filled = isinstance(value, Content) and value.of is getattr(before[path, name], "of", None)
+        if reads(codes, name) if filled else keeps(codes, name, elsewhere=isinstance(value, _NUMBERS)):
             text = (
                 f"forward() of this {type(model).__name__} sets {f'{path}.{name}'.lstrip('.')} and reads it in its next call"
             )
             told = f"{text}: one graph would hold what it was at capture for good. Keep it in a buffer{way_out}"
             if isinstance(value, float):  # TorchDynamo loses one that it takes for an input, while it is watched
                 raise NMError(f"{told}, or say nm.compile(model), without inputs")
+            if isinstance(value, Content) and isinstance(value.of, deque):  # nor does it let go of what a full one does
+                raise NMError(f"{told}, or in a list (self.{name} = self.{name}[-3:])")
             raise NMError(told) from Counted(text)
 
 
@@ -108,35 +120,59 @@ def keeps(codes: Sequence[CodeType], name: str, *, elsewhere: bool = True) -> bo
     return first and others > 0 if known else elsewhere
 
 
-def _moving(model: nn.Module, again: Callable[[], object]) -> Mapping[_Place, object]:
+def reads(codes: Sequence[CodeType], name: str) -> bool:
+    """Whether more is done with the list or dict ``name`` than to put things into it."""
+    for code in codes:
+        steps = list(dis.get_instructions(code))
+        for step, following in pairwise(steps):
+            own = step.argval == name and step.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            if own and following.argval not in _PUTTING:
+                return True
+    return False
+
+
+@dataclass(frozen=True)
+class Content:
+    """What lies in a list, dict or set, ``of`` which it was."""
+
+    of: object
+    items: tuple[object, ...]
+
+
+def _moving(model: nn.Module, again: Callable[[], object], training: bool) -> Mapping[_Place, object]:
     """What is another after a second call as well. Nothing where the model does not run, of which capture has said why."""
-    try:
+    with contextlib.suppress(Exception), in_mode(model, training), torch.no_grad():
         again()
         before = _plain(model)
         again()
-    except Exception:
-        return {}
-    return _others(before, _plain(model))
+        return _others(before, _plain(model))
+    return {}
 
 
 def _others(before: Mapping[_Place, object], after: Mapping[_Place, object]) -> dict[_Place, object]:
-    """The values of ``after`` that are others than before: numbers by value, tensors by identity."""
-    found = dict[_Place, object]()
-    for key, value in before.items():
-        now = after.get(key)
-        if isinstance(value, _NUMBERS) and isinstance(now, _NUMBERS):
-            if now != value:
-                found[key] = now
-        elif now is not value:
-            found[key] = now
-    return found
+    """The values of ``after`` that are others than before."""
+    return {key: after.get(key) for key, value in before.items() if not _same(value, after.get(key))}
+
+
+def _same(one: object, other: object) -> bool:
+    """Numbers by value, what holds several things by those, tensors and all else by identity: a size may be a symbol."""
+    if isinstance(one, _NUMBERS) and isinstance(other, _NUMBERS):
+        return one == other
+    if isinstance(one, Content) and isinstance(other, Content):
+        return one.of is other.of and _same(one.items, other.items)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other
 
 
 def _plain(model: nn.Module) -> dict[_Place, object]:
-    """The numbers, the tensors, tuples of these and None in the attributes of all layers."""
-    return {
-        (path, name): value
-        for path, module in model.named_modules()
-        for name, value in module.__dict__.items()
-        if name not in ("training", "_compiled_call_impl") and isinstance(value, (*_NUMBERS, Tensor, tuple, type(None)))
-    }
+    """The numbers, tensors, tuples and None in the attributes of all layers, and what is in their lists, dicts and sets."""
+    found = dict[_Place, object]()
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if type(value) in CONTAINERS and name not in _OF_MODULES:
+                items = (*value.keys(), *value.values()) if isinstance(value, dict) else tuple(value)
+                found[path, name] = Content(value, items)
+            elif isinstance(value, (*_NUMBERS, Tensor, tuple, type(None))) and name not in _OF_MODULES:
+                found[path, name] = value
+    return found

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nm_compiler.capture.counted import nothing_counted
+from nm_compiler.capture.counted import CONTAINERS, nothing_counted
 from nm_compiler.capture.drawn import nothing_drawn
 from nm_compiler.capture.explaining import explain
 from nm_compiler.capture.export import capture_mode, in_mode, quiet, without_cache
@@ -50,8 +51,8 @@ def take(
         try:
             lost = nothing_lost() if trains else contextlib.nullcontext()
             drawn = nothing_drawn(model) if trains and training else contextlib.nullcontext()
-            again = partial(called, model, args, kwargs, training)
-            counted = nothing_counted(model, again) if trains else contextlib.nullcontext()
+            again = partial(called, model, args, kwargs)
+            counted = nothing_counted(model, again, training) if trains else contextlib.nullcontext()
             with (
                 untouched(model),
                 in_mode(model, True),
@@ -72,10 +73,9 @@ def take(
     return routes
 
 
-def called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> None:
-    """Call the model in a mode, on copies of the inputs."""
-    with in_mode(model, training), torch.no_grad():
-        model(*copies_of(args), **{**without_cache(model, kwargs), **copies_of(dict(kwargs))})
+def called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Call the model on copies of the inputs."""
+    model(*copies_of(args), **{**without_cache(model, kwargs), **copies_of(dict(kwargs))})
 
 
 def _fragments(
@@ -161,7 +161,7 @@ def way_back(model: nn.Module) -> Callable[[], None]:
             module._buffers.update(buffers)
         for value, content in held:
             value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
+            (value.extend if isinstance(value, (list, deque)) else value.update)(content)
         for known, those in hooks:  # Hugging Face's models hook themselves at the first call that gives hidden states
             for key in known.keys() - those:
                 del known[key]
@@ -178,7 +178,7 @@ def way_back(model: nn.Module) -> Callable[[], None]:
 
 def _is_own(key: str, value: Any) -> bool:
     """Whether an attribute of a module is a dict, list or set of the model's own, such as a cache."""
-    return type(value) in (dict, list, set) and key not in _NOT_OWN
+    return type(value) in CONTAINERS and key not in _NOT_OWN
 
 
 def copies_of(values: Any) -> Any:
