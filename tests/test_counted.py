@@ -21,7 +21,7 @@ class Keeping(MLP):
 
     def __init__(self) -> None:
         super().__init__()
-        self.step, self.calls, self.ready, self.size, self.mean, self.warmup = 0, 0, False, 0, 0.5, 2
+        self.step, self.calls, self.ready, self.size, self.mean, self.warmup, self.window = 0, 0, False, 0, 0.5, 2, 12
         self.memory, self.states, self.mask, self.seen = torch.zeros(8), None, None, None
         self.last, self.losses, self.tables, self.pairs = (
             deque[Tensor](maxlen=3),
@@ -136,6 +136,9 @@ class Masked(Keeping):
             self.tables[x.shape[1]] = torch.arange(x.shape[1]) / 8
         self.seen = x * self.mask + self.tables[x.shape[1]]
         self.losses.append(self.seen.detach().mean())
+        if self.window > x.shape[1]:
+            self.window = x.shape[1]
+        self.seen = self.seen * self.window
         return super().forward(self.seen)
 
 

@@ -8,9 +8,9 @@
 
 Export runs these lines once. So the capture of a model that is to train fails where a number of a layer is another afterwards
 and more is done with it than to count it up, or a tensor is, and that mode runs in TorchDynamo's fragments, which keep both.
-What is set anew before it is read, as the size of an image, is nothing kept, nor is a tensor that a second call leaves, as a
-mask that is made once. So it is with what lies in lists and dicts, but for one that only gets more and more, as a record of
-losses: fragments would be compiled again at each length.
+What is set anew before it is read, as the size of an image, is nothing kept, nor is what a second call leaves, as a mask that
+is made once or a window that is made to fit; but a switch is. So it is with what lies in lists and dicts, unless things are
+only put into them, as into a record of losses: fragments would be compiled again at each length.
 """
 
 from __future__ import annotations
@@ -66,26 +66,36 @@ def nothing_counted(
     finally:
         for handle in handles:
             handle.remove()
-    if any(not isinstance(value, _NUMBERS) for value in changed.values()):
-        moving = _moving(model, again, training)
-        changed = {key: value for key, value in changed.items() if isinstance(value, _NUMBERS) or key in moving}
     if not numbers:
         changed = {key: value for key, value in changed.items() if not isinstance(value, _NUMBERS)}
     if not changed:
         return
     codes = [code for kind in {type(module) for module in model.modules()} for code in codes_of(kind, "forward")]
-    for (path, name), value in changed.items():
-        filled = isinstance(value, Content) and value.of is getattr(before[path, name], "of", None)
-        if reads(codes, name) if filled else keeps(codes, name, elsewhere=isinstance(value, _NUMBERS)):
-            text = (
-                f"forward() of this {type(model).__name__} sets {f'{path}.{name}'.lstrip('.')} and reads it in its next call"
-            )
-            told = f"{text}: one graph would hold what it was at capture for good. Keep it in a buffer{way_out}"
-            if isinstance(value, float):  # TorchDynamo loses one that it takes for an input, while it is watched
-                raise NMError(f"{told}, or say nm.compile(model), without inputs")
-            if isinstance(value, Content) and isinstance(value.of, deque):  # nor does it let go of what a full one does
-                raise NMError(f"{told}, or in a list (self.{name} = self.{name}[-3:])")
-            raise NMError(told) from Counted(text)
+    read = {key: value for key, value in changed.items() if _is_read(codes, key[1], before[key], value)}
+    moving = {} if all(_is_switch(before[key], value) for key, value in read.items()) else _moving(model, again, training)
+    for (path, name), value in read.items():
+        if (path, name) in moving or _is_switch(before[path, name], value):
+            raise _kept(type(model).__name__, f"{path}.{name}".lstrip("."), value, way_out)
+
+
+def _is_read(codes: Sequence[CodeType], name: str, before: object, now: object) -> bool:
+    """Whether forward() goes by the attribute ``name`` in its next call, told from its code."""
+    if isinstance(before, Content) and isinstance(now, Content) and before.of is now.of:
+        return reads(codes, name)
+    return keeps(codes, name, elsewhere=isinstance(now, _NUMBERS))
+
+
+def _kept(model: str, where: str, value: object, way_out: str) -> NMError:
+    text = f"forward() of this {model} sets {where} and reads it in its next call"
+    told = f"{text}: one graph would hold what it was at capture for good. Keep it in a buffer{way_out}"
+    if isinstance(value, float):  # TorchDynamo loses one that it takes for an input, while it is watched
+        return NMError(f"{told}, or say nm.compile(model), without inputs")
+    if isinstance(value, Content) and isinstance(value.of, deque):  # nor does it let go of what a full one does
+        name = where.rpartition(".")[2]
+        return NMError(f"{told}, or in a list (self.{name} = self.{name}[-3:])")
+    error = NMError(told)
+    error.__cause__ = Counted(text)
+    return error
 
 
 def counts(model: nn.Module) -> bool:
@@ -137,6 +147,11 @@ class Content:
 
     of: object
     items: tuple[object, ...]
+
+
+def _is_switch(before: object, now: object) -> bool:
+    """Whether a number says whether something was done: it moves once, and so does a size that is made to fit the input."""
+    return isinstance(before, _NUMBERS) and isinstance(now, _NUMBERS) and {before, now} <= {0, 1}
 
 
 def _moving(model: nn.Module, again: Callable[[], object], training: bool) -> Mapping[_Place, object]:
