@@ -23,8 +23,8 @@ Link = tuple[dict[str, nn.Module | None], str, nn.Module | None, str]
 class Layers:
     """The layers of a model as it was captured; `check` finds out at a call what is another now.
 
-    links: of every layer; held: numbers that are in the graphs; hooks: those of one kind of a module, how many there were,
-    and which module that is.
+    links: of every layer; held: numbers, tensors and functions that are in the graphs; hooks: those of one kind of a module,
+    how many there were, and which module that is.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -46,9 +46,8 @@ class Layers:
         for each in self.held if exported else ():
             if (training or not each.trains_only) and each.is_another():
                 raise NMError(
-                    f"{each.where} is {each.attributes.get(each.name)} now, and the captured graph holds {each.value}: set it "
-                    "before nm.compile or after nm.freeze (where update_bn belongs); nm.compile(model), without inputs, "
-                    "follows changes"
+                    f"{each.told()}: set it before nm.compile or after nm.freeze (where update_bn belongs); "
+                    "nm.compile(model), without inputs, follows changes"
                 )
 
 

@@ -120,3 +120,34 @@ def test_fragments_and_live_models_follow_them() -> None:
         before = each(X)
         each.softened.temperature = 1.0
         torch.testing.assert_close(each(X), 2 * before)
+
+
+class Weighted(MLP):
+    """A tensor that is no buffer, one that may come later, and a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes, self.shift, self.activation = torch.ones(4), None, torch.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.activation(super().forward(x)) * self.classes
+        return y if self.shift is None else y + self.shift
+
+
+@pytest.mark.parametrize(("name", "value", "text"), [
+    ("classes", torch.ones(4), "classes is another tensor now, and the captured graph holds the one of before: set it"),
+    ("shift", torch.ones(4), "shift is another object now, and the captured graph holds the one of before: set it"),
+    ("activation", torch.tanh, "activation is another object now, and the captured graph holds the one of before: set it"),
+])  # fmt: skip
+def test_a_tensor_or_a_function_that_is_replaced_is_an_error_until_it_is_put_back(name: str, value: Any, text: str) -> None:
+    model = Weighted()
+    sparse = nm.compile(model, (X,), method=nm.SRSTE())
+    expected, before = sparse(X), getattr(model, name)
+    setattr(sparse, name, value)
+    with pytest.raises(nm.NMError, match=text):
+        sparse(X)
+    setattr(sparse, name, before)
+    torch.testing.assert_close(sparse(X), expected)
+    model.classes.mul_(2)  # in place it is followed
+    torch.testing.assert_close(sparse(X), 2 * expected)
+    torch.testing.assert_close(copy.deepcopy(sparse)(X), 2 * expected)

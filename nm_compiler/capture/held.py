@@ -1,9 +1,10 @@
-"""Numbers that ``forward`` reads from its layers: an exported graph holds those of its capture for good.
+"""Numbers that ``forward`` reads from its layers, and tensors and functions: a graph holds those of its capture for good.
 
     def forward(self, x): return self.fc(x) / self.temperature        graph: div(linear, 0.5)
 
-So a temperature that a loop anneals, a dropout's ``p`` or a switch that is set later would be ignored without a word. Which
-names ``forward`` reads is told from its code, and that of the methods it calls; what it or ``train`` sets is left out.
+So a temperature that a loop anneals, a dropout's ``p`` or a switch that is set later would be ignored without a word, and so
+would a tensor that is no buffer and is replaced, as weights of classes are. Which names ``forward`` reads is told from its
+code, and that of the methods it calls; what it or ``train`` sets is left out.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import dis
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str)
+_SHOWN = (*_PLAIN, type(None))
+_HELD = (*_SHOWN, Tensor, FunctionType, BuiltinFunctionType)
 _READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 
 
@@ -36,19 +40,37 @@ class Held:
         return self.name in ("p", "momentum") or "drop" in self.name
 
     def is_another(self) -> bool:
-        """Whether it has another value now."""
+        """Whether it has another value now. A tensor that was moved to another device, as the graph is, is the same."""
         now = self.attributes.get(self.name)
-        return now is not self.value and (not isinstance(now, _PLAIN) or now != self.value)
+        if now is self.value:
+            return False
+        if isinstance(now, Tensor) and isinstance(self.value, Tensor):
+            moved = now.device != self.value.device and not now.is_meta and not self.value.is_meta
+            return not (moved and now.dtype == self.value.dtype and torch.equal(now, self.value.to(now.device)))
+        return not isinstance(now, _PLAIN) or not isinstance(self.value, _PLAIN) or now != self.value
+
+    def told(self) -> str:
+        """Which value it has now and which the graph holds."""
+        now = self.attributes.get(self.name)
+        if isinstance(now, _SHOWN) and isinstance(self.value, _SHOWN):
+            return f"{self.where} is {now} now, and the captured graph holds {self.value}"
+        kind = "tensor" if isinstance(now, Tensor) and isinstance(self.value, Tensor) else "object"
+        return f"{self.where} is another {kind} now, and the captured graph holds the one of before"
 
 
 def held(root: nn.Module) -> Iterator[Held]:
-    """The plain attributes of the layers of ``root`` that its graphs may hold."""
+    """The attributes of the layers of ``root`` that its graphs may hold."""
     kinds = {type(module) for module in root.modules()}
     read = {name for kind in kinds for name in _names(kind, "forward")[0]}
     read -= {name for kind in kinds for start in ("forward", "train") for name in _names(kind, start)[1]}
     for path, module in root.named_modules():
         for name, value in module.__dict__.items():
-            if isinstance(value, _PLAIN) and name in read and name != "training" and not name.startswith("_"):
+            if (
+                (isinstance(value, _HELD) or value is None)
+                and name in read
+                and name != "training"
+                and not name.startswith("_")
+            ):
                 yield Held(module.__dict__, name, value, f"{path}.{name}".lstrip("."))
 
 
