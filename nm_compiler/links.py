@@ -31,6 +31,7 @@ class Layers:
         self.links = list(links(root, [path for path, _ in root.named_modules()]))
         self.held = list(held(root))
         self.hooks = list(_hooks(root))
+        self.forwards = [(each.__dict__, each.__dict__.get("forward"), path) for path, each in root.named_modules()]
 
     def check(self, *, exported: bool, training: bool) -> None:
         """Raise NMError for a layer that was replaced, as under adapters, or got or lost a hook, or holds another number.
@@ -40,6 +41,12 @@ class Layers:
         for children, key, expected, path in self.links:
             if children.get(key) is not expected:
                 raise replaced(path, "the captured graph knows nothing of the new layer")
+        for own, patched, path in self.forwards if exported else ():
+            if own.get("forward") is not patched:
+                raise NMError(
+                    f"forward() of {path or 'the model'} was replaced after nm.compile, which what was captured does not "
+                    "follow: replace it before nm.compile or after nm.freeze"
+                )
         for registered, captured, where in self.hooks:
             if len(registered) != captured:
                 raise _hooked(where)

@@ -385,6 +385,17 @@ def test_a_method_that_libraries_call_is_absent_with_the_way_out(name: str, way_
         getattr(sparse, name)
 
 
+@pytest.mark.parametrize("path", ["", "fc2"])
+def test_a_forward_that_is_replaced_after_compile_is_an_error(path: str) -> None:
+    sparse, model = compiled(MLP)
+    layer = model.get_submodule(path)
+    layer.forward = lambda x: x
+    with pytest.raises(nm.NMError, match=rf"forward\(\) of {path or 'the model'} was replaced after nm.compile"):
+        sparse(example(model))
+    del layer.forward
+    sparse(example(model))
+
+
 def test_two_models_with_two_patterns_live_in_one_process() -> None:
     one, two = MLP(), MLP()
     first = nm.compile(one, example(one), pattern="2:4", method=nm.LBC())

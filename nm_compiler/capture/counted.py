@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,9 @@ def nothing_counted(
 
     handles = model.register_forward_pre_hook(begin), model.register_forward_hook(end)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attribute")  # was assigned, says torch.export: so is it said here
+            yield
     finally:
         for handle in handles:
             handle.remove()
