@@ -236,6 +236,11 @@ def _check(lowered: Lowered, wanted: Any, given: Any, dtype: torch.dtype) -> Non
         found = lowered(*args, **kwargs)
     error = relative_error(found, wanted)
     bound = max(TOLERANCE.get(dtype, 6e-2), lowered.result.rough)
+    if not error <= bound and not all(bool(each.isfinite().all()) for each in _floats(wanted)):
+        raise NMError(
+            f"the model itself, before it is lowered to {lowered.backend}, has outputs that are not finite on these inputs: "
+            "look for NaN in its weights, give other inputs, or say check=False"
+        )
     if not error <= bound:
         raise NMError(
             f"lowered to {lowered.backend}, the outputs differ from the model's by {error:.2g} (relative; up to {bound:.2g} "
@@ -243,6 +248,10 @@ def _check(lowered: Lowered, wanted: Any, given: Any, dtype: torch.dtype) -> Non
             "exclude=[...] to find the layer, or check=False if you know better"
         )
     lowered.__dict__["error"] = error
+
+
+def _floats(values: Any) -> Iterator[Tensor]:
+    return (each for each in pytree.tree_leaves(values) if isinstance(each, Tensor) and each.is_floating_point())
 
 
 def _as(value: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -684,3 +684,12 @@ def test_inputs_of_another_dtype_are_an_error_that_says_what_to_cast(dtype: torc
     ):
         lowered(x.to(dtype))
     assert nm.lower(model, x, backend="dense", dtype=torch.float32)(x.to(dtype)).dtype == torch.float32
+
+
+def test_a_model_that_computes_nan_by_itself_is_told_so() -> None:
+    model, x = frozen(MLP)
+    with torch.no_grad():
+        model.fc3.bias[0] = torch.nan
+    with pytest.raises(nm.NMError, match="the model itself, before it is lowered to dense, has outputs that are not finite"):
+        nm.lower(model, x, backend="dense")
+    nm.lower(model, x, backend="dense", check=False)
