@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nm_compiler.carrier import carrier_of
 from nm_compiler.errors import NMError
+from nm_compiler.runtime.quantized_graphs import without_floats
 from nm_compiler.wording import first_line
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -74,7 +75,7 @@ def _of_module(model: nn.Module) -> dict[str, Tensor]:
             found = {name: value for name, value in found.items() if not name.startswith(prefix)}
             found |= {prefix + name: value for name, value in masked().items()}
     order = {name: at for at, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
-    found |= _packed_in(model)
+    found = without_floats(model, found | _packed_in(model))
     return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
 
 
