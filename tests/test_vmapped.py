@@ -2,6 +2,7 @@
 """torch.vmap in a model: the weights inside it are found, both carriers compute what the model did."""
 
 import contextlib
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -28,6 +29,17 @@ class Mapped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.inner(self.middle, self.stem(x)))
+
+
+class Last(Mapped):
+    """One more layer, which is sparse whatever ``inner`` makes of the one in the middle."""
+
+    def __init__(self, inner: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__(inner)
+        self.last = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.last(self.inner(self.middle, self.stem(x).tanh()))))
 
 
 def on_rows(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -102,6 +114,59 @@ def test_a_captured_model_masks_the_weight_inside_also_in_a_region_of_autocast()
     assert nm.report(sparse).totals["sparse"] == 1
     frozen = nm.freeze(sparse).eval()
     torch.testing.assert_close(nm.lower(frozen, (x,))(x), frozen(x))
+
+
+def with_gradients(layer: nn.Linear, x: Tensor) -> Tensor:
+    return torch.vmap(torch.func.grad(lambda row: layer(row).tanh().sum()))(x)
+
+
+def with_jacobians(layer: nn.Linear, x: Tensor) -> Tensor:
+    return torch.vmap(torch.func.jacrev(lambda row: layer(row).tanh()))(x).diagonal(dim1=1, dim2=2)
+
+
+def with_gradients_of_gradients(layer: nn.Linear, x: Tensor) -> Tensor:
+    inner = torch.func.grad(lambda row: layer(row).tanh().square().sum())
+    return x + torch.vmap(torch.func.grad(lambda row: inner(row).square().sum()))(x)
+
+
+def without_gradients(layer: nn.Linear, x: Tensor) -> Tensor:
+    def inner(row: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = layer(row).tanh()
+        return y + row
+
+    return torch.vmap(inner)(x)
+
+
+@pytest.mark.parametrize("form", ["captured", "live"])
+@pytest.mark.parametrize("inner", [with_gradients, with_jacobians, with_gradients_of_gradients, without_gradients])
+def test_gradients_within_it_and_none_within_it_are_those_of_torch(inner: Callable[..., Tensor], form: str) -> None:
+    model, x = Last(inner), torch.randn(4, 8)
+    with torch.no_grad():
+        for layer in (model.middle, model.last):  # 2:4, so that no mask changes anything
+            layer.weight.unflatten(1, (-1, 4))[..., 2:] = 0
+    dense = copy.deepcopy(model)
+    method = nm.SRSTE(decay=0.0)
+    sparse = nm.compile(model, (x,), method=method) if form == "captured" else nm.compile(model, method=method, then="eager")
+    torch.testing.assert_close(sparse(x), dense(x))
+    sparse(x).sum().backward()
+    dense(x).sum().backward()
+    for own, expected in zip(model.parameters(), dense.parameters(), strict=True):
+        assert (own.grad is None) is (expected.grad is None)
+        if expected.grad is not None:
+            torch.testing.assert_close(own.grad, expected.grad)
+
+
+def test_a_gradient_in_no_grad_in_vmap_is_an_error_with_the_way_out() -> None:
+    def inner(layer: nn.Linear, x: Tensor) -> Tensor:
+        def row(each: Tensor) -> Tensor:
+            with torch.no_grad():
+                return torch.func.grad(lambda own: layer(own).sum())(each)
+
+        return torch.vmap(row)(x) + x
+
+    with pytest.raises(nm.NMError, match=r"take .detach\(\) of what it returns in the place of no_grad"):
+        nm.compile(Last(inner), then="eager")(torch.randn(4, 8))
 
 
 def test_a_vmap_in_which_an_op_fails_leaves_no_level_behind() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from nm_compiler.capture.regions import switch_gradients
 from nm_compiler.errors import NMError
 from nm_compiler.graph import Copies, getattr_path, inline
 
@@ -88,8 +89,17 @@ def _batched(region: list[Node], key: str, mode: Any, casts: list[Any]) -> tuple
     outputs = [node for node in region if any(user not in inside for user in node.users)]
     graph = Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
+    off = False  # whether the region itself has gradients switched off there, which ops below torch.vmap would not show
     for node in region:
         copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.target in (torch._C._set_grad_enabled, switch_gradients):
+            off = not node.args[0]
+        elif off and _opens_gradients(node):
+            raise NMError(
+                "torch.func.grad in torch.no_grad() in torch.vmap: take .detach() of what it returns in the place of no_grad()"
+            )
+        elif off and isinstance(node.meta.get(key), Tensor):
+            copies[node] = graph.call_function(torch.ops.aten.detach.default, (copies[node],))
     graph.output([copies[node] for node in outputs])
     run: Callable[..., Any] = GraphModule(nn.Module(), graph)
     values = [node.meta[key] for node in inputs]
@@ -97,7 +107,7 @@ def _batched(region: list[Node], key: str, mode: Any, casts: list[Any]) -> tuple
         for cast in casts:
             stack.enter_context(torch.autocast(*cast))
         stack.enter_context(mode)
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.enable_grad())  # torch.func.grad within would give zeros
         stack.enter_context(_no_levels_left())
         try:
             return make_fx(run)(*[v.detach() if isinstance(v, Tensor) else v for v in values]), inputs, outputs
@@ -108,6 +118,11 @@ def _batched(region: list[Node], key: str, mode: Any, casts: list[Any]) -> tuple
                 f"torch {torch.__version__} cannot batch an op under torch.vmap whose sizes differ from call to call, as the "
                 "batch does: write it with the batch as an axis, or use torch 2.13"
             ) from error
+
+
+def _opens_gradients(node: Node) -> bool:
+    """Whether torch.func.grad, vjp or jacrev begins here."""
+    return getattr(node.target, "__name__", "") == "_grad_increment_nesting"
 
 
 @contextlib.contextmanager
