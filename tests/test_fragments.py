@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nm_compiler as nm
 from nm_compiler.capture.exported import Exported
+from nm_compiler.fragments.aten import _check_nothing_lost
 from nm_compiler.fragments.dynamo import Fragments
 from nm_compiler.sites.plan import UNREAD
 from nm_compiler.solvers.magnitude import magnitude_mask
@@ -710,8 +711,23 @@ def test_data_of_activations_and_vmaps_in_a_fragment_compute_what_they_do_in_the
         torch.testing.assert_close(frozen.stem.weight.grad, gradient)
 
 
-def test_a_tensor_that_the_tracer_loses_is_an_error() -> None:
+def test_a_gradient_that_forward_takes_is_that_of_the_model() -> None:
     torch._dynamo.reset()
-    model = nm.compile(Differentiates(), method=nm.Magnitude(), then="eager")
-    with pytest.raises(nm.NMError, match=r"shape \[4, 8\] comes from code that cannot be traced, such as torch.func.grad"):
-        model(positive())
+    model = Differentiates()
+    with torch.no_grad():
+        model.layer.weight.unflatten(1, (-1, 4))[..., 2:] = 0  # 2:4, so that no mask changes anything
+    dense = copy.deepcopy(model)
+    model = nm.compile(model, method=nm.Magnitude(), then="eager")
+    for batch in (3, 4):
+        x = positive(batch)
+        torch.testing.assert_close(model(x), dense(x))
+
+
+def test_a_tensor_that_the_tracer_loses_is_an_error() -> None:
+    graph = torch.fx.Graph()
+    graph.output(graph.get_attr("lost"))
+    root = nn.Module()
+    with torch._subclasses.FakeTensorMode():
+        root.register_buffer("lost", torch.zeros(4, 8))
+    with pytest.raises(nm.NMError, match=r"shape \[4, 8\] comes from code that cannot be traced"):
+        _check_nothing_lost(torch.fx.GraphModule(root, graph))

@@ -129,6 +129,20 @@ def with_gradients_of_gradients(layer: nn.Linear, x: Tensor) -> Tensor:
     return x + torch.vmap(torch.func.grad(lambda row: inner(row).square().sum()))(x)
 
 
+def gradient_alone(layer: nn.Linear, x: Tensor) -> Tensor:
+    return torch.func.grad(lambda whole: layer(whole).tanh().sum())(x)
+
+
+def product_with_jacobian(layer: nn.Linear, x: Tensor) -> Tensor:
+    both = torch.func.jvp(lambda whole: layer(whole).tanh(), (x,), (torch.ones_like(x),))
+    return both[0] + both[1]
+
+
+def under_no_grad(layer: nn.Linear, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return x + torch.func.grad(lambda whole: layer(whole).tanh().sum())(x)
+
+
 def without_gradients(layer: nn.Linear, x: Tensor) -> Tensor:
     def inner(row: Tensor) -> Tensor:
         with torch.no_grad():
@@ -139,7 +153,10 @@ def without_gradients(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("form", ["captured", "live"])
-@pytest.mark.parametrize("inner", [with_gradients, with_jacobians, with_gradients_of_gradients, without_gradients])
+@pytest.mark.parametrize("inner", [
+    with_gradients, with_jacobians, with_gradients_of_gradients, without_gradients, gradient_alone, product_with_jacobian,
+    under_no_grad,
+])  # fmt: skip
 def test_gradients_within_it_and_none_within_it_are_those_of_torch(inner: Callable[..., Tensor], form: str) -> None:
     model, x = Last(inner), torch.randn(4, 8)
     with torch.no_grad():
@@ -155,6 +172,8 @@ def test_gradients_within_it_and_none_within_it_are_those_of_torch(inner: Callab
         assert (own.grad is None) is (expected.grad is None)
         if expected.grad is not None:
             torch.testing.assert_close(own.grad, expected.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse.eval()(x), dense.eval()(x))
 
 
 def test_a_gradient_in_no_grad_in_vmap_is_an_error_with_the_way_out() -> None:

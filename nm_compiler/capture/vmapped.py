@@ -1,5 +1,7 @@
 """torch.vmap in a graph becomes the batched ops that it stands for, so that passes find the weights inside it.
 
+So do torch.func.grad, vjp, jacrev and jvp: the ops that they take, forward and backward.
+
     _vmap_increment_nesting(8)
     %b = _add_batch_dim(%x, 0, 1)
     %y = aten.linear(%b, %w)                    ->      %v = aten.mm(%x, aten.t(%w))
@@ -67,12 +69,14 @@ def open_vmap_in_regions(exported: GraphModule, mode: Any, casts: Sequence[Any] 
 
 
 def _marks() -> tuple[Sequence[Any], Sequence[Any]]:
-    """What opens a torch.vmap in a graph, and what closes one: the functions in C, or those that export puts for them."""
+    """What opens a torch.vmap, or a gradient of torch.func, in a graph, and what closes it: in C, or as export writes it."""
     from torch._C import _functorch as plain
     from torch._functorch import predispatch as wrapped
 
-    both = (plain, wrapped)
-    return [each._vmap_increment_nesting for each in both], [each._vmap_decrement_nesting for each in both]
+    places = [(each, kind) for each in (plain, wrapped) for kind in ("vmap", "grad", "jvp")]
+    enter = [getattr(each, f"_{kind}_increment_nesting", None) for each, kind in places]
+    leave = [getattr(each, f"_{kind}_decrement_nesting", None) for each, kind in places]
+    return [each for each in enter if each is not None], [each for each in leave if each is not None]
 
 
 def _open_casts(casts: list[Any], node: Node) -> list[Any]:
