@@ -525,3 +525,19 @@ def test_a_cache_of_a_part_that_no_parameter_names_is_not_asked_for() -> None:
     assert without_cache(Answering(caches=False), {}) == {}
     lowered = nm.lower(nm.freeze(sparse, finish=True), (x,), backend="dense")
     assert len(lowered(x)) == 1
+
+
+class Chunked(MLP):
+    """Its inputs have no names, and what is captured holds for as many rows as make three chunks."""
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return torch.cat([super(Chunked, self).forward(part) for part in sum(xs).split(2)])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_conditions_on_inputs_without_a_name_are_looked_at_and_hold_for_the_example(count: int) -> None:
+    model = Chunked()
+    sparse = nm.compile(model, tuple(torch.randn(6, 8) for _ in range(count)), method=nm.SRSTE())
+    assert sparse(*(torch.randn(6, 8) for _ in range(count))).shape == (6, 4)
+    with pytest.raises(nm.NMError, match=r"the captured branch holds only while .*xs\[0\]\.shape\[0\]"):
+        sparse(*(torch.randn(8, 8) for _ in range(count)))  # it left out the last chunk

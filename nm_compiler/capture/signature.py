@@ -117,8 +117,7 @@ class Signature:
             _tensor_input(value, ranges, alone, branching) if isinstance(value, Tensor) else leaf
             for value, leaf in zip(placeholders, leaves, strict=True)
         )
-        names = list(inspect.signature(model.forward).parameters)[: len(args)]
-        arg_names = tuple(names) if len(names) == len(args) else tuple(f"input {i}" for i in range(len(args)))
+        arg_names = _arg_names(model, len(args))
         flat, in_spec = pytree.tree_flatten_with_path((args, dict(kwargs)))
         paths = tuple(_path(key, arg_names) for key, _ in flat)
         guards = tuple(getattr(program, "_guards_code", None) or ())
@@ -249,6 +248,18 @@ def _mutable(spec: pytree.TreeSpec) -> pytree.TreeSpec:
     if spec.is_leaf():
         return spec
     return pytree.TreeSpec(kinds.get(spec.type, spec.type), spec.context, [_mutable(child) for child in spec.children()])
+
+
+def _arg_names(model: nn.Module, count: int) -> tuple[str, ...]:
+    """What ``forward`` calls its first inputs; those of ``*xs`` are ``xs[0]``, ``xs[1]``, as guards have them."""
+    names: list[str] = []
+    for each in inspect.signature(model.forward).parameters.values():
+        if each.kind is inspect.Parameter.VAR_POSITIONAL:
+            names += [f"{each.name}[{place}]" for place in range(count - len(names))]
+        if each.kind not in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
+            break
+        names.append(each.name)
+    return tuple(names[:count]) if len(names) >= count else tuple(f"input {place}" for place in range(count))
 
 
 def _path(key: Sequence[Any], arg_names: Sequence[str]) -> str:
