@@ -181,14 +181,14 @@ class Operands:
 
 def any_product(pick: random.Random) -> Product:
     """For sweeps without hypothesis."""
-    m = pick.randint(2, 32)
+    m = pick.choice([4, 8, pick.randint(2, 32)])
     common: Any = {
-        "pattern": Pattern(pick.randint(1, m - 1), m), "inputs": m * pick.randint(1, 3), "values": pick.choice(VALUES),
+        "pattern": Pattern(pick.randint(1, m - 1), m), "inputs": m * pick.choice([1, 2, 3, 40]), "values": pick.choice(VALUES),
         "form": pick.choice(FORMS), "bias": pick.random() < 0.5, "residual": pick.random() < 0.5,
         "activation": pick.choice(list(ACTIVATIONS)),
     }  # fmt: skip
     if pick.random() < 0.5:
-        return Product(**common, rows=pick.randint(1, 70), lead=(pick.choice([1, 2, 3, 5, 24, 25, 63, 130, 200]),))
+        return Product(**common, rows=pick.choice([pick.randint(1, 70), 213]), lead=(pick.choice([1, 2, 3, 5, 24, 25, 63, 130, 200]),))
     two = lambda least, most: (pick.randint(least, most), pick.randint(least, most))  # noqa: E731
     found = Product(
         **common, rows=pick.randint(1, 36), lead=(pick.randint(0, 3), *two(1, 12)), kernel=two(1, 3), stride=two(1, 3),

@@ -44,8 +44,9 @@ def linears(draw: Any) -> Product:
     pattern = draw(patterns())
     tokens = draw(st.sampled_from([0, 1, 2, 3, 5, 7, 13, FEW, FEW + 1, 63, 112, 130, 251]))
     lead = draw(st.sampled_from([(tokens,), (1, tokens), (tokens, 1), ()]))
-    inputs = pattern.m * draw(st.integers(1, 9 if pattern.m < 9 else 4))
-    return draw(epilogues(Product(pattern=pattern, rows=draw(st.integers(1, 70)), inputs=inputs, lead=lead)))
+    inputs = pattern.m * draw(st.integers(1, 9 if pattern.m < 9 else 4) | st.sampled_from([24, 41]))
+    rows = draw(st.integers(1, 70) | st.sampled_from([192, 213]))  # from 192 on panel and lanes run as one, if tokens are many
+    return draw(epilogues(Product(pattern=pattern, rows=rows, inputs=inputs, lead=lead)))
 
 
 @st.composite
@@ -95,7 +96,7 @@ def test_convolutions_of_any_geometry_are_what_float64_says_in_the_memory_format
 
 
 @each_isa
-@pytest.mark.parametrize("shape", [(1056, 1040, 300), (1056, 1040, 57), (1100, 64, 900), (16, 2048, 57)], ids=str)
+@pytest.mark.parametrize("shape", [(1056, 1040, 300), (1056, 1040, 57), (1100, 64, 900), (16, 2048, 57), (1300, 192, 208)], ids=str)
 def test_weights_beyond_one_block_of_rows_and_of_inputs_are_what_float64_says(isa: str, shape: tuple[int, int, int]) -> None:
     rows, inputs, tokens = shape
     for values in VALUES:
@@ -108,10 +109,24 @@ def test_weights_beyond_one_block_of_rows_and_of_inputs_are_what_float64_says(is
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:8", "1:16", "5:16"])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 2)], ids=str)
 def test_outputs_in_lanes_and_tokens_in_lanes_give_the_same_bits(isa: str, pattern: str, kernel: tuple[int, int]) -> None:
+    same_bits_in_both_formats(isa, pattern, kernel, rows=37, inputs=80, lead=(2, 9, 10))
+
+
+@each_isa
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "8:16", "1:2", "1:4", "2:8", "4:16"])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 2)], ids=str)
+@pytest.mark.parametrize("height", [10, 13, 19, 22, 37])
+def test_a_panel_and_lanes_that_run_as_one_give_the_bits_of_the_panel(
+    isa: str, pattern: str, kernel: tuple[int, int], height: int
+) -> None:
+    """Images of 100 to 370 pixels: whole units in lanes and a tail, one row or two along with each, and several blocks."""
+    same_bits_in_both_formats(isa, pattern, kernel, rows=213, inputs=112 if kernel == (3, 2) else 592, lead=(1, height, 10))
+
+
+def same_bits_in_both_formats(isa: str, pattern: str, kernel: tuple[int, int], **sizes: Any) -> None:
     product = Product(
-        pattern=Pattern.parse(pattern), rows=37, inputs=80, lead=(2, 9, 10), kernel=kernel, padding=(0, 1), residual=True,
-        activation="relu",
-    )  # fmt: skip
+        pattern=Pattern.parse(pattern), kernel=kernel, padding=(0, 1), residual=True, activation="relu", **sizes
+    )
     in_rows, last = (replace(product, form=form).operands(0).result(LIBRARIES[isa]) for form in ("plain", "channels_last"))
     torch.testing.assert_close(in_rows, last, rtol=0, atol=0)
 
@@ -119,6 +134,8 @@ def test_outputs_in_lanes_and_tokens_in_lanes_give_the_same_bits(isa: str, patte
 SAME = [
     Product(pattern=Pattern(2, 4), rows=100, inputs=64, lead=(7,), activation="gelu"),
     Product(pattern=Pattern(2, 4), rows=100, inputs=64, lead=(300,), residual=True, activation="silu"),
+    Product(pattern=Pattern(2, 4), rows=232, inputs=176, lead=(301,), residual=True, activation="gelu"),
+    Product(pattern=Pattern(2, 8), rows=200, inputs=560, lead=(130,), values=torch.int8),
     Product(pattern=Pattern(3, 7), rows=40, inputs=70, lead=(26,), values=torch.int8),
     Product(
         pattern=Pattern(1, 8), rows=24, inputs=16, lead=(2, 9, 11), kernel=(3, 3), padding=(1, 1), groups=2, residual=True

@@ -63,10 +63,11 @@ static inline __attribute__((always_inline)) void span_of(const int64_t D, const
     memcpy(sums, kept, sizeof(vf[PARTS]) * (size_t)T);
 }
 
-/* whole words of codes, all of which are possible: their steps are unrolled. Returns the group that comes next. */
+/* whole words of codes, all of which are possible: their steps are unrolled. One sum a token would wait for its last addition at
+ * every step, so few tokens have several, in turn, which are added up at the end. Returns the group that comes next. */
 static inline __attribute__((always_inline)) int64_t words_of(const int64_t D, const int B, const int T, const int N, PARAMETERS) {
-    const int a_word = 32 / B, groups = a_word / N, value_bytes = D == NM_F32 ? 4 : D == NM_BF16 ? 2 : 1;
-    vf kept[8][PARTS];
+    const int a_word = 32 / B, groups = a_word / N, value_bytes = D == NM_F32 ? 4 : D == NM_BF16 ? 2 : 1, turns = T < 4 ? 4 / T : 1;
+    vf kept[8][PARTS] = {0};
     memcpy(kept, sums, sizeof(vf[PARTS]) * (size_t)T);
     int64_t g = g0;
     for (; g + groups <= g1; g += groups, x += groups * j->m) {
@@ -76,8 +77,13 @@ static inline __attribute__((always_inline)) int64_t words_of(const int64_t D, c
         for (int line = 0; line < a_word * NM_LANES * value_bytes / LINE; line++)
             __builtin_prefetch(values + step * NM_LANES * value_bytes + AHEAD + line * LINE);
 #pragma GCC unroll 16
-        for (int s = 0; s < a_word; s++) step_of(D, B, T, 0, 0, values, step + s, code, x + s / N * j->m, ldx, kept, wrong);
+        for (int s = 0; s < a_word; s++)
+            step_of(D, B, T, 0, 0, values, step + s, code, x + s / N * j->m, ldx, kept + s % turns * T, wrong);
     }
+#pragma GCC unroll 8
+    for (int t = T; t < turns * T; t++)
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; part++) kept[t % T][part] += kept[t][part];
     memcpy(sums, kept, sizeof(vf[PARTS]) * (size_t)T);
     return g;
 }
@@ -140,7 +146,10 @@ static int64_t few_tiles_a_task(const nm_job *j) { return nm_up(few_tiles(j), 8 
 
 static int64_t few_tasks(const nm_job *j) { return nm_up(few_tiles(j), few_tiles_a_task(j)); }
 
-static int run_few(const nm_job *j, int64_t task) {
+static int64_t few_scratch(const nm_job *j) { return (void)j, 64; }
+
+static int run_few(const nm_job *j, int64_t task, char *scratch) {
+    (void)scratch;
     const int bits = nm_bits(j->m);
     const int64_t a_task = few_tiles_a_task(j), end = nm_min(few_tiles(j), (task + 1) * a_task), tokens = nm_tokens(j);
     const int64_t window = bits == 2 ? 4 : bits == 4 ? 16 : 32, groups = j->inputs / j->m;

@@ -98,17 +98,32 @@ static inline __attribute__((always_inline)) void ask_for(const lanes_work *w, i
     if (w->job->residual) __builtin_prefetch(w->job->residual + place);
 }
 
-/* T tokens from ``token`` on, of which x is the first; sums: [T][16], where they lie between blocks along k */
-static inline __attribute__((always_inline)) void lanes_of(const int T, const int KEPT, const lanes_work *w, const float *x, float *sums, int64_t token) {
-    const float *values = w->values;
-    const uint32_t *at = w->at;
-    vf sum[8][PARTS], in[8];
+/* What T tokens from ``token`` on begin with; sums: [T][16], where they lie between blocks along k. */
+static inline __attribute__((always_inline)) void lanes_begin(const int T, const lanes_work *w, const float *sums, int64_t token, vf sum[][PARTS]) {
     if (w->last)
         for (int t = 0; t < T; t++) ask_for(w, token + t + w->ahead);
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++)
 #pragma GCC unroll 2
         for (int part = 0; part < PARTS; part++) sum[t][part] = load(w->start ? w->start + part * V : sums + t * NM_LANES + part * V);
+}
+
+static inline __attribute__((always_inline)) void lanes_end(const int T, const lanes_work *w, float *sums, int64_t token, vf sum[][PARTS]) {
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 2
+        for (int part = 0; part < PARTS; part++) {
+            if (w->last) lanes_finish(w, sum[t][part], token + t, part * V);
+            else store(sums + t * NM_LANES + part * V, sum[t][part]);
+        }
+}
+
+/* T tokens from ``token`` on, of which x is the first */
+static inline __attribute__((always_inline)) void lanes_of(const int T, const int KEPT, const lanes_work *w, const float *x, float *sums, int64_t token) {
+    const float *values = w->values;
+    const uint32_t *at = w->at;
+    vf sum[8][PARTS], in[8];
+    lanes_begin(T, w, sums, token, sum);
     const int64_t kept = KEPT ? KEPT : w->kept;
 #define STEPS(COUNT)                                                                                                        \
     for (int64_t s = 0; s < (COUNT); s++, values += NM_LANES, at += NM_LANES)                                                \
@@ -130,13 +145,7 @@ static inline __attribute__((always_inline)) void lanes_of(const int T, const in
         STEPS(w->tail_kept)
     }
 #undef STEPS
-#pragma GCC unroll 8
-    for (int t = 0; t < T; t++)
-#pragma GCC unroll 2
-        for (int part = 0; part < PARTS; part++) {
-            if (w->last) lanes_finish(w, sum[t][part], token + t, part * V);
-            else store(sums + t * NM_LANES + part * V, sum[t][part]);
-        }
+    lanes_end(T, w, sums, token, sum);
 }
 
 typedef void (*lanes_fn)(const lanes_work *, const float *, float *, int64_t);

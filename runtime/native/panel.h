@@ -46,12 +46,12 @@ static int64_t panel_scratch(const nm_job *j) {
     return panel + sums + steps * NM_LANES * 6 + 4 * LINE;
 }
 
-/* One tile: 16 rows, ``count`` steps, NV vectors of tokens, the last of which may be HALF a vector. Rows go R at a time, so that
- * short ones fill the pipeline. */
+/* One tile: rows ``from_row`` to 16, ``count`` steps, NV vectors of tokens, the last of which may be HALF a vector. Rows go R at a
+ * time, so that short ones fill the pipeline. */
 #define TILE(NAME, NV, R, HALF)                                                                                              \
     static void NAME(const char *panel, float *sums, const float *values, const uint16_t *at, int64_t count,                 \
-                     const float *start, int first, const char *next, int64_t lines) {                                       \
-        for (int row = 0; row < NM_LANES; row += R) {                                                                         \
+                     const float *start, int first, int from_row, const char *next, int64_t lines) {                         \
+        for (int row = from_row; row < NM_LANES; row += R) {                                                                         \
             for (int64_t l = row * lines / NM_LANES; l < (row + R) * lines / NM_LANES; l++) __builtin_prefetch(next + l * LINE); \
             float *to = sums + row * NV * V;                                                                                  \
             vf sum[R][NV];                                                                                                    \
@@ -76,7 +76,7 @@ static int64_t panel_scratch(const nm_job *j) {
         }                                                                                                                     \
     }
 
-typedef void (*tile_fn)(const char *, float *, const float *, const uint16_t *, int64_t, const float *, int, const char *, int64_t);
+typedef void (*tile_fn)(const char *, float *, const float *, const uint16_t *, int64_t, const float *, int, int, const char *, int64_t);
 
 #if V == 16 /* half of a smaller vector takes as long as the whole */
 #define TILES(NV, R) TILE(tile_##NV, NV, R, 0) TILE(tile_##NV##_half, NV, R, 1)
@@ -146,7 +146,7 @@ static int run_panel(const nm_job *j, int64_t task, char *scratch) {
                 if (j->bias && !k0) memcpy(start, j->bias + group * j->rows + row, (size_t)nm_min(NM_LANES, j->rows - row) * 4);
                 wrong |= panel_places(j, j->codes + place * words * NM_LANES, step0, count, width, at);
                 const float *floats = expand_values(j, values, scales, step0, count, wide);
-                tile(here, tile_sums, floats, at, count, start, !k0, next, count * NM_LANES * nm_value_bytes(j) / LINE);
+                tile(here, tile_sums, floats, at, count, start, !k0, 0, next, count * NM_LANES * nm_value_bytes(j) / LINE);
                 if (k1 == k) unpack(j, group, row, token0, tokens, nv, tile_sums);
             }
         }
