@@ -3,9 +3,9 @@
     y = activation(x W^T + bias + residual)        in one pass: bias when sums start, the rest when they are written
 
 x is float32 (bfloat16 and float16 are converted there and back); sums are float32. Up to `FEW` tokens a linear reads every
-weight once and leaves x where it is, beyond that x is packed into panels, stays as it is, or both (few.h, panel.h, lanes.h, mixed.h). Results of convolutions have the
-memory format of x. A position that was pruned is not read: where a dense product makes 0 * inf = NaN of it, this one does not.
-Inference only: there is no gradient.
+weight once and leaves x where it is; beyond that x is packed into panels, stays as it is, or both (few.h; panel.h, lanes.h and
+mixed.h). Results of convolutions have the memory format of x. A position that was pruned is not read: where a dense product
+makes 0 * inf = NaN of it, this one does not. Inference only: there is no gradient.
 
 They are defined without `torch.library.custom_op`, whose wrapper takes longer than a small product.
 """
