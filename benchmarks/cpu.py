@@ -1,7 +1,7 @@
 """N:M weights on the CPU: single layers, few tokens and whole networks, packed against torch's dense ways in the same run.
 
     python benchmarks/cpu.py [--quick] [--threads 1] [--isa avx2] [--patterns 2:4,1:4] [--sections layers,tokens,nets]
-    python benchmarks/cpu.py --draw docs/cpu.svg results/cpu-1.json results/cpu-2.json      # measures nothing
+    python benchmarks/cpu.py --draw docs/cpu.svg results/cpu-nets-1-thread.json ...    # measures nothing
 
 Ratios are of medians, interleaved: layers in a hot loop, few tokens on cold weights, networks a tenth of a second at a turn,
 each in a process of its own: heaps and pages that others leave behind change what a small one takes.

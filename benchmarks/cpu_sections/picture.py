@@ -12,16 +12,18 @@ _CALLED = {"avx512": "AVX-512", "avx2": "AVX2"}
 
 
 def draw(results: Sequence[Path], picture: Path) -> None:
-    """One panel a file: times relative to inductor, lower is faster. picture: an .svg or .png. Needs matplotlib."""
+    """One panel a number of threads and instruction set: times relative to inductor, shorter is faster. Needs matplotlib.
+
+    picture: an .svg or .png to write.
+    """
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(results), figsize=(5.2 * len(results), 4.2), sharey=True, squeeze=False)
-    for panel, path in zip(panels[0], results, strict=True):
-        found: dict[str, Any] = json.loads(path.read_text())
-        rows = found["nets"]
+    shown = _together(results)
+    figure, panels = pyplot.subplots(1, len(shown), figsize=(5.2 * len(shown), 4.2), sharey=True, squeeze=False)
+    for panel, ((threads, isa), rows) in zip(panels[0], shown.items(), strict=True):
         places = range(len(rows))
         for offset, (name, colour) in enumerate((("eager", "#b8bec8"), ("inductor", "#7d8899"), ("packed", "#2f6fde"))):
             sizes = [_milliseconds(row, name) / row["ms"]["inductor"] for row in rows]
@@ -32,9 +34,8 @@ def draw(results: Sequence[Path], picture: Path) -> None:
             share = row["ms"]["packed"] / row["ms"]["inductor"]
             panel.text(share + 0.02, place + 0.3, f"{row['over inductor']:.2f}x", va="center", fontsize=7, color="#2f6fde")
         panel.set_yticks(list(places), [row["net"] for row in rows], fontsize=8)
-        threads = found["environment"]["threads"]
         counted = "1 thread" if threads == 1 else f"{threads} threads"
-        title = f"{rows[0]['pattern']}, {counted}, {_CALLED.get(found['isa'], found['isa'])}"
+        title = f"{rows[0]['pattern']}, {counted}, {_CALLED.get(isa, isa)}"
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("time, dense under inductor = 1; shorter is faster", fontsize=8)
         panel.axvline(1, color="#7d8899", linewidth=0.6)
@@ -45,6 +46,15 @@ def draw(results: Sequence[Path], picture: Path) -> None:
     figure.legend(bars, names, ncols=3, fontsize=8, frameon=False, loc="lower center")
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(picture)
+
+
+def _together(results: Sequence[Path]) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """The networks of all files, by threads and instruction set."""
+    rows = dict[tuple[int, str], list[dict[str, Any]]]()
+    for path in results:
+        found = json.loads(path.read_text())
+        rows.setdefault((found["environment"]["threads"], found["isa"]), []).extend(found["nets"])
+    return rows
 
 
 def _milliseconds(row: dict[str, Any], name: str) -> float:
