@@ -188,7 +188,9 @@ def any_product(pick: random.Random) -> Product:
         "activation": pick.choice(list(ACTIVATIONS)),
     }  # fmt: skip
     if pick.random() < 0.5:
-        return Product(**common, rows=pick.choice([pick.randint(1, 70), 213]), lead=(pick.choice([1, 2, 3, 5, 24, 25, 63, 130, 200]),))
+        return Product(
+            **common, rows=pick.choice([pick.randint(1, 70), 213]), lead=(pick.choice([1, 2, 3, 5, 24, 25, 63, 130, 200]),)
+        )
     two = lambda least, most: (pick.randint(least, most), pick.randint(least, most))  # noqa: E731
     found = Product(
         **common, rows=pick.randint(1, 36), lead=(pick.randint(0, 3), *two(1, 12)), kernel=two(1, 3), stride=two(1, 3),

@@ -96,7 +96,9 @@ def test_convolutions_of_any_geometry_are_what_float64_says_in_the_memory_format
 
 
 @each_isa
-@pytest.mark.parametrize("shape", [(1056, 1040, 300), (1056, 1040, 57), (1100, 64, 900), (16, 2048, 57), (1300, 192, 208)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1056, 1040, 300), (1056, 1040, 57), (1100, 64, 900), (16, 2048, 57), (1300, 192, 208)], ids=str
+)
 def test_weights_beyond_one_block_of_rows_and_of_inputs_are_what_float64_says(isa: str, shape: tuple[int, int, int]) -> None:
     rows, inputs, tokens = shape
     for values in VALUES:
@@ -124,9 +126,7 @@ def test_a_panel_and_lanes_that_run_as_one_give_the_bits_of_the_panel(
 
 
 def same_bits_in_both_formats(isa: str, pattern: str, kernel: tuple[int, int], **sizes: Any) -> None:
-    product = Product(
-        pattern=Pattern.parse(pattern), kernel=kernel, padding=(0, 1), residual=True, activation="relu", **sizes
-    )
+    product = Product(pattern=Pattern.parse(pattern), kernel=kernel, padding=(0, 1), residual=True, activation="relu", **sizes)
     in_rows, last = (replace(product, form=form).operands(0).result(LIBRARIES[isa]) for form in ("plain", "channels_last"))
     torch.testing.assert_close(in_rows, last, rtol=0, atol=0)
 
