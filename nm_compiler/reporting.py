@@ -15,7 +15,7 @@ from nm_compiler.runtime.report import Report, Row
 from nm_compiler.runtime.verify import verify
 from nm_compiler.sites.plan import Plan
 from nm_compiler.solvers.check import worst_group
-from nm_compiler.state.beside import MARK, Weight
+from nm_compiler.state.beside import Weight, of_another
 from nm_compiler.unwrapping import carrier_in, compiled_parts
 from nm_compiler.wording import several
 
@@ -157,13 +157,7 @@ def _with_parts(plain: Report, model: nn.Module) -> Report:
 
 def _of_another(model: nn.Module, parts: Iterable[str]) -> tuple[str, ...]:
     """A note on layers of a compiled model that is not in ``model``: their masks are not told from here."""
-    inside = tuple(f"{name}." for name in parts)
-    theirs = [
-        f"{path}.{leaf}" if path else leaf
-        for path, module in model.named_modules()
-        for leaf in sorted(module.__dict__.get(MARK, ()))
-        if not f"{path}.".startswith(inside)
-    ]
+    theirs = of_another(model, parts)
     if not theirs:
         return ()
     told = "part of a model that nm.compile returned, whose masks are not in these values: report that one"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nm_compiler.carrier import carrier_of
 from nm_compiler.errors import NMError
 from nm_compiler.runtime.quantized_graphs import without_floats
+from nm_compiler.state.beside import of_another
 from nm_compiler.wording import first_line
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -26,6 +27,18 @@ def tensors_of(target: nn.Module | Mapping[str, Any] | str | Path) -> Iterator[t
         yield from _of_path(Path(target))
     else:
         yield from _of_mapping(target, type(target).__name__)
+
+
+def masked_elsewhere(target: Any) -> list[str]:
+    """Names of weights that are dense in ``target``, since it is a part of a compiled model, which has their masks."""
+    if not isinstance(target, nn.Module):
+        return []
+    return of_another(target, [path for path, module in target.named_modules() if _masks_of(module)])
+
+
+def _masks_of(module: nn.Module) -> Any:
+    """What gives the weights of a compiled model as its masks leave them; None of any other module."""
+    return getattr(carrier_of(module) or module, "masked_parameters", None)
 
 
 def _of_path(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -69,7 +82,7 @@ def _unpickled(path: Path) -> Any:
 def _of_module(model: nn.Module) -> dict[str, Tensor]:
     found = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for path, module in model.named_modules():
-        masked = getattr(carrier_of(module) or module, "masked_parameters", None)
+        masked = _masks_of(module)
         if masked:  # a compiled model, here or inside: its weights as their masks leave them
             prefix = f"{path}." if path else ""
             found = {name: value for name, value in found.items() if not name.startswith(prefix)}

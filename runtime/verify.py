@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern, PatternMap, PatternSpec, matches
-from nm_compiler.runtime.tensors_of import tensors_of
+from nm_compiler.runtime.tensors_of import masked_elsewhere, tensors_of
 from nm_compiler.solvers.check import nonzeros, worst_group
 from nm_compiler.state.beside import RECIPE, read_recipe
 from nm_compiler.state.sharding import whole
+from nm_compiler.wording import several
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,13 @@ class Verification:
     """What `verify` found. ``print`` it; ``satisfied`` maps the names of sparse weights to their axes.
 
     training: the method in whose training a checkpoint was written, whose weights have their zeros only after `freeze`.
+    part_of: weights of a part of a model that trains, which are dense there: the masks belong to the whole model.
     """
 
     pattern: PatternMap
     weights: tuple[Checked, ...]
     training: str | None = None
+    part_of: tuple[str, ...] = ()
 
     @property
     def satisfied(self) -> dict[str, tuple[int, ...]]:
@@ -62,6 +65,9 @@ class Verification:
         lines.append(f"{len(self.satisfied)} of {len(self.weights)} weights are {self.pattern}.")
         if self.training:
             lines.append(f"Written while it trained with {self.training}: nm.freeze(model), then save what it returns.")
+        if self.part_of:
+            told = "part of a model that nm.compile returned, whose masks are not in these values: verify that one"
+            lines.append(f"{several(self.part_of, 3)}: {told}.")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +119,8 @@ def examine(target: nn.Module | Mapping[str, Any] | str | Path, pattern: Pattern
         found.append(Checked(name, tuple(tensor.shape), axes, nonzero, own))
     beside = {f"{prefix}{name}_scores" for prefix, recipe in recipes.items() for name in recipe["weights"]}
     weights = tuple(weight for weight in found if weight.name not in beside)
-    return Verification(wanted, weights, next((recipe["method"] for recipe in recipes.values()), None))
+    training = next((recipe["method"] for recipe in recipes.values()), None)
+    return Verification(wanted, weights, training, tuple(masked_elsewhere(target)))
 
 
 def _holds(tensor: Tensor, pattern: Pattern, axis: int) -> bool:

@@ -224,6 +224,19 @@ def test_verify_looks_at_a_compiled_model_through_its_masks(method: Any) -> None
     sparse, _ = trained(ConvNet, method)
     assert set(nm.verify(sparse).satisfied) == {"conv1.weight", "conv2.weight"}
     assert not nm.verify(sparse.origin).satisfied
+    assert "whose masks are not in these values: verify that one" in str(nm.verify(sparse.origin))
+    assert "masks" not in str(nm.verify(sparse)) + str(nm.verify(nn.Sequential(sparse)))
+    assert "masks" not in str(nm.verify(nm.freeze(sparse, finish=True)))
+
+
+def test_verify_says_of_a_part_of_a_live_model_that_its_masks_are_elsewhere() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Sequential(nn.Linear(16, 16)), nn.Linear(16, 4))
+    sparse = nm.compile(model, method=nm.Magnitude(), then="eager")
+    sparse(torch.randn(2, 8))
+    found = nm.verify(sparse[1])
+    assert (found.satisfied, found.part_of) == ({}, ("0.weight",))
+    assert nm.verify(sparse).satisfied == {"1.0.weight": (1,)}
+    assert not nm.verify(sparse).part_of
 
 
 def test_the_report_is_text_dict_and_html_with_the_same_lines() -> None:

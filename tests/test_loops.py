@@ -278,6 +278,12 @@ def test_a_hook_that_forward_sets_on_a_tensor_changes_gradients_in_both_ways_of_
         torch.testing.assert_close(half["fc3.weight"], dense["fc3.weight"])
 
 
+@pytest.mark.xfail(
+    torch.__version__ < "2.12",
+    raises=nm.NMError,
+    reason="TorchDynamo of torch 2.11 skips a frame that sets hooks: an error that says so",
+    strict=True,
+)
 def test_a_tensor_hook_set_by_a_forward_hook_is_kept_and_evaluation_runs_with_and_without_gradients() -> None:
     model = MLP()
     model.fc2.register_forward_hook(lambda module, given, result: result.register_hook(lambda g: g * 0) and None)

@@ -98,6 +98,17 @@ def unmark(model: nn.Module, sites: Iterable[Site]) -> None:
         Weight(site, model).owner.__dict__.pop(MARK, None)
 
 
+def of_another(model: nn.Module, parts: Iterable[str]) -> list[str]:
+    """Planned weights whose masks a compiled model around this one has. parts: paths of compiled models that lie in it."""
+    inside = tuple(f"{path}." if path else "" for path in parts)
+    return [
+        f"{path}.{leaf}" if path else leaf
+        for path, module in model.named_modules()
+        for leaf in sorted(module.__dict__.get(MARK, ()))
+        if not f"{path}.".startswith(inside)
+    ]
+
+
 def register(model: nn.Module, extras: Mapping[str, Tensor]) -> None:
     """Register state by full name; Parameters as parameters, the rest as persistent buffers. All or nothing.
 
