@@ -311,12 +311,6 @@ class Detector(nn.Module):
         return self.head(torch.relu(self.between(self.backbone(x))))
 
 
-@pytest.mark.xfail(
-    torch.__version__ < "2.12",
-    raises=nm.NMError,
-    reason="TorchDynamo of torch 2.11 skips them: an error that says so",
-    strict=True,
-)
 def test_layers_of_torch_that_python_calls_between_fragments_are_sparse() -> None:
     torch.manual_seed(0)
     model, x = Detector(), torch.randn(6, 8)
