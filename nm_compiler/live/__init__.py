@@ -1,5 +1,6 @@
 """Live models: what `nm.compile(model)` makes without example inputs. The model stays itself, TorchDynamo gives its graphs.
 
+preparing      what `nm.compile(model)` does, and refuses
 prepared       the carrier: state beside the weights now, graphs at the calls
 candidates     which weights may become N:M, told without a graph
 growing        the plan, decided as graphs read the weights
