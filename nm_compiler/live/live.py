@@ -9,9 +9,11 @@ are then rewritten where they are, so that TorchDynamo traces the model's Python
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from torch.utils import _pytree as pytree
 
-from nm_compiler.capture.bodies import program_text, programs
+from nm_compiler.capture.bodies import names_read, program_text, programs
 from nm_compiler.capture.routes import way_back
 from nm_compiler.errors import NMError
 from nm_compiler.fragments.aten import bind_inputs, lower
@@ -48,6 +50,22 @@ class Broken(NMError):
     """A call that nobody watches comes in parts: what runs between them has to be watched."""
 
 
+@dataclass
+class Attempt:
+    """A call that nobody watches, in the hope that it is one fragment.
+
+    ran: whether a fragment has run in it; in_parts: whether it is known to be more than one.
+    """
+
+    ran: bool = False
+    in_parts: bool = False
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether it was one fragment, and nothing outside it."""
+        return self.ran and not self.in_parts
+
+
 class Live(Fragments):
     """The fragments of a `Prepared` model, all modes and modules together."""
 
@@ -56,47 +74,38 @@ class Live(Fragments):
     def __init__(self, prepared: Prepared) -> None:
         super().__init__(prepared.origin, {})
         self.prepared = prepared
-        self.at_once = False  # whether the caller knows that the next fragment is a whole call
-        self.parts = False  # whether a fragment that is not a whole call may be planned on
+        self.in_parts = prepared.bare  # whether a fragment that is not a whole call may be planned on
         self.pieces: list[LiveFragment] = []
         self.computed_with: dict[str, str] = {}  # weights that no graph had read and Python computed with, and its line
-        self.ran = False  # whether a fragment has run in this call
-        self.parted = False  # whether this call is known to come in parts, as Python calls a layer of it
-        self._watched: set[int] = set()
+        self.attempt: Attempt | None = None  # the call that runs now, if nobody watches it
+        self._watched: set[int] = set()  # modules whose calls come in parts
         self._tried: set[tuple[int, bool, bool]] = set()
-        self._watching = False
-        self._trying = False  # whether a call runs that nobody watches, in the hope that it is one fragment
         self._entries: dict[int, tuple[nn.Module, Callable[..., Any], Any]] = {}
 
     # -- running -----------------------------------------------------------------------------------------------------
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run ``module``, the model or a part of it, compiled."""
-        known = self._entry(module)
+        """Run ``module``, the model or a part of it, compiled: in one fragment, or else in several, watched in between."""
         if id(module) not in self._watched:
-            self.ran = self._watching = self.parted = False
             mode = id(module), module.training, torch.is_grad_enabled()
             back = way_back(self.model) if mode not in self._tried else None  # it costs too much for every call
             self._tried.add(mode)
-            broken = False
-            self._trying = True
+            attempt = self.attempt = Attempt()
             try:
-                result = self.guarded(known[1], args, kwargs, watched=False)
-                if self.ran and not self.parted:  # one fragment, and nothing outside it
+                result = self.guarded(self._entry(module)[1], args, kwargs, watched=False)
+                if attempt.succeeded:
                     return result
             except Broken:
-                broken = True
+                attempt.in_parts = True
             finally:
-                self._trying = False
+                self.attempt = None
             if back is not None:  # Python between fragments has run, and runs again
                 back()
             self._watched.add(id(module))
             self._entries.pop(id(module), None)
-            known = self._entry(module)
-            if broken and not self.prepared.looked and not self.parts:  # its first fragment would say so, traced once more
-                raise Undecided(type(self.model).__name__)
-        self._watching = True
-        return self.guarded(known[1], args, kwargs)
+            if attempt.in_parts and not self.prepared.looked and not self.in_parts:
+                raise Undecided(type(self.model).__name__)  # its first fragment would say so, traced once more
+        return self.guarded(self._entry(module)[1], args, kwargs)
 
     def _entry(self, module: nn.Module) -> tuple[nn.Module, Callable[..., Any], Any]:
         known = self._entries.get(id(module))
@@ -105,15 +114,24 @@ class Live(Fragments):
             self._entries[id(module)] = known
         return known
 
-    def met_in_python(self) -> None:
-        """A layer is called by Python, so the call has come in parts. Raises `Broken` if nobody watches it."""
-        if self._trying:
-            self.parted = True  # should the model catch what is raised
+    def met_in_parts(self) -> None:
+        """The running call comes in parts, as where Python calls a layer. Raises `Broken` if nobody watches it."""
+        if self.attempt is not None:
+            self.attempt.in_parts = True  # should the model catch what is raised
             raise Broken(type(self.model).__name__)
+
+    @contextlib.contextmanager
+    def taking_parts(self) -> Iterator[None]:
+        """Inside, a fragment that is not a whole call may be planned on."""
+        before, self.in_parts = self.in_parts, True
+        try:
+            yield
+        finally:
+            self.in_parts = before
 
     def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphModule:
         """Run the model once, dense, and return the outline of what ran. `settle` or `forget` has to follow."""
-        self.runs, self._watching = [], True
+        self.runs = []
         try:
             self.guarded(self._entry(self.model)[1], args, kwargs)
             return self.outline_of(args, kwargs)
@@ -133,14 +151,14 @@ class Live(Fragments):
             self.pieces = [piece for piece in self.pieces if not piece.looked_at]
             self._entries.clear()
 
-    def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The backend that TorchDynamo calls."""
+    def compile(self, gm: GraphModule, inputs: Sequence[Any], *, whole: bool = False) -> Callable[..., Any]:
+        """The backend that TorchDynamo calls. whole: the caller knows that the fragment is all of a call."""
         refuse_rewritten(gm, self.model)
         self._refuse_shards(inputs)
         complete = self._called(gm)
-        if complete is None and not self._watching and not self.prepared.bare:
-            raise Broken(type(self.model).__name__)
-        fragment = LiveFragment(self, gm, complete is self.model or self.at_once)
+        if complete is None:
+            self.met_in_parts()
+        fragment = LiveFragment(self, gm, whole or complete is self.model)
         fragment.variant(self.names_of(inputs))
         self.pieces.append(fragment)
         return weakly(fragment)
@@ -161,11 +179,10 @@ class Live(Fragments):
 
     def rewritten(self, program: GraphModule, *, whole: bool) -> GraphModule:
         """Plan what the program reads for the first time, and apply the passes. Raises `Undecided`."""
-        prepared, bodies = self.prepared, list(programs(program))
-        read = {str(node.target) for each in bodies for node in each.graph.nodes if node.op == "get_attr"}
+        prepared, bodies, read = self.prepared, list(programs(program)), names_read(program)
         prepared.growing.take_in(read)
         missing = prepared.growing.undecided(read)
-        if not whole and not self.parts and (missing or not prepared.looked):
+        if not whole and not self.in_parts and (missing or not prepared.looked):
             raise Undecided(f"{', '.join(missing) or type(self.model).__name__}: read in part of a call")
         if missing:
             prepared.growing.decide(program, whole=whole)
@@ -281,7 +298,8 @@ class LiveFragment:
 
     def __call__(self, *args: Any) -> Any:
         live = self.live
-        live.ran = True
+        if live.attempt is not None:
+            live.attempt.ran = True
         with unwatched():
             found = next((variant for variant in self.variants.values() if variant.fits(args)), None)
             found = found or self.variant(live.names_of(args))
@@ -302,7 +320,7 @@ class LiveVariant(Variant):
     ) -> None:
         live = fragment.live
         super().__init__(program, names, live.model)
-        read = {str(node.target) for each in programs(program) for node in each.graph.nodes if node.op == "get_attr"}
+        read = names_read(program)
         self.planned = tuple(name for name in live.prepared.sites if name in read)
         self.calls = 0
         self._fast: Callable[..., Any] | None = None
