@@ -144,7 +144,7 @@ def _inline(graph: Graph, gm: GraphModule, inputs: Sequence[Any], prefix: str, e
             return copies[args[0]][args[1]]
         return graph.node_copy(node, copies.__getitem__)
 
-    return inline(graph, gm, inputs, copy)
+    return inline(gm, inputs, copy)
 
 
 def _either(graph: Graph, condition: Any, yes: Any, no: Any) -> Node:
