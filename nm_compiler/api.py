@@ -101,6 +101,7 @@ def compile(
     patterns = PatternMap.parse(pattern)
     method = BiMask() if method is None else method
     pipeline(method, ())  # an unknown method is refused before anything else happens
+    named: dict[str, Any] = {"include": globs(include), "exclude": globs(exclude)}
     if example_inputs is None and not kwargs:
         told = {"permute": permute, "budget_s": budget_s, "outputs": outputs, "dynamic_shapes": dynamic_shapes}
         for name, value in told.items():
@@ -108,7 +109,6 @@ def compile(
                 raise NMError(f"{name}={value!r} needs a graph: give nm.compile example inputs, such as (x,)")
         from nm_compiler.live.preparing import prepare
 
-        named = {"include": globs(include), "exclude": globs(exclude)}
         return prepare(model, method, patterns, **named, seed=seed, then=then or "inductor")
     if then is not None:
         raise NMError(f"then={then!r} is for nm.compile(model) without example inputs; torch.compile what this returns")
@@ -117,9 +117,9 @@ def compile(
     if permute is None and (budget_s is not None or outputs is not None):
         raise NMError('budget_s= and outputs= are about the permutation: say permute="search" too')
     routes = captured(model, example_inputs, kwargs, dynamic_shapes, what="nm.compile")
-    check_outside(model, routes, patterns, globs(include), globs(exclude))
+    check_outside(model, routes, patterns, **named)
     notes = check_hooks(model) if isinstance(routes[True], Exported) else ()
-    plan = find(model, [route.whole for route in routes.values()], patterns, include=globs(include), exclude=globs(exclude))
+    plan = find(model, [route.whole for route in routes.values()], patterns, **named)
     check_weights(model, plan.sites, method)
     moved, chosen = None, method
     if permute is not None:

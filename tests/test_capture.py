@@ -159,11 +159,15 @@ def test_another_signature_is_refused_with_what_was_captured_and_the_dynamo_rout
     assert "TorchDynamo route: nm.compile(model) without example inputs" in str(error.value)
 
 
-class Filling(MLP):
+class Filling(nn.Module):
     """Makes a tensor whose dtype is that of a number it is given."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = MLP()
+
     def forward(self, x: Tensor, value: Any) -> tuple[Tensor, Tensor]:
-        return super().forward(x), torch.full((2,), value)
+        return self.mlp(x), torch.full((2,), value)
 
 
 def test_a_constant_that_is_equal_and_of_another_kind_is_not_the_captured_one() -> None:

@@ -215,7 +215,7 @@ class Signature:
 
 
 def _is_same(value: Any, captured: Any) -> bool:
-    """Whether a value that is no tensor is the captured one. True, 1 and 1.0 are equal, but what a graph makes of them is not."""
+    """Whether a value that is no tensor is the captured one. True, 1 and 1.0 are equal, what a graph makes of them is not."""
     if isinstance(value, Tensor) or value != captured:
         return False
     return all(isinstance(value, kind) is isinstance(captured, kind) for kind in (_FLAGS, _WHOLE))

@@ -90,7 +90,7 @@ def prune_checkpoint(
     out: a folder that is new or empty, or that of a run that was cut off.
     pattern: ``"2:4"``, ``(2, 4)``, or globs over tensor names, first match wins: ``{"*.mlp.*": "1:4", "*": "2:4"}``.
     importance: what a weight is kept by: ``"magnitude"``, or ``"wanda"`` or ``"ria"``, which go by inputs as well.
-    statistics: for these two, a file with the norms of every weight's inputs, as `nm_compiler.calibrate` and its ``save`` make it.
+    statistics: for these two, a file with the norms of every weight's inputs, which `nm_compiler.calibrate` and ``save`` make.
     include, exclude: globs over tensor names; include takes in what stays dense by its name (embeddings, heads, routers,
     norms: `nm_compiler.streaming.planning`), exclude wins.
     permute: True first puts coupled channels in an order in which masks keep more, as `nm_compiler.permute` does. The axes
