@@ -52,7 +52,7 @@ def packed_linear(
     Returns ``[..., rows]``, contiguous, of x's dtype. Raises NMError for operands that do not fit, before any is read.
     """
     width = x.shape[-1] if x.ndim else 0
-    _check("packed_linear", x, values, codes, scales, bias, pattern, rows, (rows, width), 1, activation)
+    _check("packed_linear", x, values, codes, scales, bias, residual, pattern, rows, (rows, width), 1, activation)
     sizes_ = (*x.shape[:-1], rows)
     _check_residual("packed_linear", residual, sizes_)
     data = _float(x).contiguous()
@@ -84,7 +84,7 @@ def packed_conv2d(
     how = (tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
     sizes_, numbers = _plan(x.shape, form == torch.channels_last, rows, *how, groups)
     shape = (rows, x.shape[1] // groups, *how[0])
-    _check("packed_conv2d", x, values, codes, scales, bias, pattern, rows, shape, groups, activation)
+    _check("packed_conv2d", x, values, codes, scales, bias, residual, pattern, rows, shape, groups, activation)
     _check_residual("packed_conv2d", residual, sizes_)
     data = _float(x).contiguous(memory_format=form)
     y = torch.empty(sizes_, dtype=torch.float32, memory_format=form)
@@ -175,10 +175,10 @@ def _check_residual(name: str, residual: Tensor | None, shape: tuple[int, ...]) 
 
 
 def _check(
-    name: str, x: Tensor, values: Tensor, codes: Tensor, scales: Tensor | None, bias: Tensor | None, pattern: list[int],
-    rows: int, shape: tuple[int, ...], groups: int, activation: str,
+    name: str, x: Tensor, values: Tensor, codes: Tensor, scales: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    pattern: list[int], rows: int, shape: tuple[int, ...], groups: int, activation: str,
 ) -> None:  # fmt: skip
-    """Everything that C takes on trust, but the residual."""
+    """Everything that C takes on trust."""
     wanted = _wanted(shape, tuple(pattern), groups)
     fits = (
         math.prod(shape[1:]) > 0
