@@ -87,15 +87,15 @@ def tokens(patterns: Sequence[str], library: Library, reads: float, repeats: int
     return found
 
 
-def alone(name: str, pattern: str, repeats: int, threads: int) -> dict[str, Any]:
+def alone(name: str, pattern: str, repeats: int, threads: int, against: str) -> dict[str, Any]:
     """A network, in the process that this is called in."""
     from cpu_sections.nets import net
 
     torch.set_num_threads(threads)
-    return net(name, pattern, repeats=repeats)
+    return net(name, pattern, repeats=repeats, against=against)
 
 
-def nets(patterns: Sequence[str], repeats: int, quick: bool, only: str) -> list[dict[str, Any]]:
+def nets(patterns: Sequence[str], repeats: int, quick: bool, only: str, against: str) -> list[dict[str, Any]]:
     """Print and return one table a pattern."""
     from cpu_sections.nets import NETS
 
@@ -106,7 +106,7 @@ def nets(patterns: Sequence[str], repeats: int, quick: bool, only: str) -> list[
         for name in names:
             print(f"measuring {name}", file=sys.stderr, flush=True)
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                rows.append(process.submit(alone, name, text, repeats, torch.get_num_threads()).result())
+                rows.append(process.submit(alone, name, text, repeats, torch.get_num_threads(), against).result())
         print(f"\n{text}, whole networks, ms")
         head = [
             "network",
@@ -137,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--patterns", default="2:4,1:4,2:8,1:16", help="of layers and few tokens; networks: --nets")
     parser.add_argument("--nets", default="2:4", help="patterns of whole networks")
     parser.add_argument("--only", default="*", help="a glob over the names of whole networks")
+    parser.add_argument("--against", default="eager", choices=("eager", "inductor"), help="what networks are lowered against")
     parser.add_argument("--sections", default="layers,tokens,nets", help="which tables")
     parser.add_argument("--isa", default=None, help="portable, avx2 or avx512; the best by default")
     parser.add_argument("--draw", type=Path, nargs="+", help="a picture, and the results to draw")
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             patterns[:1] if args.quick else patterns[:2], library, machine["gbytes in huge pages"], repeats
         )
     if "nets" in wanted:
-        body["nets"] = nets(args.nets.split(","), repeats, args.quick, args.only)
+        body["nets"] = nets(args.nets.split(","), repeats, args.quick, args.only, args.against)
     write(Path(args.out), started, body)
     return 0
 

@@ -24,8 +24,9 @@ from torch.nn import functional
 import nm_compiler as nm
 from nm_compiler.pattern import Pattern
 from nm_compiler.runtime.native.library import Library, _parallel, load
-from nm_compiler.runtime.native.ops import FEW, packed_conv2d, packed_linear
+from nm_compiler.runtime.native.ops import packed_conv2d, packed_linear
 from nm_compiler.runtime.native.packing import MOST_M, code_bits, pack
+from nm_compiler.runtime.native.shapes import FEW
 
 LIBRARIES = libraries()
 pytestmark = pytest.mark.skipif(not LIBRARIES, reason=f"no CPU kernels here: {load()}")

@@ -93,9 +93,10 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }
 
 
-def net(name: str, pattern: str, *, repeats: int) -> dict[str, Any]:
+def net(name: str, pattern: str, *, repeats: int, against: str) -> dict[str, Any]:
     """Medians in ms, and speed-up over inductor and over eager, which runs in both layouts where there are two.
 
+    against: "eager", or "inductor": what `nm.lower` times packed against; where packed loses, the result is dense.
     Packed is lowered and nothing else; "packed, inductor" is torch.compile of that.
     """
     build, inputs = NETS[name]
@@ -103,7 +104,7 @@ def net(name: str, pattern: str, *, repeats: int) -> dict[str, Any]:
     model, x = build().eval(), inputs()
     everything = ["*"] if "block" in name else []  # a block of a larger model has neither stem nor head
     model = nm.freeze(nm.compile(model, (x,), pattern=pattern, method=nm.Magnitude(), include=everything)).eval()
-    lowered = nm.lower(model, (x,), backend="cpu", pattern=pattern)
+    lowered = nm.lower(model, (x,), backend="cpu", pattern=pattern, options={"against": against})
     torch._dynamo.reset()
     with torch.no_grad(), torch._inductor.config.patch(freezing=True):
         compiled, both = torch.compile(model), torch.compile(lowered)
@@ -122,7 +123,7 @@ def net(name: str, pattern: str, *, repeats: int) -> dict[str, Any]:
     decisions = lowered.result.decisions.values()
     eager = min(value for key, value in times.items() if key.startswith("eager"))
     return {
-        "net": name, "pattern": pattern, "ms": {key: value * 1e3 for key, value in times.items()},
+        "net": name, "pattern": pattern, "against": against, "ms": {key: value * 1e3 for key, value in times.items()},
         "over inductor": times["inductor"] / times["packed"], "over eager": eager / times["packed"],
         "compiled over inductor": times["inductor"] / times["packed, inductor"],
         "sparse": sum(1 for each in decisions if each.kernel), "products": len(lowered.result.products),

@@ -6,6 +6,7 @@ job        what the kernels of packed products are told
 sweep      the same of those over weights that are not packed
 packing    a weight as they read it
 pages      packed weights in huge pages
+shapes     what a product's shapes decide, worked out once for each
 ops        ``nm::packed_linear`` and ``nm::packed_conv2d``
 eligible   which products they take, and why not the others
 measuring  a product timed, packed and dense

@@ -13,16 +13,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "relu6": 5, "hardswish": 6}
 
 
-class Job(NamedTuple):
-    """Addresses and sizes; job.h says what each is. rows, inputs: of one conv group; ldx, ldy: channels of all of them."""
+class Fields(NamedTuple):
+    """What shapes decide; job.h says what each is. rows, inputs: of one conv group; ldx, ldy: channels of all of them."""
 
-    x: int
-    y: int
-    residual: int
-    bias: int
-    values: int
-    codes: int
-    scales: int
     dtype: int
     n: int
     m: int
@@ -48,14 +41,31 @@ class Job(NamedTuple):
     activation: int
     few: int
 
+    def packed(self) -> bytes:
+        """As C reads them."""
+        return _FIELDS.pack(*self)
 
-_FIELDS = struct.Struct(f"={len(Job._fields) + 3}q")
-BYTES = _FIELDS.size
+
+class Job(NamedTuple):
+    """Addresses, 0 for what is not there, and fields as C reads them."""
+
+    x: int
+    y: int
+    residual: int
+    bias: int
+    values: int
+    codes: int
+    scales: int
+    fields: bytes
+
+
+_ADDRESSES, _FIELDS, _WORKERS = (struct.Struct(f"={count}q") for count in (len(Job._fields) - 1, len(Fields._fields), 3))
+BYTES = _ADDRESSES.size + _FIELDS.size + _WORKERS.size
 
 
 def packed(job: Job, threads: int, scratch: tuple[int, int]) -> bytes:
     """The job as C reads it. scratch: address and bytes."""
-    return _FIELDS.pack(*job, threads, *scratch)
+    return _ADDRESSES.pack(*job[:-1]) + job.fields + _WORKERS.pack(threads, *scratch)
 
 
 def address(tensor: Tensor | None) -> int:
