@@ -14,11 +14,12 @@ nm.prune_checkpoint("llama", "llama-2of4")                               # a che
 nm.permute(model, (x,)), nm.show_axes(model, (x,))                       # reorder channels so that masks keep more
 """
 
-from nm_compiler.api import compile, freeze, show
+from nm_compiler.api import compile, show
 from nm_compiler.calibrating import calibrate
 from nm_compiler.calibration import Calibration
 from nm_compiler.checkpoint import load_checkpoint, save_checkpoint
 from nm_compiler.errors import NMError, Refusal
+from nm_compiler.freezing import freeze
 from nm_compiler.importance import RIA, Saliency, Wanda
 from nm_compiler.lowering import lower
 from nm_compiler.methods.base import Method

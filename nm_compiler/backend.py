@@ -130,8 +130,7 @@ def nm_compiler(
             type(root).__name__, getattr(reason, "reason", "a frame was skipped"),
         )  # fmt: skip
     prepared.looked = True
-    live.parts, live.at_once = True, whole
-    return live.compile(gm, inputs)  # type: ignore[no-any-return]
+    return live.compile(gm, inputs, whole=whole)  # type: ignore[no-any-return]
 
 
 def strict() -> None:

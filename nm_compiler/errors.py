@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import NoReturn
 
-_WAYS_OUT = {
-    "include= makes it sparse": "take stem, head or routers in with include=[...]",
-    "need a multiple of": "choose a pattern whose M divides the input channels",
-    "excluded by": "take a glob out of exclude=[...]",
-}
-"""By what is said in a reason."""
+
+class WayOut(Enum):
+    """An option of `nm.compile` that makes a refused weight N:M, and what to do with it. Errors list them in this order."""
+
+    INCLUDE = "take stem, head or routers in with include=[...]"
+    PATTERN = "choose a pattern whose M divides the input channels"
+    EXCLUDE = "take a glob out of exclude=[...]"
 
 
 class NMError(Exception):
@@ -25,7 +27,8 @@ class NMError(Exception):
 class Refusal:
     """A weight that stays dense, and why. It ends up as a line of the report, never as an exception.
 
-    where: the parameter's name; reason: in words, with the way out where there is one.
+    where: the parameter's name; reason: in words, with the way out where there is one; way_out: the option of `nm.compile`
+    that would make it N:M, if one would. An error that no weight can be N:M lists each of these once.
 
     >>> str(Refusal("conv1.weight", "3 input channels, groups need a multiple of 4"))
     'conv1.weight: 3 input channels, groups need a multiple of 4'
@@ -33,6 +36,7 @@ class Refusal:
 
     where: str
     reason: str
+    way_out: WayOut | None = None
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
@@ -43,6 +47,6 @@ def refuse_all(
 ) -> NoReturn:
     """Raise NMError where no weight can be sparse: the first reasons, and the ways out that some weight has."""
     shown = "\n  ".join(f"{each.where} {list(shapes[each.where])}: {each.reason}" for each in list(refusals)[:12])
-    ways = [way for part, way in _WAYS_OUT.items() if any(part in each.reason for each in refusals)]
+    ways = [way.value for way in WayOut if any(each.way_out is way for each in refusals)]
     out = f"\n{', or '.join(ways)}" if ways else ""
     raise NMError(f"no weight of this {type(model).__name__} can be {patterns}:\n  {shown or 'it has no weights'}{out}")

@@ -93,10 +93,11 @@ Copies = dict[Node, Any]
 """What stands for the nodes of a program that `inline` has come by."""
 
 
-def inline(graph: Graph, program: GraphModule, inputs: Iterable[Any], copy: Callable[[Node, Copies], Any]) -> Any:
-    """Put the nodes of ``program`` into ``graph``, where it inserts now. Returns what ``program`` returns, as nodes there.
+def inline(program: GraphModule, inputs: Iterable[Any], copy: Callable[[Node, Copies], Any]) -> Any:
+    """Make what stands for the nodes of ``program`` in another graph, one by one. Returns what stands for its outputs.
 
-    inputs: what stands for its placeholders; copy: makes what stands for each other node, of what stands for those before.
+    inputs: what stands for its placeholders; copy: puts what stands for a node into that graph, given what stands for those
+    before.
     """
     given, copies = iter(inputs), Copies()
     for node in program.graph.nodes:

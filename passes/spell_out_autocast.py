@@ -64,7 +64,7 @@ def _inline(
             return graph.node_copy(node, copies.__getitem__)
         return _cast(graph, node, copies, mode, region)
 
-    return inline(graph, gm, given, copy)
+    return inline(gm, given, copy)
 
 
 def _item_of(node: Node) -> Any:

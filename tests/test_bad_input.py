@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import nm_compiler as nm
+from nm_compiler.errors import Refusal, WayOut, refuse_all
 
 
 class Quantised(nn.Module):
@@ -224,3 +225,10 @@ class Wrapped(nn.Module):
 def test_a_cache_that_comes_out_of_a_wrapped_model_is_an_error_that_says_use_cache() -> None:
     with pytest.raises(nm.NMError, match=r"Pass use_cache=False, or set config\.use_cache = False"):
         nm.lower(Wrapped(), torch.randn(2, 8), backend="dense")
+
+
+def test_the_ways_out_of_an_error_come_from_its_refusals_and_not_from_their_words() -> None:
+    refusals = [Refusal("a", "in other words", WayOut.PATTERN), Refusal("b", "its output is excluded by an axis")]
+    with pytest.raises(nm.NMError) as error:
+        refuse_all(MLP(), "2:4", refusals, {"a": (4, 6), "b": (4, 4)})
+    assert str(error.value).endswith("by an axis\nchoose a pattern whose M divides the input channels")

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from models import MLP, ConvNet, Remembering, dense, example
@@ -156,6 +157,27 @@ def test_another_signature_is_refused_with_what_was_captured_and_the_dynamo_rout
     assert problem in str(error.value)
     assert "captured: (x: [any, 8], scale: 0.5)" in str(error.value)
     assert "TorchDynamo route: nm.compile(model) without example inputs" in str(error.value)
+
+
+class Filling(nn.Module):
+    """Makes a tensor whose dtype is that of a number it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = MLP()
+
+    def forward(self, x: Tensor, value: Any) -> tuple[Tensor, Tensor]:
+        return self.mlp(x), torch.full((2,), value)
+
+
+def test_a_constant_that_is_equal_and_of_another_kind_is_not_the_captured_one() -> None:
+    x, model = torch.randn(2, 8), nm.freeze(nm.compile(Filling(), (torch.randn(2, 8), 1), method=nm.Magnitude()))
+    sparse, lowered = nm.compile(Filling(), (x, 1), method=nm.SRSTE()), nm.lower(model.eval(), (x, 1), backend="dense")
+    for each in (sparse, torch.compile(sparse, backend="eager"), lowered):
+        assert each(x, 1)[1].dtype == each(x, np.int64(1))[1].dtype == torch.int64
+        for other in (1.0, True):
+            with pytest.raises(nm.NMError, match=f"value is {other}, the graph holds for 1"):
+                each(x, other)
 
 
 def test_the_users_dynamic_shapes_are_passed_through() -> None:

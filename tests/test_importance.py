@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import Attention, ConvNet, Matmuls
+from models import MLP, Attention, ConvNet, Matmuls
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -345,3 +345,11 @@ def test_an_importance_under_a_name_that_no_parameter_has_is_an_error_and_nothin
         call[way]()
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_calibration_measures_what_pattern_include_and_exclude_leave() -> None:
+    model, x = MLP(), torch.randn(4, 8)
+    assert set(nm.calibrate(model, [x], exclude="fc1*")) == {"fc2.weight", "fc3.weight"}
+    assert set(nm.calibrate(model, [x], include="fc2*")) == {"fc2.weight"}, "stem and head are measured by default only"
+    assert set(nm.calibrate(model, [x], pattern={"fc[12]*": "2:4"})) == {"fc1.weight", "fc2.weight"}
+    assert set(nm.calibrate(model, [x], pattern="2:16")) == {"fc2.weight", "fc3.weight"}

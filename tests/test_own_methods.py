@@ -313,3 +313,23 @@ def test_a_method_that_settle_leaves_undecided_is_not_frozen() -> None:
     with pytest.raises(nm.NMError, match=r"is not 2:4 after Undecided\.settle\(\)"):
         nm.freeze(sparse, finish=True)
     assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items())
+
+
+@dataclass(frozen=True, slots=True)
+class Failing(Undecided):
+    """A method whose settle() fails when it has begun to write."""
+
+    gives: Callable[[Tensor], dict[str, Tensor]] = lambda weight: {"scores": weight.abs()}
+
+    def settle(self, weight: Any) -> None:
+        weight["scores"].zero_()
+        raise RuntimeError("no more")
+
+
+def test_a_settle_that_fails_halfway_leaves_the_state_as_it_was() -> None:
+    model = MLP()
+    sparse = nm.compile(model, example(model), method=Failing())
+    before = {name: value.clone() for name, value in sparse.state_dict().items()}
+    with pytest.raises(RuntimeError, match="no more"):
+        nm.freeze(sparse, finish=True)
+    assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items())

@@ -264,7 +264,7 @@ def tell(problem: str, folder: Path, tmp_path: Path) -> dict[str, Any]:
         "pattern": {"pattern": "4:2"}, "importance": {"importance": "wandas"}, "no statistics": {"importance": "wanda"},
         "needless statistics": {"statistics": tmp_path / "x"}, "norms of another shape": norms, "norms lack a weight": norms,
         "negative norms": norms, "no norms": norms, "equal": {"out": folder}, "out inside": {"out": folder / "out"},
-        "checkpoint inside": {"out": tmp_path}, "glob": {"include": ["*.q_proj.*"]},
+        "checkpoint inside": {"out": tmp_path}, "another order": {"permute": "random"}, "glob": {"include": ["*.q_proj.*"]},
         "nothing planned": {"pattern": "32:64", "exclude": "*"}, "does not divide": {"pattern": "1:48"},
     }  # fmt: skip
     return arguments.get(problem, {})
@@ -305,6 +305,7 @@ def tell(problem: str, folder: Path, tmp_path: Path) -> dict[str, Any]:
         ("equal", "is the checkpoint itself"),
         ("out inside", "lies inside the checkpoint"),
         ("checkpoint inside", "give another folder to write to"),
+        ("another order", "permute='random': say permute=True, which searches for an order"),
         ("glob", "include='*.q_proj.*' matches no tensor"),
         ("nothing planned", "no tensor of this checkpoint can be 32:64"),
         ("does not divide", "64 input features, groups of 1:48 need a multiple of 48"),

@@ -77,11 +77,14 @@ def test_the_map_of_the_package_names_every_file_and_folder_once() -> None:
     assert folders <= set(re.findall(r"^\| `nm_compiler/(\w+)/`", here, re.M))
 
 
-MAPPED = ("capture", "fragments", "integrations", "live", "sites", "solvers", "state", "streaming")
+MAPPED = (
+    "axes", "axes/rules", "capture", "demo", "fragments", "integrations", "live", "methods", "sites", "solvers", "state", "streaming",
+)  # fmt: skip
+RUNTIMES = ("", "/backends", "/cusparselt", "/native", "/onnx_files", "/tensorrt")
 
 
 @pytest.mark.parametrize(
-    "folder", [*(f"nm_compiler/{name}" for name in MAPPED), "passes", "runtime/native", "runtime/onnx_files"]
+    "folder", [*(f"nm_compiler/{name}" for name in MAPPED), "passes", *(f"runtime{name}" for name in RUNTIMES)]
 )
 def test_a_folder_says_at_its_top_what_each_of_its_files_is_for(folder: str) -> None:
     """Kernels of a file go without saying: ``masks_kernels`` and ``masks_triton`` are those of ``masks``."""

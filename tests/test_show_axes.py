@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import networkx as nx
@@ -119,3 +120,23 @@ def test_the_axes_are_a_networkx_graph_in_the_direction_of_the_data() -> None:
     graph = network(nm.show_axes(model, (torch.randn(2, 8),)))
     assert nx.shortest_path(graph, "0.weight", "2.weight") == ["0.weight", ("class", "0.weight[0]"), "2.weight"]
     assert graph.nodes[("class", "0.weight[0]")] == {"kind": "class", "size": 16, "pinned": None}
+
+
+class Telling(nn.Module):
+    """Returns its hidden layer beside its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.relu(self.first(x))
+        return self.second(hidden), hidden
+
+
+@pytest.mark.parametrize(
+    ("outputs", "free"), [(None, False), (0, True), ([0], True), (1, False), ([0, 1], False), (lambda given: given[0], True)]
+)
+def test_an_output_that_need_not_keep_its_order_leaves_its_axis_free(outputs: Any, free: bool) -> None:
+    axes = nm.show_axes(Telling(), (torch.randn(2, 8),), outputs=outputs)
+    assert axes.is_free("first.weight", 0) is free

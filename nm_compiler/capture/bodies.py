@@ -84,6 +84,11 @@ def programs(gm: GraphModule) -> Iterator[GraphModule]:
             yield from programs(value)
 
 
+def names_read(gm: GraphModule) -> set[str]:
+    """What the graph and the bodies in it read from the model, by name."""
+    return {str(node.target) for each in programs(gm) for node in each.graph.find_nodes(op="get_attr")}
+
+
 def program_text(gm: GraphModule) -> str:
     """The graph and the bodies in it, as `show` prints them."""
     first, *bodies = (show_graph(each) for each in programs(gm))

@@ -99,7 +99,7 @@ def _inlined(exported: GraphModule, body: GraphModule, given: Sequence[Any], nam
             _set(exported, new.target, getattr_path(body, node.target))
         return new
 
-    return inline(exported.graph, body, given, copy)
+    return inline(body, given, copy)
 
 
 def _set(module: nn.Module, name: str, value: Any) -> None:

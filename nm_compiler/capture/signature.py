@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -28,6 +29,7 @@ _HOW_SHAPES = {
     True: "and, since one of batch 1 stands for any batch, with dynamic_shapes=, such as ({},) to fix all sizes",
 }
 """By whether an input has a batch of 1."""
+_FLAGS, _WHOLE = (bool, np.bool_, torch.SymBool), (int, np.integer, torch.SymInt)
 
 
 class Misfit(NMError):
@@ -151,7 +153,7 @@ class Signature:
                 problem = expected.problem(value)
                 if problem:
                     self._refuse(args, kwargs, f"{path} {problem}")
-            elif value is not expected and (isinstance(value, Tensor) or value != expected):
+            elif value is not expected and not _is_same(value, expected):
                 self._refuse(args, kwargs, f"{path} is {describe_leaf(value)}, the graph holds for {expected!r}")
         if self.guards:
             self._check_guards(flat, args, named)
@@ -210,6 +212,13 @@ class Signature:
             f"Capture with example inputs like this call ({_HOW_SHAPES[any(_is_single(leaf) for leaf in leaves)]}). "
             "A model that is called in many ways trains on the TorchDynamo route: nm.compile(model) without example inputs.",
         )
+
+
+def _is_same(value: Any, captured: Any) -> bool:
+    """Whether a value that is no tensor is the captured one. True, 1 and 1.0 are equal, what a graph makes of them is not."""
+    if isinstance(value, Tensor) or value != captured:
+        return False
+    return all(isinstance(value, kind) is isinstance(captured, kind) for kind in (_FLAGS, _WHOLE))
 
 
 def _is_single(leaf: Any) -> bool:

@@ -155,4 +155,4 @@ def _splice(graph: Graph, program: GraphModule, inputs: Sequence[Node], constant
         read.meta = dict(node.meta)
         return read
 
-    return inline(graph, program, inputs, copy)
+    return inline(program, inputs, copy)

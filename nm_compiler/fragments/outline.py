@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from nm_compiler.capture.binding import bind
-from nm_compiler.capture.bodies import branch, checkpointed, is_body, programs
+from nm_compiler.capture.bodies import branch, checkpointed, is_body, names_read, programs
 from nm_compiler.graph import Copies, getattr_path, inline
 from nm_compiler.sites.ends import ends
 from nm_compiler.sites.uses import code_between, constants, embedding_between, multiplied_between
@@ -57,14 +57,7 @@ class Outside:
 
 def multiplied(model: nn.Module, runs: Sequence[Run | Outside]) -> dict[str, str]:
     """The weights that Python multiplies, and its lines: those in a product, and those of layers that no run reads."""
-    read = {
-        str(node.target)
-        for run in runs
-        if isinstance(run, Run)
-        for program in programs(run.program)
-        for node in program.graph.nodes
-        if node.op == "get_attr"
-    }
+    read = {name for run in runs if isinstance(run, Run) for name in names_read(run.program)}
     found: dict[str, str] = {}
     for each in runs:
         if isinstance(each, Outside):
@@ -151,7 +144,7 @@ def _inline(graph: Graph, gm: GraphModule, inputs: Sequence[Any], prefix: str, e
             return copies[args[0]][args[1]]
         return graph.node_copy(node, copies.__getitem__)
 
-    return inline(graph, gm, inputs, copy)
+    return inline(gm, inputs, copy)
 
 
 def _either(graph: Graph, condition: Any, yes: Any, no: Any) -> Node:

@@ -1,11 +1,13 @@
 """Live models: what `nm.compile(model)` makes without example inputs. The model stays itself, TorchDynamo gives its graphs.
 
+preparing      what `nm.compile(model)` does, and refuses
 prepared       the carrier: state beside the weights now, graphs at the calls
 candidates     which weights may become N:M, told without a graph
 growing        the plan, decided as graphs read the weights
 entries        how calls of the model, and of its parts, reach the carrier
 methods        the same of methods beside forward() that multiply a parameter by hand
-live           fragments of a call: planned, rewritten, compiled
+live           calls of it: tried, watched, planned, their fragments rewritten
+pieces         what runs in place of a fragment
 tracers        what would take its weights dense is refused
 saving         what a Hugging Face model says that is saved while it trains
 lifting        a program without attributes, as compilers take it

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +36,7 @@ class Entry:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's result."""
-        if self.carrier.active and (torch.compiler.is_dynamo_compiling() or self.carrier.thread in (None, get_ident())):
+        if self.carrier.is_inside():
             return self.module._call_impl(*args, **kwargs)
         return self.carrier.call(self.module, args, kwargs)
 
@@ -61,7 +60,7 @@ def entered(module: nn.Module, args: Any) -> None:
     if not carrier.active:
         _refuse(module)
     if not torch.compiler.is_dynamo_compiling():
-        carrier.live.met_in_python()
+        carrier.live.met_in_parts()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

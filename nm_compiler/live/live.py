@@ -1,6 +1,6 @@
-"""Fragments of a live model: rewritten when TorchDynamo hands them over, compiled by inductor or run as they are.
+"""Calls of a live model: their fragments are planned and rewritten when TorchDynamo hands them over.
 
-    fragment ──lower──► aten ──decide──► plan ──passes──► program ──lift──► AOTAutograd / inductor
+    fragment ──lower──► aten ──decide──► plan ──passes──► program ──► `nm_compiler.live.pieces`
 
 The first fragment that is a whole call plans the weights it reads. If the call comes in several, it is first run once to
 be looked at (`Undecided`), as `nm.compile` does with example inputs: its fragments run dense, are planned on together, and
@@ -9,29 +9,24 @@ are then rewritten where they are, so that TorchDynamo traces the model's Python
 
 from __future__ import annotations
 
-import functools
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import py_sym_types
-from torch.fx.experimental.symbolic_shapes import has_free_symbols
-from torch.utils import _pytree as pytree
 
-from nm_compiler.capture.bodies import program_text, programs
+from nm_compiler.capture.bodies import names_read, program_text, programs
 from nm_compiler.capture.routes import way_back
 from nm_compiler.errors import NMError
-from nm_compiler.fragments.aten import bind_inputs, lower
-from nm_compiler.fragments.dynamo import Fragments, Variant, entry_of, store_of, weakly
-from nm_compiler.fragments.outline import Run
-from nm_compiler.fragments.watching import PRODUCTS, outside_text, python_line, unwatched
+from nm_compiler.fragments.dynamo import Fragments, entry_of, weakly
+from nm_compiler.fragments.watching import PRODUCTS, outside_text, python_line
 from nm_compiler.graph import reads, run
 from nm_compiler.live.entries import entered
 from nm_compiler.live.growing import check_parameters
-from nm_compiler.live.lifting import Lifted, form_of, lift
+from nm_compiler.live.pieces import LiveFragment
 from nm_compiler.recipe import pipeline
 from nm_compiler.sites.uses import Blocked, uses
 from nm_compiler.state.sharding import is_sharded, parallel
@@ -48,6 +43,22 @@ class Broken(NMError):
     """A call that nobody watches comes in parts: what runs between them has to be watched."""
 
 
+@dataclass
+class Attempt:
+    """A call that nobody watches, in the hope that it is one fragment.
+
+    ran: whether a fragment has run in it; in_parts: whether it is known to be more than one.
+    """
+
+    ran: bool = False
+    in_parts: bool = False
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether it was one fragment, and nothing outside it."""
+        return self.ran and not self.in_parts
+
+
 class Live(Fragments):
     """The fragments of a `Prepared` model, all modes and modules together."""
 
@@ -56,47 +67,38 @@ class Live(Fragments):
     def __init__(self, prepared: Prepared) -> None:
         super().__init__(prepared.origin, {})
         self.prepared = prepared
-        self.at_once = False  # whether the caller knows that the next fragment is a whole call
-        self.parts = False  # whether a fragment that is not a whole call may be planned on
+        self.in_parts = prepared.bare  # whether a fragment that is not a whole call may be planned on
         self.pieces: list[LiveFragment] = []
         self.computed_with: dict[str, str] = {}  # weights that no graph had read and Python computed with, and its line
-        self.ran = False  # whether a fragment has run in this call
-        self.parted = False  # whether this call is known to come in parts, as Python calls a layer of it
-        self._watched: set[int] = set()
+        self.attempt: Attempt | None = None  # the call that runs now, if nobody watches it
+        self._watched: set[int] = set()  # modules whose calls come in parts
         self._tried: set[tuple[int, bool, bool]] = set()
-        self._watching = False
-        self._trying = False  # whether a call runs that nobody watches, in the hope that it is one fragment
         self._entries: dict[int, tuple[nn.Module, Callable[..., Any], Any]] = {}
 
     # -- running -----------------------------------------------------------------------------------------------------
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run ``module``, the model or a part of it, compiled."""
-        known = self._entry(module)
+        """Run ``module``, the model or a part of it, compiled: in one fragment, or else in several, watched in between."""
         if id(module) not in self._watched:
-            self.ran = self._watching = self.parted = False
             mode = id(module), module.training, torch.is_grad_enabled()
             back = way_back(self.model) if mode not in self._tried else None  # it costs too much for every call
             self._tried.add(mode)
-            broken = False
-            self._trying = True
+            attempt = self.attempt = Attempt()
             try:
-                result = self.guarded(known[1], args, kwargs, watched=False)
-                if self.ran and not self.parted:  # one fragment, and nothing outside it
+                result = self.guarded(self._entry(module)[1], args, kwargs, watched=False)
+                if attempt.succeeded:
                     return result
             except Broken:
-                broken = True
+                attempt.in_parts = True
             finally:
-                self._trying = False
+                self.attempt = None
             if back is not None:  # Python between fragments has run, and runs again
                 back()
             self._watched.add(id(module))
             self._entries.pop(id(module), None)
-            known = self._entry(module)
-            if broken and not self.prepared.looked and not self.parts:  # its first fragment would say so, traced once more
-                raise Undecided(type(self.model).__name__)
-        self._watching = True
-        return self.guarded(known[1], args, kwargs)
+            if attempt.in_parts and not self.prepared.looked and not self.in_parts:
+                raise Undecided(type(self.model).__name__)  # its first fragment would say so, traced once more
+        return self.guarded(self._entry(module)[1], args, kwargs)
 
     def _entry(self, module: nn.Module) -> tuple[nn.Module, Callable[..., Any], Any]:
         known = self._entries.get(id(module))
@@ -105,15 +107,24 @@ class Live(Fragments):
             self._entries[id(module)] = known
         return known
 
-    def met_in_python(self) -> None:
-        """A layer is called by Python, so the call has come in parts. Raises `Broken` if nobody watches it."""
-        if self._trying:
-            self.parted = True  # should the model catch what is raised
+    def met_in_parts(self) -> None:
+        """The running call comes in parts, as where Python calls a layer. Raises `Broken` if nobody watches it."""
+        if self.attempt is not None:
+            self.attempt.in_parts = True  # should the model catch what is raised
             raise Broken(type(self.model).__name__)
+
+    @contextlib.contextmanager
+    def taking_parts(self) -> Iterator[None]:
+        """Inside, a fragment that is not a whole call may be planned on."""
+        before, self.in_parts = self.in_parts, True
+        try:
+            yield
+        finally:
+            self.in_parts = before
 
     def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphModule:
         """Run the model once, dense, and return the outline of what ran. `settle` or `forget` has to follow."""
-        self.runs, self._watching = [], True
+        self.runs = []
         try:
             self.guarded(self._entry(self.model)[1], args, kwargs)
             return self.outline_of(args, kwargs)
@@ -133,14 +144,14 @@ class Live(Fragments):
             self.pieces = [piece for piece in self.pieces if not piece.looked_at]
             self._entries.clear()
 
-    def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The backend that TorchDynamo calls."""
+    def compile(self, gm: GraphModule, inputs: Sequence[Any], *, whole: bool = False) -> Callable[..., Any]:
+        """The backend that TorchDynamo calls. whole: the caller knows that the fragment is all of a call."""
         refuse_rewritten(gm, self.model)
         self._refuse_shards(inputs)
         complete = self._called(gm)
-        if complete is None and not self._watching and not self.prepared.bare:
-            raise Broken(type(self.model).__name__)
-        fragment = LiveFragment(self, gm, complete is self.model or self.at_once)
+        if complete is None:
+            self.met_in_parts()
+        fragment = LiveFragment(self, gm, whole or complete is self.model)
         fragment.variant(self.names_of(inputs))
         self.pieces.append(fragment)
         return weakly(fragment)
@@ -161,11 +172,10 @@ class Live(Fragments):
 
     def rewritten(self, program: GraphModule, *, whole: bool) -> GraphModule:
         """Plan what the program reads for the first time, and apply the passes. Raises `Undecided`."""
-        prepared, bodies = self.prepared, list(programs(program))
-        read = {str(node.target) for each in bodies for node in each.graph.nodes if node.op == "get_attr"}
+        prepared, bodies, read = self.prepared, list(programs(program)), names_read(program)
         prepared.growing.take_in(read)
         missing = prepared.growing.undecided(read)
-        if not whole and not self.parts and (missing or not prepared.looked):
+        if not whole and not self.in_parts and (missing or not prepared.looked):
             raise Undecided(f"{', '.join(missing) or type(self.model).__name__}: read in part of a call")
         if missing:
             prepared.growing.decide(program, whole=whole)
@@ -215,147 +225,6 @@ class Live(Fragments):
         maybe = name in self.prepared.candidates and getattr(func, "__name__", "") in PRODUCTS
         if maybe or name in self.prepared.sites:
             raise NMError(outside_text(name, python_line(), captured=False))
-
-
-class LiveFragment:
-    """What runs in place of one Dynamo graph: equal layers share it, so it has a variant for each set of weights."""
-
-    def __init__(self, live: Live, gm: GraphModule, whole: bool) -> None:
-        self._live, self.whole = weakref.ref(live), whole
-        self.examples = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
-        self.lowered = lower(gm)
-        self.variants: dict[tuple[str | None, ...], Variant] = {}
-        self._compiled: dict[Any, Callable[..., Any]] = {}
-
-    @property
-    def live(self) -> Live:
-        """The carrier of the fragment."""
-        live = self._live()
-        assert live is not None
-        return live
-
-    @property
-    def looked_at(self) -> bool:
-        """Whether something in it is dense still, which only a look may run."""
-        return any(not isinstance(variant, LiveVariant) for variant in self.variants.values())
-
-    def variant(self, names: tuple[str | None, ...]) -> Variant:
-        """The fragment over the weights ``names``; compiled when it is new, or dense while the call is only looked at."""
-        if names not in self.variants:
-            live = self.live
-            program = bind_inputs(self.lowered, names, live.model)
-            if live.runs is None:
-                self.variants[names] = LiveVariant(self, live.rewritten(program, whole=self.whole), names)
-            else:
-                self.variants[names] = Variant(program, names, live.model)
-        return self.variants[names]
-
-    def can_wait(self) -> bool:
-        """Whether it may be compiled later than TorchDynamo's guards: with fixed sizes a compiler adds none to them."""
-        return self.live.prepared.then == "eager" or not self.looked_at or is_fixed(self.lowered)
-
-    def settle(self) -> None:
-        """Rewrite what was dense while the call was looked at."""
-        for names, variant in self.variants.items():
-            if not isinstance(variant, LiveVariant):
-                program = self.live.rewritten(variant.program, whole=self.whole)
-                self.variants[names] = LiveVariant(self, program, names, later=True)
-
-    def compiled(self, lifted: Lifted, inputs: Sequence[Any]) -> Callable[..., Any] | None:
-        """The lifted program compiled, once for all variants of the same form. None for one that is new at run time."""
-        form = form_of(lifted.gm)
-        if form not in self._compiled:
-            if torch._guards.TracingContext.try_get() is None:
-                return None
-            self._compiled[form] = compile_lifted(lifted, self.live.model, inputs, self.live.prepared.then)
-        return self._compiled[form]
-
-    def compiled_now(self, lifted: Lifted, inputs: Sequence[Any]) -> Callable[..., Any] | None:
-        """The same at run time, of a fragment that was looked at: sizes are fixed and modes are those it was traced in."""
-        mode = torch._guards.detect_fake_mode(self.examples) or torch._subclasses.FakeTensorMode()
-        context = torch._guards.TracingContext(mode)
-        with torch._guards.tracing(context):
-            made = self.compiled(lifted, inputs)
-        guards = context.guards_context.aotautograd_guards
-        return None if guards else made  # TorchDynamo would have had to check those, of inputs that lie in one memory
-
-    def __call__(self, *args: Any) -> Any:
-        live = self.live
-        live.ran = True
-        with unwatched():
-            found = next((variant for variant in self.variants.values() if variant.fits(args)), None)
-            found = found or self.variant(live.names_of(args))
-            if live.runs is None:
-                assert isinstance(found, LiveVariant), "a fragment that was looked at runs dense"
-                return found.run(args)
-            inputs = tuple(args[index] for index in found.kept)
-            outputs = found.program(*inputs)
-            live.runs.append(Run(bind_inputs(self.lowered, found.names, live.model), inputs, tuple(outputs)))
-            return outputs
-
-
-class LiveVariant(Variant):
-    """A fragment bound to certain weights, and what runs it. later: it is compiled when it first runs."""
-
-    def __init__(
-        self, fragment: LiveFragment, program: GraphModule, names: Sequence[str | None], *, later: bool = False
-    ) -> None:
-        live = fragment.live
-        super().__init__(program, names, live.model)
-        read = {str(node.target) for each in programs(program) for node in each.graph.nodes if node.op == "get_attr"}
-        self.planned = tuple(name for name in live.prepared.sites if name in read)
-        self.calls = 0
-        self._fast: Callable[..., Any] | None = None
-        self._waits: Callable[[], Callable[..., Any] | None] | None = None
-        if live.prepared.then != "eager":
-            lifted, examples = lift(program), [fragment.examples[index] for index in self.kept]
-            self._stores = [_getter(live.model, read) for read in lifted.reads]
-            if later:
-                self._waits = functools.partial(fragment.compiled_now, lifted, examples)
-            else:
-                self._fast = fragment.compiled(lifted, examples)
-
-    def run(self, args: Sequence[Any]) -> Any:
-        """Run on the fragment's inputs."""
-        self.calls += 1
-        if self._waits is not None:
-            self._fast, self._waits = self._waits(), None
-        inputs = [args[index] for index in self.kept]
-        if self._fast is None:
-            return self.program(*inputs)
-        return self._fast(*[store[leaf] for store, leaf in self._stores], *inputs)
-
-
-def is_fixed(lowered: GraphModule) -> bool:
-    """Whether no size in a graph is a symbol."""
-    values = (node.meta.get("val") for node in lowered.graph.nodes)
-    leaves = (leaf for value in values for leaf in pytree.tree_leaves(value))
-    return not any(isinstance(leaf, (Tensor, *py_sym_types)) and has_free_symbols(leaf) for leaf in leaves)
-
-
-def _getter(model: nn.Module, read: Any) -> tuple[Any, Any]:
-    """Where the value of a read is looked up at every call: a module's own dict, or a list of one constant."""
-    return ([read.constant], 0) if read.constant is not None else store_of(model, read.name)
-
-
-def compile_lifted(lifted: Lifted, model: nn.Module, inputs: Sequence[Any], then: str) -> Callable[..., Any]:
-    """Hand a lifted graph to the compiler ``then``, inside the tracing context of its fragment."""
-    from torch._dynamo.backends.registry import lookup_backend
-
-    context = torch._guards.TracingContext.try_get()
-    mode: Any = context.fake_mode if context is not None else None
-    states = []
-    for read in lifted.reads:
-        store, leaf = _getter(model, read)
-        value: Tensor = store[leaf]
-        states.append(value if mode is None else mode.from_tensor(value, static_shapes=True))
-    backend: Any = lookup_backend(then)
-    if then == "inductor":
-        from nm_compiler.live.inductor import compiled
-
-        return compiled(backend, lifted.gm, [*states, *inputs])
-    made: Callable[..., Any] = backend(lifted.gm, [*states, *inputs])
-    return made
 
 
 def frame_code() -> Any:

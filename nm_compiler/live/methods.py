@@ -13,11 +13,9 @@ import copy
 import dis
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from threading import get_ident
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -51,7 +49,7 @@ class MethodEntry:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The method's result."""
         carrier = self.carrier
-        if carrier.active and (torch.compiler.is_dynamo_compiling() or carrier.thread in (None, get_ident())):
+        if carrier.is_inside():
             return self._call_impl(*args, **kwargs)
         open_ones = [name for name in self.weights if name in carrier.sites or name in carrier.candidates]
         if not open_ones or not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):

@@ -146,19 +146,20 @@ class Prepared:
             except Undecided:
                 if back is not None:  # what ran before the weight was met is run again
                     back()
-                self.live.parts = True
-                try:
+                with self.live.taking_parts():
                     if module is self.origin:
                         self._look(args, kwargs)
                     result = self.live.call(module, args, kwargs)
-                finally:
-                    self.live.parts = False
         self._check_read()
         self.calls += 1
         self.looked = True
         if self.calls == 1:
             self._tell_unread()
         return result
+
+    def is_inside(self) -> bool:
+        """Whether this is part of a call of the model: on the thread whose turn it is, or where TorchDynamo traces one."""
+        return self.active and (torch.compiler.is_dynamo_compiling() or self.thread in (None, threading.get_ident()))
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:

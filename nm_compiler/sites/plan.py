@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from nm_compiler.errors import NMError, Refusal, refuse_all
+from nm_compiler.errors import NMError, Refusal, WayOut, refuse_all
 from nm_compiler.graph import getattr_path, reads
 from nm_compiler.layout import Layout
 from nm_compiler.pattern import Pattern, PatternMap, matches
@@ -216,13 +216,13 @@ def _judge(
     if others:
         reason = others[0].reason
         if excluded and reason == BETWEEN:
-            return Refusal(name, f"excluded by {excluded!r}")
+            return Refusal(name, f"excluded by {excluded!r}", WayOut.EXCLUDE)
         if products:
             embedded = "shared with an embedding: untie them to make it sparse"
             reason = embedded if reason == EMBEDDING else f"shared: also {reason}"
         return Refusal(name, reason)
     if excluded:
-        return Refusal(name, f"excluded by {excluded!r}")
+        return Refusal(name, f"excluded by {excluded!r}", WayOut.EXCLUDE)
     pattern = patterns.of(name)
     if pattern is None:
         return Refusal(name, f"no rule of pattern={patterns} matches it: add one")
@@ -240,11 +240,11 @@ def _judge(
 def _customary(site: Site, here: set[Node], stems: set[Node], heads: set[Node], choosing: set[Node]) -> Refusal | None:
     """Why a weight that could be N:M stays dense unless asked for. here: its products, in the first graph that has any."""
     if here <= stems:
-        return Refusal(site.name, STEM)
+        return Refusal(site.name, STEM, WayOut.INCLUDE)
     if here <= heads:
-        return Refusal(site.name, HEAD)
+        return Refusal(site.name, HEAD, WayOut.INCLUDE)
     few = site.shape[site.out_axis] < site.shape[site.in_axis]
-    return Refusal(site.name, ROUTER) if few and here & choosing else None
+    return Refusal(site.name, ROUTER, WayOut.INCLUDE) if few and here & choosing else None
 
 
 def _cut(name: str, shape: tuple[int, ...], products: Sequence[Use], pattern: Pattern) -> Refusal | None:
@@ -256,7 +256,8 @@ def _cut(name: str, shape: tuple[int, ...], products: Sequence[Use], pattern: Pa
         if len(shape) > 2 and not first.op.startswith("conv"):
             what = f"weights along axis {first.layout.in_axis}"
         inside = f" in each of {first.conv_groups} conv groups" if first.conv_groups > 1 else ""
-        return Refusal(name, f"{inputs} {what}{inside}, groups of {pattern} need a multiple of {pattern.m}")
+        reason = f"{inputs} {what}{inside}, groups of {pattern} need a multiple of {pattern.m}"
+        return Refusal(name, reason, WayOut.PATTERN)
     for use in products:
         begin, count = use.inputs
         if begin % pattern.m or count % pattern.m:

@@ -1,4 +1,4 @@
-"""Put the state of planned weights on a model, and take it off again.
+"""Put the state of planned weights on a model, and take it off again; before that, see whether the weights can have it.
 
 before                          after
 fc.weight     [out, in]         fc.weight           [out, in]      marked as planned on its owner
@@ -8,11 +8,15 @@ fc.weight     [out, in]         fc.weight           [out, in]      marked as pla
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor, nn
 
+from nm_compiler.errors import NMError
+from nm_compiler.importance import check_names
 from nm_compiler.methods.base import Method, state_of
-from nm_compiler.sites.plan import Plan
+from nm_compiler.sites.plan import Plan, Site
 from nm_compiler.state.beside import RECIPE, Weight, mark, register, unmark, unregister, write_recipe
 
 
@@ -42,3 +46,25 @@ def recipe_tag(model: nn.Module, plan: Plan, method: Method) -> Tensor:
     """The recipe of the planned weights, uint8, where the model's parameters are."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return write_recipe(method.layout(), plan.sites).to(device)
+
+
+def check_weights(model: nn.Module, sites: Collection[Site], method: Method) -> None:
+    """Raise NMError for a weight that the method cannot take, or whose values it could not compare."""
+    check_names(getattr(method, "importance", None), model)
+    check_finite({site.name: model.get_parameter(site.name) for site in sites})
+    for site in sites:
+        method.check(site)
+
+
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Raise NMError for NaN and infinite values. weights: by name; those on the meta device have no values to look at."""
+    for name, weight in weights.items():
+        if weight.is_meta:
+            continue
+        extremes = torch.stack(torch.aminmax(weight.detach())) if weight.numel() else weight.new_zeros(2)
+        if not bool(torch.isfinite(extremes).all()):  # NaN wins both; a mask of the whole weight would cost memory
+            wrong = int((~torch.isfinite(weight.detach())).sum())
+            raise NMError(
+                f"{name} of shape {list(weight.shape)} has {wrong} NaN or infinite values: magnitudes cannot be compared; "
+                "load a healthy checkpoint or lower the learning rate"
+            )

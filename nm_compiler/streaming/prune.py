@@ -79,21 +79,28 @@ class Pruned:
 def prune_checkpoint(
     checkpoint: str | Path, out: str | Path, *, pattern: PatternSpec = "2:4", importance: str = "magnitude",
     statistics: str | Path | None = None, include: Sequence[str] = (), exclude: Sequence[str] = (),
-    permute: bool = False, seed: int = 0, budget_s: float | None = None, progress: Listener | None = None,
+    permute: bool = False, budget_s: float | None = None, seed: int = 0, progress: Listener | None = None,
 ) -> Pruned:  # fmt: skip
     """One-shot N:M pruning of a Hugging Face checkpoint folder of any size, into the folder ``out``.
 
-    Every linear's weight (see `nm_compiler.streaming.planning` for which, and ``include``, ``exclude``) gets zeros where
-    ``pattern`` keeps nothing; all else is copied. importance: ``"magnitude"``, or ``"wanda"`` and ``"ria"`` with
-    statistics: a file of input norms, see `nm_compiler.calibrate` and its ``save``. No model is run; memory holds a few
-    megabytes of a weight at a time.
+    The weight of every linear gets zeros where ``pattern`` keeps nothing; all else is copied as it is. No model is run, and
+    memory holds a few megabytes of a weight at a time.
 
-    permute: put coupled channels in an order that keeps more first, as `nm_compiler.permute` does; the axes come from the
-    model that config.json describes, captured without values, the weights of one class at a time from the folder.
-    seed, budget_s: of that search. Classes that would need more memory than two layers keep their order, and a note says so.
-    progress: told of every tensor that was written, see `Listener`.
+    checkpoint: a folder with model.safetensors, or with shards and their index.
+    out: a folder that is new or empty, or that of a run that was cut off.
+    pattern: ``"2:4"``, ``(2, 4)``, or globs over tensor names, first match wins: ``{"*.mlp.*": "1:4", "*": "2:4"}``.
+    importance: what a weight is kept by: ``"magnitude"``, or ``"wanda"`` or ``"ria"``, which go by inputs as well.
+    statistics: for these two, a file with the norms of every weight's inputs, which `nm_compiler.calibrate` and ``save`` make.
+    include, exclude: globs over tensor names; include takes in what stays dense by its name (embeddings, heads, routers,
+    norms: `nm_compiler.streaming.planning`), exclude wins.
+    permute: True first puts coupled channels in an order in which masks keep more, as `nm_compiler.permute` does. The axes
+    come from the model that config.json describes, captured without values; weights are read a class of channels at a time.
+    A class that would need more memory than two layers keeps its order, and a note says so.
+    budget_s (seconds), seed: of that search.
+    progress: called with (shard, tensor, bytes) after every tensor that was written.
 
-    A run that was killed, or met a full disk, goes on where it was when it is called again the same way; shards take their
+    Returns a `Pruned`, which says what is N:M and why the rest is not.
+    A run that was killed, or met a full disk, goes on where it was when it is called again the same way: shards take their
     place only when they are whole and `nm_compiler.verify` has read them back, and the index comes last.
     Raises NMError before anything is written: a missing or damaged shard, a tensor listed twice, folders inside each other,
     an ``out`` that holds something else, a disk too full, nothing to prune, options out of range.
@@ -101,10 +108,9 @@ def prune_checkpoint(
     source, target = Path(checkpoint), Path(out)
     patterns = PatternMap.parse(pattern)
     check_rule(importance, statistics is not None)
+    _check_search(permute, budget_s)
     _check_places(source, target)
     folder = read_folder(source)
-    if not permute and budget_s is not None:
-        raise NMError(f"budget_s={budget_s} is the time of an order search: it goes with permute=True")
     model = meta_model(folder.path, folder.config())
     plan, basis = plan_folder(folder, patterns, model, include=include, exclude=exclude)
     norms = {} if statistics is None else read_norms(Path(statistics), plan.sites)
@@ -226,6 +232,13 @@ def _make(target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise NMError(f"{target} cannot be made: {error}") from error
+
+
+def _check_search(permute: bool, budget_s: float | None) -> None:
+    if permute not in (True, False):
+        raise NMError(f"permute={permute!r}: say permute=True, which searches for an order; others are for nm.permute")
+    if not permute and budget_s is not None:
+        raise NMError(f"budget_s={budget_s} is the time of an order search: it goes with permute=True")
 
 
 def _check_places(source: Path, target: Path) -> None:

@@ -39,7 +39,7 @@ class Onnx(Backend):
         if "path" not in options:
             raise NMError('backend="onnx" writes a file: options={"path": "model.onnx"}')
         found = job.products
-        program, sites = job.program(tensors_out=True), _sites(job, found)
+        program, sites = job.program(tensors_out=True), _sites(found)
         decisions = {each.node: _decided(each) for each in found}
         rows = [
             {"weight": each.site.name, "op": each.site.op, "reasons": list(decisions[each.node].reasons)} for each in found
@@ -59,7 +59,7 @@ class Onnx(Backend):
         return Result(job.gm, decisions, found, notes, artifact=written)
 
 
-def _sites(job: Job, found: list[Product]) -> dict[str, Site]:
+def _sites(found: list[Product]) -> dict[str, Site]:
     """Constants by the name that the program knows them under; parts of one weight are told apart."""
     sites: dict[str, Site] = {}
     for each in found:

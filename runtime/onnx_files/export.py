@@ -76,7 +76,7 @@ class Written:
             **{"file": self.path.name, "data": self.data and self.data.name, "dtype": self.dtype, "opset": self.opset},
             "inputs": [asdict(value) for value in self.inputs],
             "weights": [asdict(weight) for weight in self.weights],
-            "refusals": [asdict(refusal) for refusal in self.refusals],
+            "refusals": [{"where": refusal.where, "reason": refusal.reason} for refusal in self.refusals],
             "numerics": asdict(self.numerics),
         }
 

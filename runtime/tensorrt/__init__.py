@@ -1,5 +1,12 @@
 """TensorRT, through Torch-TensorRT: what `nm.lower(..., backend="tensorrt")` does once the program is frozen and cast.
 
-`build.build` makes the engines, `files.save` and `files.load` keep them, `log.SparsityLog` says what TensorRT made of the
-zeros. torch_tensorrt is imported when the first of them is called, never before.
+build     engines of a program
+profiles  the smallest, the usual and the largest batch of an engine
+options   what Torch-TensorRT is called with
+eligible  which products may get a sparse kernel
+log       which of them TensorRT gave one
+files     engines saved and loaded
+versions  which Torch-TensorRT goes with which torch
+
+torch_tensorrt is imported when one of them is called, never before.
 """

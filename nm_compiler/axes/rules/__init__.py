@@ -2,6 +2,19 @@
 
 A rule is a function of the analysis and the call. It unifies what must be permuted alike, pins what must keep its order, and
 returns the terms of the result. An op whose result depends on neighbours along an axis says so with ``mixed``.
+
+elementwise  entry i meets entry i
+creation     new tensors
+layout       axes moved, cut and merged
+parts        axes taken apart and put together
+products     one axis of each input is summed over
+algebra      other products: outer, over several axes, of a diagonal
+losses       elementwise, then kept or summed
+norms        scaled by a sum over a run of entries
+reductions   axes that go
+indexing     look-ups, sorting, top-k
+spatial      what slides over positions
+subgraphs    ops that run a subgraph
 """
 
 from __future__ import annotations

@@ -1,0 +1,124 @@
+"""freeze: the masks go into the weights, and the user's own module comes back.
+
+    decided?  ──►  every mask exactly N:M?  ──►  zeros in the weights  ──►  state and graphs gone
+
+Nothing is written before all checks have passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from nm_compiler.carrier import Carrier
+from nm_compiler.errors import NMError
+from nm_compiler.evaluate import value_of
+from nm_compiler.graph import run
+from nm_compiler.methods.base import Method
+from nm_compiler.passes.freeze_masks import masked_values
+from nm_compiler.recipe import freezing
+from nm_compiler.rewrite import masked_nodes
+from nm_compiler.solvers.check import worst_group
+from nm_compiler.state.attaching import check_finite
+from nm_compiler.state.averaged import COPY_THEM
+from nm_compiler.state.beside import Weight, learns
+from nm_compiler.state.sharding import is_sharded, sharded_freeze
+from nm_compiler.unwrapping import unwrap
+
+
+def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
+    """Write the masks into the weights and give back the user's own module, its state_dict plain and exactly N:M.
+
+    sparse: what `compile` returned, also inside DDP or ``torch.compile``; it cannot be used afterwards.
+    finish: decide at once what training has not decided yet (LBC before t_f).
+
+    Returns the module that was given to `compile`, the method's state taken off it.
+    Raises NMError, nothing changed, if masks are undecided and not ``finish``, or if a weight is in shards or not finite.
+    """
+    module = unwrap(sparse)
+    if module.frozen:
+        raise NMError("this model is frozen already: use what the first nm.freeze returned")
+    weights = module.ready()
+    cut = next((weight for weight in weights if is_sharded(weight.param)), None)
+    if cut is not None:
+        raise sharded_freeze(cut.site)
+    check_finite({weight.site.name: weight.param for weight in weights})
+    open_ones = [weight for weight in weights if not module.method.is_settled(weight)]
+    if open_ones and not finish:
+        raise _undecided(module, open_ones, len(weights))
+    _settle(module, open_ones)
+    values: dict[int, Tensor] = {}
+    for gm in module.programs():
+        masked_values(gm, values)
+    for gm in module.programs():
+        run(gm, freezing(module.plan.sites, values))
+    module.retire()
+    model: nn.Module = module.origin
+    return model
+
+
+def _settle(module: Carrier, open_ones: Sequence[Weight]) -> None:
+    """Decide the masks of ``open_ones``, then look at all masks. Raises NMError, the state as it was, if one is not N:M."""
+    method = module.method
+    state = [weight[suffix] for weight in open_ones for suffix in method.suffixes(weight.site)]
+    before = [(tensor, tensor.detach().clone()) for tensor in state if not learns(tensor)]
+    try:
+        for weight in open_ones:
+            method.settle(weight)
+        _check_settled(method, open_ones)
+        _check_masks(module)
+    except BaseException:
+        for tensor, value in before:
+            tensor.copy_(value)
+        raise
+
+
+def _undecided(module: Carrier, open_ones: Sequence[Weight], count: int) -> NMError:
+    """What to say where some of ``count`` weights are not N:M yet."""
+    first = open_ones[0].site
+    why = (module.method.remark(open_ones[0]) or "its mask is not decided").removeprefix("training: ")
+    return NMError(
+        f"{len(open_ones)} of {count} weights are not {first.pattern} yet (first {first.name} of shape "
+        f"{list(first.shape)}): {why}. {_how_far(module)}, or "
+        "nm.freeze(sparse, finish=True) decides now, at a cost in accuracy"
+    )
+
+
+def _how_far(module: Carrier) -> str:
+    """How to go on until masks are decided."""
+    if module.copy_known is not None and not (module.progress and module.progress[0]):
+        return f"No SparsityScheduler has stepped this copy of the model that trains. {COPY_THEM}, then freeze it"
+    if module.progress is None:
+        return "No SparsityScheduler was made for this model: train with one"
+    step, total = module.progress
+    if step == 0:
+        return f"Its SparsityScheduler has counted none of {total} steps: call its step() after every optimizer.step()"
+    if step == total:
+        return f"All {total} steps are over, so this state was loaded from before masks are decided: load some from after that"
+    return f"Its SparsityScheduler has counted {step} of {total} steps: train on"
+
+
+def _check_settled(method: Method, weights: Sequence[Weight]) -> None:
+    for weight in weights:
+        if not method.is_settled(weight):
+            raise NMError(
+                f"{weight.site.name} of shape {list(weight.site.shape)} is not {weight.site.pattern} after "
+                f"{method.name}.settle(): that has to decide what {method.name}.is_settled() asks for"
+            )
+
+
+def _check_masks(module: Carrier) -> None:
+    """Every mask is exactly N:M, checked before the first weight is written."""
+    programs = module.programs()
+    for weight in module.ready():
+        site = weight.site
+        for gm in programs:
+            for node in masked_nodes(gm, site.name):
+                fullest = worst_group(value_of(gm, node), site.pattern.m, site.in_axis)
+                if fullest > site.pattern.n:
+                    raise NMError(
+                        f"{site.name} of shape {list(site.shape)}: its mask keeps {fullest} of {site.pattern.m} in a "
+                        f"group, not {site.pattern}, although {module.method.name}.is_settled() says so: either that is "
+                        "wrong, or the state beside it was edited, and a healthy checkpoint has to be loaded"
+                    )
