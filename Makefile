@@ -31,7 +31,7 @@ help:
 	@echo "make lint    ruff check, ruff format --check"
 	@echo "make types   mypy --strict"
 	@echo "make bench   run the benchmarks (BENCH_ARGS=--quick: to see that they run)"
-	@echo "make coverage which of 370 models can be compiled; hours, goes on where it stopped (BENCH_ARGS='--library timm')"
+	@echo "make coverage which of 369 models can be compiled; hours, goes on where it stopped (BENCH_ARGS='--library timm')"
 	@echo "make gpu     numerics and all tables that need an NVIDIA GPU (GPU_PYTHON=python3: an environment that has torch)"
 	@echo "make wheel   a manylinux wheel with the CPU kernels, for every Python 3: dist/"
 	@echo "make sanitize the CPU kernels under AddressSanitizer and UBSan (needs gcc)"

@@ -1,7 +1,7 @@
 /* x86-64-v3: 8 floats a vector, 16 registers. */
 #include "job.h"
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,bmi,bmi2,f16c")
+#pragma GCC target("avx2,fma,bmi,bmi2")
 #include <immintrin.h>
 #define V 8
 #define MOST 10

@@ -1,7 +1,7 @@
 /* x86-64-v4: 16 floats a vector, 32 registers. */
 #include "job.h"
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi,bmi2,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi,bmi2")
 #include <immintrin.h>
 #define V 16
 #define MOST 8 /* with blocks of 56 the panel takes 28 of the 32 KiB of a first-level cache */

@@ -8,7 +8,6 @@
  */
 
 #define LINE 64
-#define MAX_BLOCK 256
 #define ROW_BLOCK 1024 /* rows whose sums stay in the second-level cache */
 #define KEPT_PANEL (2 << 20) /* bytes of x packed once for all row blocks; packed anew for each if it is more */
 
