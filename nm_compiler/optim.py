@@ -104,10 +104,14 @@ def state_in(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Mapping[str
 
 
 def hooked_step(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer whose ``step`` calls hooks, inside wrappers such as accelerate's. Raises NMError if there is none."""
+    """The optimizer whose ``step`` calls hooks, inside wrappers such as accelerate's. Raises NMError if there is none.
+
+    Of one that loops step in two parts, ``first_step()`` and ``second_step()`` as SAM's, it is the ``base_optimizer``, which
+    steps once in the second.
+    """
     inner = optimizer
-    while not hasattr(inner, "_optimizer_step_post_hooks"):
-        inner = getattr(inner, "optimizer", None)
+    while not hasattr(inner, "_optimizer_step_post_hooks") or hasattr(inner, "second_step"):
+        inner = getattr(inner, "base_optimizer" if hasattr(inner, "second_step") else "optimizer", None)
         if inner is None:
             raise NMError(
                 f"{type(optimizer).__name__} calls no hooks after its step(): call scheduler.step() there in place of follow()"

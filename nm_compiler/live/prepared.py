@@ -13,7 +13,9 @@ import contextlib
 import copy
 import logging
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -132,7 +134,7 @@ class Prepared:
         refuse_tracers(self.origin)
         self._check_modules()
         self._check_options()
-        if self.copy_known is not None and not self.origin.training:
+        if self.copy_known is not None and not (self.origin.training and torch.is_grad_enabled()):
             self.copy_known = checked_copy(self, self.copy_known)
         if not self.sites and parts(self.origin):  # FSDP2's hooks break the graph: stem and head could not be told
             raise NMError(
@@ -330,13 +332,18 @@ class Prepared:
         memo[id(self)] = twin
         twin.__dict__.update(self.__getstate__())
         twin.origin, twin._hook = copy.deepcopy(self.origin, memo), copy.deepcopy(self._hook, memo)
-        twin.growing, twin.copy_known = self.growing.copied(twin.origin), Copied()  # the twin of the model may be half made
+        twin.growing, twin.copy_known = (
+            self.growing.copied(twin.origin),
+            Copied(of=weakref.ref(self)),
+        )  # the twin of the model may be half made
         twin.begin()
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         left = ("_live", "_weights_graph", "_links", "_turn", "thread")
-        return {key: value for key, value in self.__dict__.items() if key not in left} | {"active": False, "looked": False}
+        known = self.copy_known and replace(self.copy_known, of=None)  # which does not pickle
+        own = {key: value for key, value in self.__dict__.items() if key not in left}
+        return own | {"active": False, "looked": False, "copy_known": known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
