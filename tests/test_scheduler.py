@@ -288,6 +288,16 @@ def test_scores_are_refused_in_an_optimizer_that_orthogonalises_matrices() -> No
     both = torch.optim.Muon([*groups["weights"], *groups["scores"]])
     with pytest.raises(nm.NMError, match=r"Muon holds .*_scores.*, and orthogonalises matrices"):
         nm.SparsityScheduler(sparse, total_steps=4, optimizer=both)
+
+    class MuonWithAdam(torch.optim.SGD):
+        """As those of others: some groups are Adam's."""
+
+    aside = {"params": [*groups["scores"], *groups["others"]]}
+    for mark in ({"use_muon": True}, {}):
+        with pytest.raises(nm.NMError, match=r"MuonWithAdam holds .*_scores.*, and orthogonalises matrices"):
+            nm.SparsityScheduler(sparse, 4, optimizer=MuonWithAdam([{**aside, **mark}], lr=0.1))
+    for mark in ({"use_muon": False}, {"use_fallback": True}):
+        nm.SparsityScheduler(sparse, 4, optimizer=MuonWithAdam([{**aside, **mark}], lr=0.1))
     weights, others = torch.optim.Muon(groups["weights"]), torch.optim.AdamW([*groups["scores"], *groups["others"]])
     scheduler = nm.SparsityScheduler(sparse, total_steps=4, optimizer=others)
     sparse(torch.randn(4, 8)).square().mean().backward()
