@@ -78,6 +78,7 @@ class Prepared:
         self._live: Any = None
         self._weights_graph: tuple[int, GraphModule] | None = None  # and the version of the plan that it is of
         self._links: list[Link] | None = None
+        self._company: int | None = None  # how many processes there were when graphs were made
         self._turn = threading.RLock()  # calls from several threads take turns
         self.thread: int | None = None  # whose turn it is, or was
 
@@ -134,6 +135,7 @@ class Prepared:
         refuse_tracers(self.origin)
         self._check_modules()
         self._check_options()
+        self._check_company()
         if self.copy_known is not None and not (self.origin.training and torch.is_grad_enabled()):
             self.copy_known = checked_copy(self, self.copy_known)
         if not self.sites and parts(self.origin):  # FSDP2's hooks break the graph: stem and head could not be told
@@ -161,6 +163,14 @@ class Prepared:
         if self.calls == 1:
             self._tell_unread()
         return result
+
+    def _check_company(self) -> None:
+        """Make graphs anew once processes have met: TorchDynamo holds what ``forward`` asked torch.distributed for good."""
+        there = torch.distributed.is_available() and torch.distributed.is_initialized()
+        company = torch.distributed.get_world_size() if there else 0
+        if self._company is not None and self._company != company and not self.active:
+            self.begin()
+        self._company = company
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
@@ -340,7 +350,7 @@ class Prepared:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_live", "_weights_graph", "_links", "_turn", "thread")
+        left = ("_live", "_weights_graph", "_links", "_turn", "_company", "thread")
         known = self.copy_known and replace(self.copy_known, of=None)  # which does not pickle
         own = {key: value for key, value in self.__dict__.items() if key not in left}
         return own | {"active": False, "looked": False, "copy_known": known}
