@@ -59,12 +59,14 @@ def test_two_processes_agree_on_weights_masks_and_orders_at_every_step_across_t_
 
 
 def test_of_two_processes_only_the_first_writes_rows_of_telemetry() -> None:
-    written = []
+    written = list[int]()
+
+    def note(row: Any) -> None:
+        written.append(torch.distributed.get_rank())
+
     for rank in (0, 1):
         with in_company(rank):
-            schedules = Schedules(
-                nm.compile(MLP(), (torch.randn(4, 8),)), 4, every=1, write=lambda row, r=rank: written.append(r)
-            )
+            schedules = Schedules(nm.compile(MLP(), (torch.randn(4, 8),)), 4, every=1, write=note)
             telemetry = schedules.tracked[0].telemetry
             schedules.step()
             assert telemetry is not None

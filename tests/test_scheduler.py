@@ -229,7 +229,7 @@ class TwoParts(torch.optim.Optimizer):
             parameter.copy_(self.state[parameter]["before"])
         self.base_optimizer.step()
 
-    def step(self, closure: Any) -> None:
+    def step(self, closure: Any) -> None:  # type: ignore[override]
         closure()
         self.first_step()
         closure()
