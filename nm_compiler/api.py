@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nm_compiler.axes.outputs import Outputs
 from nm_compiler.capture.exported import Exported
 from nm_compiler.capture.preparing import captured, globs
+from nm_compiler.capture.ranks import asked_alone
 from nm_compiler.capture.routes import check_outside
 from nm_compiler.errors import NMError
 from nm_compiler.importance import importance_of
@@ -116,7 +117,8 @@ def compile(
         permute = "search"
     if permute is None and (budget_s is not None or outputs is not None):
         raise NMError('budget_s= and outputs= are about the permutation: say permute="search" too')
-    routes = captured(model, example_inputs, kwargs, dynamic_shapes, what="nm.compile")
+    with asked_alone() as alone:
+        routes = captured(model, example_inputs, kwargs, dynamic_shapes, what="nm.compile")
     check_outside(model, routes, patterns, **named)
     notes = check_hooks(model) if isinstance(routes[True], Exported) else ()
     plan = find(model, [route.whole for route in routes.values()], patterns, **named)
@@ -131,7 +133,8 @@ def compile(
     try:
         for route in routes.values():
             route.rewrite(pipeline(method, plan.sites), plan)
-        return SparseModule(model, routes, plan, method, seed, notes=(*(() if moved is None else moved.notes), *notes))
+        notes = (*(() if moved is None else moved.notes), *notes)
+        return SparseModule(model, routes, plan, method, seed, notes=notes, alone=tuple(alone))
     except BaseException:
         detach_state(model, plan, method)
         if moved is not None:

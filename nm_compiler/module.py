@@ -18,6 +18,7 @@ from nm_compiler.alone import unwatch, watch
 from nm_compiler.capture import records
 from nm_compiler.capture.bodies import programs
 from nm_compiler.capture.exported import Exported, moved
+from nm_compiler.capture.ranks import asked
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
 from nm_compiler.graph import Pass
@@ -37,6 +38,7 @@ _SHARED = (
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
+_KEPT = ("plan", "method", "seed", "notes", "alone", "frozen")
 
 
 class SparseModule(nn.Module):
@@ -47,6 +49,7 @@ class SparseModule(nn.Module):
     or, in a mode that export cannot take, rewritten fragments. Made by `nm_compiler.compile`.
 
     plan: which weights are N:M, and why the others are not; method: as given; origin: the model itself; notes: for the report;
+    alone: lines of it that asked for other processes at capture, when there were none;
     routes: what runs each mode. The rest is as of every `nm_compiler.carrier.Carrier`.
     """
 
@@ -56,6 +59,7 @@ class SparseModule(nn.Module):
     method: Method
     seed: int
     notes: tuple[str, ...]
+    alone: tuple[str, ...]
     frozen: bool
     loads: int
     progress: tuple[int, int] | None
@@ -69,9 +73,10 @@ class SparseModule(nn.Module):
         method: Method,
         seed: int,
         notes: tuple[str, ...] = (),
+        alone: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        self.__dict__.update(plan=plan, method=method, seed=seed, notes=notes, frozen=False)
+        self.__dict__.update(plan=plan, method=method, seed=seed, notes=notes, alone=alone, frozen=False)
         self._attach(model, routes)
 
     def _attach(self, model: nn.Module, routes: Mapping[bool, Exported | Fragments]) -> None:
@@ -96,11 +101,13 @@ class SparseModule(nn.Module):
             raise NMError("this model was frozen: use what nm.freeze returned, the plain model with zeros in its weights")
         if isinstance(args, Proxy) or any(isinstance(value, Proxy) for value in args):  # torch.fx gives a root all in one
             self._refuse_symbols()
+        if self.alone:
+            self._refuse_company()
         route = self.routes[self.training]
         eager = not torch.compiler.is_compiling()
         if eager:
             self._layers.check(exported=isinstance(route, Exported), training=self.training)
-            if self.copy_known is not None and not self.training:
+            if self.copy_known is not None and not (self.training and torch.is_grad_enabled()):
                 self._note(copy_known=checked_copy(self, self.copy_known))
         if not isinstance(route, Exported):  # fragments follow the mode of every layer by themselves
             return route(args, kwargs)
@@ -108,6 +115,12 @@ class SparseModule(nn.Module):
             if module.training is not route.signature.modes[place]:
                 self._refuse_mode(module)
         return route(args, kwargs, eager=eager and not hasattr(type(self), "reshard"))  # fully_shard has it
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _refuse_company(self) -> None:
+        problem = asked(self.alone)
+        if problem is not None:
+            raise problem
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _refuse_symbols(self) -> None:
@@ -340,13 +353,13 @@ class SparseModule(nn.Module):
         memo[id(self)] = twin
         nn.Module.__init__(twin)
         model = copy.deepcopy(self.origin, memo)
-        twin.__dict__.update({key: self.__dict__[key] for key in ("plan", "method", "seed", "notes", "frozen")})
+        twin.__dict__.update({key: self.__dict__[key] for key in _KEPT})
         twin._attach(model, {mode: route.copied(model, memo) for mode, route in self.routes.items()})
-        twin._note(copy_known=copied(twin))
+        twin._note(copy_known=copied(twin, self))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {key: self.__dict__[key] for key in ("origin", "plan", "method", "seed", "notes", "frozen", "training")}
+        kept = {key: self.__dict__[key] for key in ("origin", *_KEPT, "training")}
         routes = {
             mode: (records.pack(route.gm), route.signature) if isinstance(route, Exported) else route.packed()
             for mode, route in self.routes.items()
@@ -356,7 +369,7 @@ class SparseModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__init__(self)
         model, passes = state["origin"], pipeline(state["method"], state["plan"].sites)
-        self.__dict__.update({key: state[key] for key in ("plan", "method", "seed", "notes", "frozen")})
+        self.__dict__.update({key: state[key] for key in _KEPT})
         self._attach(model, {mode: _unpacked(packed, model, passes) for mode, packed in state["routes"].items()})
         self.training = state["training"]
 

@@ -76,12 +76,22 @@ def check_holds(optimizer: torch.optim.Optimizer, module: Carrier) -> None:
     missing = [name for name, value in state.items() if id(value) not in held and owners[name].requires_grad]
     if missing:
         raise NMError(f"{type(optimizer).__name__} does not hold {_named(missing, state)}. {_WAY_OUT}")
-    matrices = [name for name, value in state.items() if id(value) in held] if type(optimizer).__name__ == "Muon" else []
+    turned = _orthogonalised(optimizer)
+    matrices = [name for name, value in state.items() if id(value) in turned]
     if matrices:
         raise NMError(
-            f"Muon holds {_named(matrices, state)}, and orthogonalises matrices, which scores are none: give it the group "
-            "'weights' of nm.parameter_groups(sparse), and the others to AdamW or SGD, as SparsityScheduler(optimizer=) too"
+            f"{type(optimizer).__name__} holds {_named(matrices, state)}, and orthogonalises matrices, which scores are none: "
+            "give it the group 'weights' of nm.parameter_groups(sparse), and the others to AdamW or SGD, as "
+            "SparsityScheduler(optimizer=) too, or to a group of it that it does not orthogonalise, if it has such"
         )
+
+
+def _orthogonalised(optimizer: Any) -> set[int]:
+    """The ids of what a Muon, of torch or of others, takes for matrices: all but groups that are marked as Adam's."""
+    if "muon" not in type(optimizer).__name__.lower():
+        return set()
+    groups = (each for each in optimizer.param_groups if each.get("use_muon") is not False and not each.get("use_fallback"))
+    return {id(parameter) for group in groups for parameter in group["params"]}
 
 
 def drop_frozen(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
@@ -104,10 +114,14 @@ def state_in(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Mapping[str
 
 
 def hooked_step(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer whose ``step`` calls hooks, inside wrappers such as accelerate's. Raises NMError if there is none."""
+    """The optimizer whose ``step`` calls hooks, inside wrappers such as accelerate's. Raises NMError if there is none.
+
+    Of one that loops step in two parts, ``first_step()`` and ``second_step()`` as SAM's, it is the ``base_optimizer``, which
+    steps once in the second.
+    """
     inner = optimizer
-    while not hasattr(inner, "_optimizer_step_post_hooks"):
-        inner = getattr(inner, "optimizer", None)
+    while not hasattr(inner, "_optimizer_step_post_hooks") or hasattr(inner, "second_step"):
+        inner = getattr(inner, "base_optimizer" if hasattr(inner, "second_step") else "optimizer", None)
         if inner is None:
             raise NMError(
                 f"{type(optimizer).__name__} calls no hooks after its step(): call scheduler.step() there in place of follow()"

@@ -73,6 +73,11 @@ def _check_not_averaged(module: Carrier) -> None:
 def _no_carrier(model: Any) -> str:
     kind = type(model).__name__
     inside = list(compiled_parts(model)) if isinstance(model, nn.Module) else []
+    if inside and hasattr(model, "_fsdp_wrapped_module"):
+        return (
+            f"{kind} of torch.distributed.fsdp flattens weights, and groups are lost in that. Leave it out, and shard "
+            "what nm.compile(model) without example inputs returns with fully_shard (FSDP2), after its first call"
+        )
     if inside:
         return f"{kind} is not a compiled model itself, but its submodule {inside[0]!r} is: pass that one"
     return f"{kind} is not a compiled model: call nm.compile(model, example_inputs) first"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,3 +32,15 @@ def _rank(rank: int, worker: Callable[..., None], store: str, args: tuple[Any, .
     worker(rank, *args)
     torch.distributed.barrier()  # the other one may still need this one
     os._exit(0)
+
+
+@contextlib.contextmanager
+def in_company(rank: int = 0) -> Iterator[None]:
+    """This process is one of two, whose other one answers nothing: for what only asks which it is."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()

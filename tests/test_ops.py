@@ -418,3 +418,15 @@ def test_an_op_of_ones_own_may_have_defaults_and_may_be_defined_again() -> None:
         (grad,) = torch.autograd.grad(scaled_again(weight).sum(), weight)
         assert scaled_again(weight).eq(factor).all()
         assert grad.eq(factor).all()
+
+
+@pytest.mark.parametrize("op", ["srste_weight", "two_masks"])
+def test_the_gradient_of_the_pull_on_pruned_weights_is_that_of_the_pruned_weights(op: str) -> None:
+    weight = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    given, along = torch.randn(2, 8, 8, dtype=torch.float64)
+    masked = OPS.srste_weight(weight, 2, 4, 1, 0.1) if op == "srste_weight" else OPS.two_masks(weight, None, 2, 4, 0.1)[0]
+    (grad,) = torch.autograd.grad(masked, weight, given, create_graph=True)
+    (twice,) = torch.autograd.grad(grad, weight, along)
+    pruned = (masked == 0).detach()
+    torch.testing.assert_close(grad, given + 0.1 * pruned * weight)
+    torch.testing.assert_close(twice, 0.1 * pruned * along)

@@ -210,6 +210,54 @@ def test_a_scheduler_that_follows_an_optimizer_steps_by_itself_and_only_after_re
         nm.SparsityScheduler(called, 6).follow(torch.optim.SGD([called.fc1.weight], lr=0.1))
 
 
+class TwoParts(torch.optim.Optimizer):
+    """Steps as SAM does: to a worse place, and from there; loops call the two by themselves."""
+
+    def __init__(self, parameters: Any, base: Any, **options: Any) -> None:
+        super().__init__(parameters, options)
+        self.base_optimizer = base(self.param_groups, **options)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["before"] = parameter.clone()
+            parameter.add_(parameter.grad, alpha=0.01)
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.copy_(self.state[parameter]["before"])
+        self.base_optimizer.step()
+
+    def step(self, closure: Any) -> None:  # type: ignore[override]
+        closure()
+        self.first_step()
+        closure()
+        self.second_step()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_scheduler_follows_an_optimizer_that_loops_step_in_two_parts(whole: bool) -> None:
+    sparse = nm.compile(MLP(), (torch.randn(4, 8),), method=nm.SRSTE())
+    optimizer = TwoParts(sparse.parameters(), torch.optim.SGD, lr=0.1)
+    scheduler = nm.SparsityScheduler(sparse, 3).follow(optimizer)
+    x = torch.randn(4, 8)
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        sparse(x).square().mean().backward()
+
+    for _ in range(3):
+        if whole:
+            optimizer.step(backward)
+            continue
+        backward()
+        optimizer.first_step()
+        backward()
+        optimizer.second_step()
+    assert scheduler.last_step == 3
+
+
 def test_scores_that_step_less_often_than_weights_need_the_optimizer_that_holds_them() -> None:
     told = []
     for given in (False, True):
@@ -240,6 +288,16 @@ def test_scores_are_refused_in_an_optimizer_that_orthogonalises_matrices() -> No
     both = torch.optim.Muon([*groups["weights"], *groups["scores"]])
     with pytest.raises(nm.NMError, match=r"Muon holds .*_scores.*, and orthogonalises matrices"):
         nm.SparsityScheduler(sparse, total_steps=4, optimizer=both)
+
+    class MuonWithAdam(torch.optim.SGD):
+        """As those of others: some groups are Adam's."""
+
+    aside = {"params": [*groups["scores"], *groups["others"]]}
+    for mark in ({"use_muon": True}, {}):
+        with pytest.raises(nm.NMError, match=r"MuonWithAdam holds .*_scores.*, and orthogonalises matrices"):
+            nm.SparsityScheduler(sparse, 4, optimizer=MuonWithAdam([{**aside, **mark}], lr=0.1))
+    for mark in ({"use_muon": False}, {"use_fallback": True}):
+        nm.SparsityScheduler(sparse, 4, optimizer=MuonWithAdam([{**aside, **mark}], lr=0.1))
     weights, others = torch.optim.Muon(groups["weights"]), torch.optim.AdamW([*groups["scores"], *groups["others"]])
     scheduler = nm.SparsityScheduler(sparse, total_steps=4, optimizer=others)
     sparse(torch.randn(4, 8)).square().mean().backward()

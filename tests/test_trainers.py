@@ -2,6 +2,7 @@
 """Lightning's and Hugging Face's trainers drive the masks; telemetry reaches TensorBoard and CSV files."""
 
 import csv
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,13 @@ def lit(method: Any) -> Any:
     return Lit()
 
 
-def fit(module: Any, callback: Any, folder: Path, *, epochs: int, resume: Path | None = None, **options: Any) -> Any:
+def fit(
+    module: Any, callback: Any, folder: Path, *, epochs: int, resume: Path | None = None, more: Any = (), **options: Any
+) -> Any:
     import pytorch_lightning as lightning
 
     trainer = lightning.Trainer(
-        max_epochs=epochs, accelerator="cpu", callbacks=[callback], default_root_dir=folder, logger=False,
+        max_epochs=epochs, accelerator="cpu", callbacks=[callback, *more], default_root_dir=folder, logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, **options,
     )  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader(Rows(), batch_size=8), ckpt_path=resume, weights_only=False)
@@ -156,6 +159,22 @@ def test_lightning_fits_after_its_learning_rate_finder_and_beside_an_average(tmp
     assert set(nm.verify(nm.freeze(module.net)).satisfied) >= {"fc2.weight"}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_lightnings_averages_copy_masks_and_do_not_average_them(tmp_path: Path) -> None:
+    module = lit(nm.LBC())
+    averaging = pytest.importorskip("pytorch_lightning.callbacks.weight_averaging", reason="an older Lightning")
+    from nm_compiler.integrations.lightning import SparsityCallback
+
+    with pytest.raises(
+        nm.NMError, match=r"EMAWeightAveraging averages buffers too, .*say EMAWeightAveraging\(use_buffers=False\)"
+    ):
+        fit(module, SparsityCallback(), tmp_path, epochs=1, more=[averaging.EMAWeightAveraging()])
+    module = lit(nm.LBC())
+    average = averaging.EMAWeightAveraging(decay=0.9, use_buffers=False)
+    fit(module, SparsityCallback(), tmp_path, epochs=1, more=[average])
+    assert set(nm.verify(nm.freeze(module.net)).satisfied) >= {"fc2.weight"}
+
+
 # -- Hugging Face -----------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +249,7 @@ def test_a_csv_file_has_a_line_for_every_weight_and_goes_on_where_it_was(tmp_pat
     sparse, file = compiled(nm.BiMask()), tmp_path / "masks.csv"
     row = nm.Telemetry(sparse, every=1).step()
     csv_file(file)(row)
-    csv_file(file)({**row, "step": 2})
+    pickle.loads(pickle.dumps(csv_file(file)))({**row, "step": 2})  # as it comes to a process that a trainer starts
     lines = list(csv.DictReader(file.open()))
     assert [(line["step"], line["name"]) for line in lines] == [(s, n) for s in "12" for n in ("total", "fc2.weight")]
     assert float(lines[0]["retained"]) == row["total"]["retained"]

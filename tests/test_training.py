@@ -2,6 +2,7 @@
 """What training scripts do around a sparse model: groups, mixed precision, clipping, averaging, compiling, saving."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +368,33 @@ def test_a_model_whose_masks_were_averaged_is_not_evaluated(method: Any, live: b
         averaged.use_buffers = False
         averaged.update_parameters(sparse)
     assert averaged(x).isfinite().all()
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+@pytest.mark.parametrize("masks", [False, True], ids=["weights", "masks too"])
+def test_a_target_network_whose_masks_stay_behind_is_told_though_its_weights_are_written_through_data(
+    live: bool, masks: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ConvNet()
+    x = example(model)
+    online = nm.compile(model, method=nm.LBC(), then="eager") if live else nm.compile(model, (x,), method=nm.LBC())
+    online(x)
+    target = copy.deepcopy(online)
+    scheduler = nm.SparsityScheduler(online, total_steps=8)
+    for _ in range(8):
+        with torch.no_grad():
+            target(x)  # in training mode, as it was copied
+            for p in online.parameters():
+                p.add_(0.01)
+        scheduler.step()
+        for ours, theirs in zip(online.parameters(), target.parameters(), strict=True):
+            theirs.data.copy_(0.1 * ours.data + 0.9 * theirs.data)
+        if masks:
+            for ours, theirs in zip(online.buffers(), target.buffers(), strict=True):
+                theirs.data.copy_(ours.data)
+    said = [record.getMessage() for record in caplog.records if "whose weights move" in record.getMessage()]
+    assert len(said) == (not masks)
+    pickle.dumps(target)
 
 
 @each_method

@@ -16,6 +16,7 @@ own_gradients  gradients that forward() makes by hand
 held           numbers that forward() reads from layers, and somebody changes later
 drawn          random numbers that Python draws in forward()
 counted        numbers that forward() keeps from call to call
+ranks          what forward() asks of torch.distributed
 vmapped        ``torch.vmap``
 bodies         ops that take a subgraph
 """

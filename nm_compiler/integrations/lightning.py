@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +35,8 @@ class SparsityCallback(Callback):
 
     total_steps: optimizer steps of the training, or of each compiled module by its name; Lightning's own estimate if left out.
     every, write: send a row of `nm.Telemetry` to ``write`` every so many optimizer steps (see `writers`).
-    Raises NMError at the start of the fit if nothing is compiled, or if the length cannot be told.
+    Raises NMError at the start of the fit if nothing is compiled, if the length cannot be told, or if another callback
+    averages masks (``WeightAveraging``, ``EMAWeightAveraging``, which do unless ``use_buffers=False``).
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class SparsityCallback(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Find what is compiled."""
+        _check_averages(trainer.callbacks)
         total = self._total if self._total is not None else trainer.estimated_stepping_batches
         if total in (-1, float("inf")):
             raise NMError("this training has no end that Lightning knows: say SparsityCallback(total_steps=...)")
@@ -84,3 +86,13 @@ class SparsityCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From Lightning's checkpoint; taken up when the fit starts."""
         self._saved = state_dict
+
+
+def _check_averages(callbacks: Sequence[Any]) -> None:
+    """Raise NMError for an average of whole numbers: it would be validated, and kept in the end, with means of masks' bits."""
+    for each in callbacks:
+        if getattr(each, "_use_buffers", False):
+            raise NMError(
+                f"{type(each).__name__} averages buffers too, and masks are buffers of whole numbers, whose mean is no mask: "
+                f"say {type(each).__name__}(use_buffers=False), which copies them"
+            )

@@ -37,7 +37,8 @@ class Schedules:
     model: anything that holds what `nm.compile` returned, at any depth; total_steps: optimizer steps of the training, or
     those of each compiled module by its name (``{"generator": 1000, "critic": 5000}``);
     optimizers: those of the training, if known: each module takes the one that moves its weights;
-    every, write: a `Telemetry` row goes to ``write`` every so many steps, named after its module where there are several.
+    every, write: a `Telemetry` row goes to ``write`` every so many steps, named after its module where there are several; of
+    several processes rank 0 writes.
     Raises NMError if nothing in the model was compiled, or if ``total_steps`` names other modules.
     """
 
@@ -80,8 +81,8 @@ class Schedules:
     def step_one(self, each: Tracked) -> None:
         """Count one optimizer step of one of them."""
         each.scheduler.step()
-        row = each.telemetry.step() if each.telemetry else None
-        if row is not None and self._write is not None:
+        row = each.telemetry.step() if each.telemetry else None  # on every rank, which may have to gather
+        if row is not None and self._write is not None and not _rank():
             self._write(self._named(each.name, row))
 
     def _named(self, name: str, row: Row) -> Row:
@@ -113,6 +114,10 @@ class Schedules:
     def _count(each: Tracked) -> None:
         if each.telemetry is not None:
             each.telemetry.last_step = each.scheduler.last_step
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _moving(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,21 @@ def csv_file(path: str | Path) -> Callable[[Row], None]:
             raise NMError(f"{file} is not a file of telemetry: its first line is not {','.join(_HEAD)}; give another path")
     file.open("a").close()  # a place that cannot be written is found out now
 
-    def write(row: Row) -> None:
-        lines = [{"step": row["step"], "name": name, **values} for name, values in named(row).items()]
-        columns = list(dict.fromkeys([*_HEAD, *(key for line in lines for key in line)]))
-        lacking = [column for column in columns if head and column not in head]
-        if lacking:
-            raise NMError(f"{file} has no column {lacking[0]!r}, which this row has: give csv_file another path")
-        with file.open("a", newline="") as out:
-            if not head:
-                head.extend(columns)
-                csv.writer(out).writerow(head)
-            csv.DictWriter(out, head).writerows(lines)
-
-    return write
+    return partial(_append, file, head)  # which goes to other processes, as a trainer that spawns them sends it
 
 
 _HEAD = ["step", "name", "retained", "nonzero", "flipped", "live", "backward_kept", "gradient_gap"]
+
+
+def _append(file: Path, head: list[str], row: Row) -> None:
+    """Write the lines of a row. head: the columns of the file, found here if it has none yet."""
+    lines = [{"step": row["step"], "name": name, **values} for name, values in named(row).items()]
+    columns = list(dict.fromkeys([*_HEAD, *(key for line in lines for key in line)]))
+    lacking = [column for column in columns if head and column not in head]
+    if lacking:
+        raise NMError(f"{file} has no column {lacking[0]!r}, which this row has: give csv_file another path")
+    with file.open("a", newline="") as out:
+        if not head:
+            head.extend(columns)
+            csv.writer(out).writerow(head)
+        csv.DictWriter(out, head).writerows(lines)

@@ -9,11 +9,13 @@ A decision stands. Copies that wait for their first call take over what the mode
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -149,11 +151,26 @@ class GrowingPlan:
                 f"{', '.join(held)}: turns out to stay dense now, but DistributedDataParallel waits for gradients of its "
                 f"scores already. Run one batch through the model before wrapping it, or exclude={held}"
             )
+        waited = [name for name in lost if self._is_held(name, ddp=True)]
+        if waited and self._is_wrapped():
+            _log.warning(
+                "%s: turns out to stay dense now. If a DistributedDataParallel that was made before still trains this model, "
+                "it waits for gradients of scores that are gone: run one batch through the model before wrapping it",
+                ", ".join(waited),
+            )
         if held:
             raise NMError(
                 f"{', '.join(held)}: read for the first time now and stays dense, but fully_shard holds its state already. "
                 f"Run what reads it once before fully_shard, or exclude={held}"
             )
+
+    def _is_wrapped(self) -> bool:
+        """Whether a call that goes past DistributedDataParallel, as a trainer's first validation, is of what one wraps."""
+        distributed = torch.distributed
+        if not distributed.is_available() or not distributed.is_initialized():
+            return False
+        wrappers = (each for each in gc.get_objects() if issubclass(type(each), nn.parallel.DistributedDataParallel))
+        return any(self.model is module for each in wrappers for module in each.modules())
 
     def _is_held(self, name: str, ddp: bool) -> bool:
         """Whether a wrapper holds the state of a candidate, so that it cannot go any more."""

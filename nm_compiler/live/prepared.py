@@ -13,7 +13,9 @@ import contextlib
 import copy
 import logging
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,6 +78,7 @@ class Prepared:
         self._live: Any = None
         self._weights_graph: tuple[int, GraphModule] | None = None  # and the version of the plan that it is of
         self._links: list[Link] | None = None
+        self._company: int | None = None  # how many processes there were when graphs were made
         self._turn = threading.RLock()  # calls from several threads take turns
         self.thread: int | None = None  # whose turn it is, or was
 
@@ -132,7 +135,8 @@ class Prepared:
         refuse_tracers(self.origin)
         self._check_modules()
         self._check_options()
-        if self.copy_known is not None and not self.origin.training:
+        self._check_company()
+        if self.copy_known is not None and not (self.origin.training and torch.is_grad_enabled()):
             self.copy_known = checked_copy(self, self.copy_known)
         if not self.sites and parts(self.origin):  # FSDP2's hooks break the graph: stem and head could not be told
             raise NMError(
@@ -160,6 +164,14 @@ class Prepared:
     def is_inside(self) -> bool:
         """Whether this is part of a call of the model: on the thread whose turn it is, or where TorchDynamo traces one."""
         return self.active and (torch.compiler.is_dynamo_compiling() or self.thread in (None, threading.get_ident()))
+
+    def _check_company(self) -> None:
+        """Make graphs anew once processes have met: TorchDynamo holds what ``forward`` asked torch.distributed for good."""
+        there = torch.distributed.is_available() and torch.distributed.is_initialized()
+        company = torch.distributed.get_world_size() if there else 0
+        if self._company is not None and self._company != company and not self.active:
+            self.begin()
+        self._company = company
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
@@ -331,13 +343,16 @@ class Prepared:
         memo[id(self)] = twin
         twin.__dict__.update(self.__getstate__())
         twin.origin, twin._hook = copy.deepcopy(self.origin, memo), copy.deepcopy(self._hook, memo)
-        twin.growing, twin.copy_known = self.growing.copied(twin.origin), Copied()  # the twin of the model may be half made
+        twin.growing = self.growing.copied(twin.origin)
+        twin.copy_known = Copied(of=weakref.ref(self))  # the twin of the model may be half made
         twin.begin()
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_live", "_weights_graph", "_links", "_turn", "thread")
-        return {key: value for key, value in self.__dict__.items() if key not in left} | {"active": False, "looked": False}
+        left = ("_live", "_weights_graph", "_links", "_turn", "_company", "thread")
+        known = self.copy_known and replace(self.copy_known, of=None)  # which does not pickle
+        own = {key: value for key, value in self.__dict__.items() if key not in left}
+        return own | {"active": False, "looked": False, "copy_known": known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

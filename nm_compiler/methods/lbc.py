@@ -126,9 +126,10 @@ class LBC(Method):
         return None
 
     def begin(self, weights: Sequence[Weight], clock: Clock) -> None:
-        learning = clock.step < self.window(clock.total)[1] or torch.distributed.is_initialized()
+        early, parallel = clock.step < self.window(clock.total)[1], torch.distributed.is_initialized()
         for weight in weights:
             scores = weight["scores"]
+            learning = early or (parallel and scores.requires_grad)
             if scores.dtype in _HALF and not scores.is_meta and _are_equal(weight.read("scores")):  # cast after nm.compile
                 weight.write("scores", torch.zeros_like(weight.read("scores")))
             if scores.requires_grad != learning:  # under DDP the flag must stay: its reducer counts on every gradient

@@ -40,12 +40,16 @@ def where(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def decayed(grad: Tensor, weight: Tensor, masked: Tensor, decay: float) -> Tensor:
-    """``grad + decay * (weight - masked)``: SR-STE's pull of the pruned weights to zero. All of one shape and dtype."""
-    if not torch.is_grad_enabled():  # the kernels cannot be differentiated
-        for kernels in (gpu, sweeps):
-            done: Tensor | None = kernels.decay(grad, weight, masked, decay)
-            if done is not None:
-                return done
+    """``grad + decay * (weight - masked)``: SR-STE's pull of the pruned weights to zero. All of one shape and dtype.
+
+    Its own gradient, which gradients of gradients have, is ``decay`` times that of the pruned weights.
+    """
+    if torch.is_grad_enabled():  # the kernels cannot be differentiated, and the gradient of masked goes straight through
+        return where(weight, masked.detach() != weight.detach()).mul(decay).add(grad)
+    for kernels in (gpu, sweeps):
+        done: Tensor | None = kernels.decay(grad, weight, masked, decay)
+        if done is not None:
+            return done
     # not add(alpha=): inductor (torch 2.13) drops alpha where it fuses the addition into the product before it
     return (weight - masked).mul_(decay).add(grad)  # not in place: under torch.func.vmap grad may have an axis more
 

@@ -2,18 +2,26 @@
 
 The mean of two masks' bits, as ``AveragedModel(use_buffers=True)`` takes it, is no mask. An average of the parameters alone,
 ``ema.lerp_(p, 0.01)`` for each of them, keeps the masks that it was copied with. A copy is looked at before it is evaluated,
-whenever its state or its weights were written since it was looked at last; a model that is no copy never is.
+whenever its state or its weights were written since it was looked at last; a model that is no copy never is. Target networks
+are such copies, called without gradients in training mode, and what is written through ``.data``, as scripts do it there
+(``target.data.copy_(tau * p.data + (1 - tau) * target.data)``), is not counted: after 1, 2, 4, .. calls values are compared.
 """
 
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
 from nm_compiler.state.beside import learns
+from nm_compiler.state.sharding import is_sharded
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +35,7 @@ COPY_THEM = (
 )
 
 Versions = tuple[int, ...]  # how often each of several tensors had been written
+Values = tuple[float, ...]  # some numbers of several tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +43,21 @@ class Copied:
     """What is known of a copy.
 
     begin: its state, its weights and the progress of its scheduler when it was made, or else when it was looked at first;
-    looked: its state when it was looked at last; told: whether the warning was given.
+    looked: its state when it was looked at last; told: whether the warning was given; of: what it is a copy of.
+    calls: how many there were; seen: numbers of its masks, of those of ``of`` and of its weights when they were compared last.
     """
 
     begin: tuple[Versions, Versions, Any] | None = None
     looked: Versions | None = None
     told: bool = False
+    of: weakref.ReferenceType[Carrier] | None = None
+    calls: int = 0
+    seen: tuple[Values, Values, Values] | None = None
 
 
-def copied(carrier: Carrier) -> Copied:
+def copied(carrier: Carrier, of: Carrier) -> Copied:
     """Of a copy that has just been made."""
-    return Copied((_state(carrier), _weights(carrier), carrier.progress))
+    return Copied((_state(carrier), _weights(carrier), carrier.progress), of=weakref.ref(of))
 
 
 def checked_copy(carrier: Carrier, known: Copied) -> Copied:
@@ -52,12 +65,9 @@ def checked_copy(carrier: Carrier, known: Copied) -> Copied:
     state = _state(carrier)
     weights, progress = _weights(carrier), carrier.progress
     begin = known.begin or (state, weights, progress)
-    known = replace(known, begin=begin)
+    known = _compared(carrier, replace(known, begin=begin))
     if not known.told and weights != begin[1] and (state, progress) == (begin[0], begin[2]):
-        open_ones = [weight.site.name for weight in carrier.weights if not carrier.method.is_settled(weight)]
-        if open_ones:
-            _log.warning("%s: its mask is not decided in this copy, whose weights move. %s", open_ones[0], COPY_THEM)
-        known = replace(known, told=True)
+        known = _told(carrier, known)
     if state == known.looked:
         return known
     for weight in carrier.weights:
@@ -68,6 +78,43 @@ def checked_copy(carrier: Carrier, known: Copied) -> Copied:
         if problem is not None:
             raise NMError(f"{weight.site.name} of shape {list(weight.site.shape)}: {problem}. {WAY_OUT}")
     return replace(known, looked=state)
+
+
+def _told(carrier: Carrier, known: Copied) -> Copied:
+    open_ones = [weight.site.name for weight in carrier.weights if not carrier.method.is_settled(weight)]
+    if open_ones:
+        _log.warning("%s: its mask is not decided in this copy, whose weights move. %s", open_ones[0], COPY_THEM)
+    return replace(known, told=True)
+
+
+def _compared(carrier: Carrier, known: Copied) -> Copied:
+    """Tell, at some calls, that weights have moved since the last of them, and masks are not those of that time even."""
+    known = replace(known, calls=known.calls + 1)
+    origin = known.of() if known.of is not None else None
+    trains = known.begin is not None and carrier.progress != known.begin[2]  # with a scheduler of its own
+    if known.told or trains or known.calls & (known.calls - 1) or origin is None:
+        return known
+    if any(is_sharded(weight.param) for weight in carrier.weights):
+        return known
+    masks, theirs, weights = _values(_kept(carrier)), _values(_kept(origin)), _values(w.param for w in carrier.weights)
+    before, known = known.seen, replace(known, seen=(masks, theirs, weights))
+    if before is not None and masks == before[0] != before[1] and weights != before[2]:
+        return _told(carrier, known)
+    return known
+
+
+def _kept(carrier: Carrier) -> Iterator[Tensor]:
+    """The masks: what only grows smaller, so that sums tell it."""
+    for weight in carrier.weights:
+        yield from (weight[s] for s in carrier.method.suffixes(weight.site) if s != "order" and not learns(weight[s]))
+
+
+@torch.no_grad()
+def _values(tensors: Iterable[Tensor]) -> Values:
+    """The sum of each of whole numbers, and of some numbers of each of the others."""
+    flat = [tensor.detach().reshape(-1) for tensor in tensors if not tensor.is_meta]
+    some = [each[:: max(1, len(each) // 64)] if each.is_floating_point() else each for each in flat]
+    return tuple(torch.stack([each.double().sum() for each in some]).tolist()) if some else ()
 
 
 def _state(carrier: Carrier) -> Versions:

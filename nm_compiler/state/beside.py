@@ -148,4 +148,7 @@ def read_recipe(tag: Tensor) -> dict[str, Any]:
         recipe = json.loads(bytes(tag.cpu().tolist()).decode())
         return dict(recipe)
     except (ValueError, TypeError) as error:
-        raise NMError(f"{RECIPE!r} in this state_dict is damaged ({error}): save the checkpoint again") from error
+        raise NMError(
+            f"{RECIPE!r} in this state_dict is damaged ({error}): save the checkpoint again; an average of state_dicts takes "
+            "the mean of what is_floating_point(), and copies the rest"
+        ) from error
