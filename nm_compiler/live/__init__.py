@@ -6,6 +6,7 @@ growing        the plan, decided as graphs read the weights
 entries        how calls of the model, and of its parts, reach the carrier
 methods        the same of methods beside forward() that multiply a parameter by hand
 live           fragments of a call: planned, rewritten, compiled
+by_name        fragments that models of one class share, compiled by name
 tracers        what would take its weights dense is refused
 saving         what a Hugging Face model says that is saved while it trains
 lifting        a program without attributes, as compilers take it

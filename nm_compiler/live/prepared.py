@@ -329,7 +329,9 @@ class Prepared:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(self.__getstate__())
-        twin.origin, twin._hook = copy.deepcopy(self.origin, memo), copy.deepcopy(self._hook, memo)
+        twin.origin = copy.deepcopy(self.origin, memo)
+        if not self.bare:
+            twin._hook = copy.deepcopy(self._hook, memo)
         twin.growing, twin.copy_known = self.growing.copied(twin.origin), Copied()  # the twin of the model may be half made
         twin.begin()
         return twin
