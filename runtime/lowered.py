@@ -23,6 +23,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path
 from nm_compiler.runtime.backends.base import Result
 from nm_compiler.runtime.native.ops import CONV2D, LINEAR
+from nm_compiler.runtime.no_gradient import without_gradients
 from nm_compiler.scaled import keep
 from nm_compiler.sites.plan import Plan, Site
 from nm_compiler.wording import dtype_name
@@ -77,6 +78,8 @@ class Lowered(nn.Module):
                 raise other from error
             raise
         leaves = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        if self.inert:
+            leaves = without_gradients(leaves, flat, self.title)
         return pytree.tree_unflatten(leaves, self.signature.out_spec)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -99,6 +102,13 @@ class Lowered(nn.Module):
             f"a lowered {self.title} has no attribute {name!r}: only forward() was lowered. Where a method of the model calls "
             "it, as generate() does, lower parts of the model in their place: layer.mlp = nm.lower(layer.mlp, ...)"
         )
+
+    @property
+    def inert(self) -> bool:
+        """Whether something runs it that has no gradient, of which autograd would know nothing."""
+        if self.backend != "cpu":
+            return self.backend == "tensorrt"
+        return any(decision.kernel for decision in self.result.decisions.values())
 
     @property
     def device(self) -> torch.device:
