@@ -555,6 +555,22 @@ def refusals() -> dict[str, tuple[Callable[[], Any], str]]:
         "another pattern": (lambda: nm.lower(model, x, pattern="1:4"), "1:4: nothing to lower.*conv1.weight: not 1:4"),
         "no inputs": (lambda: nm.lower(model), "give inputs to capture the model with"),
         "no module": (lambda: nm.lower({}, x), "takes a torch.nn.Module, not dict"),
+        "lowered": (
+            lambda: nm.lower(nm.lower(model, x, backend="dense"), x),
+            "this ConvNet is lowered already, to dense: lower the model that it was made of",
+        ),
+        "verified when lowered": (
+            lambda: nm.verify(nm.lower(model, x, backend="dense")),
+            "this ConvNet is lowered to dense.*: verify the model that was lowered",
+        ),
+        "scripted": (
+            lambda: nm.lower(torch.jit.trace(model, x), x),
+            r"takes the model that was given to torch\.jit, not what that made of it",
+        ),
+        "exported": (
+            lambda: nm.lower(torch.export.export(model, (x,) if torch.is_tensor(x) else x).module(), x),
+            r"takes the model that was given to torch\.export, not what that made of it",
+        ),
         "meta": (lambda: nm.lower(meta, x), "on the meta device"),
         "unknown backend": (lambda: nm.lower(model, x, backend="trt"), "backend='trt': choose one of auto, tensorrt"),
         "cpu": (
@@ -571,7 +587,8 @@ def refusals() -> dict[str, tuple[Callable[[], Any], str]]:
 
 
 @pytest.mark.parametrize("case", [
-    "still trains", "the frozen SparseModule", "dense", "another pattern", "no inputs", "no module", "meta", "unknown backend",
+    "still trains", "the frozen SparseModule", "dense", "another pattern", "no inputs", "no module", "lowered",
+    "verified when lowered", "scripted", "exported", "meta", "unknown backend",
     "cpu", "cusparselt on a CPU", "tensorrt", "dtype", "glob", "forced glob", "option",
 ])  # fmt: skip
 def test_lower_explains(case: str) -> None:
