@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import json
+import pickle
 import re
 import sys
 from collections.abc import Callable
@@ -254,6 +255,30 @@ def test_lowering_leaves_the_mode_of_every_layer_as_it_was() -> None:
     nm.lower(model, x, backend="dense")
     assert [module.training for module in model.modules()] == modes
     assert not all(modes)
+
+
+def test_a_call_with_tensors_alone_is_not_taken_apart_and_means_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = frozen(ConvNet)
+    lowered = nm.lower(model, x, backend="dense")
+    (name,) = lowered.signature.arg_names
+    by_name = lowered(**{name: x})
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.utils._pytree.tree_flatten", None)
+        assert torch.equal(lowered(x), by_name)
+    assert torch.equal(pickle.loads(pickle.dumps(lowered))(x), by_name)
+    for wrong in (x.long(), x[0], [x]):
+        with pytest.raises(nm.NMError, match="does not fit the captured graph"):
+            lowered(wrong)
+
+
+def test_a_call_that_does_not_fit_says_how_the_model_is_lowered_for_it() -> None:
+    model, x = frozen(ConvNet)
+    lowered = nm.lower(model, x, backend="dense")
+    with pytest.raises(
+        nm.NMError, match=r"has size \d+ on axis 2.*\n(.*\n)+Lower the model with example inputs like this call"
+    ) as e:
+        lowered(torch.cat([x, x], 2))
+    assert "nm.compile" not in str(e.value), "which takes no part in it"
 
 
 def test_a_lowered_model_takes_keywords_and_gives_back_the_structure_of_the_models_outputs() -> None:
