@@ -115,22 +115,33 @@ def nm_compiler(
         untouched: Callable[..., Any] = plain(gm, inputs)
         return untouched
     refuse_rewritten(gm, root)
-    prepared = carrier_of(root)
-    if prepared is None:
-        prepared = bare(root, wanted)
-    else:
-        check_same(prepared, wanted)
-    live = prepared.live
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    whole = not (reason is None or reason.graph_break) and not prepared.looked
-    if not whole and not prepared.looked:
+    reason, known = getattr(gm, "compile_subgraph_reason", None), carrier_of(root)
+    looked = known is not None and known.looked
+    whole = not (reason is None or reason.graph_break) and not looked
+    if not whole and not looked:
         _log.warning(
             "%s comes in several fragments (%s): what Python does between them is not seen, and may read weights densely; "
             "nm.compile(model) watches it",
             type(root).__name__, getattr(reason, "reason", "a frame was skipped"),
         )  # fmt: skip
+    prepared = prepared_by_name(root, wanted)
+    made: Callable[..., Any] = prepared.live.compile(gm, inputs, whole=whole)
+    if not prepared.bare:
+        return made
+    from nm_compiler.live.by_name import ByName
+
+    return ByName(made, wanted)  # type: ignore[arg-type]
+
+
+def prepared_by_name(root: nn.Module, wanted: Options) -> Any:
+    """The carrier of a model whose fragment comes. Raises NMError if it was prepared with other options."""
+    prepared = carrier_of(root)
+    if prepared is None:
+        prepared = bare(root, wanted)
+    else:
+        check_same(prepared, wanted)
     prepared.looked = True
-    return live.compile(gm, inputs, whole=whole)  # type: ignore[no-any-return]
+    return prepared
 
 
 def strict() -> None:

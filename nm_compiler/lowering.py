@@ -153,6 +153,8 @@ def cast(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _check_frozen(model: Any) -> None:
+    if isinstance(model, Lowered):
+        raise NMError(f"this {model.title} is lowered already, to {model.backend}: lower the model that it was made of")
     if is_compiled(model):
         if getattr(model, "frozen", False) is True:
             raise NMError("lower what nm.freeze returned, the plain model, not the compiled one it was made of")

@@ -7,6 +7,7 @@ tensors_of        the tensors of whatever `verify` is given
 quantized_graphs  those of a graph that torchao has quantised
 
 lowered           what `nm.lower` returns
+no_gradient       its results, which say so when a gradient is asked of kernels that have none
 facts             what it knows of the model: `config`, sizes, names
 products          the products of a lowered graph
 choose            measured both ways, the faster kept

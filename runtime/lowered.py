@@ -18,14 +18,21 @@ from torch.utils import _pytree as pytree
 import nm_compiler.runtime.cusparselt.int8
 import nm_compiler.runtime.cusparselt.op
 import nm_compiler.runtime.cusparselt.unfold  # noqa: F401 - these register them
-from nm_compiler.capture.signature import Signature
+from nm_compiler.capture.signature import Misfit, Signature
 from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path
 from nm_compiler.runtime.backends.base import Result
 from nm_compiler.runtime.native.ops import CONV2D, LINEAR
+from nm_compiler.runtime.no_gradient import without_gradients
 from nm_compiler.scaled import keep
 from nm_compiler.sites.plan import Plan, Site
 from nm_compiler.wording import dtype_name
+
+_AGAIN = (
+    "Lower the model with example inputs like this call. Sizes that vary besides the batch are freed by dynamic_shapes=, from "
+    "an example of 2 or more; calls of several kinds are a lowered model each"
+)
+"""What to do about a call that does not fit."""
 
 
 class Lowered(nn.Module):
@@ -37,6 +44,7 @@ class Lowered(nn.Module):
     relative, None if it was left out; sites: planned weights; unread: those that no product reads, and why; dense: all other
     weights, and why. Inputs are cast to the dtype it was lowered to; outputs are in that dtype.
     `nm.report` shows what is sparse, and why the rest is not.
+    inert: whether something runs it that has no gradient, of which autograd would know nothing.
     settled: whether folded weights are there; else the first call, or who asks for them, has them computed, and gets an
     NMError if the model's weights were changed in between.
     """
@@ -53,12 +61,14 @@ class Lowered(nn.Module):
     notes: tuple[str, ...]
     error: float | None
     settled: bool
+    inert: bool
     attributes: Mapping[str, Any]
 
     def __init__(self, result: Result, **facts: Any) -> None:
         super().__init__()
         self.run = result.run
         self.__dict__.update(**{"result": result, "error": None, "settled": True, "attributes": {}, **facts})
+        self.inert = self.backend == "tensorrt" or (self.backend == "cpu" and any(d.kernel for d in result.decisions.values()))
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +76,10 @@ class Lowered(nn.Module):
         self.settle()
         if self.dtype is not None:
             args, kwargs = pytree.tree_map_only(Tensor, self._cast, (args, kwargs))
-        flat = self.signature.flatten(args, kwargs)
+        try:
+            flat = self.signature.flatten(args, kwargs)
+        except Misfit as error:
+            raise Misfit(error.facts, _AGAIN) from None
         if self.result.takes_tensors_only:
             flat = [value for value in flat if isinstance(value, Tensor)]
         try:
@@ -77,6 +90,8 @@ class Lowered(nn.Module):
                 raise other from error
             raise
         leaves = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        if self.inert:
+            leaves = without_gradients(leaves, flat, self.title)
         return pytree.tree_unflatten(leaves, self.signature.out_spec)
 
     def __prepare_scriptable__(self) -> NoReturn:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nm_compiler.carrier import carrier_of
 from nm_compiler.errors import NMError
+from nm_compiler.runtime.lowered import Lowered
 from nm_compiler.runtime.quantized_graphs import without_floats
 from nm_compiler.state.beside import of_another
 from nm_compiler.wording import first_line
@@ -80,6 +81,11 @@ def _unpickled(path: Path) -> Any:
 
 
 def _of_module(model: nn.Module) -> dict[str, Tensor]:
+    if isinstance(model, Lowered):
+        raise NMError(
+            f"this {model.title} is lowered to {model.backend}, and holds weights as its kernels read them: verify the model "
+            "that was lowered; nm.report(...) of this one says what runs sparse"
+        )
     found = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for path, module in model.named_modules():
         masked = _masks_of(module)

@@ -1,6 +1,8 @@
 # mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
 """torch.compile(model, backend="nm_compiler"): options, methods without state, and what does not go together."""
 
+import copy
+import gc
 import logging
 from importlib.metadata import entry_points
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import nm_compiler as nm
 from nm_compiler.backend import nm_compiler
+from nm_compiler.solvers.masks import masked
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +37,48 @@ def test_torch_finds_the_backend_by_its_name() -> None:
     loss = torch.compile(model, backend="nm_compiler", options={"then": "aot_eager"})(example(model)).sum()
     loss.backward()
     assert [row.status for row in nm.report(model).rows] == ["dense", "sparse", "dense"]
+
+
+@pytest.mark.ci(here=["eager"])
+@pytest.mark.parametrize("then", ["eager", "aot_eager", "inductor"])
+def test_models_of_one_class_that_are_compiled_by_name_are_sparse_each_with_weights_of_its_own(then: str) -> None:
+    x = example(MLP())
+
+    def check(model: nn.Module) -> None:
+        found = compiled(model, then=then)(x)
+        twin = MLP()
+        twin.load_state_dict(model.state_dict())
+        dense = twin(x)
+        with torch.no_grad():
+            twin.fc2.weight.copy_(masked(twin.fc2.weight, pattern=nm.Pattern(2, 4), axis=1))
+        torch.testing.assert_close(found, twin(x))
+        assert not torch.allclose(found, dense)
+        assert [row.status for row in nm.report(model).rows] == ["dense", "sparse", "dense"]
+
+    first, second = MLP(), MLP()
+    for model in (first, second, first):
+        check(model)
+    compiled(second, then=then)(x).sum().backward()
+    assert second.fc2.weight.grad is not None
+    del first, model
+    gc.collect()
+    third = MLP()
+    check(third)
+    nm.freeze(second)
+    check(MLP())
+    check(third)
+
+
+def test_a_copy_of_a_model_that_was_compiled_by_name_is_compiled_by_itself() -> None:
+    model = MLP()
+    x = example(model)
+    wanted = compiled(model)(x)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(compiled(twin)(x), wanted)
+    with torch.no_grad():
+        twin.fc2.weight.zero_()
+    assert not torch.equal(compiled(twin)(x), wanted)
+    torch.testing.assert_close(compiled(model)(x), wanted)
 
 
 def test_a_bare_compile_is_bi_mask_2_4_and_leaves_the_state_dict_alone() -> None:

@@ -388,6 +388,61 @@ def test_another_dtype_is_refused_with_the_way_out_and_nothing_has_changed(turn:
     assert torch.equal(lowered.float().to("cpu")(x), before)
 
 
+GRADIENTS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "backward": lambda model, x: model(x.clone().requires_grad_()).sum().backward(),
+    "beside it": lambda model, x: [(y := x.clone().requires_grad_()), (model(y) + y).sum().backward()],
+    "torch.func": lambda model, x: torch.func.grad(lambda y: model(y).sum())(x),
+    "forward mode": lambda model, x: torch.func.jvp(model, (x,), (x,)),
+    "compiled": lambda model, x: torch.compile(model, backend="aot_eager", fullgraph=True)(x.clone().requires_grad_()),
+}
+
+
+@pytest.mark.ci(here=["backward", "beside it"])
+@needs_kernels
+@pytest.mark.parametrize("way", GRADIENTS)
+def test_a_gradient_that_packed_products_would_drop_is_an_error_that_says_so(way: str) -> None:
+    x = torch.randn(4, 16)
+    model = frozen(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), x)
+    lowered = forced(model, x)
+    with pytest.raises(
+        Exception, match="kernels that have no gradient, and one is asked for: call it under torch.no_grad"
+    ) as e:
+        GRADIENTS[way](lowered, x)
+    assert isinstance(e.value, nm.NMError) or way == "compiled"
+    wants = x.clone().requires_grad_()
+    torch.testing.assert_close(lowered(wants), model(wants), msg="who asks for none gets none")
+    with torch.no_grad():
+        assert not lowered(wants).requires_grad
+    dense = nm.lower(model, (x,), backend="dense")
+    dense(wants).sum().backward()
+    theirs = torch.autograd.grad(model(wants).sum(), wants)[0]
+    torch.testing.assert_close(wants.grad, theirs)
+
+
+@needs_kernels
+def test_a_part_that_was_lowered_before_is_lowered_with_the_model_around_it() -> None:
+    x = torch.randn(4, 32)
+    inner = frozen(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), x)
+    outer = frozen(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), x)
+    wanted = outer(inner(x))
+    lowered = forced(nn.Sequential(forced(inner, x), outer), x)
+    torch.testing.assert_close(lowered(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_are_packed_in_8_bits_whatever_dtype_is_the_default(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 32)
+    model = frozen(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), x)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        lowered = nm.lower(model, (x,), backend="cpu", options={"choose": False, "values": "int8"})
+    finally:
+        torch.set_default_dtype(before)
+    assert lowered(x).dtype == torch.float32
+
+
 @needs_kernels
 def test_packed_2_4_weights_in_float32_take_at_most_0_54_of_dense() -> None:
     net = nn.Sequential(

@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import json
+import pickle
 import re
 import sys
 from collections.abc import Callable
@@ -254,6 +255,30 @@ def test_lowering_leaves_the_mode_of_every_layer_as_it_was() -> None:
     nm.lower(model, x, backend="dense")
     assert [module.training for module in model.modules()] == modes
     assert not all(modes)
+
+
+def test_a_call_with_tensors_alone_is_not_taken_apart_and_means_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = frozen(ConvNet)
+    lowered = nm.lower(model, x, backend="dense")
+    (name,) = lowered.signature.arg_names
+    by_name = lowered(**{name: x})
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.utils._pytree.tree_flatten", None)
+        assert torch.equal(lowered(x), by_name)
+    assert torch.equal(pickle.loads(pickle.dumps(lowered))(x), by_name)
+    for wrong in (x.long(), x[0], [x]):
+        with pytest.raises(nm.NMError, match="does not fit the captured graph"):
+            lowered(wrong)
+
+
+def test_a_call_that_does_not_fit_says_how_the_model_is_lowered_for_it() -> None:
+    model, x = frozen(ConvNet)
+    lowered = nm.lower(model, x, backend="dense")
+    with pytest.raises(
+        nm.NMError, match=r"has size \d+ on axis 2.*\n(.*\n)+Lower the model with example inputs like this call"
+    ) as e:
+        lowered(torch.cat([x, x], 2))
+    assert "nm.compile" not in str(e.value), "which takes no part in it"
 
 
 def test_a_lowered_model_takes_keywords_and_gives_back_the_structure_of_the_models_outputs() -> None:
@@ -555,6 +580,22 @@ def refusals() -> dict[str, tuple[Callable[[], Any], str]]:
         "another pattern": (lambda: nm.lower(model, x, pattern="1:4"), "1:4: nothing to lower.*conv1.weight: not 1:4"),
         "no inputs": (lambda: nm.lower(model), "give inputs to capture the model with"),
         "no module": (lambda: nm.lower({}, x), "takes a torch.nn.Module, not dict"),
+        "lowered": (
+            lambda: nm.lower(nm.lower(model, x, backend="dense"), x),
+            "this ConvNet is lowered already, to dense: lower the model that it was made of",
+        ),
+        "verified when lowered": (
+            lambda: nm.verify(nm.lower(model, x, backend="dense")),
+            "this ConvNet is lowered to dense.*: verify the model that was lowered",
+        ),
+        "scripted": (
+            lambda: nm.lower(torch.jit.trace(model, x), x),
+            r"takes the model that was given to torch\.jit, not what that made of it",
+        ),
+        "exported": (
+            lambda: nm.lower(torch.export.export(model, (x,) if torch.is_tensor(x) else x).module(), x),
+            r"takes the model that was given to torch\.export, not what that made of it",
+        ),
         "meta": (lambda: nm.lower(meta, x), "on the meta device"),
         "unknown backend": (lambda: nm.lower(model, x, backend="trt"), "backend='trt': choose one of auto, tensorrt"),
         "cpu": (
@@ -571,7 +612,8 @@ def refusals() -> dict[str, tuple[Callable[[], Any], str]]:
 
 
 @pytest.mark.parametrize("case", [
-    "still trains", "the frozen SparseModule", "dense", "another pattern", "no inputs", "no module", "meta", "unknown backend",
+    "still trains", "the frozen SparseModule", "dense", "another pattern", "no inputs", "no module", "lowered",
+    "verified when lowered", "scripted", "exported", "meta", "unknown backend",
     "cpu", "cusparselt on a CPU", "tensorrt", "dtype", "glob", "forced glob", "option",
 ])  # fmt: skip
 def test_lower_explains(case: str) -> None:

@@ -95,6 +95,7 @@ SAMPLES: dict[str, list[Any]] = {
         lambda: (requires(8, 16).half().detach().requires_grad_(), torch.tensor(1.5).half(), 1, 16, 1),
     ],
     "grouped_mm_weight": [lambda: (torch.randn(7, 4), torch.randn(7, 8), torch.randn(3, 4, 8), torch.tensor([2, 2, 6]), False)],
+    "no_gradient": [lambda: (torch.randn(3, 4), torch.randn(2), "Net"), lambda: (torch.randn(4, 3).t(), torch.randn(2), "Net")],
     "packed_linear": [
         lambda: (torch.randn(2, 3, 16), *packed((20, 16)), "gelu"),
         lambda: (torch.randn(40, 21).bfloat16(), *with_residual(packed((8, 21), "1:7", dtype=torch.int8), 40, 8), "relu"),

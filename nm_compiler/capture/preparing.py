@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -47,6 +49,9 @@ def check_model(model: Any, what: str) -> None:
     """Raise NMError for what is no model, or one whose weights could not be masked or moved."""
     if not isinstance(model, nn.Module):
         raise NMError(f"{what} takes a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule) or (isinstance(model, GraphModule) and "train" in model.__dict__):
+        made = "torch.jit" if isinstance(model, torch.jit.ScriptModule) else "torch.export"
+        raise NMError(f"{what} takes the model that was given to {made}, not what that made of it ({type(model).__name__})")
     marked = [name for name, module in model.named_modules() if MARK in module.__dict__]
     if isinstance(model, SparseModule) or marked:
         raise NMError(

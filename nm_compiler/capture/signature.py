@@ -101,6 +101,8 @@ class Signature:
         scope = {"math": math, "torch": torch}
         conditions = (eval(f"lambda flat, L: {_on_leaves(guard, self.paths)}", scope) for guard in self.guards)
         self.__dict__["_conditions"] = tuple(conditions)
+        plain = all(isinstance(each, TensorInput) for each in self.inputs) and len(self.inputs) == len(self.arg_names)
+        self.__dict__["_tensors_only"] = plain and not self.kwarg_names and self.in_spec == _spec_of_leaves(len(self.inputs))
 
     @classmethod
     def of(
@@ -130,7 +132,7 @@ class Signature:
     def __getstate__(self) -> dict[str, Any]:
         """Tree specs pickle as trees of numbers, which do not depend on the torch version."""
         specs = {key: pytree.tree_unflatten(list(range(spec.num_leaves)), spec) for key, spec in self._specs().items()}
-        return {**{k: v for k, v in self.__dict__.items() if k != "_conditions"}, **specs}
+        return {**{k: v for k, v in self.__dict__.items() if k not in ("_conditions", "_tensors_only")}, **specs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         specs = {key: pytree.tree_structure(state[key]) for key in ("in_spec", "out_spec")}
@@ -142,12 +144,18 @@ class Signature:
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The flat inputs of the graph. Raises NMError if the call does not fit what was captured."""
+        if self.__dict__["_tensors_only"] and not kwargs and len(args) == len(self.inputs) and _all_tensors(args):
+            return self._fitting(list(args), args, {})
         named = {**self.hidden, **kwargs}
         if len(args) != len(self.arg_names) or tuple(named) != self.kwarg_names:
             args, named = self._rearrange(args, named)
         flat, spec = pytree.tree_flatten((args, named))
         if spec != self.in_spec:
             self._refuse(args, kwargs, "its structure differs")
+        return self._fitting(flat, args, named)
+
+    def _fitting(self, flat: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The flat inputs, of the right structure. Raises NMError for one that does not fit."""
         for value, expected, path in zip(flat, self.inputs, self.paths, strict=True):
             if isinstance(expected, TensorInput):
                 problem = expected.problem(value)
@@ -156,7 +164,7 @@ class Signature:
             elif value is not expected and not _is_same(value, expected):
                 self._refuse(args, kwargs, f"{path} is {describe_leaf(value)}, the graph holds for {expected!r}")
         if self.guards:
-            self._check_guards(flat, args, named)
+            self._check_guards(flat, args, kwargs)
         return flat
 
     def _rearrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -219,6 +227,15 @@ def _is_same(value: Any, captured: Any) -> bool:
     if isinstance(value, Tensor) or value != captured:
         return False
     return all(isinstance(value, kind) is isinstance(captured, kind) for kind in (_FLAGS, _WHOLE))
+
+
+def _spec_of_leaves(count: int) -> pytree.TreeSpec:
+    """Of so many positional inputs, each a leaf, and none by name."""
+    return pytree.tree_structure(((0,) * count, {}))
+
+
+def _all_tensors(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
 
 
 def _is_single(leaf: Any) -> bool:

@@ -8,6 +8,7 @@ entries        how calls of the model, and of its parts, reach the carrier
 methods        the same of methods beside forward() that multiply a parameter by hand
 live           calls of it: tried, watched, planned, their fragments rewritten
 pieces         what runs in place of a fragment
+by_name        fragments that models of one class share, compiled by name
 tracers        what would take its weights dense is refused
 saving         what a Hugging Face model says that is saved while it trains
 lifting        a program without attributes, as compilers take it

@@ -154,7 +154,7 @@ class Live(Fragments):
         fragment = LiveFragment(self, gm, whole or complete is self.model)
         fragment.variant(self.names_of(inputs))
         self.pieces.append(fragment)
-        return weakly(fragment)
+        return fragment if self.prepared.bare else weakly(fragment)
 
     def _called(self, gm: GraphModule) -> nn.Module | None:
         """The module of whose call the fragment is all, or None: it is a part."""

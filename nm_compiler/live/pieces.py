@@ -6,6 +6,7 @@ lowered ──bind──► variant, dense          while a call is only looked 
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections.abc import Callable, Sequence
@@ -61,6 +62,21 @@ class LiveFragment:
             else:
                 self.variants[names] = Variant(program, names, live.model)
         return self.variants[names]
+
+    def for_another(self, live: Live | None) -> LiveFragment:
+        """The same for another model of its class; what was compiled is for both. None: for who makes those later."""
+        twin = copy.copy(self)
+        twin._live, twin.variants = weakref.ref(self.live if live is None else live), {}
+        return twin
+
+    def fits(self, args: Sequence[Any]) -> bool:
+        """Whether it has run with the parameters among ``args``."""
+        return any(variant.fits(args) for variant in self.variants.values())
+
+    def holds(self, args: Sequence[Any]) -> bool:
+        """Whether all parameters among ``args`` are those of its model."""
+        names = self.live.names_of(args)
+        return not any(name is None and isinstance(value, nn.Parameter) for name, value in zip(names, args, strict=True))
 
     def can_wait(self) -> bool:
         """Whether it may be compiled later than TorchDynamo's guards: with fixed sizes a compiler adds none to them."""

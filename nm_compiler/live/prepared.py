@@ -342,7 +342,9 @@ class Prepared:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(self.__getstate__())
-        twin.origin, twin._hook = copy.deepcopy(self.origin, memo), copy.deepcopy(self._hook, memo)
+        twin.origin = copy.deepcopy(self.origin, memo)
+        if not self.bare:
+            twin._hook = copy.deepcopy(self._hook, memo)
         twin.growing = self.growing.copied(twin.origin)
         twin.copy_known = Copied(of=weakref.ref(self))  # the twin of the model may be half made
         twin.begin()

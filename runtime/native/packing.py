@@ -84,7 +84,7 @@ def pack(weight: Tensor, pattern: Pattern, *, conv_groups: int = 1, dtype: torch
     tiles, steps, words = sizes(shape, pattern, conv_groups)
     values = torch.empty(conv_groups, tiles, steps, LANES, dtype=dtype)
     codes = torch.empty(conv_groups, tiles, words, LANES, dtype=torch.int32)
-    scales = torch.empty(conv_groups, tiles, LANES) if dtype == torch.int8 else None
+    scales = torch.empty(conv_groups, tiles, LANES, dtype=torch.float32) if dtype == torch.int8 else None
     by_group = weight.detach().unflatten(0, (conv_groups, shape[0] // conv_groups))
     at_once = max(1, _AT_ONCE // max(1, conv_groups * LANES * weight[:1].numel()))
     for first in range(0, tiles, at_once):

@@ -27,9 +27,12 @@ _SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def huge_pages(gm: GraphModule) -> GraphModule:
-    """Move what packed products read, one tensor after another, so that there is never a second copy of all."""
+    """Move what packed products read, one tensor after another, so that there is never a second copy of all.
+
+    Parts of the model that were lowered before have theirs in pages of their own.
+    """
     values: dict[str, Tensor] = gm.__dict__["extras"]
-    names = [name for name in dict.fromkeys(_packed(gm)) if values[name].numel()]
+    names = [name for name in dict.fromkeys(_packed(gm)) if name in values and values[name].numel()]
     size = sum({id(values[name]): _room(values[name]) for name in names}.values())
     if size < PAGE or not granted():
         return gm
