@@ -175,6 +175,21 @@ def test_lightnings_averages_copy_masks_and_do_not_average_them(tmp_path: Path) 
     assert set(nm.verify(nm.freeze(module.net)).satisfied) >= {"fc2.weight"}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_lightning_training_that_accumulates_more_later_says_how_long_it_is(tmp_path: Path) -> None:
+    module = lit(nm.SRSTE())
+    import pytorch_lightning as lightning
+
+    from nm_compiler.integrations.lightning import SparsityCallback
+
+    later = lightning.callbacks.GradientAccumulationScheduler({0: 1, 1: 4})
+    with pytest.raises(nm.NMError, match=r"as in the first: say SparsityCallback\(total_steps=\.\.\.\)"):
+        fit(module, SparsityCallback(), tmp_path, epochs=2, more=[later])
+    callback = SparsityCallback(total_steps=10)
+    fit(lit(nm.SRSTE()), callback, tmp_path, epochs=2, more=[later])
+    assert callback.schedules.tracked[0].scheduler.last_step == 10
+
+
 # -- Hugging Face -----------------------------------------------------------------------------------------------------------
 
 

@@ -51,6 +51,11 @@ class SparsityCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Find what is compiled."""
         _check_averages(trainer.callbacks)
+        if self._total is None and any(_changes(each) for each in trainer.callbacks):
+            raise NMError(
+                "Lightning estimates the length of a training as if gradients were accumulated over as many batches in all "
+                "epochs as in the first: say SparsityCallback(total_steps=...)"
+            )
         total = self._total if self._total is not None else trainer.estimated_stepping_batches
         if total in (-1, float("inf")):
             raise NMError("this training has no end that Lightning knows: say SparsityCallback(total_steps=...)")
@@ -86,6 +91,12 @@ class SparsityCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From Lightning's checkpoint; taken up when the fit starts."""
         self._saved = state_dict
+
+
+def _changes(callback: Any) -> bool:
+    """Whether it is a ``GradientAccumulationScheduler`` that has several numbers of batches."""
+    scheduling = getattr(callback, "scheduling", None)
+    return isinstance(scheduling, Mapping) and len(set(scheduling.values())) > 1
 
 
 def _check_averages(callbacks: Sequence[Any]) -> None:
