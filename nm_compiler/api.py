@@ -14,6 +14,7 @@ from nm_compiler.capture.exported import Exported
 from nm_compiler.capture.preparing import captured, globs
 from nm_compiler.capture.ranks import asked_alone
 from nm_compiler.capture.routes import check_outside
+from nm_compiler.capture.turns import in_turn
 from nm_compiler.errors import NMError
 from nm_compiler.importance import importance_of
 from nm_compiler.links import check_hooks
@@ -63,6 +64,7 @@ def compile(
 
 
 @torch.inference_mode(False)  # state made of inference tensors could never be trained
+@in_turn
 def compile(
     model: nn.Module,
     example_inputs: Any = None,

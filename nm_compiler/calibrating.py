@@ -22,6 +22,7 @@ from nm_compiler.capture.export import in_mode
 from nm_compiler.capture.exported import Exported
 from nm_compiler.capture.preparing import captured, globs
 from nm_compiler.capture.signature import Misfit
+from nm_compiler.capture.turns import in_turn
 from nm_compiler.errors import NMError
 from nm_compiler.graph import reads
 from nm_compiler.padding import Padding, padded
@@ -38,6 +39,7 @@ _MISFIT = (
 )
 
 
+@in_turn
 def calibrate(
     model: nn.Module, batches: Iterable[Any], *, most: int | None = None, pattern: PatternSpec = "2:4",
     include: Any = ("*",), exclude: Any = (), dynamic_shapes: Any = None,

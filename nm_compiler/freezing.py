@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from nm_compiler.capture.turns import in_turn
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
@@ -27,6 +28,7 @@ from nm_compiler.state.sharding import is_sharded, sharded_freeze
 from nm_compiler.unwrapping import unwrap
 
 
+@in_turn
 def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
     """Write the masks into the weights and give back the user's own module, its state_dict plain and exactly N:M.
 

@@ -25,6 +25,7 @@ from nm_compiler.capture.export import capture_mode, in_mode, without_cache
 from nm_compiler.capture.preparing import arguments, check_model, globs
 from nm_compiler.capture.regions import without_switches
 from nm_compiler.capture.routes import called, copies_of, untouched
+from nm_compiler.capture.turns import in_turn
 from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass, run, standalone
 from nm_compiler.memory import give_back
@@ -49,6 +50,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 """Of the check after lowering: relative, in the norm of every output."""
 
 
+@in_turn
 def lower(
     model: nn.Module,
     example_inputs: Any = None,

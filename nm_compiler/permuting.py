@@ -21,6 +21,7 @@ from nm_compiler.capture.export import in_mode
 from nm_compiler.capture.exported import Exported
 from nm_compiler.capture.preparing import Routes, captured, globs
 from nm_compiler.capture.signature import Signature
+from nm_compiler.capture.turns import in_turn
 from nm_compiler.errors import NMError
 from nm_compiler.importance import Importance, check_names
 from nm_compiler.passes.permute import permute as permute_pass
@@ -78,6 +79,7 @@ class Permutation(Mapping[str, Tensor]):
         return "\n".join(lines)
 
 
+@in_turn
 def permute(
     model: nn.Module,
     example_inputs: Any = None,
@@ -125,6 +127,7 @@ def permute(
     return reorder(model, routes, plan, order, outputs, optimizer=optimizer, **options)
 
 
+@in_turn
 def show_axes(
     model: nn.Module,
     example_inputs: Any = None,

@@ -3,6 +3,7 @@
 
 import copy
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,18 @@ from nm_compiler.capture.exported import Exported
 def sparse_of(model: nn.Module, *args: Any, **kwargs: Any) -> nm.SparseModule:
     """All combinations live: the compiled model computes what the dense one does."""
     return nm.compile(model, args, kwargs, method=nm.LBC(), include="*")
+
+
+def test_several_threads_may_compile_and_lower_models_at_once() -> None:
+    models = [ConvNet() for _ in range(4)]
+
+    def made(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+        frozen = nm.freeze(nm.compile(copy.deepcopy(model), example(model), method=nm.Magnitude())).eval()
+        return frozen, nm.lower(frozen, example(model), backend="dense")
+
+    with ThreadPoolExecutor(4) as threads:
+        for frozen, lowered in threads.map(made, models):
+            torch.testing.assert_close(lowered(example(frozen)), frozen(example(frozen)), rtol=1e-4, atol=1e-5)
 
 
 def test_an_example_of_batch_one_serves_every_batch() -> None:

@@ -429,6 +429,28 @@ def test_a_part_that_was_lowered_before_is_lowered_with_the_model_around_it() ->
     torch.testing.assert_close(lowered(x), wanted, rtol=1e-5, atol=1e-5)
 
 
+TRAINED: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
+    "captured": lambda model, x: nm.compile(model, (x,), include="*", method=nm.SRSTE()),
+    "live": lambda model, x: nm.compile(model, include="*", method=nm.SRSTE(), then="eager"),
+    "by name": lambda model, x: torch.compile(model, backend="nm_compiler", options={"include": ["*"], "then": "eager"}),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("way", TRAINED)
+def test_a_model_trains_behind_a_packed_part_and_not_through_it(way: str) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(4, 32)
+    inner = frozen(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), x)
+    packed = forced(inner, x)
+    head, body = nn.Linear(32, 32), nn.Linear(32, 32)
+    TRAINED[way](nn.Sequential(packed, head), x)(x).sum().backward()
+    assert head.weight.grad is not None
+    with pytest.raises(nm.NMError, match="kernels that have no gradient, and one is asked for"):
+        TRAINED[way](nn.Sequential(body, packed, nn.Linear(32, 32)), x)(x).sum().backward()
+    assert body.weight.grad is None
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_weights_are_packed_in_8_bits_whatever_dtype_is_the_default(dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 preparing      what compile, permute and show_axes do first
 routes         one exported graph for a mode, or fragments where export cannot take it
 export         `torch.export`, once in training and once in evaluation mode
+turns          one capture at a time
 binding        a graph reads what the model holds now
 explaining     in words: a call, the user's line, why there is no graph
 signature      what a graph was captured with, and whether a call fits

@@ -237,10 +237,14 @@ def frame_code() -> Any:
         return None
 
 
+_OF_LOWERED = ("packed_linear", "packed_conv2d", "no_gradient", "cslt_linear", "cslt_linear_int8", "unfold_taps")
+
+
 def refuse_rewritten(gm: GraphModule, model: nn.Module) -> None:
-    """Raise NMError for a graph that nm.compile has rewritten already."""
+    """Raise NMError for a graph that nm.compile has rewritten already. What a lowered part of it runs may stay."""
     for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "nm":
+        op = node.target if isinstance(node.target, torch._ops.OpOverload) else None
+        if op is not None and op.namespace == "nm" and op.name().removeprefix("nm::") not in _OF_LOWERED:
             raise NMError(
                 f"{type(model).__name__} was compiled by nm.compile already, its graph is sparse: "
                 'torch.compile it with backend="inductor"'
