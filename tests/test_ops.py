@@ -16,6 +16,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nm_compiler as nm
+from nm_compiler.live.live import _OF_LOWERED
 from nm_compiler.ops.define import weight_op
 from nm_compiler.ops.weights import BACKWARD, MASKED
 from nm_compiler.pattern import Pattern, combination_table
@@ -188,6 +189,7 @@ def test_every_registered_op_is_checked() -> None:
         str(schema.name).removeprefix("nm::") for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("nm::")
     }
     assert registered == set(SAMPLES) | set(ELSEWHERE)
+    assert registered > set(_OF_LOWERED)
     for name, file in ELSEWHERE.items():
         assert f"opcheck(torch.ops.nm.{name}" in (Path(__file__).parent / file).read_text()
 

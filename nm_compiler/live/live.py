@@ -238,6 +238,7 @@ def frame_code() -> Any:
 
 
 _OF_LOWERED = ("packed_linear", "packed_conv2d", "no_gradient", "cslt_linear", "cslt_linear_int8", "unfold_taps")
+"""What `nm.lower` puts into a graph; all other ops of ``nm::`` come from `nm.compile`."""
 
 
 def refuse_rewritten(gm: GraphModule, model: nn.Module) -> None:
