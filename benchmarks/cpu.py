@@ -74,12 +74,22 @@ def tokens(patterns: Sequence[str], library: Library, reads: float, repeats: int
     found = []
     for text in patterns:
         for count in (1, 4, 16):
-            rows = measured(Pattern.parse(text), count, repeats=repeats)
-            print(f"\n{text}, {count} tokens, cold weights, {library.isa}; this machine reads {reads:.1f} GB/s")
-            head = ["layer", "over float32", "bf16/bf16", "int8/float32", "bytes", "dense GB/s", "packed GB/s"]
+            rows = measured(Pattern.parse(text), count, library, repeats=repeats)
+            print(f"\n{text}, {count} tokens, cold weights, {library.isa}; one thread reads up to {reads:.1f} GB/s")
+            head = [
+                "layer",
+                "over float32",
+                "bf16/bf16",
+                "int8/float32",
+                "bytes",
+                "dense GB/s",
+                "packed",
+                "read",
+                "packed/read",
+            ]
             body = [
                 [row["layer"], f"{row['speedup']:.2f}x", f"{row['bf16 over bf16']:.2f}x", f"{row['int8 over float32']:.2f}x",
-                 f"{row['share']:.3f}", f"{row['gbytes']['dense']:.1f}", f"{row['gbytes']['packed']:.1f}"]
+                 f"{row['share']:.3f}", *(f"{row['gbytes'][way]:.1f}" for way in ("dense", "packed", "read")), f"{row['of reading']:.0%}"]
                 for row in rows
             ]  # fmt: skip
             print(table(head, body))

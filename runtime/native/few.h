@@ -29,8 +29,8 @@ static inline __attribute__((always_inline)) vf chosen(const float *x, vu code, 
 
 /* Ask for a line of values before they are needed: the processor's own prefetching stops at the end of a page. How far ahead,
  * and into which cache, is what was fastest: T1 where values take no longer to use than to read, else T0 from afar. */
-static inline __attribute__((always_inline)) void ask_for_values(const int64_t dtype, const int T, const char *values) {
-    if (dtype == NM_F32 && T == 1) __builtin_prefetch(values + 512, 0, 2);
+static inline __attribute__((always_inline)) void ask_for_values(const int64_t dtype, const int T, const int R, const char *values) {
+    if (dtype == NM_F32 && T == 1) __builtin_prefetch(values + 512 * R, 0, 2);
     else __builtin_prefetch(values + 4096);
 }
 
@@ -82,37 +82,49 @@ static inline __attribute__((always_inline)) void span_of(const int64_t D, const
     memcpy(sums, kept, sizeof(vf[PARTS]) * (size_t)T);
 }
 
-/* whole words of codes, all of which are possible: their steps are unrolled. One sum a token would wait for its last addition at
- * every step, so few tokens have several, in turn, which are added up at the end. Returns the group that comes next. */
-static inline __attribute__((always_inline)) int64_t words_of(const int64_t D, const int B, const int T, const int N, PARAMETERS) {
+/* Whole words of codes, all of which are possible: their steps are unrolled. One sum a token would wait for its last addition at
+ * every step, so few tokens have several, in turn, which are added up at the end. R is 1 or 2 tiles at once, the second one that much
+ * further in values and in codes, its sums 8 behind the first one's. Writes sums; returns the group that comes next. */
+static inline __attribute__((always_inline)) int64_t words_of(const int64_t D, const int B, const int T, const int N, const int R,
+        PARAMETERS, int64_t more_values, int64_t more_codes) {
     const int a_word = 32 / B, groups = a_word / N, value_bytes = D == NM_F32 ? 4 : D == NM_BF16 ? 2 : 1, turns = T < 4 ? 4 / T : 1;
-    vf kept[8][PARTS] = {0};
-    memcpy(kept, sums, sizeof(vf[PARTS]) * (size_t)T);
+    vf kept[2][8][PARTS] = {0};
     int64_t g = g0;
     for (; g + groups <= g1; g += groups, x += groups * j->m) {
         const int64_t step = g * N;
         const char *from = values + step * NM_LANES * value_bytes;
-        vu code[PARTS];
-        for (int part = 0; part < PARTS; part++) code[part] = *(const vuu *)(codes + step / a_word * NM_LANES + part * V);
-        for (int line = 0; line < a_word * NM_LANES * value_bytes / LINE; line++)
-            ask_for_values(D, T, from + line * LINE);
+        vu code[2][PARTS];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; r++) {
+            for (int part = 0; part < PARTS; part++)
+                code[r][part] = *(const vuu *)(codes + r * more_codes + step / a_word * NM_LANES + part * V);
+            for (int line = 0; line < a_word * NM_LANES * value_bytes / LINE; line++)
+                ask_for_values(D, T, R, from + r * more_values + line * LINE);
+        }
 #pragma GCC unroll 16
         for (int s = 0; s < a_word; s++)
-            step_of(D, B, T, 0, 0, from, s, code, x + s / N * j->m, ldx, kept + s % turns * T, wrong);
+#pragma GCC unroll 2
+            for (int r = 0; r < R; r++)
+                step_of(D, B, T, 0, 0, from + r * more_values, s, code[r], x + s / N * j->m, ldx, kept[r] + s % turns * T, wrong);
     }
+#pragma GCC unroll 2
+    for (int r = 0; r < R; r++) {
 #pragma GCC unroll 8
-    for (int t = T; t < turns * T; t++)
+        for (int t = T; t < turns * T; t++)
 #pragma GCC unroll 4
-        for (int part = 0; part < PARTS; part++) kept[t % T][part] += kept[t][part];
-    memcpy(sums, kept, sizeof(vf[PARTS]) * (size_t)T);
+            for (int part = 0; part < PARTS; part++) kept[r][t % T][part] += kept[r][t][part];
+        memcpy(sums + r * 8, kept[r], sizeof(vf[PARTS]) * (size_t)T);
+    }
     return g;
 }
 
 typedef void (*span_fn)(PARAMETERS);
-typedef int64_t (*words_fn)(PARAMETERS);
+typedef int64_t (*words_fn)(PARAMETERS, int64_t more_values, int64_t more_codes);
 #define SPAN(D, B, T) static void span_##D##_##B##_##T(PARAMETERS) { span_of(D, B, T, j, values, codes, g0, g1, x, ldx, sums, wrong); }
-#define WORDS(D, B, T, N) \
-    static int64_t words_##D##_##B##_##T##_##N(PARAMETERS) { return words_of(D, B, T, N, j, values, codes, g0, g1, x, ldx, sums, wrong); }
+#define WORDS(D, B, T, N, R) \
+    static int64_t words_##D##_##B##_##T##_##N##_##R(PARAMETERS, int64_t more_values, int64_t more_codes) { \
+        return words_of(D, B, T, N, R, j, values, codes, g0, g1, x, ldx, sums, wrong, more_values, more_codes); \
+    }
 
 #define ALL_T(OF, D, B) OF(D, B, 1) OF(D, B, 2) OF(D, B, 4) OF(D, B, 8)
 #define ALL_B(OF, D) ALL_T(OF, D, 2) ALL_T(OF, D, 4) ALL_T(OF, D, 8)
@@ -123,21 +135,30 @@ ALL_B(SPAN, 2)
 #define SPANS(D) {SPANS_T(D, 2), SPANS_T(D, 4), SPANS_T(D, 8)}
 static const span_fn span_for[3][3][4] = {SPANS(0), SPANS(1), SPANS(2)}; /* [dtype][bits][tokens] */
 
-/* the patterns that most weights have, n:4 and n:16 with n of 1 and 2, where vectors are wide */
+/* The patterns that most weights have, n:4 and n:16 with n of 1 and 2, where vectors are wide. Two tiles at once are two places that
+ * are read, to which memory answers faster than to one: worth it for a token of float32, with AVX-512's 32 registers. */
 #if V == 4
-static words_fn words_for(const nm_job *j, int size) { (void)j, (void)size; return 0; }
+static words_fn words_for(const nm_job *j, int size, int tiles) { (void)j, (void)size, (void)tiles; return 0; }
 #else
-#define WORDS_T(D, B, N) WORDS(D, B, 1, N) WORDS(D, B, 2, N) WORDS(D, B, 4, N) WORDS(D, B, 8, N)
+#define WORDS_T(D, B, N) WORDS(D, B, 1, N, 1) WORDS(D, B, 2, N, 1) WORDS(D, B, 4, N, 1) WORDS(D, B, 8, N, 1)
 #define WORDS_N(D) WORDS_T(D, 2, 1) WORDS_T(D, 2, 2) WORDS_T(D, 4, 1) WORDS_T(D, 4, 2)
 WORDS_N(0)
 WORDS_N(1)
 WORDS_N(2)
-#define NAMES_T(D, B, N) {words_##D##_##B##_1_##N, words_##D##_##B##_2_##N, words_##D##_##B##_4_##N, words_##D##_##B##_8_##N}
+#define NAMES_T(D, B, N) \
+    {words_##D##_##B##_1_##N##_1, words_##D##_##B##_2_##N##_1, words_##D##_##B##_4_##N##_1, words_##D##_##B##_8_##N##_1}
 #define NAMES(D) {{NAMES_T(D, 2, 1), NAMES_T(D, 2, 2)}, {NAMES_T(D, 4, 1), NAMES_T(D, 4, 2)}}
 static const words_fn known_words[3][2][2][4] = {NAMES(0), NAMES(1), NAMES(2)}; /* [dtype][bits][n][tokens] */
+#if V == 16
+WORDS(0, 2, 1, 1, 2) WORDS(0, 2, 1, 2, 2) WORDS(0, 4, 1, 1, 2) WORDS(0, 4, 1, 2, 2)
+static const words_fn two_tiles[2][2] = {{words_0_2_1_1_2, words_0_2_1_2_2}, {words_0_4_1_1_2, words_0_4_1_2_2}}; /* [bits][n] */
+#else
+static const words_fn two_tiles[2][2];
+#endif
 
-static words_fn words_for(const nm_job *j, int size) {
+static words_fn words_for(const nm_job *j, int size, int tiles) {
     if ((j->m != 4 && j->m != 16) || j->n > 2) return 0;
+    if (tiles == 2) return j->dtype == NM_F32 && size == 0 ? two_tiles[j->m == 16][j->n - 1] : 0;
     return known_words[j->dtype][j->m == 16][j->n - 1][size];
 }
 #endif
@@ -171,35 +192,43 @@ static int64_t few_scratch(const nm_job *j) { return (void)j, 64; }
 static int run_few(const nm_job *j, int64_t task, char *scratch) {
     (void)scratch;
     const int bits = nm_bits(j->m);
-    const int64_t a_task = few_tiles_a_task(j), end = nm_min(few_tiles(j), (task + 1) * a_task), tokens = nm_tokens(j);
+    const int64_t first = task * few_tiles_a_task(j), end = nm_min(few_tiles(j), first + few_tiles_a_task(j)), tokens = nm_tokens(j);
     const int64_t window = bits == 2 ? 4 : bits == 4 ? 16 : 32, groups = j->inputs / j->m;
-    const int64_t safe = j->inputs < window ? 0 : nm_min(groups, (j->inputs - window) / j->m + 1);
-    const int64_t steps = nm_steps(j), words = nm_words(j), rest = j->inputs - safe * j->m;
+    const int64_t safe = j->inputs < window ? 0 : nm_min(groups, (j->inputs - window) / j->m + 1), rest = j->inputs - safe * j->m;
+    const int64_t a_tile = nm_steps(j) * NM_LANES * nm_value_bytes(j), words = nm_words(j) * NM_LANES;
+    /* two tiles at once are half of the task from each other, so that both halves are read in order; an odd one is left */
+    const int64_t apart = tokens == 1 && j->groups == 1 && words_for(j, 0, 2) ? (end - first) / 2 : 0;
     vu wrong = {0};
-    for (int64_t tile = task * a_task; tile < end; tile++) {
+    for (int64_t at = first; at < end - apart; at++) {
+        const int tiles = at < first + apart ? 2 : 1;
+        const int64_t tile = tiles == 2 ? at : at + apart;
         const float *x = j->x + tile / nm_tiles(j) * j->inputs;
-        const char *values = (const char *)j->values + tile * steps * NM_LANES * nm_value_bytes(j);
-        const uint32_t *codes = j->codes + tile * words * NM_LANES;
+        const char *values = (const char *)j->values + tile * a_tile;
+        const uint32_t *codes = j->codes + tile * words;
         for (int64_t token = 0, count; token < tokens; token += count) {
             const int64_t left = tokens - token;
             const int size = left >= MOST_TOKENS ? MOST_TOKENS_LOG : left >= 4 ? 2 : left >= 2 ? 1 : 0;
-            count = 1 << size;
+            count = (int64_t)1 << size;
             const span_fn span = span_for[j->dtype][bits == 2 ? 0 : bits == 4 ? 1 : 2][size];
-            const words_fn whole = words_for(j, size);
+            const words_fn whole = words_for(j, size, tiles);
             const float *from = x + token * j->ldx;
-            vf sums[8][PARTS];
+            vf sums[2][8][PARTS];
             float tail[8 * TAIL];
-            memset(sums, 0, sizeof sums);
-            const int64_t g = whole ? whole(j, values, codes, 0, safe, from, j->ldx, sums, &wrong) : 0;
-            if (g < safe) span(j, values, codes, g, safe, from + g * j->m, j->ldx, sums, &wrong);
-            if (safe < groups) {
+            int64_t g = 0;
+            if (whole) g = whole(j, values, codes, 0, safe, from, j->ldx, sums[0], &wrong, apart * a_tile, apart * words);
+            else memset(sums, 0, sizeof sums);
+            if (safe < groups)
                 for (int64_t t = 0; t < count; t++) {
                     memcpy(tail + t * TAIL, from + t * j->ldx + safe * j->m, (size_t)rest * 4);
                     memset(tail + t * TAIL + rest, 0, (size_t)(TAIL - rest) * 4);
                 }
-                span(j, values, codes, safe, groups, tail, TAIL, sums, &wrong);
+            for (int r = 0; r < tiles; r++) {
+                const char *its_values = values + r * apart * a_tile;
+                const uint32_t *its_codes = codes + r * apart * words;
+                if (g < safe) span(j, its_values, its_codes, g, safe, from + g * j->m, j->ldx, sums[r], &wrong);
+                if (safe < groups) span(j, its_values, its_codes, safe, groups, tail, TAIL, sums[r], &wrong);
+                finish(j, tile + r * apart, token, count, sums[r]);
             }
-            finish(j, tile, token, count, sums);
         }
     }
     return any(wrong) ? NM_BAD_CODE : NM_OK;
