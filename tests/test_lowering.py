@@ -100,6 +100,54 @@ def test_after_every_pass_constants_are_n_m_along_axis_1_and_the_function_is_the
         assert int(groups.max()) <= 2, product
 
 
+@pytest.mark.parametrize("backend", ["dense", "auto"])
+def test_sequences_of_no_tokens_run_where_batch_and_length_are_both_free(backend: str) -> None:
+    model, x = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), torch.randn(2, 3, 16)
+    model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval()
+    free = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    lowered = nm.lower(model, (x,), backend=backend, dynamic_shapes=free)
+    for batch, length in ((2, 0), (0, 3), (0, 0), (5, 7)):
+        given = torch.randn(batch, length, 16)
+        torch.testing.assert_close(lowered(given), model(given))
+
+
+def test_a_convolution_that_is_called_with_several_batch_norms_is_folded_with_each() -> None:
+    class Levels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.out = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 1)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(3))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            x = self.stem(x)
+            return [self.out(norm(self.conv(x))) for norm in self.norms]
+
+    model, x = Levels(), torch.randn(2, 3, 6, 6)
+    for norm in model.norms:
+        nn.init.normal_(norm.weight)
+        norm.running_mean.normal_()
+    model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval()
+    lowered = nm.lower(model, (x,), force=["*"])
+    assert not [node for node in lowered.run.graph.nodes if "batch_norm" in str(node.target)]
+    for found, wanted in zip(lowered(x), model(x), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_whose_names_differ_in_a_dot_alone_stay_apart() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.out = nn.Linear(16, 16), nn.Linear(16, 4)
+            self.proj, self.proj_0 = nn.ParameterList([torch.randn(16, 16)]), nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.relu(self.stem(x) @ self.proj[0]) @ self.proj_0)
+
+    model, x = Named(), torch.randn(2, 16)
+    model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval()
+    torch.testing.assert_close(nm.lower(model, (x,), force=["*"])(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_batch_norms_are_folded_before_rounding_so_that_half_precision_loses_no_more_than_it_must() -> None:
     torch.manual_seed(0)
     model = ConvNet(channels=16)
