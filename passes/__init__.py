@@ -16,7 +16,9 @@ check_pattern       every weight is N:M
 
 Lowering, for every backend (`nm_compiler.lowering`):
 spell_out_autocast  casts in the place of autocast; for planning, permuting and calibrating as well
+bias_apart          biases that are none are added
 fold_batchnorm      into the convolution before it
+einsum_to_linear    an einsum that is one
 fold_weights        what is computed from weights alone
 products_to_linear  every product that can be one
 flatten_tokens      linears of two axes

@@ -100,6 +100,63 @@ def test_after_every_pass_constants_are_n_m_along_axis_1_and_the_function_is_the
         assert int(groups.max()) <= 2, product
 
 
+class Einsums(nn.Module):
+    """Attention as it is written with einsums: heads are axes of the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.split, self.merge = nn.Parameter(torch.randn(2, 16, 8) / 4), nn.Parameter(torch.randn(2, 8, 16) / 4)
+        self.turned, self.experts = nn.Parameter(torch.randn(16, 16) / 4), nn.Parameter(torch.randn(2, 8, 8) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.einsum("btd,hdk->bhtk", self.stem(x), self.split)
+        h = torch.einsum("bhtk,hkj->bhtj", h, self.experts)  # a product for each head, which is no linear
+        y = torch.einsum("bhtk,hkd->btd", h, self.merge)
+        return self.head(torch.einsum("oi,bti->bto", self.turned.t(), y))
+
+
+def test_einsums_of_one_weight_are_linears_and_those_of_experts_stay(golden: Golden) -> None:
+    model, x = Einsums(), torch.randn(2, 3, 16)
+    model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval()
+    assert set(nm.verify(model).satisfied) >= {"split", "merge", "turned", "experts"}
+    lowered = nm.lower(model, (x,), backend="dense")
+    golden("einsum_to_linear", show_graph(lowered.run))
+    assert {product.site.name for product in lowered.result.products} == {"split", "merge", "turned"}
+    assert lowered.unread == {
+        "experts": "read by einsum, for which no runtime here has sparse kernels: write the product as a linear"
+    }
+    for batch in (1, 2, 5):
+        given = torch.randn(batch, 3, 16)
+        torch.testing.assert_close(lowered(given), model(given))
+
+
+class Biases(nn.Module):
+    """Products whose bias is not a constant of one number an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(16, 16) for _ in range(3))
+        self.conv, self.one = nn.Conv2d(16, 16, 3), nn.Parameter(torch.randn(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.first.weight, x.mean((0, 1)))
+        y = nn.functional.linear(y, self.second.weight, self.one)
+        y = nn.functional.linear(y, self.third.weight, y[0])  # of one image: a row a token
+        return nn.functional.conv2d(y.mT.unflatten(-1, (3, 3)), self.conv.weight, y.mean((0, 1)), padding=1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+def test_a_bias_of_data_or_one_for_all_outputs_is_added_behind_its_product(backend: str) -> None:
+    model, x = Biases(), torch.randn(2, 9, 16)
+    model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude(), include=["*"])).eval()
+    lowered = nm.lower(model, (x,), backend=backend, force=["*"])
+    assert len(lowered.result.products) == 4
+    for batch in (1, 2, 5):
+        given = torch.randn(batch, 9, 16)
+        torch.testing.assert_close(lowered(given), model(given), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", ["dense", "auto"])
 def test_sequences_of_no_tokens_run_where_batch_and_length_are_both_free(backend: str) -> None:
     model, x = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), torch.randn(2, 3, 16)
