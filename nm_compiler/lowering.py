@@ -240,6 +240,13 @@ def _check(lowered: Lowered, wanted: Any, given: Any, dtype: torch.dtype) -> Non
     args, kwargs = copies_of(given)
     with _plainly(lowered):
         found = lowered(*args, **kwargs)
+    pairs = zip(_floats(found), _floats(wanted), strict=False)
+    sizes = next(((list(mine.shape), list(other.shape)) for mine, other in pairs if mine.shape != other.shape), None)
+    if sizes is not None:
+        raise NMError(
+            f"lowered to {lowered.backend}, an output has sizes {sizes[0]}, and the model's has {sizes[1]}: if chance or "
+            "rounding decides on sizes, as in speech synthesis, say check=False"
+        )
     error = relative_error(found, wanted)
     bound = max(TOLERANCE.get(dtype, 6e-2), lowered.result.rough)
     if not error <= bound and not all(bool(each.isfinite().all()) for each in _floats(wanted)):

@@ -257,6 +257,48 @@ def test_linears_take_data_of_any_axes_as_it_lies_and_what_is_added_too() -> Non
 
 
 @needs_kernels
+@pytest.mark.parametrize("options", [{"force": ["*"]}, {}], ids=["forced", "measured"])
+def test_convolutions_over_as_many_positions_as_data_tell_are_lowered(options: Any, tmp_path: Path) -> None:
+    class Selecting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.plane, self.head = (
+                nn.Linear(16, 16), nn.Conv1d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
+            )  # fmt: skip
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            y = y[x[:, 0] > 0].t().contiguous()[None]  # [1, 16, as many as there are]
+            return self.head(self.plane(torch.relu(self.conv(y))[..., None, :])).flatten()
+
+    model, x = Selecting(), torch.randn(12, 16)
+    model = frozen(model, x, include=["conv*", "plane*"])
+    lowered = nm.lower(model, (x,), backend="cpu", options={"cache": tmp_path / "choices.json"}, **options)
+    for rows in (5, 12):
+        given = torch.randn(rows, 16)
+        given[0, 0] = 1.0
+        torch.testing.assert_close(lowered(given), model(given), rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_data_of_another_dtype_is_refused_by_packed_products_too_unless_the_model_casts_it(dtype: torch.dtype) -> None:
+    class Casting(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(self[0].weight.dtype))
+
+    x = torch.randn(2, 16)
+    for kind in (nn.Sequential, Casting):
+        model = frozen(kind(*(nn.Linear(16, 16) for _ in range(3))), x, include=["*"])
+        lowered = forced(model, x)
+        if kind is Casting:
+            torch.testing.assert_close(lowered(x.to(dtype)), model(x.to(dtype)))
+        else:
+            with pytest.raises(nm.NMError, match=r"lowered for float32, and its inputs are \w*float\d+: cast them"):
+                lowered(x.to(dtype))
+
+
+@needs_kernels
 @pytest.mark.parametrize("values", ["float32", "int8"])
 def test_verify_says_of_packed_weights_that_they_have_no_zeros_to_look_at(values: str, tmp_path: Path) -> None:
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))

@@ -833,6 +833,20 @@ def test_inputs_of_another_dtype_are_an_error_that_says_what_to_cast(dtype: torc
     assert nm.lower(model, x, backend="dense", dtype=torch.float32)(x.to(dtype)).dtype == torch.float32
 
 
+def test_a_model_whose_outputs_have_other_sizes_at_every_call_is_told_what_to_say() -> None:
+    calls = []
+
+    class Speaking(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(x.shape)
+            return super().forward(x).repeat(1, len(calls))
+
+    x = torch.randn(4, 16)
+    model = nm.freeze(nm.compile(nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), x, method=nm.Magnitude())).eval()
+    with pytest.raises(nm.NMError, match=r"an output has sizes \[4, \d+\], and the model's has \[4, \d+\]: .* check=False"):
+        nm.lower(Speaking(*model.children()), (x,), backend="dense")
+
+
 def test_a_model_that_computes_nan_by_itself_is_told_so() -> None:
     model, x = frozen(MLP)
     with torch.no_grad():
