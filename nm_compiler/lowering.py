@@ -1,6 +1,6 @@
 """nm.lower: from a frozen model to a runtime.
 
-    model --copy, cast--> capture --fold_batchnorm, fold_weights, products_to_linear, flatten_tokens--> one plain graph
+    model --copy, cast--> capture --bias_apart, fold_batchnorm, .., flatten_tokens (`passes`)--> one plain graph
           --backend--> what runs it --check against the model--> Lowered
 
 The orders that `permute` found need no pass here: they are in the weights since then. After every pass the constants are
@@ -29,6 +29,8 @@ from nm_compiler.capture.turns import in_turn
 from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass, run, standalone
 from nm_compiler.memory import give_back
+from nm_compiler.passes.bias_apart import bias_apart
+from nm_compiler.passes.einsum_to_linear import einsum_to_linear
 from nm_compiler.passes.flatten_tokens import flatten_tokens
 from nm_compiler.passes.fold_batchnorm import fold_batchnorm
 from nm_compiler.passes.fold_weights import fold_weights
@@ -129,8 +131,8 @@ def passes(exact: Mapping[str, Tensor], *, own: bool = False) -> list[Pass]:
     own: the graph reads a copy that only it has: weights that a pass replaces are let go one by one.
     """
     return [
-        partial(fold_batchnorm, exact=exact, own=own, later=True), partial(fold_weights, own=own),
-        partial(products_to_linear, own=own), flatten_tokens,
+        bias_apart, partial(fold_batchnorm, exact=exact, own=own, later=True), partial(einsum_to_linear, own=own),
+        partial(fold_weights, own=own), partial(products_to_linear, own=own), flatten_tokens,
     ]  # fmt: skip
 
 
@@ -238,6 +240,13 @@ def _check(lowered: Lowered, wanted: Any, given: Any, dtype: torch.dtype) -> Non
     args, kwargs = copies_of(given)
     with _plainly(lowered):
         found = lowered(*args, **kwargs)
+    pairs = zip(_floats(found), _floats(wanted), strict=False)
+    sizes = next(((list(mine.shape), list(other.shape)) for mine, other in pairs if mine.shape != other.shape), None)
+    if sizes is not None:
+        raise NMError(
+            f"lowered to {lowered.backend}, an output has sizes {sizes[0]}, and the model's has {sizes[1]}: if chance or "
+            "rounding decides on sizes, as in speech synthesis, say check=False"
+        )
     error = relative_error(found, wanted)
     bound = max(TOLERANCE.get(dtype, 6e-2), lowered.result.rough)
     if not error <= bound and not all(bool(each.isfinite().all()) for each in _floats(wanted)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -45,6 +46,12 @@ def constant(gm: GraphModule, name: str, value: Tensor) -> Node:
     return gm.graph.create_node("get_attr", name)
 
 
+def unused(gm: GraphModule, stem: str) -> str:
+    """A name for a constant that nothing of the graph has: ``stem``, with a number behind it if it has to be."""
+    numbered = (f"{stem}{number or ''}" for number in itertools.count())
+    return next(name for name in numbered if name not in gm.__dict__["extras"] and not hasattr(gm, name))
+
+
 def discard(gm: GraphModule, node: Node, *, own: bool) -> None:
     """Erase a node that nobody reads, and what nobody reads then.
 
@@ -74,12 +81,16 @@ def weight_of(node: Node) -> str | None:
 
 
 def leading_sizes(gm: GraphModule, data: Node) -> list[Any]:
-    """All sizes of ``data`` but the last, for a reshape: the first dynamic one is left to it, others are read."""
-    sizes: list[Any] = []
-    for axis, size in enumerate(data.meta["val"].shape[:-1]):
+    """All sizes of ``data`` but the last, for a reshape: one that alone is dynamic is left to it, several are read.
+
+    Of several one may be 0, and then nothing tells the one that is left.
+    """
+    shape, sizes = data.meta["val"].shape[:-1], list[Any]()
+    alone = sum(not isinstance(size, int) for size in shape) == 1
+    for axis, size in enumerate(shape):
         if isinstance(size, int):
             sizes.append(size)
-        elif -1 not in sizes:
+        elif alone:
             sizes.append(-1)
         else:
             sizes.append(gm.graph.call_function(torch.ops.aten.sym_size.int, (data, axis)))

@@ -16,13 +16,16 @@ check_pattern       every weight is N:M
 
 Lowering, for every backend (`nm_compiler.lowering`):
 spell_out_autocast  casts in the place of autocast; for planning, permuting and calibrating as well
+bias_apart          biases that are none are added
 fold_batchnorm      into the convolution before it
+einsum_to_linear    an einsum that is one
 fold_weights        what is computed from weights alone
 products_to_linear  every product that can be one
 flatten_tokens      linears of two axes
 
 Lowering, for one (`nm_compiler.runtime.backends`):
 lower_cpu           cpu: packed products
+unflatten_tokens    cpu: linears take data as it lies
 fuse_epilogues      cpu: packed products add and activate
 fuse_dense          cpu: dense convolutions activate
 channels_last       cpu: images with their channels innermost

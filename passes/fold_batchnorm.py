@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import is_constant, value_of
 from nm_compiler.graph import arguments_of
-from nm_compiler.rewrite import constant, discard, weight_of
+from nm_compiler.rewrite import constant, discard, unused, weight_of
 from nm_compiler.scaled import Scaled
 from nm_compiler.sites.uses import CONVS
 
@@ -67,11 +67,12 @@ def _fold(gm: GraphModule, norm: Node, product: Node, exact: Mapping[str, Tensor
     scale = scale if gain is None else scale * gain.double()
     offset = (0 if bias is None else bias.double()) - mean.double()
     offset = offset * scale + (0 if shift is None else shift.double())
-    name, dtype, source = f"{product.args[1]}_folded", _dtype(product.args[1]), weight_of(product.args[1])  # type: ignore[arg-type]
+    dtype, source = _dtype(product.args[1]), weight_of(product.args[1])  # type: ignore[arg-type]
+    name = unused(gm, f"{product.args[1]}_folded")  # a convolution may be called several times, each with its own batch norm
     with gm.graph.inserting_before(product):
         folded = Scaled(weight, scale, dtype)
         new_weight = constant(gm, name, folded if later else folded.value())
-        new_bias = constant(gm, f"{name}_bias", offset.to(dtype))
+        new_bias = constant(gm, unused(gm, f"{name}_bias"), offset.to(dtype))
         rest = {name: value for name, value in product.kwargs.items() if name != "bias"}
         new = gm.graph.call_function(product.target, (product.args[0], new_weight, new_bias, *product.args[3:]), rest)  # type: ignore[arg-type]
     if source is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import is_constant, value_of
-from nm_compiler.rewrite import constant, discard, weight_of
+from nm_compiler.rewrite import constant, discard, unused, weight_of
 from nm_compiler.sites.equations import PRODUCTS
 from nm_compiler.sites.uses import CONVS
 
@@ -38,9 +38,7 @@ def fold_weights(gm: GraphModule, *, own: bool = False) -> GraphModule:
 
 def _folded(gm: GraphModule, operand: Node) -> Node:
     source = weight_of(operand)
-    taken = gm.__dict__["extras"]
-    stem = f"{(source or operand.name).replace('.', '_')}_part"
-    name = next(each for each in (stem, *(f"{stem}{k}" for k in range(1, len(taken) + 2))) if each not in taken)
+    name = unused(gm, f"{(source or operand.name).replace('.', '_')}_part")
     with gm.graph.inserting_before(operand):
         new = constant(gm, name, value_of(gm, operand).detach().contiguous())
     if source is not None:

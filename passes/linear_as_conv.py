@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import value_of
 from nm_compiler.graph import arguments_of
-from nm_compiler.rewrite import constant, leading_sizes, replace, weight_of
+from nm_compiler.rewrite import constant, leading_sizes, replace, unused, weight_of
 
 aten = torch.ops.aten
 
@@ -41,7 +41,7 @@ def _rewrite(gm: GraphModule, node: Node, data: Node, read: Node) -> None:
     out, width = weight.shape
     source = weight_of(read)
     with gm.graph.inserting_before(node):
-        kernel = constant(gm, f"{read.target}_1x1".replace(".", "_"), weight.view(out, width, 1, 1))
+        kernel = constant(gm, unused(gm, f"{read.target}_1x1".replace(".", "_")), weight.view(out, width, 1, 1))
         tokens = gm.graph.call_function(aten.reshape.default, (data, [-1, width, 1, 1]))
         bias = arguments_of(node)["bias"]
         product = gm.graph.call_function(aten.conv2d.default, (tokens, kernel, *([] if bias is None else [bias])))

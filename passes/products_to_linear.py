@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from nm_compiler.evaluate import is_constant, value_of
-from nm_compiler.rewrite import constant, discard, weight_of
+from nm_compiler.rewrite import constant, discard, unused, weight_of
 
 aten = torch.ops.aten
 
@@ -69,7 +69,7 @@ def _transposed(gm: GraphModule, weight: Node) -> Node:
     source = weight_of(weight)
     stem = str(weight.target if weight.op == "get_attr" else weight.name).replace(".", "_")
     with gm.graph.inserting_before(weight):
-        new = constant(gm, f"{stem}_t", value_of(gm, weight).detach().t().contiguous())
+        new = constant(gm, unused(gm, f"{stem}_t"), value_of(gm, weight).detach().t().contiguous())
     if source is not None:
         new.meta["weight"] = source
     return new

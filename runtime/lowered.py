@@ -12,7 +12,7 @@ from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 import nm_compiler.runtime.cusparselt.int8
@@ -45,6 +45,8 @@ class Lowered(nn.Module):
     weights, and why. Inputs are cast to the dtype it was lowered to; outputs are in that dtype.
     `nm.report` shows what is sparse, and why the rest is not.
     inert: whether something runs it that has no gradient, of which autograd would know nothing.
+    packed_for: the dtype that data has at all packed products, if it is one; captured: those of the inputs. A call with others
+    is watched: packed products take any, where torch's own refuse what the weight has not.
     settled: whether folded weights are there; else the first call, or who asks for them, has them computed, and gets an
     NMError if the model's weights were changed in between.
     """
@@ -62,6 +64,8 @@ class Lowered(nn.Module):
     error: float | None
     settled: bool
     inert: bool
+    packed_for: torch.dtype | None
+    captured: tuple[torch.dtype | None, ...]
     attributes: Mapping[str, Any]
 
     def __init__(self, result: Result, **facts: Any) -> None:
@@ -70,6 +74,11 @@ class Lowered(nn.Module):
         self.__dict__.update(**{"result": result, "error": None, "settled": True, "attributes": {}, **facts})
         self.inert = self.backend == "tensorrt" or (self.backend == "cpu" and any(d.kernel for d in result.decisions.values()))
         self.training = False
+        known = {product.dtype for product in self.result.products}
+        self.packed_for, self.captured = None, ()
+        if self.backend == "cpu" and self.inert and self.dtype is None and len(known) == 1:
+            (self.packed_for,) = known
+            self.captured = _taken(self.run)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run it. Raises NMError for a call that does not fit what was captured."""
@@ -82,8 +91,9 @@ class Lowered(nn.Module):
             raise Misfit(error.facts, _AGAIN) from None
         if self.result.takes_tensors_only:
             flat = [value for value in flat if isinstance(value, Tensor)]
+        watched = self.packed_for is not None and not torch.compiler.is_compiling() and self._is_strange(flat)
         try:
-            outputs: Any = self.run(*flat)
+            outputs: Any = (_Watched(self.run, self._refusal_of) if watched else self.run)(*flat)
         except RuntimeError as error:
             other = self._other_dtype(flat)
             if other is not None:
@@ -168,11 +178,23 @@ class Lowered(nn.Module):
         known = {product.dtype for product in self.result.products}
         if len(given) != 1 or len(known) != 1 or given == known:
             return None
-        now, then = dtype_name(*known), dtype_name(*given)
+        return self._refusal(*known, *given)
+
+    def _refusal(self, known: torch.dtype, given: torch.dtype) -> NMError:
+        now, then = dtype_name(known), dtype_name(given)
         return NMError(
             f"this {self.title} is lowered for {now}, and its inputs are {then}: cast them, x.to(torch.{now}), or lower a "
             f"model of {then}; with dtype=torch.{now} for nm.lower, inputs are cast at every call"
         )
+
+    def _is_strange(self, flat: Sequence[Any]) -> bool:
+        """Whether an input has another dtype than at capture."""
+        return any(dtype is not None and value.dtype is not dtype for value, dtype in zip(flat, self.captured, strict=True))
+
+    def _refusal_of(self, data: Tensor) -> NMError | None:
+        """What is wrong with the data that has come to a packed product."""
+        fits = self.packed_for is None or data.dtype is self.packed_for
+        return None if fits else self._refusal(self.packed_for, data.dtype)  # type: ignore[arg-type]
 
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(self.dtype) if value.is_floating_point() else value
@@ -180,6 +202,29 @@ class Lowered(nn.Module):
     def extra_repr(self) -> str:
         chosen = sum(1 for decision in self.result.decisions.values() if decision.kernel)
         return f"{self.title} on {self.backend}, {chosen} of {len(self.result.products)} products sparse"
+
+
+class _Watched(Interpreter):
+    """Runs a graph as it is, but for packed products whose data ``refusal`` has a word against: that is raised."""
+
+    def __init__(self, run: nn.Module, refusal: Callable[[Tensor], NMError | None]) -> None:
+        super().__init__(run)
+        self.refusal = refusal
+
+    def __call__(self, *flat: Any) -> Any:
+        return self.run(*flat)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        refused = self.refusal(args[0]) if target in (LINEAR, CONV2D) else None
+        if refused is not None:
+            raise refused
+        return super().call_function(target, args, kwargs)
+
+
+def _taken(run: Any) -> tuple[torch.dtype | None, ...]:
+    """The dtypes of a graph's inputs; None of what is no floating-point tensor."""
+    values = [node.meta.get("val") for node in run.graph.find_nodes(op="placeholder")]
+    return tuple(each.dtype if isinstance(each, Tensor) and each.is_floating_point() else None for each in values)
 
 
 def _packed(run: nn.Module) -> Iterator[Tensor]:

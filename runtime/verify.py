@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern, PatternMap, PatternSpec, matches
+from nm_compiler.runtime.native.packing import LANES
 from nm_compiler.runtime.tensors_of import masked_elsewhere, tensors_of
 from nm_compiler.solvers.check import nonzeros, worst_group
 from nm_compiler.state.beside import RECIPE, read_recipe
 from nm_compiler.state.sharding import whole
 from nm_compiler.wording import several
+
+_CODES, _BESIDE_CODES = "_codes", ("_values", "_scales")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,14 @@ class Verification:
 
     training: the method in whose training a checkpoint was written, whose weights have their zeros only after `freeze`.
     part_of: weights of a part of a model that trains, which are dense there: the masks belong to the whole model.
+    packed: weights that lie as the CPU kernels read them, as in the state_dict of a lowered model: not looked at.
     """
 
     pattern: PatternMap
     weights: tuple[Checked, ...]
     training: str | None = None
     part_of: tuple[str, ...] = ()
+    packed: tuple[str, ...] = ()
 
     @property
     def satisfied(self) -> dict[str, tuple[int, ...]]:
@@ -53,10 +58,10 @@ class Verification:
         return {weight.name: weight.axes for weight in self.weights if weight.axes}
 
     def __str__(self) -> str:
-        if not self.weights:
+        if not self.weights and not self.packed:
             return "Nothing to check: no floating-point tensor of two or more axes is here."
         shapes = ["x".join(map(str, weight.shape)) for weight in self.weights]
-        name, size = max(len(weight.name) for weight in self.weights), max(map(len, shapes))
+        name, size = max((len(weight.name) for weight in self.weights), default=0), max(map(len, shapes), default=0)
         lines = []
         for weight, shape in zip(self.weights, shapes, strict=True):
             along = f"yes, ax{'e' if len(weight.axes) > 1 else 'i'}s {' and '.join(map(str, weight.axes))}"
@@ -68,6 +73,9 @@ class Verification:
         if self.part_of:
             told = "part of a model that nm.compile returned, whose masks are not in these values: verify that one"
             lines.append(f"{several(self.part_of, 3)}: {told}.")
+        if self.packed:
+            told = "packed by nm.lower, which keeps no zeros to look at: verify the model that was lowered"
+            lines.append(f"{several(self.packed, 3)}: {told}.")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,10 +114,12 @@ def examine(target: nn.Module | Mapping[str, Any] | str | Path, pattern: Pattern
     wanted = PatternMap.parse(pattern)
     if isinstance(target, (str, Path)) and Path(target).suffix == ".onnx":
         return Verification(wanted, _of_onnx(Path(target), wanted))
-    found, recipes = list[Checked](), dict[str, Any]()
+    found, recipes, packed = list[Checked](), dict[str, Any](), list[str]()
     for name, tensor in tensors_of(target):
         if name.rpartition(".")[2] == RECIPE and not tensor.is_meta:
             recipes[name.removesuffix(RECIPE)] = read_recipe(tensor)
+        if _is_codes(name, tensor):
+            packed.append(name.removesuffix(_CODES))
         if tensor.ndim < 2 or not tensor.dtype.is_floating_point or tensor.is_meta:
             continue
         tensor = whole(tensor)
@@ -118,9 +128,15 @@ def examine(target: nn.Module | Mapping[str, Any] | str | Path, pattern: Pattern
         nonzero = nonzeros(tensor) / max(1, tensor.numel())
         found.append(Checked(name, tuple(tensor.shape), axes, nonzero, own))
     beside = {f"{prefix}{name}_scores" for prefix, recipe in recipes.items() for name in recipe["weights"]}
+    beside |= {f"{name}{part}" for name in packed for part in _BESIDE_CODES}
     weights = tuple(weight for weight in found if weight.name not in beside)
     training = next((recipe["method"] for recipe in recipes.values()), None)
-    return Verification(wanted, weights, training, tuple(masked_elsewhere(target)))
+    return Verification(wanted, weights, training, tuple(masked_elsewhere(target)), tuple(packed))
+
+
+def _is_codes(name: str, tensor: Tensor) -> bool:
+    """Whether it says where a packed weight keeps its values (`nm_compiler.passes.lower_cpu` gives it that name)."""
+    return name.endswith(_CODES) and tensor.dtype == torch.int32 and tensor.ndim == 4 and tensor.shape[-1] == LANES
 
 
 def _holds(tensor: Tensor, pattern: Pattern, axis: int) -> bool:

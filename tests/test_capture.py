@@ -231,6 +231,30 @@ def test_control_flow_on_shapes_is_captured_and_the_other_branch_refused_rather_
         sparse(torch.randn(11, 8))
 
 
+def test_a_batch_that_python_asks_the_length_of_stays_free() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.fc, self.token = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.randn(1, 1, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) > 0
+            y = torch.cat([self.token.expand(len(x), -1, -1), self.stem(x)], 1)
+            return self.fc(y).view(len(x), -1) / len(x)
+
+    model, x = Rows(), torch.randn(4, 3, 8)
+    plain = copy.deepcopy(model)
+    sparse = nm.compile(model, (x,), method=nm.Magnitude(), include=["fc*"])
+    lowered = nm.lower(nm.freeze(sparse).eval(), (x,), backend="dense")
+    with torch.no_grad():
+        plain.fc.weight.copy_(model.fc.weight)
+    for batch in (1, 4, 7):
+        given = torch.randn(batch, 3, 8)
+        torch.testing.assert_close(lowered(given), plain(given))
+    assert len([1, 2]) == 2
+    assert len.__module__ == "builtins", "as it was"
+
+
 def test_a_batch_of_one_is_refused_where_the_models_python_treats_it_by_itself() -> None:
     class Alone(nn.Module):
         def __init__(self) -> None:

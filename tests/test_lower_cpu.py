@@ -98,11 +98,11 @@ def test_the_passes_of_the_backend_compute_the_same_and_look_as_read(kind: Any, 
     lowered = forced(model, x)
     assert lowered.error < 1e-5
     assert [name for name, _, _ in stages] == [
-        "lower_cpu", "fuse_epilogues", "huge_pages", "pool_channels_last", "fuse_dense",
+        "lower_cpu", "unflatten_tokens", "fuse_epilogues", "huge_pages", "pool_channels_last", "fuse_dense",
     ]  # fmt: skip
-    for name, text, _ in stages[:2]:
+    for name, text, _ in (stages[0], stages[2]):
         golden(f"{name}_{kind.__name__.lower()}", text)
-    assert stages[4][1] == stages[3][1] == stages[2][1] == stages[1][1], "there is nothing to pool or to fuse"
+    assert stages[5][1] == stages[4][1] == stages[3][1] == stages[2][1], "there is nothing to pool or to fuse"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the model is not touched"
     for batch in (1, 5):
         torch.testing.assert_close(lowered(example(model, batch, 1)), model(example(model, batch, 1)), rtol=1e-5, atol=1e-5)
@@ -116,14 +116,14 @@ def test_a_max_pooling_of_rows_runs_with_channels_innermost_and_one_that_lies_so
     x = torch.randn(2, 3, 11, 9)
     model = frozen(net, x)
     lowered = forced(model, x)
-    golden("pool_channels_last_net", stages[3][1])
+    golden("pool_channels_last_net", stages[4][1])
     for batch in (1, 4):
         data = torch.randn(batch, 3, 11, 9)
         torch.testing.assert_close(lowered(data), model(data), rtol=1e-5, atol=1e-5)
     assert lowered(x).is_contiguous()
     last = x.contiguous(memory_format=torch.channels_last)
     nm.lower(model.to(memory_format=torch.channels_last), (last,), backend="cpu", force=["*"])
-    assert stages[8][1] == stages[7][1]
+    assert stages[10][1] == stages[9][1]
 
 
 class Net(nn.Module):
@@ -231,6 +231,86 @@ def test_a_residual_behind_a_shape_of_two_dynamic_axes_is_left_where_it_is() -> 
     for shape in ((2, 20, 6), (3, 20, 9)):
         given = torch.randn(shape)
         torch.testing.assert_close(lowered(given), model(given), rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_linears_take_data_of_any_axes_as_it_lies_and_what_is_added_too() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third, self.last = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x + self.second(torch.relu(self.first(x)))  # [B, 2, 3, 8]
+            y = y + self.third(y.transpose(1, 2)).transpose(1, 2)  # not contiguous
+            return self.last(y.flatten(1, 2))  # stays dense
+
+    model, x = Mixed(), torch.randn(4, 2, 3, 8)
+    model = frozen(model, x, include=["first*", "second*", "third*"], exclude=["last*"])
+    lowered = forced(model, x)
+    assert len(packed_nodes(lowered)) == 3
+    assert [str(node.target) for node in lowered.run.graph.nodes if "reshape" in str(node.target)] == []
+    assert [node.args[5] is not None for node in packed_nodes(lowered)] == [False, True, False]
+    for batch in (1, 5):
+        given = torch.randn(batch, 2, 3, 8)
+        torch.testing.assert_close(lowered(given), model(given), rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", [{"force": ["*"]}, {}], ids=["forced", "measured"])
+def test_convolutions_over_as_many_positions_as_data_tell_are_lowered(options: Any, tmp_path: Path) -> None:
+    class Selecting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.plane, self.head = (
+                nn.Linear(16, 16), nn.Conv1d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
+            )  # fmt: skip
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            y = y[x[:, 0] > 0].t().contiguous()[None]  # [1, 16, as many as there are]
+            return self.head(self.plane(torch.relu(self.conv(y))[..., None, :])).flatten()
+
+    model, x = Selecting(), torch.randn(12, 16)
+    model = frozen(model, x, include=["conv*", "plane*"])
+    lowered = nm.lower(model, (x,), backend="cpu", options={"cache": tmp_path / "choices.json"}, **options)
+    for rows in (5, 12):
+        given = torch.randn(rows, 16)
+        given[0, 0] = 1.0
+        torch.testing.assert_close(lowered(given), model(given), rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_data_of_another_dtype_is_refused_by_packed_products_too_unless_the_model_casts_it(dtype: torch.dtype) -> None:
+    class Casting(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(self[0].weight.dtype))
+
+    x = torch.randn(2, 16)
+    for kind in (nn.Sequential, Casting):
+        model = frozen(kind(*(nn.Linear(16, 16) for _ in range(3))), x, include=["*"])
+        lowered = forced(model, x)
+        if kind is Casting:
+            torch.testing.assert_close(lowered(x.to(dtype)), model(x.to(dtype)))
+        else:
+            with pytest.raises(nm.NMError, match=r"lowered for float32, and its inputs are \w*float\d+: cast them"):
+                lowered(x.to(dtype))
+
+
+@needs_kernels
+@pytest.mark.parametrize("values", ["float32", "int8"])
+def test_verify_says_of_packed_weights_that_they_have_no_zeros_to_look_at(values: str, tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    lowered = forced(frozen(model, torch.randn(2, 16)), torch.randn(2, 16), options={"values": values})
+    torch.save(lowered.state_dict(), tmp_path / "packed.pt")
+    for target in (lowered.state_dict(), tmp_path / "packed.pt", {"part": lowered.state_dict()}):
+        found = nm.verify(target)
+        assert [len(weight.shape) for weight in found.weights] == [2, 2], "the stem and the head"
+        assert found.packed == ("run._1_weight",)
+        assert "run._1_weight: packed by nm.lower, which keeps no zeros to look at: verify the model" in str(found)
+    only = {name: value for name, value in lowered.state_dict().items() if name.startswith("run._1_weight")}
+    assert str(nm.verify(only)).startswith("0 of 0 weights are 2:4.")
 
 
 # -- whole nets -------------------------------------------------------------------------------------------------------------

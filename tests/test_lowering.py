@@ -100,6 +100,111 @@ def test_after_every_pass_constants_are_n_m_along_axis_1_and_the_function_is_the
         assert int(groups.max()) <= 2, product
 
 
+class Einsums(nn.Module):
+    """Attention as it is written with einsums: heads are axes of the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.split, self.merge = nn.Parameter(torch.randn(2, 16, 8) / 4), nn.Parameter(torch.randn(2, 8, 16) / 4)
+        self.turned, self.experts = nn.Parameter(torch.randn(16, 16) / 4), nn.Parameter(torch.randn(2, 8, 8) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.einsum("btd,hdk->bhtk", self.stem(x), self.split)
+        h = torch.einsum("bhtk,hkj->bhtj", h, self.experts)  # a product for each head, which is no linear
+        y = torch.einsum("bhtk,hkd->btd", h, self.merge)
+        return self.head(torch.einsum("oi,bti->bto", self.turned.t(), y))
+
+
+def test_einsums_of_one_weight_are_linears_and_those_of_experts_stay(golden: Golden) -> None:
+    model, x = Einsums(), torch.randn(2, 3, 16)
+    model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval()
+    assert set(nm.verify(model).satisfied) >= {"split", "merge", "turned", "experts"}
+    lowered = nm.lower(model, (x,), backend="dense")
+    golden("einsum_to_linear", show_graph(lowered.run))
+    assert {product.site.name for product in lowered.result.products} == {"split", "merge", "turned"}
+    assert lowered.unread == {
+        "experts": "read by einsum, for which no runtime here has sparse kernels: write the product as a linear"
+    }
+    for batch in (1, 2, 5):
+        given = torch.randn(batch, 3, 16)
+        torch.testing.assert_close(lowered(given), model(given))
+
+
+class Biases(nn.Module):
+    """Products whose bias is not a constant of one number an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(16, 16) for _ in range(3))
+        self.conv, self.one = nn.Conv2d(16, 16, 3), nn.Parameter(torch.randn(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.first.weight, x.mean((0, 1)))
+        y = nn.functional.linear(y, self.second.weight, self.one)
+        y = nn.functional.linear(y, self.third.weight, y[0])  # of one image: a row a token
+        return nn.functional.conv2d(y.mT.unflatten(-1, (3, 3)), self.conv.weight, y.mean((0, 1)), padding=1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+def test_a_bias_of_data_or_one_for_all_outputs_is_added_behind_its_product(backend: str) -> None:
+    model, x = Biases(), torch.randn(2, 9, 16)
+    model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude(), include=["*"])).eval()
+    lowered = nm.lower(model, (x,), backend=backend, force=["*"])
+    assert len(lowered.result.products) == 4
+    for batch in (1, 2, 5):
+        given = torch.randn(batch, 9, 16)
+        torch.testing.assert_close(lowered(given), model(given), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["dense", "auto"])
+def test_sequences_of_no_tokens_run_where_batch_and_length_are_both_free(backend: str) -> None:
+    model, x = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), torch.randn(2, 3, 16)
+    model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval()
+    free = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    lowered = nm.lower(model, (x,), backend=backend, dynamic_shapes=free)
+    for batch, length in ((2, 0), (0, 3), (0, 0), (5, 7)):
+        given = torch.randn(batch, length, 16)
+        torch.testing.assert_close(lowered(given), model(given))
+
+
+def test_a_convolution_that_is_called_with_several_batch_norms_is_folded_with_each() -> None:
+    class Levels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.out = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 1)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(3))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            x = self.stem(x)
+            return [self.out(norm(self.conv(x))) for norm in self.norms]
+
+    model, x = Levels(), torch.randn(2, 3, 6, 6)
+    for norm in model.norms:
+        nn.init.normal_(norm.weight)
+        norm.running_mean.normal_()
+    model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval()
+    lowered = nm.lower(model, (x,), force=["*"])
+    assert not [node for node in lowered.run.graph.nodes if "batch_norm" in str(node.target)]
+    for found, wanted in zip(lowered(x), model(x), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_whose_names_differ_in_a_dot_alone_stay_apart() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.out = nn.Linear(16, 16), nn.Linear(16, 4)
+            self.proj, self.proj_0 = nn.ParameterList([torch.randn(16, 16)]), nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.relu(self.stem(x) @ self.proj[0]) @ self.proj_0)
+
+    model, x = Named(), torch.randn(2, 16)
+    model = nm.freeze(nm.compile(model, (x,), method=nm.Magnitude())).eval()
+    torch.testing.assert_close(nm.lower(model, (x,), force=["*"])(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_batch_norms_are_folded_before_rounding_so_that_half_precision_loses_no_more_than_it_must() -> None:
     torch.manual_seed(0)
     model = ConvNet(channels=16)
@@ -726,6 +831,20 @@ def test_inputs_of_another_dtype_are_an_error_that_says_what_to_cast(dtype: torc
     ):
         lowered(x.to(dtype))
     assert nm.lower(model, x, backend="dense", dtype=torch.float32)(x.to(dtype)).dtype == torch.float32
+
+
+def test_a_model_whose_outputs_have_other_sizes_at_every_call_is_told_what_to_say() -> None:
+    calls = []
+
+    class Speaking(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(x.shape)
+            return super().forward(x).repeat(1, len(calls))
+
+    x = torch.randn(4, 16)
+    model = nm.freeze(nm.compile(nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), x, method=nm.Magnitude())).eval()
+    with pytest.raises(nm.NMError, match=r"an output has sizes \[4, \d+\], and the model's has \[4, \d+\]: .* check=False"):
+        nm.lower(Speaking(*model.children()), (x,), backend="dense")
 
 
 def test_a_model_that_computes_nan_by_itself_is_told_so() -> None:

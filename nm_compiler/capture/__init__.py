@@ -12,6 +12,7 @@ records        a graph as plain values that pickle, and back
 
 What an exported graph would get wrong, found or put right:
 single         a batch of one, which is captured as one of two
+lengths        ``len(x)``, which is a number to Python
 regions        ``torch.no_grad()`` and reentrant checkpoints
 own_gradients  gradients that forward() makes by hand
 held           numbers that forward() reads from layers, and somebody changes later

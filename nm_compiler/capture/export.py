@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from nm_compiler.capture.binding import bind, flat_copy, is_state
 from nm_compiler.capture.bodies import EXPORTED, open_bodies, programs
 from nm_compiler.capture.explaining import LIBRARIES, explain
+from nm_compiler.capture.lengths import lengths_as_sizes
 from nm_compiler.capture.regions import checkpoints_open, masks_as_given, open_regions
 from nm_compiler.capture.signature import Signature
 from nm_compiler.capture.single import other_branches
@@ -82,6 +83,7 @@ def _export(
             _no_hooks_left(),
             checkpoints_open(),
             masks_as_given(),
+            lengths_as_sizes(),
             other_branches(LIBRARIES) as branching,
         ):
             free = dynamic_shapes is None

@@ -21,6 +21,7 @@ from nm_compiler.passes.fuse_dense import fuse_dense
 from nm_compiler.passes.fuse_epilogues import fuse_epilogues
 from nm_compiler.passes.lower_cpu import lower_cpu
 from nm_compiler.passes.pool_channels_last import pool_channels_last
+from nm_compiler.passes.unflatten_tokens import unflatten_tokens
 from nm_compiler.pattern import matches
 from nm_compiler.runtime.backends.base import Backend, Job, Result
 from nm_compiler.runtime.choose import Choices, Timing, key_of
@@ -66,7 +67,7 @@ class Cpu(Backend):
         decisions = {each.node: _decide(job, each, nodes[each.node], wish) for each in found}
         chosen = [each for each in found if decisions[each.node].kernel]
         measured = chosen and all(decisions[each.node].dense_s is not None for each in chosen)  # none is forced
-        dense = standalone(GraphModule(job.gm, copy.deepcopy(job.gm.graph))) if measured else None
+        dense = _dense(job.gm) if measured else None
         ways = _ways(job.gm, partial(lower_cpu, chosen=chosen, values=wish.values), both=dense is not None)
         give_back()
         library, threads = load(), torch.get_num_threads()
@@ -103,10 +104,15 @@ def _wish(options: Mapping[str, Any]) -> Wish:
 
 def _ways(gm: GraphModule, lower: Pass, *, both: bool) -> dict[str, GraphModule]:
     """The packed graph, by its name in notes, and if ``both`` and there are images in rows, one with channels innermost."""
-    gm = run(gm, [lower, fuse_epilogues, huge_pages])
+    gm = run(gm, [lower, unflatten_tokens, fuse_epilogues, huge_pages])
     turned = channels_last(gm) if both else gm
     last = {} if turned is gm else {"packed, channels last": standalone(run(turned, [fuse_dense]))}
     return {"packed": standalone(run(gm, [pool_channels_last, fuse_dense])), **last}
+
+
+def _dense(gm: GraphModule) -> GraphModule:
+    """The graph as it came, to compare with and to stay with."""
+    return standalone(run(GraphModule(gm, copy.deepcopy(gm.graph)), [unflatten_tokens]))
 
 
 def _undone(decision: Decision, whole: Whole) -> Decision:
