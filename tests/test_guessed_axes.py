@@ -60,7 +60,9 @@ METHODS = [nm.LBC(), nm.LBC(scores="combination"), nm.BiMask(interval=3), nm.Gra
 @pytest.mark.ci(here=["LBC0-square", "Gradual-oblong"])
 @pytest.mark.parametrize("shape", [(16, 16), (16, 24), (3, 16, 16)], ids=["square", "oblong", "experts"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda each: each.name)
-def test_a_state_dict_that_is_loaded_before_the_first_call_continues_to_the_bit(method: nm.Method, shape: Sequence[int]) -> None:
+def test_a_state_dict_that_is_loaded_before_the_first_call_continues_to_the_bit(
+    method: nm.Method, shape: Sequence[int]
+) -> None:
     if shape == (16, 24) and getattr(method, "scores", "") == "combination":
         pytest.skip("their shape depends on the axis: an error that says so")
     one, two, three = compiled(method, shape), compiled(method, shape), compiled(method, shape)
@@ -104,7 +106,8 @@ def test_scores_that_began_along_the_axis_that_was_guessed_begin_anew_along_that
     sparse, optimizer, _ = compiled(ByGroup(), (16, 16))
     held = sparse.w_scores
     sparse(batch(0))
-    assert sparse.w_scores is held and any(held is p for p in optimizer.param_groups[0]["params"])
+    assert sparse.w_scores is held
+    assert any(held is p for p in optimizer.param_groups[0]["params"])
     masked = sparse.w.detach() * magnitude_mask(sparse.w.detach(), 2, 4, 0)
     torch.testing.assert_close(nm.freeze(sparse).w.detach(), masked, rtol=0, atol=0)
 
