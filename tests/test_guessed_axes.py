@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-call,operator,union-attr"
+# mypy: disable-error-code="no-any-return,no-untyped-call,operator,union-attr"
 """Live models guess, before the first call, along which axis a bare parameter is summed: what was guessed wrongly is made good."""
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-call,operator,union-attr"
+# mypy: disable-error-code="no-any-return,no-untyped-call,operator,union-attr"
 """Quantisers written by hand: rounding with a straight-through gradient between a weight and its product keeps zeros."""
 
 from collections.abc import Callable
