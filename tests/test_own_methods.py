@@ -227,6 +227,14 @@ def test_an_op_that_returns_something_else_than_a_weight_says_so_and_is_not_spre
         nm.compile(MLP(), example(MLP()), method=Stateless(op))(example(MLP()))
 
 
+def test_an_op_that_writes_to_its_weight_is_an_error_and_does_not_prune_it_for_good() -> None:
+    op = returning("writes", lambda weight: weight.mul_(magnitude_mask(weight, 2, 4, 1)))
+    with pytest.raises(
+        nm.NMError, match=r"own::writes writes to its weight of \[16, 16\].*state is changed in Method.advance"
+    ):
+        nm.compile(MLP(), example(MLP()), method=Stateless(op))(example(MLP()))
+
+
 def test_a_gradient_of_another_shape_than_the_weight_is_named_in_the_first_backward_pass() -> None:
     op = returning("thin", masked, gradient=lambda g, *rest: g[None])
     sparse = nm.compile(MLP(), example(MLP()), method=Stateless(op))
