@@ -29,7 +29,7 @@ from nm_compiler.padding import Padding, padded
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.sites.plan import Site, find
 from nm_compiler.sites.uses import Use, constants, uses
-from nm_compiler.sites.views import is_copy
+from nm_compiler.sites.views import is_copy, is_rounding, is_sum
 from nm_compiler.wording import several
 
 _log = logging.getLogger(__name__)
@@ -184,7 +184,8 @@ class _Meter(Interpreter):
         leaf = _wide(whole.narrow(site.layout.out_axis, 0, 1) if one_row else whole).clone().requires_grad_()
         env: dict[Node, Any] = {read: leaf}
         for before, node in pairwise(use.path):
-            env[node] = env[before] if is_copy(node) else _wide(self._call(node, env))  # no sum is rounded to 16 bits
+            same = is_copy(node) or is_rounding(node) or is_sum(node)  # no sum is rounded to 16 bits
+            env[node] = env[before] if same else _wide(self._call(node, env))
         product = self._call(use.node, env, squared=use.path[-1], bias=not one_row)
         ones = torch.ones_like(product, memory_format=torch.contiguous_format)  # a grouped matmul takes no expanded gradient
         gradient: Tensor = torch.autograd.grad(product, leaf, ones)[0]

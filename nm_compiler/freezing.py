@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from nm_compiler.capture.turns import in_turn
@@ -66,8 +67,9 @@ def _settle(module: Carrier, open_ones: Sequence[Weight]) -> None:
     state = [weight[suffix] for weight in open_ones for suffix in method.suffixes(weight.site)]
     before = [(tensor, tensor.detach().clone()) for tensor in state if not learns(tensor)]
     try:
-        for weight in open_ones:
-            method.settle(weight)
+        with torch.no_grad():
+            for weight in open_ones:
+                method.settle(weight)
         _check_settled(method, open_ones)
         _check_masks(module)
     except BaseException:

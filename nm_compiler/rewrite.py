@@ -58,7 +58,7 @@ def discard(gm: GraphModule, node: Node, *, own: bool) -> None:
     own: also drop parameters, buffers and constants that the graph does not read any more, so that their memory is free:
     only where they belong to nobody else.
     """
-    if node.users or node.op not in ("call_function", "get_attr"):
+    if node._erased or node.users or node.op not in ("call_function", "get_attr"):
         return
     operands = node.all_input_nodes
     gm.graph.erase_node(node)

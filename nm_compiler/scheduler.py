@@ -53,6 +53,7 @@ class SparsityScheduler:
         self._begin()
         self._first = FirstStep(self._model)
 
+    @torch.no_grad()
     def step(self) -> None:
         """Count one optimizer step and do what falls due. Raises NMError past the end."""
         if self._model.frozen:
@@ -112,6 +113,7 @@ class SparsityScheduler:
         self.last_step = state_dict["last_step"]
         self._begin()
 
+    @torch.no_grad()
     def _begin(self) -> None:
         self._loads = -1  # the state may be behind the step, or be loaded next
         self._model.method.begin(self._model.weights, self._clock())

@@ -22,7 +22,7 @@ from nm_compiler.rewrite import call, following, masked_nodes, replace
 from nm_compiler.sites.equations import Equation, equation_of
 from nm_compiler.sites.plan import Site
 from nm_compiler.sites.uses import CONVS, GROUPED, Use, uses
-from nm_compiler.sites.views import is_scale
+from nm_compiler.sites.views import is_rounding, is_scale, is_sum
 
 aten = torch.ops.aten
 nm = torch.ops.nm
@@ -61,8 +61,8 @@ def _replace(gm: GraphModule, use: Use, seen: dict[Node, Node]) -> None:
 
 
 def _same_step(gm: GraphModule, before: Node, after: Node, backward: Node) -> Node:
-    """The step from ``before`` to ``after`` again, for the backward weight; a scale stays the one of W * F."""
-    if not is_scale(after):
+    """The step from ``before`` to ``after`` again, for the backward weight; a scale or rounding stays the one of W * F."""
+    if not (is_scale(after) or is_rounding(after) or is_sum(after)):
         args, kwargs = map_arg((after.args, after.kwargs), lambda arg: backward if arg is before else arg)
         return gm.graph.create_node("call_function", after.target, args, kwargs, f"{after.name}_backward")
     kept = gm.graph.call_function(aten.ne.Scalar, (backward, 0))

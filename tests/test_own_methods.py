@@ -227,6 +227,14 @@ def test_an_op_that_returns_something_else_than_a_weight_says_so_and_is_not_spre
         nm.compile(MLP(), example(MLP()), method=Stateless(op))(example(MLP()))
 
 
+def test_an_op_that_writes_to_its_weight_is_an_error_and_does_not_prune_it_for_good() -> None:
+    op = returning("writes", lambda weight: weight.mul_(magnitude_mask(weight, 2, 4, 1)))
+    with pytest.raises(
+        nm.NMError, match=r"own::writes writes to its weight of \[16, 16\].*state is changed in Method.advance"
+    ):
+        nm.compile(MLP(), example(MLP()), method=Stateless(op))(example(MLP()))
+
+
 def test_a_gradient_of_another_shape_than_the_weight_is_named_in_the_first_backward_pass() -> None:
     op = returning("thin", masked, gradient=lambda g, *rest: g[None])
     sparse = nm.compile(MLP(), example(MLP()), method=Stateless(op))
@@ -333,3 +341,75 @@ def test_a_settle_that_fails_halfway_leaves_the_state_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="no more"):
         nm.freeze(sparse, finish=True)
     assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items())
+
+
+@weight_op("own::averaged_weight", gradient=lambda g, *rest: g)
+def averaged_weight(weight: Tensor, average: Tensor, n: int, m: int, in_axis: int) -> Tensor:
+    return torch.where(magnitude_mask(average, n, m, in_axis), weight, 0)
+
+
+def a_rule(share: float) -> float:
+    return share
+
+
+TENTH = partial(a_rule, 0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged(Scored):
+    """A moving average of magnitudes, written without a thought of gradients."""
+
+    op: Any = averaged_weight
+    reads: str = "average"
+    gives: Callable[[Tensor], dict[str, Tensor]] = lambda weight: {"average": weight.abs()}
+    names: tuple[str, ...] = ("average",)
+    share: Callable[[], float] = TENTH
+
+    def advance(self, weights: Sequence[Any], clock: Any) -> None:
+        for weight in weights:
+            weight["average"].lerp_(weight.param.abs(), self.share())
+            weight.param.mul_(0.5)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+def test_what_a_method_does_between_steps_records_no_gradients(live: bool) -> None:
+    sparse, model = compiled(Averaged(), live)
+    x = example(model).double()
+    sparse(x)
+    scheduler, before = nm.SparsityScheduler(sparse, total_steps=2), model.fc2.weight.detach().clone()
+    for _ in range(2):
+        sparse(x).square().sum().backward()
+        scheduler.step()
+    assert not model.fc2.weight_average.requires_grad
+    torch.testing.assert_close(model.fc2.weight.detach(), before / 4)
+
+
+def test_options_are_shown_the_same_in_every_process() -> None:
+    assert "share=functools.partial(<function a_rule>, 0.1)" in str(Averaged())
+    assert " at 0x" not in Averaged(share=partial(a_rule, 0.2)).brief()
+
+
+@dataclass(frozen=True, slots=True)
+class Twice(Stateless):
+    """Half of every weight, and a mask, one op behind the other."""
+
+    def passes(self, sites: Sequence[Site]) -> list[Pass]:
+        half = partial(insert_op, sites=sites, op=halved_weight, options=lambda site: ())
+        return [half, *Stateless.passes(self, sites)]
+
+
+@weight_op("own::halved_weight", gradient=lambda g, *rest: g)
+def halved_weight(weight: Tensor) -> Tensor:
+    return weight / 2
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+def test_two_ops_in_the_place_of_one_weight_are_an_error_and_not_half_of_it_frozen(live: bool) -> None:
+    def trained() -> Any:
+        sparse, model = compiled(Twice(returning("twice", masked)), live)
+        return sparse(example(model).double())
+
+    with pytest.raises(
+        nm.NMError, match=r"fc2.weight of shape \[16, 16\]: the passes of Twice put two ops .*twice and then own"
+    ):
+        trained()

@@ -54,13 +54,13 @@ def _site(name: str, weight: Tensor, owner: nn.Module, pattern: Pattern, *, want
     elif type(owner).__name__ == "Conv1D" and leaf == "weight" and weight.ndim == 2:
         layout, op = Layout(0, 1), "addmm"
     elif shape[0] > 1 or wanted:
-        layout = _guess(shape, pattern)
+        layout = next(iter(guesses(shape, pattern)), None)
     if layout is None or shape[layout.in_axis] % pattern.m or not weight.numel():
         return None
     return Site(name, op, shape, layout, pattern, groups, groups)
 
 
-def _guess(shape: tuple[int, ...], pattern: Pattern) -> Layout | None:
+def guesses(shape: tuple[int, ...], pattern: Pattern) -> list[Layout]:
     """Rows of inputs, then columns; of three axes the first counts experts; of more, as a convolution."""
     if len(shape) == 2:
         options = [Layout(1, 0), Layout(0, 1)]
@@ -68,4 +68,4 @@ def _guess(shape: tuple[int, ...], pattern: Pattern) -> Layout | None:
         options = [Layout(2, 1, (0,)), Layout(1, 2, (0,))]
     else:
         options = [Layout(1, 0)]
-    return next((layout for layout in options if shape[layout.in_axis] and shape[layout.in_axis] % pattern.m == 0), None)
+    return [layout for layout in options if shape[layout.in_axis] and shape[layout.in_axis] % pattern.m == 0]

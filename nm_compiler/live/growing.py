@@ -13,16 +13,17 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from nm_compiler.errors import NMError, Refusal, refuse_all
 from nm_compiler.fragments.outline import opened_up
 from nm_compiler.links import owner_at
-from nm_compiler.live.candidates import candidates
+from nm_compiler.live.candidates import candidates, guesses
 from nm_compiler.methods.base import Method, state_of
 from nm_compiler.pattern import PatternMap
 from nm_compiler.sites.plan import HEAD, STEM, UNREAD, Plan, Site, find
@@ -38,7 +39,8 @@ class GrowingPlan:
     """What is decided on the weights of a live model, and the state that follows from it.
 
     candidates: those that no graph has read; sites: those that a graph has planned; refused: the rest; left: of these, those
-    whose state goes with the next decision; version: counts up with every decision.
+    whose state goes with the next decision; loaded: candidates whose state is of a state_dict; version: counts up with every
+    decision.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class GrowingPlan:
         self.left: dict[str, Site] = {}
         self.refused: dict[str, Refusal] = {}
         self.ops: dict[str, str] = {}
+        self.loaded: frozenset[str] = frozenset()
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim >= 2}
         self.version = 0
         self._twins: weakref.WeakSet[GrowingPlan] = weakref.WeakSet()
@@ -187,21 +190,52 @@ class GrowingPlan:
         known = self.candidates.pop(name, None)
         if known is None or (known.layout, known.blocks) != (site.layout, site.blocks):
             weight = Weight(site, self.model)
-            for suffix, value in state_of(self.method, site, weight.value).items():
-                here = getattr(weight.owner, f"{weight.leaf}_{suffix}", None)
+            fresh = state_of(self.method, site, weight.value)
+            state = {suffix: getattr(weight.owner, f"{weight.leaf}_{suffix}", None) for suffix in fresh}
+            wrong = known is not None and known.layout != site.layout
+            if wrong and name in self.loaded and fits(self.method, site, state, fresh):
+                wrong = False
+            stale = self.method.state(known, weight.value) if known is not None and wrong else {}
+            for suffix, value in fresh.items():
+                here = state[suffix]
                 if here is None:
                     register(self.model, {f"{name}_{suffix}": value})
                 elif isinstance(value, nn.Parameter) and here.shape == value.shape:
-                    continue
+                    if wrong and torch.equal(here, stale[suffix]):  # an optimizer may hold it
+                        here.data.copy_(value.data)
                 elif isinstance(value, nn.Parameter):
                     raise NMError(
-                        f"{name} of shape {list(site.shape)} is summed over axis {site.in_axis}, unlike what was guessed: "
-                        "give nm.compile example inputs, or use LBC(scores='position')"
+                        f"{name} of shape {list(site.shape)} is summed over axis {site.in_axis}, unlike what was guessed, and "
+                        f"its {suffix!r} would have another shape: give nm.compile example inputs; or take a method that "
+                        "learns one number a weight, as LBC(scores='position')"
                     )
-                elif here.shape != value.shape or (known is not None and known.layout != site.layout):
+                elif here.shape != value.shape or wrong:
                     weight.owner._buffers[f"{weight.leaf}_{suffix}"] = value.to(weight.param.device)
             mark(self.model, [site])
         self.sites[name] = site
+
+    def load(self, recipe: Mapping[str, Any] | None, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """A state_dict is loaded: that of a model whose weights were decided on knows the layouts that are guesses here.
+
+        recipe: what its state belongs to, None for a dense one.
+        """
+        if recipe is None:
+            self.loaded = frozenset()
+            return
+        self.forget([name for name in self.candidates if name not in recipe["weights"]], loaded_dense)
+        self.loaded = frozenset(self.candidates)
+        for name, site in list(self.candidates.items()):
+            weight = Weight(site, self.model)
+            state = {suffix: state_dict.get(f"{prefix}{name}_{suffix}") for suffix in self.method.suffixes(site)}
+            for layout in guesses(site.shape, site.pattern) if site.op == "-" else ():
+                other = replace(site, layout=layout)
+                fresh = self.method.state(other, weight.value)
+                if fits(self.method, other, state, fresh):
+                    if layout != site.layout and not any(learns(v) and v.shape != weight[s].shape for s, v in fresh.items()):
+                        self.candidates[name] = other
+                        buffers = {s: v for s, v in state_of(self.method, other, weight.value).items() if not learns(v)}
+                        weight.owner._buffers.update({f"{weight.leaf}_{suffix}": v for suffix, v in buffers.items()})
+                    break
 
     def _drop(self, names: Collection[str]) -> None:
         """Take the state of candidates off that stay dense after all."""
@@ -234,6 +268,14 @@ class GrowingPlan:
             self.left |= gone
         self.refused.update({name: why(name) for name in names})
         self.version += 1
+
+
+def fits(method: Method, site: Site, state: Mapping[str, Any], fresh: Mapping[str, Tensor]) -> bool:
+    """Whether values can be those of a method beside a weight. fresh: what it would begin with there."""
+    given = {suffix: value for suffix, value in state.items() if isinstance(value, Tensor)}
+    if any(suffix not in given or given[suffix].shape != value.shape for suffix, value in fresh.items()):
+        return False
+    return method.problem(site, given) is None
 
 
 def check_parameters(model: nn.Module, names: Collection[str]) -> None:

@@ -27,7 +27,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
 from nm_compiler.links import Link, links, owner_at, replaced
 from nm_compiler.live.entries import install, remove
-from nm_compiler.live.growing import GrowingPlan, loaded_dense, not_yet
+from nm_compiler.live.growing import GrowingPlan, not_yet
 from nm_compiler.live.methods import MethodEntry
 from nm_compiler.live.saving import unwatch_saving, watch_saving
 from nm_compiler.live.tracers import refuse_tracers
@@ -327,10 +327,11 @@ class Prepared:
         """Check the state below ``prefix`` before any of it is written; a dense state_dict gets fresh state."""
         tag = state_dict.get(prefix + RECIPE)
         if tag is None:
+            self.growing.load(None, state_dict, prefix)
             start_afresh(self, state_dict, prefix)
         else:
             theirs = read_recipe(tag)
-            self.growing.forget([name for name in self.candidates if name not in theirs["weights"]], loaded_dense)
+            self.growing.load(theirs, state_dict, prefix)
             compare(self, theirs, read_recipe(recipe_tag(self.origin, self.plan, self.method)))
             check_values(self, state_dict, prefix)
             keep_state(self.origin, self.growing.left, self.method, state_dict, prefix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -41,7 +42,7 @@ class Method(ABC):
     def __str__(self) -> str:
         """The method with its options, the same in every process: functions by name."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        shown = (f"{key}={v if isinstance(v, Method) else getattr(v, '__qualname__', repr(v))}" for key, v in options.items())
+        shown = (f"{key}={v if isinstance(v, Method) else _named(v)}" for key, v in options.items())
         return f"{self.name}({', '.join(shown)})"
 
     def brief(self) -> str:
@@ -52,7 +53,7 @@ class Method(ABC):
             plain = field.default if field.default_factory is MISSING else field.default_factory()
             if value is plain or (isinstance(value, (int, float, str, Method)) and value == plain):
                 continue
-            given = "given" if isinstance(value, Mapping) else getattr(value, "__qualname__", repr(value))
+            given = "given" if isinstance(value, Mapping) else _named(value)
             changed.append(f"{field.name}={value.brief() if isinstance(value, Method) else given}")
         return f"{self.name}({', '.join(changed)})"
 
@@ -112,7 +113,7 @@ class Method(ABC):
         """Called when a scheduler is made or loaded: settle what depends on the step alone, e.g. who gets gradients."""
 
     def advance(self, weights: Sequence[Weight], clock: Clock) -> None:  # noqa: B027  optional
-        """Called after every optimizer step, with ``clock.step`` already counted."""
+        """Called after every optimizer step, with ``clock.step`` counted; as `begin` and `settle` without gradients."""
 
     def catch_up(self, weights: Sequence[Weight], clock: Clock) -> None:  # noqa: B027  optional
         """Called after the first `advance` of a scheduler and that after a state_dict was loaded: state may be behind."""
@@ -142,6 +143,11 @@ def state_of(method: Method, site: Site, weight: Tensor) -> dict[str, Tensor]:
             )
         held.add(value.untyped_storage()._cdata)
     return state
+
+
+def _named(value: Any) -> str:
+    """As an option is shown: functions by name, and nothing by where it lies in memory, which the next process is not told."""
+    return getattr(value, "__qualname__", None) or re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 class SRSTE(Method):
     """Multiply with the N largest magnitudes of each group, chosen afresh in every forward pass; no state.
 
-    Gradients go straight through to all weights, plus ``decay * (1 - F) * W``, which pulls the pruned ones to zero.
-    decoupled: pull them in the scheduler's step in place of the gradient, W -= lr * decay * (1 - F) * W, so that momentum and
-    Adam's scaling do not see it; give the optimizer to `SparsityScheduler` then. Raises NMError for a negative decay.
+    Gradients go straight through to all weights, plus ``decay * (1 - F) * W``, which pulls the pruned ones to zero: in every
+    backward pass, so k times over k accumulated batches, and in the gradient of each sample that ``vmap(grad(..))`` takes.
+    decoupled: pull them in the scheduler's step in place of the gradient, W -= lr * decay * (1 - F) * W, once a step,
+    unseen by momentum and Adam's scaling; give the optimizer to `SparsityScheduler` then. Raises NMError for a negative decay.
     """
 
     decay: float = 2e-4

@@ -67,7 +67,13 @@ def _defined(name: str, function: Callable[..., Tensor]) -> Any:
         ) from error
 
     def forward(weight: Tensor, *rest: Any) -> Tensor:
+        before = _versions(weight, *rest)
         found = function(weight, *rest)
+        if _versions(weight, *rest) != before:
+            raise NMError(
+                f"{name} writes to its weight of {shown(weight)}, or to the state beside it: an op returns a new tensor, as "
+                "weight * mask does and weight.mul_(mask) does not; state is changed in Method.advance()"
+            )
         if not isinstance(found, Tensor) or found.shape != weight.shape or not found.is_floating_point():
             what = shown(found) if isinstance(found, Tensor) else type(found).__name__
             raise NMError(
@@ -79,6 +85,11 @@ def _defined(name: str, function: Callable[..., Tensor]) -> Any:
     op: Any = custom_op(name, schema=schema)(forward)
     op.register_fake(lambda weight, *rest: torch.empty_like(weight))
     return op
+
+
+def _versions(*values: Any) -> list[int]:
+    """How often each tensor was written to; those of inference mode do not count."""
+    return [value._version for value in values if isinstance(value, Tensor) and not value.is_inference()]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -18,7 +18,19 @@ from torch.fx import Graph, GraphModule, Node
 from nm_compiler.graph import arguments_of, reads, target_name
 from nm_compiler.layout import Layout
 from nm_compiler.sites.equations import LINEAR, PRODUCTS, equation_of
-from nm_compiler.sites.views import Seen, fragments, is_scale, is_view, reads_shape_only, start, start_of, step
+from nm_compiler.sites.views import (
+    Seen,
+    fragments,
+    is_scale,
+    is_sum,
+    is_view,
+    joined,
+    place_of,
+    reads_shape_only,
+    start,
+    start_of,
+    step,
+)
 
 aten = torch.ops.aten
 
@@ -87,18 +99,7 @@ def uses(read: Node, fixed: Collection[Node] | None = None) -> Iterator[Use | Bl
     fixed: the graph's `constants`, where the caller has them.
     """
     fixed = constants(read.graph) if fixed is None else fixed
-    stack, found, reached = [start(read)], [], {read}
-    while stack:
-        seen = stack.pop()
-        for user in seen.node.users:
-            if reads_shape_only(user, seen.node):
-                continue
-            after = step(seen, user, fixed)
-            if isinstance(after, Seen):
-                stack.append(after)
-                reached.add(user)
-            else:
-                found.append((seen, user, after))
+    found, reached = _followed(read, fixed)
     for seen, user, why in found:
         if not _only_scales(user, reached, fixed):
             verdict = _lost(user, why, fixed) if why else _classify(user, seen, fixed)
@@ -107,6 +108,35 @@ def uses(read: Node, fixed: Collection[Node] | None = None) -> Iterator[Use | Bl
                     _op_name(seen.scaled), f"read by {target_name(seen.scaled.target)}, and then {verdict.reason}"
                 )
             yield verdict
+
+
+def _followed(read: Node, fixed: Collection[Node]) -> tuple[list[tuple[Seen, Node, str | None]], set[Node]]:
+    """Where a weight cannot be followed any further: as it is seen there, by whom it is read, and why, if that is known.
+
+    Also all nodes that show it.
+    """
+    stack, found, halves = [start(read)], list[tuple[Seen, Node, str | None]](), dict[Node, Seen]()
+    reached = {read: {place_of(stack[0])}}
+    while stack:
+        seen = stack.pop()
+        for user in seen.node.users:
+            if reads_shape_only(user, seen.node):
+                continue
+            after: Seen | str | None
+            if is_sum(user) and user in fixed:
+                other = seen if len(user.all_input_nodes) == 1 else halves.pop(user, None)
+                if other is None:
+                    halves[user] = seen
+                    continue
+                after = joined(seen, other, user)
+            else:
+                after = step(seen, user, fixed)
+            if not isinstance(after, Seen):
+                found.append((seen, user, after))
+            elif place_of(after) not in reached.setdefault(user, set()):
+                reached[user].add(place_of(after))
+                stack.append(after)
+    return [*found, *((seen, user, None) for user, seen in halves.items())], set(reached)
 
 
 def _lost(node: Node, why: str, fixed: Collection[Node]) -> Blocked:

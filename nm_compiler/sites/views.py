@@ -8,7 +8,8 @@
 A view is described by the strides it would have over the contiguous weight, so one rule (run the view on a tensor of the
 meta device) serves every view op; what would have to copy cannot be followed. Steps that multiply by a constant, such as
 weight norm, or round to a grid that holds zero, as the fake quantisation of QAT does, keep every zero where it is: the
-product behind them reads an N:M weight if the parameter is one.
+product behind them reads an N:M weight if the parameter is one. So does a sum of what such steps made of one weight, as in
+a straight-through estimator written by hand, ``w + (round(w / s) * s - w).detach()``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nm_compiler.graph import target_name
+from nm_compiler.graph import arguments_of, target_name
 
 aten = torch.ops.aten
 
@@ -48,6 +49,10 @@ _SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, a
            aten._weight_norm.default, aten.fake_quantize_per_channel_affine.default,
            aten.fake_quantize_per_tensor_affine.default, aten.fake_quantize_per_tensor_affine.tensor_qparams,
            aten.fused_moving_avg_obs_fake_quant.default)  # fmt: skip
+_ROUNDED = (aten.round.default, aten.round.decimals, aten.trunc.default, aten.fix.default, aten.sign.default,
+            aten.sgn.default, aten.tanh.default)  # fmt: skip
+_BOUNDED = {aten.clamp.default: ("min", "max"), aten.hardtanh.default: ("min_val", "max_val")}
+_SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor)
 _EITHER = (aten.mul.Tensor, aten.mul.Scalar)  # the weight may be either operand of these, of others only the first
 
 
@@ -79,6 +84,20 @@ def start(read: Node) -> Seen:
 def is_scale(node: Node) -> bool:
     """Whether a node multiplies, divides or rounds its first operand, or for a product of two either one, keeping zeros."""
     return node.op == "call_function" and node.target in _SCALES
+
+
+def is_rounding(node: Node) -> bool:
+    """Whether a node changes each entry of its first operand by itself, and a zero into zero."""
+    if node.op != "call_function" or node.target not in _BOUNDED:
+        return node.op == "call_function" and node.target in _ROUNDED
+    given = arguments_of(node)
+    low, high = (given[name] for name in _BOUNDED[node.target])
+    return not isinstance(low, Node) and not isinstance(high, Node) and (low or 0) <= 0 <= (high or 0)
+
+
+def is_sum(node: Node) -> bool:
+    """Whether a node adds two tensors, or takes one off the other: zero where both are."""
+    return node.op == "call_function" and node.target in _SUMS and all(isinstance(arg, Node) for arg in node.args[:2])
 
 
 def is_copy(node: Node) -> bool:
@@ -115,6 +134,8 @@ def step(seen: Seen, user: Node, constants: Collection[Node]) -> Seen | str | No
         return None
     if user.target in _COPIES:
         return after
+    if is_rounding(user):
+        return replace(after, scaled=seen.scaled or user) if user in constants else None
     if user.target in _INDEXED:
         return _indexed(after)
     try:
@@ -127,6 +148,20 @@ def step(seen: Seen, user: Node, constants: Collection[Node]) -> Seen | str | No
     except (RuntimeError, TypeError, ValueError):  # a copy would be needed, or a size depends on the input
         return f"{target_name(user.target)} mixes its axes: keep the parameter in the shape that its product reads"
     return None
+
+
+def joined(seen: Seen, other: Seen, user: Node) -> Seen | None:
+    """The weight as a sum of two things that were made of it shows it; None where they are not of the same entries."""
+    if place_of(seen) != place_of(other):
+        return None
+    nearer = min(seen, other, key=lambda each: len(each.path))
+    return replace(nearer, path=(*nearer.path, user), scaled=seen.scaled or other.scaled or user)
+
+
+def place_of(seen: Seen) -> tuple[Any, ...]:
+    """Which entries of the weight lie where: equal for two that show the same ones in the same places."""
+    every = seen.dims if isinstance(seen.dims, (list, tuple)) else (seen.dims,)
+    return seen.indexed, *((tuple(dims.shape), dims.stride(), dims.storage_offset()) for dims in every)
 
 
 def _viewed(after: Seen) -> Seen:
