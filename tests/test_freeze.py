@@ -367,3 +367,19 @@ def test_a_wrapper_that_only_holds_the_model_as_its_module_is_looked_into() -> N
         nm.parameter_groups(wrapper)
     del wrapper.head
     assert nm.freeze(wrapper) is model
+
+
+def test_weights_that_were_tied_after_compile_are_an_error_where_each_has_a_mask_of_its_own() -> None:
+    for method, matters in ((nm.LBC(), True), (nm.SRSTE(), False)):
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+        sparse = nm.compile(model, (torch.randn(4, 8),), method=method)
+        model[1].weight = model[2].weight
+        if not matters:
+            assert nm.verify(nm.freeze(sparse), "2:4").satisfied.keys() == {"1.weight"}
+            continue
+        with pytest.raises(
+            nm.NMError, match=r"1\.weight and 2\.weight of shape \[8, 8\] were tied after nm\.compile: .* before"
+        ):
+            nm.SparsityScheduler(sparse, total_steps=4)
+        with pytest.raises(nm.NMError, match="were tied after nm.compile"):
+            nm.freeze(sparse, finish=True)
