@@ -119,6 +119,8 @@ def links(root: nn.Module, paths: Iterable[str]) -> Iterator[Link]:
         atoms, module = path.split("."), root
         for depth, atom in enumerate(atoms):
             step, parent = ".".join(atoms[: depth + 1]), module
+            if atom not in parent._modules:  # what torch.compile(layer) returns gives the children of the layer as its own
+                raise replaced(".".join(atoms[:depth]), "what stands there now has its layers elsewhere")
             module = parent._modules[atom]  # type: ignore[assignment]
             if step not in seen:
                 seen.add(step)

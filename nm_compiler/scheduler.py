@@ -29,10 +29,9 @@ class SparsityScheduler:
     under DDP, where they stay, nor from an optimizer with an ``eval()``, which may ask for it).
     From here on glibc keeps what a step frees for the next one (`nm_compiler.memory`): a compiled ResNet-50 with
     LBC else made 36,000 page faults a step.
-    Raises NMError if the length is missing, given twice or not positive, if weights with a mask each were tied since, or if the
-    optimizer lacks the scores. An optimizer
-    that was not given and lacks them is found out in the first step; where scores have an optimizer of their own that steps
-    later or less often than that of the weights, give that one.
+    Raises NMError if the length is missing, given twice or not positive, if weights with a mask each were tied since,
+    or if the optimizer lacks the scores. An optimizer that was not given and lacks them is found out in the first step; where
+    scores have an optimizer of their own that steps later or less often than that of the weights, give that one.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class SparsityScheduler:
         self._first = FirstStep(self._model)
 
     def step(self) -> None:
-        """Count one optimizer step and do what falls due. What is interrupted is made up in the next. Raises NMError past the end."""
+        """Count one optimizer step and do what falls due; the next makes up for one that broke off. Raises NMError at the end."""
         if self._model.frozen:
             raise NMError("the model was frozen: its masks are zeros in the weights now, there is nothing to schedule")
         if self.last_step >= self.total_steps:

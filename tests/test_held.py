@@ -156,9 +156,13 @@ def test_a_tensor_or_a_function_that_is_replaced_is_an_error_until_it_is_put_bac
 class Growing(MLP):
     """Layers that it calls if they are there: of a container, one by name that is None at first, registered or not."""
 
+    last: nn.Module | None
+
     def __init__(self, asks: bool) -> None:
         super().__init__()
-        self.blocks, self.extra, self.shift, self.asks = nn.ModuleList([nn.Linear(4, 4, bias=False)]), None, None, asks
+        self.blocks, self.asks = nn.ModuleList([nn.Linear(4, 4, bias=False)]), asks
+        self.extra: nn.Module | None = None
+        self.shift: Tensor | None = None
         self.register_module("last", None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,7 +180,7 @@ class Growing(MLP):
 @pytest.mark.parametrize("asks", [False, pytest.param(True, marks=pytest.mark.ci)], ids=["graph", "fragments"])
 def test_a_layer_that_forward_would_call_and_is_added_later_is_an_error_and_another_is_not(asks: bool) -> None:
     torch._dynamo.reset()
-    model = Growing(asks)
+    model: Any = Growing(asks)
     sparse = nm.compile(model, (X,), method=nm.SRSTE())
     expected = sparse(X)
     model.loss, model.aside = nn.MSELoss(), nn.Linear(4, 4)
@@ -195,7 +199,7 @@ def test_a_layer_that_forward_would_call_and_is_added_later_is_an_error_and_anot
 
 
 def test_a_parameter_that_is_added_or_put_in_the_place_of_another_is_an_error() -> None:
-    model = Growing(asks=False)
+    model: Any = Growing(asks=False)
     sparse = nm.compile(model, (X,), method=nm.LBC())
     expected = sparse(X)
     model.blocks[0].bias = nn.Parameter(torch.ones(4))

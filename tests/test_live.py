@@ -779,3 +779,17 @@ def test_a_weight_that_is_no_parameter_of_its_layer_any_more_is_an_error_and_fin
         model(x)
     prune.remove(model.fc2, "weight")
     assert not torch.equal(model(x), expected)
+
+
+def test_a_layer_that_torch_compile_wraps_after_nm_compile_is_an_error_and_compiled_in_its_place_it_is_not() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 8))
+    nm.compile(model, method=nm.SRSTE(), then="eager")
+    x = positive()
+    expected, block = model(x), model[1]
+    model[1] = torch.compile(block, backend="eager")
+    with pytest.raises(nm.NMError, match="1 was replaced after nm.compile: what stands there now has its layers elsewhere"):
+        model(x)
+    model[1] = block
+    block.compile(backend="eager")
+    torch.testing.assert_close(model(x), expected)
