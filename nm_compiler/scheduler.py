@@ -55,7 +55,7 @@ class SparsityScheduler:
         self._first = FirstStep(self._model)
 
     def step(self) -> None:
-        """Count one optimizer step and do what falls due; the next makes up for one that broke off. Raises NMError at the end."""
+        """Count one optimizer step and do what falls due, or fell due in one that broke off. Raises NMError past the end."""
         if self._model.frozen:
             raise NMError("the model was frozen: its masks are zeros in the weights now, there is nothing to schedule")
         if self.last_step >= self.total_steps:
