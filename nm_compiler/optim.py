@@ -134,7 +134,7 @@ def hooked_step(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _calls_hooks(optimizer: Any) -> bool:
-    """Whether ``step`` calls hooks: a Lookahead that leaves torch's ``__init__`` out, as timm's, takes them and calls none."""
+    """Whether ``step`` calls hooks: timm's Lookahead, which leaves torch's ``__init__`` out, calls none before `zero_grad`."""
     return hasattr(optimizer, "_optimizer_step_post_hooks") and getattr(type(optimizer).step, "hooked", False)
 
 
