@@ -89,7 +89,8 @@ def tokens(patterns: Sequence[str], library: Library, reads: float, repeats: int
             ]
             body = [
                 [row["layer"], f"{row['speedup']:.2f}x", f"{row['bf16 over bf16']:.2f}x", f"{row['int8 over float32']:.2f}x",
-                 f"{row['share']:.3f}", *(f"{row['gbytes'][way]:.1f}" for way in ("dense", "packed", "read")), f"{row['of reading']:.0%}"]
+                 f"{row['share']:.3f}", *(f"{row['gbytes'][way]:.1f}" for way in ("dense", "packed", "read")),
+                 f"{row['of reading']:.0%}"]
                 for row in rows
             ]  # fmt: skip
             print(table(head, body))

@@ -39,6 +39,10 @@ _ELSE = (
 )
 
 
+TELLING = ("no_weight_decay", "no_weight_decay_keywords", "group_matcher")
+"""Methods that run no weight, but name parameters: timm's optimizers ask `hasattr`, and decay others where there are none."""
+
+
 class Absent(NMError, AttributeError):
     """A captured model has no such method; for ``hasattr`` too, by which libraries ask."""
 

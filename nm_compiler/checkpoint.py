@@ -48,6 +48,8 @@ def save_checkpoint(path: str | Path, **parts: Any) -> None:
             os.fsync(out.fileno())
         half.replace(file)
     except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError where a write fails
+        if isinstance(error.__context__, KeyboardInterrupt):  # or was interrupted
+            raise error.__context__ from None
         kept = "the checkpoint that was there is intact" if file.exists() else "nothing was left behind"
         raise NMError(f"{file} could not be written ({error}): {kept}; free some space or give another path") from error
     finally:

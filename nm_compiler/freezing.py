@@ -24,7 +24,7 @@ from nm_compiler.rewrite import masked_nodes
 from nm_compiler.solvers.check import worst_group
 from nm_compiler.state.attaching import check_finite
 from nm_compiler.state.averaged import COPY_THEM
-from nm_compiler.state.beside import Weight, learns
+from nm_compiler.state.beside import Weight, check_apart, learns
 from nm_compiler.state.sharding import is_sharded, sharded_freeze
 from nm_compiler.unwrapping import unwrap
 
@@ -37,7 +37,8 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
     finish: decide at once what training has not decided yet (LBC before t_f).
 
     Returns the module that was given to `compile`, the method's state taken off it.
-    Raises NMError, nothing changed, if masks are undecided and not ``finish``, or if a weight is in shards or not finite.
+    Raises NMError, nothing changed, if masks are undecided and not ``finish``, or if a weight is in shards, not finite, or was
+    tied to another since `compile`.
     """
     module = unwrap(sparse)
     if module.frozen:
@@ -46,6 +47,7 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
     cut = next((weight for weight in weights if is_sharded(weight.param)), None)
     if cut is not None:
         raise sharded_freeze(cut.site)
+    check_apart(weights, module.method.suffixes)
     check_finite({weight.site.name: weight.param for weight in weights})
     open_ones = [weight for weight in weights if not module.method.is_settled(weight)]
     if open_ones and not finish:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from nm_compiler.alone import DenseCall
-from nm_compiler.capture.held import held
+from nm_compiler.capture.held import held, names_read
 from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path
 from nm_compiler.wording import several
@@ -24,11 +25,14 @@ class Layers:
     """The layers of a model as it was captured; `check` finds out at a call what is another now.
 
     links: of every layer; held: numbers, tensors and functions that are in the graphs; hooks: those of one kind of a module,
-    how many there were, and which module that is.
+    how many there were, and which module that is; bare: parameters that layers do without; rooms: where layers may be added.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.links = list(links(root, [path for path, _ in root.named_modules()]))
+        self.links += [(each._modules, key, None, _at(path, key)) for path, each, key in _left_out(root, "_modules")]
+        self.bare = [(each._parameters, key, _at(path, key)) for path, each, key in _left_out(root, "_parameters")]
+        self.rooms = [Room(each, path, len(each._modules)) for path, each in root.named_modules()]
         self.held = list(held(root))
         self.hooks = list(_hooks(root))
         self.forwards = [(each.__dict__, each.__dict__.get("forward"), path) for path, each in root.named_modules()]
@@ -40,7 +44,13 @@ class Layers:
         """
         for children, key, expected, path in self.links:
             if children.get(key) is not expected:
-                raise replaced(path, "the captured graph knows nothing of the new layer")
+                raise _added(path) if expected is None else replaced(path, "the captured graph knows nothing of the new layer")
+        for room in self.rooms:
+            if len(room.module._modules) != room.children:
+                room.look()
+        for parameters, key, path in self.bare if exported else ():
+            if parameters[key] is not None:
+                raise _added(path)
         for own, patched, path in self.forwards if exported else ():
             if own.get("forward") is not patched:
                 raise NMError(
@@ -58,6 +68,50 @@ class Layers:
                 )
 
 
+@dataclass
+class Room:
+    """A layer, and how many there are below it; the captured graph knows nothing of what is added."""
+
+    module: nn.Module
+    path: str
+    children: int
+
+    def __post_init__(self) -> None:
+        self.known = frozenset(self.module._modules)
+
+    def look(self) -> None:
+        """Raise NMError if forward() would call a layer that was added: a container's, or one that it reads by name.
+
+        Others are nobody's business, as a loss that is kept beside the layers; they are not looked at again.
+        """
+        children = self.module._modules
+        new = [name for name in children if name not in self.known]
+        holds = isinstance(self.module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        read = names_read(type(self.module)) | {"parametrizations"}
+        for name in new:
+            if children[name] is not None and (holds or name in read):
+                raise _added(_at(self.path, name))
+        if all(children[name] is not None for name in new):
+            self.children = len(children)
+
+
+def _at(path: str, name: str) -> str:
+    return f"{path}.{name}".lstrip(".")
+
+
+def _left_out(root: nn.Module, kind: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """The children or parameters that layers have a name for and do without, as a linear without a bias."""
+    for path, module in root.named_modules():
+        yield from ((path, module, name) for name, value in getattr(module, kind).items() if value is None)
+
+
+def _added(path: str) -> NMError:
+    return NMError(
+        f"{path} was added after nm.compile: the captured graph knows nothing of it, and would do without. Add it before "
+        "nm.compile or after nm.freeze; a model of nm.compile(model), without inputs, calls new layers, and leaves them dense"
+    )
+
+
 def links(root: nn.Module, paths: Iterable[str]) -> Iterator[Link]:
     """Every step from the root to the modules at ``paths``: where a module lies, and which it is."""
     seen = set()
@@ -65,6 +119,8 @@ def links(root: nn.Module, paths: Iterable[str]) -> Iterator[Link]:
         atoms, module = path.split("."), root
         for depth, atom in enumerate(atoms):
             step, parent = ".".join(atoms[: depth + 1]), module
+            if atom not in parent._modules:  # what torch.compile(layer) returns gives the children of the layer as its own
+                raise replaced(".".join(atoms[:depth]), "what stands there now has its layers elsewhere")
             module = parent._modules[atom]  # type: ignore[assignment]
             if step not in seen:
                 seen.add(step)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Proxy
 
-from nm_compiler.absent import absent
+from nm_compiler.absent import TELLING, absent
 from nm_compiler.alone import unwatch, watch
 from nm_compiler.capture import records
 from nm_compiler.capture.bodies import programs
@@ -193,7 +193,7 @@ class SparseModule(nn.Module):
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """Plain attributes of the model (``config``, ``num_classes``); its other methods would run dense weights."""
+        """Plain attributes of the model (``config``), and methods that name parameters; its others would run dense weights."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -201,7 +201,7 @@ class SparseModule(nn.Module):
             if origin is None or name.startswith("__") or not hasattr(origin, name):
                 raise
         value = getattr(origin, name)
-        if callable(value) and not isinstance(value, (nn.Module, Tensor)):
+        if callable(value) and not isinstance(value, (nn.Module, Tensor)) and name not in TELLING:
             raise absent(origin, name)
         return value
 

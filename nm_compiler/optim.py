@@ -95,8 +95,11 @@ def _orthogonalised(optimizer: Any) -> set[int]:
 
 
 def drop_frozen(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Forget momentum and the like of learned state that has stopped learning."""
-    for value in state.values():
+    """Forget momentum and the like of learned state that has stopped learning.
+
+    Not where the optimizer has an ``eval()``, as SPlus: that may ask what it remembers of every parameter.
+    """
+    for value in state.values() if not hasattr(optimizer, "eval") else ():
         if not value.requires_grad:
             optimizer.state.pop(value, None)
 
@@ -120,14 +123,26 @@ def hooked_step(optimizer: Any) -> torch.optim.Optimizer:
     steps once in the second.
     """
     inner = optimizer
-    while not hasattr(inner, "_optimizer_step_post_hooks") or hasattr(inner, "second_step"):
-        inner = getattr(inner, "base_optimizer" if hasattr(inner, "second_step") else "optimizer", None)
+    while not _calls_hooks(inner) or hasattr(inner, "second_step"):
+        inner = _wrapped(inner)
         if inner is None:
             raise NMError(
                 f"{type(optimizer).__name__} calls no hooks after its step(): call scheduler.step() there in place of follow()"
             )
     found: torch.optim.Optimizer = inner
     return found
+
+
+def _calls_hooks(optimizer: Any) -> bool:
+    """Whether ``step`` calls hooks: timm's Lookahead, which leaves torch's ``__init__`` out, calls none before `zero_grad`."""
+    return hasattr(optimizer, "_optimizer_step_post_hooks") and getattr(type(optimizer).step, "hooked", False)
+
+
+def _wrapped(optimizer: Any) -> Any:
+    """The optimizer that a wrapper of one calls, whatever the wrapper calls it; None if it holds none."""
+    held = [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
+    named = getattr(optimizer, "base_optimizer" if hasattr(optimizer, "second_step") else "optimizer", None)
+    return named if named is not None else next(iter(held), None)
 
 
 class FirstStep:

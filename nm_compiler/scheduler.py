@@ -13,6 +13,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.memory import keep_freed
 from nm_compiler.methods.base import Clock
 from nm_compiler.optim import FirstStep, check_holds, drop_frozen, hooked_step, learned_state, rate_of, state_in
+from nm_compiler.state.beside import check_apart
 from nm_compiler.unwrapping import unwrap
 
 
@@ -25,12 +26,12 @@ class SparsityScheduler:
     model: what `compile` returned, also inside DDP or ``torch.compile``; total_steps: calls of ``step()`` to come;
     or epochs, alone (one call an epoch) or with steps_per_epoch (one call an optimizer step).
     optimizer: needed by methods whose decay is decoupled; what it remembers of scores is dropped when they stop learning (not
-    under DDP, where they stay).
+    under DDP, where they stay, nor from an optimizer with an ``eval()``, which may ask for it).
     From here on glibc keeps what a step frees for the next one (`nm_compiler.memory`): a compiled ResNet-50 with
     LBC else made 36,000 page faults a step.
-    Raises NMError if the length is missing, given twice or not positive, or if the optimizer lacks the scores. An optimizer
-    that was not given and lacks them is found out in the first step; where scores have an optimizer of their own that steps
-    later or less often than that of the weights, give that one.
+    Raises NMError if the length is missing, given twice or not positive, if weights with a mask each were tied since,
+    or if the optimizer lacks the scores. An optimizer that was not given and lacks them is found out in the first step; where
+    scores have an optimizer of their own that steps later or less often than that of the weights, give that one.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class SparsityScheduler:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Count one optimizer step and do what falls due. Raises NMError past the end."""
+        """Count one optimizer step and do what falls due, or fell due in one that broke off. Raises NMError past the end."""
         if self._model.frozen:
             raise NMError("the model was frozen: its masks are zeros in the weights now, there is nothing to schedule")
         if self.last_step >= self.total_steps:
@@ -64,12 +65,13 @@ class SparsityScheduler:
                 "make SparsityScheduler(total_steps=...) as long as the training"
             )
         self._looked = self._looked or self._first.check()
+        loads, self._loads = self._loads, -1  # should this be interrupted, the next step catches up
         self.last_step += 1
         weights, clock = self._model.weights, self._clock()
         self._model.method.advance(weights, clock)
-        if self._loads != self._model.loads:
-            self._loads = self._model.loads
+        if loads != self._model.loads:
             self._model.method.catch_up(weights, clock)
+        self._loads = self._model.loads
         self._tell()
         self._forget()
 
@@ -116,6 +118,7 @@ class SparsityScheduler:
     @torch.no_grad()
     def _begin(self) -> None:
         self._loads = -1  # the state may be behind the step, or be loaded next
+        check_apart(self._model.weights, self._model.method.suffixes)
         self._model.method.begin(self._model.weights, self._clock())
         self._tell()
         self._forget()

@@ -86,7 +86,7 @@ def _of_module(model: nn.Module) -> dict[str, Tensor]:
             f"this {model.title} is lowered to {model.backend}, and holds weights as its kernels read them: verify the model "
             "that was lowered; nm.report(...) of this one says what runs sparse"
         )
-    found = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    found = {name: _plain(parameter.detach()) for name, parameter in model.named_parameters()}
     for path, module in model.named_modules():
         masked = _masks_of(module)
         if masked:  # a compiled model, here or inside: its weights as their masks leave them
@@ -114,10 +114,13 @@ def _holds_tensors(values: Mapping[Any, Any]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """The weight that a layer quantised by torch.ao keeps, alone or beside its bias, as numbers: its zeros are exact."""
+    """The weight that torch.ao or torchao has quantised, alone or beside its bias, as numbers: its zeros are exact."""
     if isinstance(value, tuple) and value and isinstance(value[0], Tensor) and value[0].is_quantized:
         value = value[0]
-    return value.dequantize() if isinstance(value, Tensor) and value.is_quantized else value
+    if not isinstance(value, Tensor):
+        return value
+    of_its_own = type(value).dequantize is not Tensor.dequantize  # as torchao's, which are classes of tensors
+    return value.dequantize() if value.is_quantized or of_its_own else value
 
 
 def _packed_in(model: nn.Module) -> dict[str, Tensor]:

@@ -117,6 +117,27 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint_and_no_debris(tmp_path: 
     nm.load_checkpoint(file, **parts(nm.LBC()))
 
 
+def test_an_interrupted_save_is_an_interruption_and_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.pt"
+    nm.save_checkpoint(file, epoch=1)
+
+    def interrupted(*_: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos")  # as torch's writer says when it is left
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nm.checkpoint.torch, "save", interrupted)
+        patch.setattr(nm.checkpoint, "_check_readable", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            nm.save_checkpoint(file, epoch=2)
+    assert nm.load_checkpoint(file) == {"epoch": 1}
+    assert [each.name for each in tmp_path.iterdir()] == ["run.pt"]
+
+
 def test_a_process_that_dies_while_it_writes_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     made, file = parts(nm.LBC()), tmp_path / "run.pt"
     nm.save_checkpoint(file, **made)

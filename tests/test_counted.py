@@ -81,6 +81,32 @@ def counted_up(model: Keeping) -> int:
     return model.step
 
 
+class InADict(Keeping):
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = {"step": 0, "of": 4.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state["step"] += 1
+        return super().forward(x if self.state["step"] > self.warmup else x / 2)
+
+
+class InAList(Keeping):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps[0] += 1
+        return super().forward(x * min(1.0, self.steps[0] / 80))
+
+
+class FloatInADict(InADict):
+    def forward(self, x: Tensor) -> Tensor:
+        self.state["of"] *= 0.9
+        return Keeping.forward(self, x * self.state["of"])
+
+
 class Decaying(Keeping):
     """As the membrane of a spiking neuron."""
 
@@ -201,10 +227,11 @@ def test_a_deque_which_torch_compile_does_not_roll_is_an_error_and_left_empty() 
     assert not model.last
 
 
+@pytest.mark.parametrize("kind", [WarmingUp, pytest.param(InADict, marks=pytest.mark.ci), InAList])
 @pytest.mark.parametrize("form", ["captured", "live"])
-def test_a_counter_is_not_compiled_for_each_of_its_values(form: str) -> None:
+def test_a_counter_is_not_compiled_for_each_of_its_values(form: str, kind: type[Keeping]) -> None:
     torch._dynamo.reset()
-    model = WarmingUp()
+    model = kind()
     dense = copy.deepcopy(model)
     sparse = nm.compile(model, (X,), method=nm.SRSTE()) if form == "captured" else nm.compile(model, then="eager")
     for _ in range(100):  # the limit is 64
@@ -224,3 +251,10 @@ def test_a_float_that_is_kept_is_an_error_with_the_way_out() -> None:
     dense, live = copy.deepcopy(model), nm.compile(model, method=nm.SRSTE(), then="eager")
     for _ in range(4):
         torch.testing.assert_close(live(X), dense(X))
+
+
+def test_a_float_that_is_kept_in_a_dict_is_an_error_with_the_way_out() -> None:
+    with pytest.raises(
+        nm.NMError, match=r"sets state and reads it in its next call: .* buffer, or say nm.compile\(model\), without"
+    ):
+        nm.compile(FloatInADict(), (X,), method=nm.SRSTE())

@@ -311,6 +311,37 @@ def test_verify_and_report_see_the_zeros_of_layers_that_torch_has_quantised() ->
         assert found.satisfied == {"0.weight": (1,)}
 
 
+class Eighths(torch.Tensor):
+    """As torchao's tensors: numbers of its own, for which hardly any op is there but one that gives floats."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def of(weight: torch.Tensor) -> "Eighths":
+        made = torch.Tensor._make_wrapper_subclass(Eighths, weight.shape, dtype=weight.dtype)
+        made.held = (weight * 8).to(torch.int8)
+        return made
+
+    def dequantize(self) -> torch.Tensor:
+        return self.held / 8
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.detach.default:
+            return Eighths.of(args[0].held / 8)
+        raise NotImplementedError(func)
+
+
+def test_verify_and_report_see_the_zeros_of_weights_that_are_quantised_tensors_of_another_class() -> None:
+    layer = nn.Linear(8, 4)
+    weight = torch.ones(4, 8) * torch.tensor([1.0, 0, 1, 0]).repeat(2)
+    layer.weight = nn.Parameter(Eighths.of(weight), requires_grad=False)
+    model = nn.Sequential(layer)
+    for target in (model, model.state_dict()):
+        assert nm.verify(target).satisfied == {"0.weight": (1,)}
+    assert [row.name for row in nm.report(model).rows if row.status == "sparse"] == ["0.weight"]
+
+
 @pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
 def test_the_report_of_a_module_around_a_compiled_one_has_its_masks_and_reasons(live: bool) -> None:
     model = MLP()
@@ -367,3 +398,19 @@ def test_a_wrapper_that_only_holds_the_model_as_its_module_is_looked_into() -> N
         nm.parameter_groups(wrapper)
     del wrapper.head
     assert nm.freeze(wrapper) is model
+
+
+def test_weights_that_were_tied_after_compile_are_an_error_where_each_has_a_mask_of_its_own() -> None:
+    for method, matters in ((nm.LBC(), True), (nm.SRSTE(), False)):
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+        sparse = nm.compile(model, (torch.randn(4, 8),), method=method)
+        model[1].weight = model[2].weight
+        if not matters:
+            assert nm.verify(nm.freeze(sparse), "2:4").satisfied.keys() == {"1.weight"}
+            continue
+        with pytest.raises(
+            nm.NMError, match=r"1\.weight and 2\.weight of shape \[8, 8\] were tied after nm\.compile: .* before"
+        ):
+            nm.SparsityScheduler(sparse, total_steps=4)
+        with pytest.raises(nm.NMError, match="were tied after nm.compile"):
+            nm.freeze(sparse, finish=True)

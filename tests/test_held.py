@@ -151,3 +151,69 @@ def test_a_tensor_or_a_function_that_is_replaced_is_an_error_until_it_is_put_bac
     model.classes.mul_(2)  # in place it is followed
     torch.testing.assert_close(sparse(X), 2 * expected)
     torch.testing.assert_close(copy.deepcopy(sparse)(X), 2 * expected)
+
+
+class Growing(MLP):
+    """Layers that it calls if they are there: of a container, one by name that is None at first, registered or not."""
+
+    last: nn.Module | None
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.blocks, self.asks = nn.ModuleList([nn.Linear(4, 4, bias=False)]), asks
+        self.extra: nn.Module | None = None
+        self.shift: Tensor | None = None
+        self.register_module("last", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.asks and bool(x.sum() > 1e9):  # which captures it in fragments
+            return x
+        y = super().forward(x)
+        for block in self.blocks:
+            y = block(y)
+        y = y if self.shift is None else y + self.shift
+        for layer in (self.extra, self.last):
+            y = y if layer is None else layer(y)
+        return y
+
+
+@pytest.mark.parametrize("asks", [False, pytest.param(True, marks=pytest.mark.ci)], ids=["graph", "fragments"])
+def test_a_layer_that_forward_would_call_and_is_added_later_is_an_error_and_another_is_not(asks: bool) -> None:
+    torch._dynamo.reset()
+    model: Any = Growing(asks)
+    sparse = nm.compile(model, (X,), method=nm.SRSTE())
+    expected = sparse(X)
+    model.loss, model.aside = nn.MSELoss(), nn.Linear(4, 4)
+    torch.testing.assert_close(sparse(X), expected)
+    model.blocks.append(nn.Linear(4, 4))
+    with pytest.raises(nm.NMError, match=r"blocks\.1 was added after nm\.compile: the captured graph .*before nm\.compile or"):
+        sparse(X)
+    del model.blocks[1]
+    torch.testing.assert_close(sparse(X), expected)
+    for name in ("extra", "last"):
+        setattr(model, name, nn.Linear(4, 4))
+        with pytest.raises(nm.NMError, match=f"{name} was added after nm.compile"):
+            sparse(X)
+        setattr(model, name, None)
+        torch.testing.assert_close(sparse(X), expected)
+
+
+def test_a_parameter_that_is_added_or_put_in_the_place_of_another_is_an_error() -> None:
+    model: Any = Growing(asks=False)
+    sparse = nm.compile(model, (X,), method=nm.LBC())
+    expected = sparse(X)
+    model.blocks[0].bias = nn.Parameter(torch.ones(4))
+    with pytest.raises(nm.NMError, match=r"blocks\.0\.bias was added after nm\.compile"):
+        sparse(X)
+    model.blocks[0].bias = None
+    torch.testing.assert_close(sparse(X), expected)
+    model.shift = nn.Parameter(torch.ones(4))
+    with pytest.raises(nm.NMError, match="shift is a parameter, a buffer or a layer now, and the captured graph holds None"):
+        sparse(X)
+    del model.shift
+    model.shift = None
+    nn.utils.parametrizations.weight_norm(model.fc2)
+    with pytest.raises(nm.NMError, match=r"fc2\.parametrizations was added after nm\.compile"):
+        sparse(X)
+    with pytest.raises(nm.NMError, match=r"fc2\.weight is no parameter of its layer any more, .* or take it off again"):
+        nm.report(sparse)

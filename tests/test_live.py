@@ -16,6 +16,8 @@ import torch
 from models import MLP, Branching, ConvNet, example
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import prune
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.utils.checkpoint import checkpoint
 
 import nm_compiler as nm
@@ -761,3 +763,33 @@ def test_a_weight_that_came_after_compile_is_in_the_log_and_in_the_report(caplog
     assert (row.status, row.reason.split(":")[0]) == ("dense", "added after nm.compile")
     assert "joined.weight" in copy.deepcopy(model).state_dict()
     assert not nm.verify(nm.freeze(model, finish=True), "2:4").satisfied.get("joined.weight")
+
+
+def test_a_weight_that_is_no_parameter_of_its_layer_any_more_is_an_error_and_fine_once_it_is_back() -> None:
+    torch.manual_seed(0)
+    model, x = nm.compile(MLP(), method=nm.SRSTE(), then="eager"), positive()
+    expected = model(x)
+    per_sample = call_for_per_sample_grads(model, batch_size=len(x))  # TorchDynamo compiles nothing over its tensors
+    with pytest.raises(nm.NMError, match=r"fc2\.weight of this MLP is a plain tensor in this call"):
+        per_sample(x)
+    prune.l1_unstructured(model.fc2, "weight", 0.5)
+    with pytest.raises(
+        nm.NMError, match=r"fc2\.weight is no parameter of its layer any more, as where torch\.nn\.utils\.prune"
+    ):
+        model(x)
+    prune.remove(model.fc2, "weight")
+    assert not torch.equal(model(x), expected)
+
+
+def test_a_layer_that_torch_compile_wraps_after_nm_compile_is_an_error_and_compiled_in_its_place_it_is_not() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 8))
+    nm.compile(model, method=nm.SRSTE(), then="eager")
+    x = positive()
+    expected, block = model(x), model[1]
+    model[1] = torch.compile(block, backend="eager")
+    with pytest.raises(nm.NMError, match="1 was replaced after nm.compile: what stands there now has its layers elsewhere"):
+        model(x)
+    model[1] = block
+    block.compile(backend="eager")
+    torch.testing.assert_close(model(x), expected)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from functools import partial
 from typing import Any
 
@@ -331,6 +332,56 @@ def test_a_scheduler_follows_the_optimizer_inside_a_wrapper_and_refuses_one_that
     scheduler.follow(Wrapper(inner, inner.param_groups))
     train(model, inner, None, 3)
     assert scheduler.last_step == 3
+
+
+class Lookahead(torch.optim.Optimizer):
+    """As timm's: an Optimizer that leaves out torch's ``__init__``, and so takes hooks that its ``step`` never calls."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self._inside, self.state, self.param_groups, self.defaults = inner, {}, inner.param_groups, inner.defaults
+        self.slow = [parameter.detach().clone() for group in inner.param_groups for parameter in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self._inside.step(closure)
+        for parameter, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
+            slow.lerp_(parameter, 0.5)
+
+
+def test_a_scheduler_follows_a_wrapper_that_takes_hooks_and_does_not_call_them() -> None:
+    model = captured_and_live(nm.LBC())[0]
+    optimizer = Lookahead(torch.optim.SGD(model.parameters(), lr=0.1))
+    scheduler = nm.SparsityScheduler(model, total_steps=4).follow(optimizer)
+    for _ in range(3):
+        model.zero_grad()  # the optimizer's own would make up for what its __init__ left out
+        model(X).square().mean().backward()
+        optimizer.step()
+    assert scheduler.last_step == 3
+
+
+class TwoPlaces(torch.optim.SGD):
+    """As SPlus: it evaluates at an average, of every parameter that it holds."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                self.state[parameter].setdefault("average", parameter.clone()).lerp_(parameter, 0.5)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.copy_(self.state[parameter]["average"])
+
+
+def test_an_optimizer_that_evaluates_elsewhere_keeps_what_it_remembers_of_scores_that_stopped_learning() -> None:
+    model = captured_and_live(nm.LBC())[0]
+    optimizer = TwoPlaces(model.parameters(), lr=0.1)
+    train(model, optimizer, nm.SparsityScheduler(model, total_steps=4, optimizer=optimizer), 4)
+    optimizer.eval()
+    assert nm.verify(nm.freeze(model), "2:4").satisfied == {"fc2.weight": (1,)}
 
 
 def test_a_method_of_ones_own_can_read_what_the_optimizer_remembers_of_a_weight() -> None:

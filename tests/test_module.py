@@ -351,6 +351,20 @@ def test_writing_state_takes_effect_at_the_next_forward() -> None:
     assert bool((nm.freeze(sparse, finish=True).conv1.weight[:, [2, 3, 6, 7]] == 0).all())
 
 
+def test_methods_by_which_optimizers_group_parameters_are_the_models() -> None:
+    class Telling(MLP):
+        def no_weight_decay(self) -> set[str]:
+            return {name for name, _ in self.named_parameters() if name.startswith("fc1")}
+
+        def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+            return {"stem": "^fc1", "blocks": r"^fc(\d)"}
+
+    model = Telling()
+    sparse = nm.compile(model, (example(model),), method=nm.LBC())
+    assert sparse.no_weight_decay() == {"fc1.weight", "fc1.bias"}
+    assert sparse.group_matcher(coarse=True) == model.group_matcher()
+
+
 def test_plain_attributes_are_the_models_and_its_other_methods_do_not_run_dense_by_mistake() -> None:
     class Named(MLP):
         classes = 4

@@ -132,6 +132,23 @@ def same_bits_in_both_formats(isa: str, pattern: str, kernel: tuple[int, int], *
     torch.testing.assert_close(in_rows, last, rtol=0, atol=0)
 
 
+@each_isa
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:16", "3:8"])
+@pytest.mark.parametrize("inputs", [1024, 1072])
+def test_a_token_gets_the_bits_of_each_tile_by_itself(isa: str, pattern: str, inputs: int, threads: Any) -> None:
+    """1,205 rows are tasks of ten tiles, of which two may go at once; 1,100 are tasks of nine, where one stays alone."""
+    threads(1)
+    for rows in (1205, 1100):
+        product = Product(pattern=Pattern.parse(pattern), rows=rows, inputs=inputs, lead=(1,), bias=False)
+        whole = product.operands(0)
+        values, codes = whole.packed.values, whole.packed.codes
+        alone = []
+        for at in range(values.shape[1]):
+            part = replace(whole.packed, values=values[:, at : at + 1], codes=codes[:, at : at + 1], shape=(16, inputs))
+            alone.append(replace(whole, packed=part).result(LIBRARIES[isa]))
+        assert torch.equal(whole.result(LIBRARIES[isa]), torch.cat(alone, -1)[:, :rows])
+
+
 SAME = [
     Product(pattern=Pattern(2, 4), rows=100, inputs=64, lead=(7,), activation="gelu"),
     Product(pattern=Pattern(2, 4), rows=100, inputs=64, lead=(300,), residual=True, activation="silu"),

@@ -10,6 +10,7 @@ from precompiled import precompiled
 from torch import Tensor
 
 import nm_compiler as nm
+from nm_compiler.state.beside import Weight
 
 
 def sparse_mlp(method: Any = None, seed: int = 0, width: int = 16) -> nm.SparseModule:
@@ -303,3 +304,24 @@ def test_scores_are_refused_in_an_optimizer_that_orthogonalises_matrices() -> No
     sparse(torch.randn(4, 8)).square().mean().backward()
     weights.step(), others.step()
     scheduler.step()
+
+
+@pytest.mark.parametrize("method", [nm.LBC(), nm.Gradual()], ids=lambda method: method.name)
+def test_what_an_interrupted_step_has_left_undecided_is_decided_in_the_next(
+    method: nm.Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sparse = sparse_mlp(method)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=4)
+    scheduler.step()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Weight, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            scheduler.step()  # at which masks were to be decided
+    assert not method.is_settled(sparse.weights[0])
+    scheduler.step()
+    assert scheduler.last_step == 3
+    assert method.is_settled(sparse.weights[0])

@@ -78,7 +78,7 @@ def nothing_counted(
     moving = {} if all(_is_switch(before[key], value) for key, value in read.items()) else _moving(model, again, training)
     for (path, name), value in read.items():
         if (path, name) in moving or _is_switch(before[path, name], value):
-            raise _kept(type(model).__name__, f"{path}.{name}".lstrip("."), value, way_out)
+            raise _kept(type(model).__name__, f"{path}.{name}".lstrip("."), before[path, name], value, way_out)
 
 
 def _is_read(codes: Sequence[CodeType], name: str, before: object, now: object) -> bool:
@@ -88,10 +88,10 @@ def _is_read(codes: Sequence[CodeType], name: str, before: object, now: object) 
     return keeps(codes, name, elsewhere=isinstance(now, _NUMBERS))
 
 
-def _kept(model: str, where: str, value: object, way_out: str) -> NMError:
+def _kept(model: str, where: str, before: object, value: object, way_out: str) -> NMError:
     text = f"forward() of this {model} sets {where} and reads it in its next call"
     told = f"{text}: one graph would hold what it was at capture for good. Keep it in a buffer{way_out}"
-    if isinstance(value, float):  # TorchDynamo loses one that it takes for an input, while it is watched
+    if any(isinstance(each, float) for each in _moved(before, value)):  # TorchDynamo loses one that is an input, while watched
         return NMError(f"{told}, or say nm.compile(model), without inputs")
     if isinstance(value, Content) and isinstance(value.of, deque):  # nor does it let go of what a full one does
         name = where.rpartition(".")[2]
@@ -101,16 +101,34 @@ def _kept(model: str, where: str, value: object, way_out: str) -> NMError:
     return error
 
 
+def _moved(before: object, now: object) -> list[object]:
+    """The value, or those of its list or dict that are others than they were."""
+    if not isinstance(now, Content):
+        return [now]
+    old = before.items if isinstance(before, Content) else ()
+    return [new for at, new in enumerate(now.items) if at >= len(old) or not _same(old[at], new)]
+
+
 def counts(model: nn.Module) -> bool:
-    """Whether forward() of the model or of a layer sets a whole number of its own."""
-    kinds: dict[type, set[str]] = {}
+    """Whether forward() of the model or of a layer sets a whole number of its own, or one in a list or dict of its own."""
+    kinds: dict[type, tuple[set[str], set[str]]] = {}
     for module in model.modules():
         if type(module) not in kinds:
-            steps = (step for code in codes_of(type(module), "forward") for step in dis.get_instructions(code))
-            kinds[type(module)] = {step.argval for step in steps if step.opname == "STORE_ATTR"}
-        if any(type(module.__dict__.get(name)) is int for name in kinds[type(module)]):
+            steps = [step for code in codes_of(type(module), "forward") for step in dis.get_instructions(code)]
+            putting = any(step.opname == "STORE_SUBSCR" for step in steps)
+            read = {step.argval for step in steps if step.opname == "LOAD_ATTR" and putting}
+            kinds[type(module)] = {step.argval for step in steps if step.opname == "STORE_ATTR"}, read
+        stored, read = kinds[type(module)]
+        if any(type(module.__dict__.get(name)) is int for name in stored):
+            return True
+        if any(type(each) is int for name in read for each in _contents(module.__dict__.get(name))):
             return True
     return False
+
+
+def _contents(value: object) -> tuple[object, ...]:
+    """What lies in a list or a dict; nothing in all else."""
+    return tuple(value.values()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else ()
 
 
 def keeps(codes: Sequence[CodeType], name: str, *, elsewhere: bool = True) -> bool:

@@ -43,15 +43,22 @@ class Held:
         """Whether it has another value now. A tensor that was moved to another device, as the graph is, is the same."""
         now = self.attributes.get(self.name)
         if now is self.value:
-            return False
+            return self._is_registered()
         if isinstance(now, Tensor) and isinstance(self.value, Tensor):
             moved = now.device != self.value.device and not now.is_meta and not self.value.is_meta
             return not (moved and now.dtype == self.value.dtype and torch.equal(now, self.value.to(now.device)))
         return not isinstance(now, _PLAIN) or not isinstance(self.value, _PLAIN) or now != self.value
 
+    def _is_registered(self) -> bool:
+        """Whether what was a plain attribute, as None, is a parameter, a buffer or a layer now."""
+        kinds = ("_parameters", "_buffers", "_modules")
+        return self.name not in self.attributes and any(self.attributes[kind].get(self.name) is not None for kind in kinds)
+
     def told(self) -> str:
         """Which value it has now and which the graph holds."""
         now = self.attributes.get(self.name)
+        if self._is_registered():
+            return f"{self.where} is a parameter, a buffer or a layer now, and the captured graph holds {self.value}"
         if isinstance(now, _SHOWN) and isinstance(self.value, _SHOWN):
             return f"{self.where} is {now} now, and the captured graph holds {self.value}"
         kind = "tensor" if isinstance(now, Tensor) and isinstance(self.value, Tensor) else "object"
@@ -72,6 +79,11 @@ def held(root: nn.Module) -> Iterator[Held]:
                 and not name.startswith("_")
             ):
                 yield Held(module.__dict__, name, value, f"{path}.{name}".lstrip("."))
+
+
+def names_read(kind: type) -> frozenset[str]:
+    """The attributes that ``forward`` of a class reads, by name."""
+    return _names(kind, "forward")[0]
 
 
 def _names(kind: type, start: str) -> tuple[frozenset[str], frozenset[str]]:

@@ -27,7 +27,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
 from nm_compiler.links import Link, links, owner_at, replaced
 from nm_compiler.live.entries import install, remove
-from nm_compiler.live.growing import GrowingPlan, not_yet
+from nm_compiler.live.growing import GrowingPlan, check_parameters, not_yet
 from nm_compiler.live.methods import MethodEntry
 from nm_compiler.live.saving import unwatch_saving, watch_saving
 from nm_compiler.live.tracers import refuse_tracers
@@ -37,7 +37,7 @@ from nm_compiler.pattern import PatternMap
 from nm_compiler.sites.plan import Plan, Site
 from nm_compiler.state.attaching import attach_state, detach_state, recipe_tag, state_names
 from nm_compiler.state.averaged import Copied, checked_copy
-from nm_compiler.state.beside import MARK, RECIPE, Weight, read_recipe
+from nm_compiler.state.beside import MARK, RECIPE, Weight, gone, read_recipe
 from nm_compiler.state.loading import check_values, compare, keep_state, start_afresh
 from nm_compiler.state.sharding import cut_like, parts, reshard
 from nm_compiler.wording import several
@@ -78,6 +78,7 @@ class Prepared:
         self._live: Any = None
         self._weights_graph: tuple[int, GraphModule] | None = None  # and the version of the plan that it is of
         self._links: list[Link] | None = None
+        self._held: tuple[int, list[tuple[dict[str, Any], str, str]]] | None = None  # of that version of the plan
         self._company: int | None = None  # how many processes there were when graphs were made
         self._turn = threading.RLock()  # calls from several threads take turns
         self.thread: int | None = None  # whose turn it is, or was
@@ -134,6 +135,7 @@ class Prepared:
 
         refuse_tracers(self.origin)
         self._check_modules()
+        self._check_parameters()
         self._check_options()
         self._check_company()
         if self.copy_known is not None and not (self.origin.training and torch.is_grad_enabled()):
@@ -226,6 +228,17 @@ class Prepared:
         moved = [path for children, key, expected, path in self._links if children.get(key) is not expected]
         if moved:
             self._follow(moved)
+
+    def _check_parameters(self) -> None:
+        """Raise NMError for a planned weight that is none of its layer's parameters now: TorchDynamo may compile nothing."""
+        if self._held is None or self._held[0] != self.growing.version:
+            owners = [(name, *name.rpartition(".")[::2]) for name in self.sites]
+            held = [(owner_at(self.origin, path)._parameters, leaf, name) for name, path, leaf in owners]
+            self._held = self.growing.version, held
+        for parameters, leaf, name in self._held[1]:
+            if not isinstance(parameters.get(leaf), nn.Parameter):
+                check_parameters(self.origin, [name])
+                raise gone(name)
 
     def _follow(self, moved: Sequence[str]) -> None:
         """Containers may be others now, as models swap them in forward, if the layers in them are the same. Else NMError."""
@@ -352,7 +365,7 @@ class Prepared:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_live", "_weights_graph", "_links", "_turn", "_company", "thread")
+        left = ("_live", "_weights_graph", "_links", "_held", "_turn", "_company", "thread")
         known = self.copy_known and replace(self.copy_known, of=None)  # which does not pickle
         own = {key: value for key, value in self.__dict__.items() if key not in left}
         return own | {"active": False, "looked": False, "copy_known": known}

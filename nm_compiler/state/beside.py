@@ -14,7 +14,7 @@ gradient as well (`nm_compiler.integrations.fsdp`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -48,7 +48,9 @@ class Weight:
     @property
     def param(self) -> nn.Parameter:
         """The weight itself."""
-        found = getattr(self.owner, self.leaf)
+        found = self.owner._parameters.get(self.leaf)
+        if found is None:
+            raise gone(self.site.name)
         assert isinstance(found, nn.Parameter)
         return found
 
@@ -75,6 +77,29 @@ class Weight:
     def write(self, suffix: str, value: Tensor) -> None:
         """Copy ``value``, the same on all ranks, into the state."""
         write(self[suffix], value)
+
+
+def gone(name: str) -> NMError:
+    """What to say of a planned weight that its layer has no parameter for any more."""
+    return NMError(
+        f"{name} is no parameter of its layer any more, as where torch.nn.utils.prune or a parametrization has put another in "
+        "its place, which has no mask: do that before nm.compile or after nm.freeze, or take it off again"
+    )
+
+
+def check_apart(weights: Iterable[Weight], suffixes: Callable[[Site], tuple[str, ...]]) -> None:
+    """Raise NMError for two planned weights that became one tensor after they were planned, and have a mask each.
+
+    suffixes: of the method; weights without state have no mask of their own.
+    """
+    seen: dict[int, str] = {}
+    for weight in weights:
+        first = seen.setdefault(id(weight.param), weight.site.name)
+        if first != weight.site.name and suffixes(weight.site):
+            raise NMError(
+                f"{first} and {weight.site.name} of shape {list(weight.site.shape)} were tied after nm.compile: they are one "
+                "tensor with a mask each. Tie them before nm.compile, or after nm.freeze"
+            )
 
 
 def learns(state: Tensor) -> TypeGuard[nn.Parameter]:
