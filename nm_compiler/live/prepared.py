@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 from nm_compiler.carrier import CARRIER
 from nm_compiler.errors import NMError
 from nm_compiler.evaluate import effective_weights
+from nm_compiler.fragments.dynamo_errors import check_around
 from nm_compiler.links import Link, links, owner_at, replaced
 from nm_compiler.live.entries import install, remove
 from nm_compiler.live.growing import GrowingPlan, check_parameters, not_yet
@@ -237,6 +238,7 @@ class Prepared:
             self._held = self.growing.version, held
         for parameters, leaf, name in self._held[1]:
             if not isinstance(parameters.get(leaf), nn.Parameter):
+                check_around(self.origin)  # torch.func lends tensors too, and has a way out of its own
                 check_parameters(self.origin, [name])
                 raise gone(name)
 
