@@ -227,15 +227,21 @@ class GrowingPlan:
         for name, site in list(self.candidates.items()):
             weight = Weight(site, self.model)
             state = {suffix: state_dict.get(f"{prefix}{name}_{suffix}") for suffix in self.method.suffixes(site)}
-            for layout in guesses(site.shape, site.pattern) if site.op == "-" else ():
-                other = replace(site, layout=layout)
-                fresh = self.method.state(other, weight.value)
-                if fits(self.method, other, state, fresh):
-                    if layout != site.layout and not any(learns(v) and v.shape != weight[s].shape for s, v in fresh.items()):
-                        self.candidates[name] = other
-                        buffers = {s: v for s, v in state_of(self.method, other, weight.value).items() if not learns(v)}
-                        weight.owner._buffers.update({f"{weight.leaf}_{suffix}": v for suffix, v in buffers.items()})
-                    break
+            others = [replace(site, layout=layout) for layout in guesses(site.shape, site.pattern)] if site.op == "-" else []
+            fitting = (other for other in others if fits(self.method, other, state, self.method.state(other, weight.value)))
+            other = next(fitting, site)
+            if other.layout != site.layout:
+                self._guess_again(other)
+
+    def _guess_again(self, site: Site) -> None:
+        """Lay the state of a candidate along another axis, unless an optimizer may hold some that would get another shape."""
+        weight = Weight(site, self.model)
+        fresh = state_of(self.method, site, weight.value)
+        if any(learns(value) and value.shape != weight[suffix].shape for suffix, value in fresh.items()):
+            return
+        self.candidates[site.name] = site
+        buffers = {f"{weight.leaf}_{suffix}": value for suffix, value in fresh.items() if not learns(value)}
+        weight.owner._buffers.update(buffers)
 
     def _drop(self, names: Collection[str]) -> None:
         """Take the state of candidates off that stay dense after all."""
