@@ -52,7 +52,7 @@ class Guarded:
 def sweep(library: Library, places: dict[str, Guarded], products: int) -> None:
     pick = random.Random(0)
     for number in range(products):
-        product = replace(any_product(pick), form=pick.choice(["plain", "channels_last"]), dtype=torch.float32)
+        product = replace(any_product(pick), form=pick.choice(["plain", "channels_last"]))
         plain = product.operands(number)
         wanted = plain.result(library)
         for at_end in (True, False):

@@ -181,9 +181,10 @@ class Operands:
 
 def any_product(pick: random.Random) -> Product:
     """For sweeps without hypothesis."""
-    m = pick.choice([4, 8, pick.randint(2, 32)])
+    m, values = pick.choice([4, 8, pick.randint(2, 32)]), pick.choice(VALUES)
+    dtype = pick.choice([torch.float32, values]) if values.is_floating_point else torch.float32
     common: Any = {
-        "pattern": Pattern(pick.randint(1, m - 1), m), "inputs": m * pick.choice([1, 2, 3, 40]), "values": pick.choice(VALUES),
+        "pattern": Pattern(pick.randint(1, m - 1), m), "inputs": m * pick.choice([1, 2, 3, 40]), "values": values, "dtype": dtype,
         "form": pick.choice(FORMS), "bias": pick.random() < 0.5, "residual": pick.random() < 0.5,
         "activation": pick.choice(list(ACTIVATIONS)),
     }  # fmt: skip

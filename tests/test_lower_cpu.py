@@ -856,7 +856,7 @@ def test_an_environment_variable_switches_the_kernels_off() -> None:
 def test_the_widest_vectors_that_the_processor_has_are_taken(
     has: tuple[int, ...], machine: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handle = SimpleNamespace(nm_isa_name=lambda number: b"" if number in has else None)
+    handle = SimpleNamespace(nm_isa_name=lambda number: b"" if number in has else None, nm_halves=lambda number: 0)
     monkeypatch.setattr(library_module.platform, "machine", lambda: machine)
     chosen = library_module._chosen(handle, None)
     assert (chosen.isa if isinstance(chosen, Library) else chosen) == found

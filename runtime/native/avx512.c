@@ -4,6 +4,9 @@
 #pragma GCC target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi,bmi2")
 #include <immintrin.h>
 #define V 16
+#if __GNUC__ >= 10 /* older ones do not know AVX512-BF16 */
+#define NM_DOTS
+#endif
 #define MOST 8 /* with blocks of 56 the panel takes 28 of the 32 KiB of a first-level cache */
 #define BLOCK 56
 #define MOST_THIN 4

@@ -233,3 +233,5 @@ static int run_few(const nm_job *j, int64_t task, char *scratch) {
     }
     return any(wrong) ? NM_BAD_CODE : NM_OK;
 }
+#undef NAMES
+#undef PARAMETERS

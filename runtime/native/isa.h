@@ -13,7 +13,11 @@
 
 #include "mixed.h"
 
+#include "dots.h"
+
 #include "few.h"
+
+#include "few_dots.h"
 
 #include "limits.h"
 
@@ -27,6 +31,8 @@ typedef struct {
 static int fits_few(const nm_job *j) { return j->few != 0; }
 static int fits_all(const nm_job *j) { return j->m > 0; }
 static const kernel kernels[] = {
+    {fits_few_dots, few_tasks, few_scratch, run_few_dots},
+    {fits_dots, dots_tasks, dots_scratch, run_dots},
     {fits_few, few_tasks, few_scratch, run_few},
     {fits_mixed, mixed_tasks, mixed_scratch, run_mixed},
     {fits_lanes, lanes_tasks, lanes_scratch, run_lanes},

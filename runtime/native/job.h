@@ -32,6 +32,7 @@ typedef struct {
     int64_t channels_last;
     int64_t activation;
     int64_t few; /* the kernel for few tokens: one pixel a token, kernel 1x1, channels_last */
+    int64_t halves; /* x, y and residual are bfloat16, and so are values (dots.h); channels_last */
     int64_t threads;
     char *scratch;
     int64_t scratch_bytes;

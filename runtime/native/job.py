@@ -40,6 +40,7 @@ class Fields(NamedTuple):
     channels_last: int
     activation: int
     few: int
+    halves: int
 
     def packed(self) -> bytes:
         """As C reads them."""

@@ -32,17 +32,23 @@ static int fits_lanes(const nm_job *j) {
     return turning > (thin > wide ? thin : nm_tokens(j) <= 5 * V ? narrow : wide);
 }
 
+/* A token is one pixel of x, in the same order. */
+static inline int one_pixel(const nm_job *j) {
+    return j->kernel_h * j->kernel_w * j->stride_h * j->stride_w == 1 && !j->pad_h && !j->pad_w;
+}
+
 static lanes_plan lanes_plan_of(const nm_job *j) {
     lanes_plan p;
     const int64_t k = nm_k(j);
-    p.blocks_k = nm_up(k, nm_min(LANES_BLOCK, LANES_STEPS * j->m / j->n));
-    p.block = nm_up(nm_up(k, p.blocks_k), NM_LANES) * NM_LANES;
+    const int64_t steps = j->halves ? 2 * LANES_STEPS : LANES_STEPS, window = j->halves ? 2 * NM_LANES : NM_LANES;
+    p.blocks_k = nm_up(k, nm_min(LANES_BLOCK, steps * j->m / j->n));
+    p.block = nm_up(nm_up(k, p.blocks_k), window) * window;
     p.blocks_k = nm_up(k, p.block);
     p.units = nm_up(nm_tokens(j), AT_ONCE);
     const shares shared = shares_of(j, p.units, LANES_TOKENS / AT_ONCE);
     p.blocks = shared.blocks, p.row_chunks = shared.row_chunks, p.chunk = shared.chunk;
     p.most = nm_up(p.units, p.blocks) * AT_ONCE;
-    p.direct = j->kernel_h * j->kernel_w * j->stride_h * j->stride_w == 1 && !j->pad_h && !j->pad_w;
+    p.direct = one_pixel(j);
     return p;
 }
 

@@ -7,7 +7,7 @@
 #define NM_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define NM_VERSION 5
+#define NM_VERSION 6
 
 typedef void (*parallel_fn)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel */
 
@@ -53,6 +53,15 @@ NM_EXPORT int64_t nm_job_bytes(void) { return sizeof(nm_job); }
 NM_EXPORT const char *nm_isa_name(int64_t number) {
     const nm_isa *isa = isa_of(number);
     return isa ? isa->name : 0;
+}
+
+/* whether jobs may be of halves (dots.h) */
+NM_EXPORT int64_t nm_halves(int64_t number) {
+#if defined(__x86_64__) && __GNUC__ >= 10
+    return number == 2 && isa_of(number) && __builtin_cpu_supports("avx512bf16");
+#else
+    return (void)number, 0;
+#endif
 }
 
 /* for benchmarks: limits.h */

@@ -20,7 +20,7 @@ from nm_compiler.memory import keep_freed
 from nm_compiler.runtime.native import sweep as sweeps
 from nm_compiler.runtime.native.job import BYTES, Job, packed
 
-VERSION = 5
+VERSION = 6
 """Of the library's interface; `library.c` has the same number."""
 INSTRUCTION_SETS = {"portable": 0, "avx2": 1, "avx512": 2}
 _BAD_CODE, _SCRATCH = 1, 2
@@ -29,9 +29,13 @@ _WORTH_A_THREAD = 1 << 19  # numbers that are swept over
 
 @dataclass(frozen=True, eq=False)
 class Library:
-    """The kernels for one instruction set. isa: its name; workers: scratch and threads of the calling thread."""
+    """The kernels for one instruction set.
+
+    isa: its name; halves: whether jobs may be of bfloat16 data; workers: scratch and threads of the calling thread.
+    """
 
     isa: str
+    halves: bool
     _number: int
     _handle: Any
     _workers: threading.local = field(default_factory=threading.local)
@@ -113,6 +117,7 @@ def _declare(handle: Any) -> None:
     handle.nm_run_sweep.restype = None
     handle.nm_multiply_adds.argtypes, handle.nm_multiply_adds.restype = [ctypes.c_int64, ctypes.c_int64], ctypes.c_int64
     handle.nm_read_all.argtypes, handle.nm_read_all.restype = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64], None
+    handle.nm_halves.argtypes, handle.nm_halves.restype = [ctypes.c_int64], ctypes.c_int64
     handle.nm_isa_name.argtypes, handle.nm_isa_name.restype = [ctypes.c_int64], ctypes.c_char_p
 
 
@@ -125,7 +130,7 @@ def _chosen(handle: Any, isa: str | None) -> Library | str:
             continue
         if isa is None and name == "portable" and platform.machine().lower() in ("x86_64", "amd64"):
             return "the processor has no AVX2: dense kernels are faster there"
-        return Library(name, number, handle)
+        return Library(name, bool(handle.nm_halves(number)), number, handle)
     return f"the processor has no {isa}"
 
 

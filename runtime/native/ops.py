@@ -4,7 +4,8 @@
 
 x is float32 (bfloat16 and float16 are converted there and back); sums are float32. Up to 24 tokens a linear reads every
 weight once and leaves x where it is; beyond that x is packed into panels, stays as it is, or both (few.h; panel.h, lanes.h and
-mixed.h). Results of convolutions have the memory format of x. A position that was pruned is not read: where a dense product
+mixed.h). bfloat16 x with bfloat16 values stay what they are where the processor multiplies them, two pairs in one operation
+(few_dots.h, dots.h); it takes denormal numbers for zeros then, as torch's own products do. Results of convolutions have the memory format of x. A position that was pruned is not read: where a dense product
 makes 0 * inf = NaN of it, this one does not. Inference only: there is no gradient.
 
 They are defined without `torch.library.custom_op`, whose wrapper takes longer than a small product.
@@ -47,7 +48,8 @@ def packed_linear(
     residual: of the result's shape; pattern: ``[n, m]``; activation: one of `ACTIVATIONS`.
     Returns ``[..., rows]``, contiguous, of x's dtype. Raises NMError for operands that do not fit, before any is read.
     """
-    shapes = of_linear(x.shape, rows, tuple(pattern), values.dtype, activation)
+    halves = _are_halves(x, values, residual)
+    shapes = of_linear(x.shape, rows, tuple(pattern), values.dtype, activation, halves)
     _check("packed_linear", shapes, x, values, codes, scales, bias, residual, activation)
     return _run(shapes, torch.contiguous_format, x, values, codes, scales, bias, residual)
 
@@ -66,7 +68,7 @@ def packed_conv2d(
     form = _format(x)
     shapes = of_conv2d(
         x.shape, form is torch.channels_last, rows, tuple(pattern), values.dtype, tuple(kernel), tuple(stride),
-        tuple(padding), tuple(dilation), groups, activation,
+        tuple(padding), tuple(dilation), groups, activation, _are_halves(x, values, residual),
     )  # fmt: skip
     _check("packed_conv2d", shapes, x, values, codes, scales, bias, residual, activation)
     return _run(shapes, form, x, values, codes, scales, bias, residual)
@@ -77,15 +79,16 @@ def _run(
     bias: Tensor | None, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Of operands that were checked."""
-    y = torch.empty_strided(shapes.result, shapes.strides, dtype=torch.float32)
+    dtype = torch.bfloat16 if shapes.halves else torch.float32
+    y = torch.empty_strided(shapes.result, shapes.strides, dtype=dtype)
     if shapes.numel:
-        data = _float(x, form)
-        added = None if residual is None else _float(residual, form)
+        data = _laid_out(x, dtype, form)
+        added = None if residual is None else _laid_out(residual, dtype, form)
         _library().run(Job(
             data.data_ptr(), y.data_ptr(), address(added), address(bias), values.data_ptr(), codes.data_ptr(),
             address(scales), shapes.fields,
         ))  # fmt: skip
-    return y if x.dtype == torch.float32 else y.to(x.dtype)
+    return y if x.dtype == dtype else y.to(x.dtype)
 
 
 def _library() -> Library:
@@ -95,8 +98,18 @@ def _library() -> Library:
     return found
 
 
-def _float(tensor: Tensor, form: torch.memory_format) -> Tensor:
-    return (tensor if tensor.dtype == torch.float32 else tensor.float()).contiguous(memory_format=form)
+def _laid_out(tensor: Tensor, dtype: torch.dtype, form: torch.memory_format) -> Tensor:
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous(memory_format=form)
+
+
+def _are_halves(x: Tensor, values: Tensor, residual: Tensor | None) -> bool:
+    """Whether all is bfloat16 and the processor multiplies that. Nothing is rounded that was not."""
+    return (
+        x.dtype == torch.bfloat16
+        and values.dtype == torch.bfloat16
+        and (residual is None or residual.dtype == torch.bfloat16)
+        and _library().halves
+    )
 
 
 def _format(x: Tensor) -> torch.memory_format:

@@ -16,6 +16,8 @@ from nm_compiler.runtime.native.packing import LANES, sizes
 
 FEW = 24
 """Tokens up to which the weights' way through memory is what takes time."""
+FEWEST = 2
+"""Tokens of bfloat16 up to which the float32 kernel is faster for patterns that few_dots.h does not have."""
 _Sizes = tuple[int, ...]
 
 
@@ -31,18 +33,23 @@ class Shapes(NamedTuple):
     result: _Sizes
     strides: _Sizes
     numel: int
+    halves: bool
     fields: bytes
 
 
 @lru_cache(maxsize=4096)
-def of_linear(x: _Sizes, rows: int, pattern: _Sizes, dtype: torch.dtype, activation: str) -> Shapes:
-    """``x [..., in]`` times a weight of ``rows`` outputs. dtype: of its packed values; a name that is none may be given."""
+def of_linear(x: _Sizes, rows: int, pattern: _Sizes, dtype: torch.dtype, activation: str, halves: bool = False) -> Shapes:
+    """``x [..., in]`` times a weight of ``rows`` outputs. dtype: of its packed values; a name that is none may be given.
+
+    halves: all that comes in and goes out is bfloat16, and the processor computes with it.
+    """
     width = x[-1] if x else 0
     result = (*x[:-1], rows)
     tokens = math.prod(x[:-1])
+    halves = halves and _even(pattern, width) and (tokens > FEWEST or (pattern[0] <= 2 and pattern[1] in (4, 16)))
     fields = Fields(
         DTYPES.get(dtype, -1), *_two(pattern), 1, rows, width, 1, 1, tokens, 1, tokens, 1, 1, 1, 1, 0, 0, 1, 1, width, rows, 1,
-        ACTIVATIONS.get(activation, -1), int(tokens <= FEW),
+        ACTIVATIONS.get(activation, -1), int(tokens <= FEW), int(halves),
     )  # fmt: skip
     return _shapes((rows, width), pattern, 1, result, _contiguous(result), fields)
 
@@ -50,7 +57,7 @@ def of_linear(x: _Sizes, rows: int, pattern: _Sizes, dtype: torch.dtype, activat
 @lru_cache(maxsize=4096)
 def of_conv2d(
     x: _Sizes, last: bool, rows: int, pattern: _Sizes, dtype: torch.dtype, kernel: _Sizes, stride: _Sizes, padding: _Sizes,
-    dilation: _Sizes, groups: int, activation: str,
+    dilation: _Sizes, groups: int, activation: str, halves: bool = False,
 ) -> Shapes:  # fmt: skip
     """``x [batch, in, height, width]``, its channels innermost if ``last``. Raises NMError for what is no convolution."""
     if len(x) != 4 or groups < 1 or x[1] % groups or rows % groups:
@@ -64,9 +71,11 @@ def of_conv2d(
     if max(*kernel, *stride) == 1 and not any(padding):  # a linear: pixels are tokens
         pixels = height * width * (batch if last else 1)
         images = (1 if last else batch, 1, pixels, 1, pixels)
+    halves = halves and last and _even(pattern, channels // groups * math.prod(kernel))
     fields = Fields(
         DTYPES.get(dtype, -1), *_two(pattern), groups, rows // groups, channels // groups, *images, *_two(kernel),
         *_two(stride), *_two(padding), *_two(dilation), channels, rows, int(last), ACTIVATIONS.get(activation, -1), 0,
+        int(halves),
     )  # fmt: skip
     result = (batch, rows, out_h, out_w)
     strides = (rows * out_h * out_w, 1, out_w * rows, rows) if last else _contiguous(result)
@@ -85,7 +94,15 @@ def _shapes(weight: _Sizes, pattern: _Sizes, groups: int, result: _Sizes, stride
     known = Pattern(*_two(pattern))
     tiles, steps, words = sizes(weight, known, groups)
     values, codes, scales = (groups, tiles, steps, LANES), (groups, tiles, words, LANES), (groups, tiles, LANES)
-    return Shapes(weight, known, groups, values, codes, scales, result, strides, math.prod(result), fields.packed())
+    return Shapes(
+        weight, known, groups, values, codes, scales, result, strides, math.prod(result), bool(fields.halves), fields.packed()
+    )
+
+
+def _even(pattern: _Sizes, k: int) -> bool:
+    """Whether kept positions come in twos in every window of 32 along k, also in the last one (dots.h)."""
+    n, m = _two(pattern)
+    return m > 0 and 32 % m == 0 and (32 // m * n) % 2 == 0 and (k // m * n) % 2 == 0
 
 
 def _two(numbers: _Sizes) -> tuple[int, int]:
