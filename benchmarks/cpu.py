@@ -1,6 +1,7 @@
 """N:M weights on the CPU: single layers, few tokens and whole networks, packed against torch's dense ways in the same run.
 
     python benchmarks/cpu.py [--quick] [--threads 1] [--isa avx2] [--patterns 2:4,1:4] [--sections layers,tokens,nets]
+    python benchmarks/cpu.py --dtype bfloat16 --out results/cpu-bfloat16-1-thread.json ...
     python benchmarks/cpu.py --draw docs/cpu.svg results/cpu-nets-1-thread.json ...    # measures nothing
 
 Ratios are of medians, interleaved: layers in a hot loop, few tokens on cold weights, networks a tenth of a second at a turn,
@@ -37,24 +38,29 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def layers(patterns: Sequence[str], library: Library, peak: float, repeats: int, quick: bool) -> list[dict[str, Any]]:
+def layers(
+    patterns: Sequence[str], library: Library, peak: float, repeats: int, quick: bool, dtype: torch.dtype
+) -> list[dict[str, Any]]:
     """Print and return one table a pattern and kind."""
     from cpu_sections.layers import convolutions, linears
 
     found = []
     for text in patterns:
         pattern = Pattern.parse(text)
-        kinds: list[tuple[str, list[dict[str, Any]]]] = [("linears", linears(pattern, repeats=repeats))]
+        kinds: list[tuple[str, list[dict[str, Any]]]] = [("linears", linears(pattern, repeats=repeats, dtype=dtype))]
         for batch in (1,) if quick else (1, 8):
             kinds += [
-                (f"convolutions {size}x{size}, batch {batch}", convolutions(pattern, size, batch=batch, repeats=repeats))
+                (
+                    f"convolutions {size}x{size}, batch {batch}",
+                    convolutions(pattern, size, batch=batch, repeats=repeats, dtype=dtype),
+                )
                 for size in (1, 3)
             ]
         for kind, rows in kinds:
             ratios = [row["speedup"] for row in rows]
             mean, lowest = geometric_mean(ratios), min(ratios)
             print(f"\n{text} {kind}, {library.isa}: {mean:.2f}x in the geometric mean, lowest {lowest:.2f}x")
-            head = ["layer", "dense ms", "packed ms", "speed-up", "GFLOP/s left", "of peak"]
+            head = ["layer", "dense ms", "packed ms", "speed-up", "GFLOP/s left", "of float32's peak"]
             print(table(head, [_layer(row, peak) for row in rows]))
             found.append({"pattern": text, "kind": kind, "mean": geometric_mean(ratios), "rows": rows})
     return found
@@ -98,15 +104,17 @@ def tokens(patterns: Sequence[str], library: Library, reads: float, repeats: int
     return found
 
 
-def alone(name: str, pattern: str, repeats: int, threads: int, against: str) -> dict[str, Any]:
+def alone(name: str, pattern: str, repeats: int, threads: int, against: str, dtype: torch.dtype) -> dict[str, Any]:
     """A network, in the process that this is called in."""
     from cpu_sections.nets import net
 
     torch.set_num_threads(threads)
-    return net(name, pattern, repeats=repeats, against=against)
+    return net(name, pattern, repeats=repeats, against=against, dtype=dtype)
 
 
-def nets(patterns: Sequence[str], repeats: int, quick: bool, only: str, against: str) -> list[dict[str, Any]]:
+def nets(
+    patterns: Sequence[str], repeats: int, quick: bool, only: str, against: str, dtype: torch.dtype
+) -> list[dict[str, Any]]:
     """Print and return one table a pattern."""
     from cpu_sections.nets import NETS
 
@@ -117,7 +125,7 @@ def nets(patterns: Sequence[str], repeats: int, quick: bool, only: str, against:
         for name in names:
             print(f"measuring {name}", file=sys.stderr, flush=True)
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                rows.append(process.submit(alone, name, text, repeats, torch.get_num_threads(), against).result())
+                rows.append(process.submit(alone, name, text, repeats, torch.get_num_threads(), against, dtype).result())
         print(f"\n{text}, whole networks, ms")
         head = [
             "network",
@@ -150,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="*", help="a glob over the names of whole networks")
     parser.add_argument("--against", default="eager", choices=("eager", "inductor"), help="what networks are lowered against")
     parser.add_argument("--sections", default="layers,tokens,nets", help="which tables")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of layers and networks")
     parser.add_argument("--isa", default=None, help="portable, avx2 or avx512; the best by default")
     parser.add_argument("--draw", type=Path, nargs="+", help="a picture, and the results to draw")
     args = parser.parse_args(argv)
@@ -173,16 +182,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"one thread, {library.isa}: {machine['gflops']:.0f} GFLOP/s in registers, {reads}")
     patterns, wanted = args.patterns.split(","), args.sections.split(",")
     repeats = 3 if args.quick else 15
-    body: dict[str, Any] = {"isa": library.isa, "machine": machine}
+    dtype = getattr(torch, args.dtype)
+    body: dict[str, Any] = {"isa": library.isa, "dtype": args.dtype, "halves": library.halves, "machine": machine}
     if "layers" in wanted:
         peak = machine["gflops"] * args.threads
-        body["layers"] = layers(patterns, library, peak, repeats, args.quick)
+        body["layers"] = layers(patterns, library, peak, repeats, args.quick, dtype)
     if "tokens" in wanted:
         body["tokens"] = tokens(
             patterns[:1] if args.quick else patterns[:2], library, machine["gbytes in huge pages"], repeats
         )
     if "nets" in wanted:
-        body["nets"] = nets(args.nets.split(","), repeats, args.quick, args.only, args.against)
+        body["nets"] = nets(args.nets.split(","), repeats, args.quick, args.only, args.against, dtype)
     write(Path(args.out), started, body)
     return 0
 

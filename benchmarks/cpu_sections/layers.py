@@ -21,31 +21,38 @@ SPATIAL = [(64, 64, 56), (128, 128, 28), (256, 256, 14), (512, 512, 7)]
 """in, out, height and width: ResNet-50's."""
 
 
-def linears(pattern: Pattern, *, repeats: int) -> list[dict[str, Any]]:
-    """Each of `LINEARS` against F.linear and addmm of the turned weight; transposes are inside the packed time."""
+def linears(pattern: Pattern, *, repeats: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Each of `LINEARS` against F.linear and addmm of the turned weight; transposes are inside the packed time.
+
+    dtype: of data, weights and results.
+    """
     rows = []
     for tokens, width, out in LINEARS:
-        weight, x, bias = random_weight((out, width), pattern), torch.randn(tokens, width), torch.randn(out)
-        turned, packed = weight.t().contiguous(), pack(weight, pattern)
+        weight, x, bias = (
+            random_weight((out, width), pattern).to(dtype),
+            torch.randn(tokens, width).to(dtype),
+            torch.randn(out),
+        )
+        turned, packed, own = weight.t().contiguous(), pack(weight, pattern, dtype=dtype), bias.to(dtype)
         work: dict[str, Any] = {
-            "linear": partial(functional.linear, x, weight, bias),
-            "addmm": partial(torch.addmm, bias, x, turned),
+            "linear": partial(functional.linear, x, weight, own),
+            "addmm": partial(torch.addmm, own, x, turned),
             "packed": linear(packed, x, bias),
         }
         rows.append(_row(f"{tokens} tokens, {width} to {out}", work, tokens * width * out * 2 * pattern.density, repeats))
     return rows
 
 
-def convolutions(pattern: Pattern, size: int, *, batch: int, repeats: int) -> list[dict[str, Any]]:
+def convolutions(pattern: Pattern, size: int, *, batch: int, repeats: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     """1x1 or 3x3, both ways in both layouts: the best packed against the best dense one."""
     rows = []
     for inputs, out, side in POINTWISE if size == 1 else SPATIAL:
-        weight, bias = random_weight((out, inputs, size, size), pattern), torch.randn(out)
-        x, packed = torch.randn(batch, inputs, side, side), pack(weight, pattern)
+        weight, bias = random_weight((out, inputs, size, size), pattern).to(dtype), torch.randn(out)
+        x, packed = torch.randn(batch, inputs, side, side).to(dtype), pack(weight, pattern, dtype=dtype)
         work: dict[str, Any] = {}
         for name, form in (("rows", torch.contiguous_format), ("channels last", torch.channels_last)):
             there, kernel = x.contiguous(memory_format=form), weight.contiguous(memory_format=form)
-            work[f"dense {name}"] = partial(functional.conv2d, there, kernel, bias, padding=size // 2)
+            work[f"dense {name}"] = partial(functional.conv2d, there, kernel, bias.to(dtype), padding=size // 2)
             work[f"packed {name}"] = convolution(packed, there, bias)
         flops = batch * side * side * inputs * out * size * size * 2 * pattern.density
         rows.append(_row(f"{size}x{size}, {inputs} to {out}, {batch}x{side}x{side}", work, flops, repeats))

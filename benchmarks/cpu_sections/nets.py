@@ -93,15 +93,16 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }
 
 
-def net(name: str, pattern: str, *, repeats: int, against: str) -> dict[str, Any]:
+def net(name: str, pattern: str, *, repeats: int, against: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Medians in ms, and speed-up over inductor and over eager, which runs in both layouts where there are two.
 
     against: "eager", or "inductor": what `nm.lower` times packed against; where packed loses, the result is dense.
-    Packed is lowered and nothing else; "packed, inductor" is torch.compile of that.
+    dtype: of weights and data. Packed is lowered and nothing else; "packed, inductor" is torch.compile of that.
     """
     build, inputs = NETS[name]
     torch.manual_seed(0)
-    model, x = build().eval(), inputs()
+    model, x = build().eval().to(dtype), inputs()
+    x = x.to(dtype) if x.is_floating_point() else x
     everything = ["*"] if "block" in name else []  # a block of a larger model has neither stem nor head
     model = nm.freeze(nm.compile(model, (x,), pattern=pattern, method=nm.Magnitude(), include=everything)).eval()
     lowered = nm.lower(model, (x,), backend="cpu", pattern=pattern, options={"against": against})

@@ -22,6 +22,8 @@ COLD = 256 * 2**20
 def tokens(pattern: Pattern, count: int, library: Library, *, repeats: int) -> list[dict[str, Any]]:
     """Float32, bfloat16 and int8 values against F.linear in float32 and in bfloat16, and what one thread reads between them.
 
+    Data are bfloat16 where values are, as in a model of bfloat16, and else float32.
+
     "of reading": bytes a second of the packed product over those of a plain read of as many bytes, as cold, in huge pages.
     """
     rows = []
@@ -37,7 +39,8 @@ def tokens(pattern: Pattern, count: int, library: Library, *, repeats: int) -> l
             packed = pack(weight, pattern, dtype=dtype)
             many = max(2, COLD // packed.nbytes)
             copies = [lying_as_lowered(packed) for _ in range(many)]
-            work[name], sizes[name] = _in_turn([linear(copy, x) for copy in copies]), packed.nbytes
+            data = half_x if dtype == torch.bfloat16 else x
+            work[name], sizes[name] = _in_turn([linear(copy, data) for copy in copies]), packed.nbytes
             if dtype == torch.float32:
                 others = [lying_as_lowered(packed).values for _ in range(many)]  # what a product just read would not be cold
                 work["read"], sizes["read"] = (

@@ -5,8 +5,9 @@
 x is float32 (bfloat16 and float16 are converted there and back); sums are float32. Up to 24 tokens a linear reads every
 weight once and leaves x where it is; beyond that x is packed into panels, stays as it is, or both (few.h; panel.h, lanes.h and
 mixed.h). bfloat16 x with bfloat16 values stay what they are where the processor multiplies them, two pairs in one operation
-(few_dots.h, dots.h); it takes denormal numbers for zeros then, as torch's own products do. Results of convolutions have the memory format of x. A position that was pruned is not read: where a dense product
-makes 0 * inf = NaN of it, this one does not. Inference only: there is no gradient.
+(few_dots.h, dots.h); it takes denormal numbers for zeros then, as torch's own products do. Results of convolutions have the
+memory format of x. A position that was pruned is not read: where a dense product makes 0 * inf = NaN of it, this one does not.
+Inference only: there is no gradient.
 
 They are defined without `torch.library.custom_op`, whose wrapper takes longer than a small product.
 """
