@@ -126,6 +126,13 @@ static inline __attribute__((always_inline)) vu pair_codes(const int bits, vu no
     return bits == 2 ? (vu)_mm512_permutexvar_epi32((__m512i)now, (__m512i)twos) : (now & mask) | (now >> bits & mask) << 16;
 }
 
+/* Codes beyond ``last`` are clamped, so that nothing else is ever read, and ``wrong`` is set: `clamped` of two at once. */
+static inline __attribute__((always_inline)) vu within(vu code, int last, vu *wrong) {
+    const vu found = (vu)_mm512_min_epu16((__m512i)code, _mm512_set1_epi16((short)last));
+    *wrong |= code ^ found;
+    return found;
+}
+
 /* Values of two steps beside each other, for each of 16 rows. */
 static inline void pair_values(int64_t pairs, const char *values, uint32_t *to) {
     for (int64_t p = 0; p < pairs; p++) {
@@ -144,18 +151,13 @@ static void pair_bases(const nm_job *j, uint32_t *bases) {
 static inline __attribute__((always_inline)) int pair_places_of(const nm_job *j, const int bits, const int checked, const uint32_t *codes,
         const uint32_t *bases, int64_t step0, int64_t count, uint32_t *at) {
     const int64_t a_word = 32 / bits, a_window = DOTS_WINDOW / j->m * j->n / 2;
-    const __m512i last = _mm512_set1_epi16((short)(j->m - 1));
     int64_t left = a_word - step0 % a_word, in_window = 0;
     const uint32_t *word = codes + step0 / a_word * NM_LANES;
     vu now = *(const vuu *)word >> (uint32_t)((a_word - left) * bits), wrong = {0};
     for (int64_t pair = 0; pair < count / 2; pair++, left -= 2) {
         if (!left) word += NM_LANES, now = *(const vuu *)word, left = a_word;
         vu code = pair_codes(bits, now);
-        if (checked) {
-            const vu within = (vu)_mm512_min_epu16((__m512i)code, last);
-            wrong |= code ^ within;
-            code = within;
-        }
+        if (checked) code = within(code, (int)j->m - 1, &wrong);
         *(vuu *)(at + pair * NM_LANES) = code + bases[in_window];
         now >>= 2 * bits;
         if (++in_window == a_window) in_window = 0;

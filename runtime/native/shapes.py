@@ -46,7 +46,7 @@ def of_linear(x: _Sizes, rows: int, pattern: _Sizes, dtype: torch.dtype, activat
     width = x[-1] if x else 0
     result = (*x[:-1], rows)
     tokens = math.prod(x[:-1])
-    halves = halves and _even(pattern, width) and (tokens > FEWEST or (pattern[0] <= 2 and pattern[1] in (4, 16)))
+    halves = halves and _even(pattern, width) and (tokens > FEWEST or (pattern[0] <= 2 and pattern[1] in (4, 8, 16)))
     fields = Fields(
         DTYPES.get(dtype, -1), *_two(pattern), 1, rows, width, 1, 1, tokens, 1, tokens, 1, 1, 1, 1, 0, 0, 1, 1, width, rows, 1,
         ACTIVATIONS.get(activation, -1), int(tokens <= FEW), int(halves),
