@@ -52,6 +52,10 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 """Of the check after lowering: relative, in the norm of every output."""
 
 
+_RANKS = ("topk", "sort", "argsort", "argmax", "argmin", "kthvalue", "nonzero", "multinomial")
+"""Ops behind which a small difference can be a large one."""
+
+
 @in_turn
 def lower(
     model: nn.Module,
@@ -258,9 +262,21 @@ def _check(lowered: Lowered, wanted: Any, given: Any, dtype: torch.dtype) -> Non
         raise NMError(
             f"lowered to {lowered.backend}, the outputs differ from the model's by {error:.2g} (relative; up to {bound:.2g} "
             f"is normal for {dtype_name(dtype)}). Try dtype=torch.bfloat16 or float32 if values overflow, "
-            "exclude=[...] to find the layer, or check=False if you know better"
+            f"exclude=[...] to find the layer, or check=False if you know better{_ranked(lowered)}"
         )
     lowered.__dict__["error"] = error
+
+
+def _ranked(lowered: Lowered) -> str:
+    """What else may be the matter, if outputs follow the order of results: of a detector's best queries, say."""
+    nodes = lowered.result.run.graph.nodes if isinstance(lowered.result.run, GraphModule) else ()
+    found = sorted({name for node in nodes if (name := getattr(node.target, "_opname", "")) in _RANKS})
+    if not found:
+        return ""
+    return (
+        f". forward() ranks what it has computed ({', '.join(found)}): of two that are nearly equal, rounding decides which "
+        "is the first. To see whether it is only that, lower model.double() with backend='dense'"
+    )
 
 
 def _floats(values: Any) -> Iterator[Tensor]:

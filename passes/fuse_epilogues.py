@@ -6,7 +6,8 @@
     %z = aten.relu(%s)
 
 An addition of the same shape first, then an activation, each only where nobody else reads what comes before it. Reshapes in
-between are looked through: additions and activations do not care for the shape. Dropouts of evaluation are nothing.
+between are looked through: additions and activations do not care for the shape, and activations not for the order of axes.
+Dropouts of evaluation are nothing.
 The product moves to where it is activated, so nothing on the way may write into a tensor: it could be one that it reads.
 """
 
@@ -23,7 +24,10 @@ aten = torch.ops.aten
 
 PACKED = (LINEAR, CONV2D)
 ADD = (aten.add.Tensor, aten.add_.Tensor)
-RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+RESHAPES = (
+    aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+)  # fmt: skip
+_TURNS = (aten.permute.default, aten.contiguous.default)
 _PLAIN = {
     aten.relu.default: "relu", aten.relu_.default: "relu", aten.silu.default: "silu", aten.silu_.default: "silu",
     aten.relu6.default: "relu6", aten.relu6_.default: "relu6", aten.hardswish.default: "hardswish",
@@ -55,11 +59,11 @@ def _fuse(gm: GraphModule, product: Node) -> bool:
 
 
 def next_step(product: Node) -> tuple[list[Node], Node | None]:
-    """Reshapes and dropouts behind the product that nobody else reads, and what reads the last of them."""
+    """Reshapes, turns and dropouts behind the product that nobody else reads, and what reads the last of them."""
     between, at = list[Node](), product
     while len(at.users) == 1:
         (user,) = at.users
-        if user.args[:1] != (at,) or (user.target not in RESHAPES and not _nothing(user)):
+        if user.args[:1] != (at,) or (user.target not in (*RESHAPES, *_TURNS) and not _nothing(user)):
             return between, user
         between.append(user)
         at = user
@@ -93,7 +97,8 @@ def activation_of(step: Node) -> str | None:
 def _added(product: Node, between: list[Node], step: Node) -> Node | None:
     """What is added to the product, if all of it can be: the same shape and dtype, unscaled."""
     last = between[-1] if between else product
-    if step.target not in ADD or product.args[_RESIDUAL] is not None or step.kwargs.get("alpha", 1) != 1:
+    turned = any(each.target in _TURNS for each in between)
+    if turned or step.target not in ADD or product.args[_RESIDUAL] is not None or step.kwargs.get("alpha", 1) != 1:
         return None
     first, second = step.args[0], step.args[1]
     other: Any = second if first is last else first

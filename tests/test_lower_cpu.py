@@ -39,6 +39,7 @@ from nm_compiler.runtime.native.measuring import (
 )
 from nm_compiler.runtime.native.ops import CONV2D, LINEAR
 from nm_compiler.runtime.native.packing import pack
+from nm_compiler.runtime.native.volumes import Volume
 from nm_compiler.runtime.native.whole import Whole, compared
 from nm_compiler.solvers.masks import masked
 
@@ -396,6 +397,75 @@ def test_convolutions_along_one_axis_are_packed_with_all_that_they_are_called_wi
     found = rows(lowered)
     assert {name for name, row in found.items() if row.status == "sparse"} == {"2.weight", "4.weight", "5.weight"}
     assert found["6.weight"].reason.startswith("conv1d with this padding or number of axes")
+
+
+VOLUMES: dict[str, dict[str, Any]] = {
+    "3x1x1": {"kernel_size": (3, 1, 1), "padding": (1, 0, 0), "stride": (2, 2, 3)},
+    "1x1x3": {"kernel_size": (1, 1, 3), "stride": (2, 1, 1)},
+    "1x3x1": {"kernel_size": (1, 3, 1), "padding": (0, 1, 0)},
+    "1x3x3": {"kernel_size": (1, 3, 3), "padding": (0, 1, 1), "stride": (2, 1, 2)},
+    "3x3x1": {"kernel_size": (3, 3, 1), "dilation": (1, 2, 1), "groups": 2},
+    "1x1x1": {"kernel_size": 1, "stride": 2},
+    "1x1x1 in a border": {"kernel_size": 1, "padding": 1},
+    "3x3x3": {"kernel_size": 3, "padding": "same", "bias": False},
+    "4x2x3": {"kernel_size": (4, 2, 3), "stride": (3, 1, 2), "padding": (2, 0, 1), "dilation": (1, 2, 1), "groups": 2},
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", [pytest.param(each, marks=pytest.mark.ci(here=["1x3x3", "4x2x3"])) for each in VOLUMES])
+def test_convolutions_over_three_axes_are_packed_as_images(kernel: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv3d(3, 8, 1), nn.Conv3d(8, 16, **VOLUMES[kernel]), nn.ReLU(), nn.Conv3d(16, 4, 1))
+    x = torch.randn(2, 3, 7, 9, 8)
+    free = dict.fromkeys((0, 2, 3, 4), torch.export.Dim.AUTO)
+    model = frozen(net, x)
+    for lowered in (forced(model, x), forced(model, x, dynamic_shapes=(free,))):
+        assert not any(node.target is torch.ops.aten.relu.default for node in lowered.run.graph.nodes), "products activate"
+        for batch in (2, 1, 0):
+            data = torch.randn(batch, 3, 7, 9, 8)
+            torch.testing.assert_close(lowered(data), model(data), rtol=1e-5, atol=1e-5)
+            assert lowered(data).is_contiguous()
+    other = torch.randn(1, 3, 8, 7, 11)
+    torch.testing.assert_close(lowered(other), model(other), rtol=1e-5, atol=1e-5)
+    (row,) = [row for row in nm.report(lowered).rows if row.status == "sparse"]
+    assert (row.name, row.kernel) == ("1.weight", "CPU packed 2:4")
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", ["1x3x3", "3x3x3"])
+def test_volumes_may_have_channels_innermost_and_stay_in_bfloat16(kernel: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv3d(3, 8, 3), nn.Conv3d(8, 16, **VOLUMES[kernel]), nn.SiLU())
+    last = torch.channels_last_3d
+    x = torch.randn(2, 3, 7, 9, 8).contiguous(memory_format=last)
+    model = frozen(net, x, include=["*"], exclude=["0.*"]).to(memory_format=last)
+    lowered = forced(model, x)
+    torch.testing.assert_close(lowered(x), model(x), rtol=1e-5, atol=1e-5)
+    half = forced(model, x, dtype=torch.bfloat16)
+    assert half(x).dtype == torch.bfloat16
+    torch.testing.assert_close(half(x).float(), model(x), rtol=3e-2, atol=3e-2)
+
+
+class Shortcut(nn.Module):
+    """A weight that is called with two paddings, an addition of volumes and an activation of the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv3d(3, 8, 1), nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0)), nn.Conv3d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        wide = functional.conv3d(stem, self.conv.weight, None, padding=1)[..., 1:-1, 1:-1]
+        return self.head(torch.relu(stem + self.conv(stem) + wide))
+
+
+@needs_kernels
+def test_volumes_are_added_as_they_lie_and_a_weight_may_be_padded_in_two_ways() -> None:
+    model = frozen(Shortcut(), x := torch.randn(2, 3, 5, 6, 7))
+    lowered = forced(model, x)
+    torch.testing.assert_close(lowered(x), model(x), rtol=1e-5, atol=1e-5)
+    assert len(packed_nodes(lowered)) == 4, "one where the kernel is a view, and one for each of its frames"
 
 
 @needs_kernels
@@ -759,10 +829,13 @@ def test_all_ways_that_are_measured_compute_the_same() -> None:
         ((32, 16), (2, 5, 16), None),
         ((32, 8, 3, 3), (2, 16, 7, 6), Conv((2, 1), (1, 1), (1, 1), 2, False)),
         ((32, 16, 3), (2, 16, 9), Conv((1, 2), (0, 1), (1, 1), 1, True)),
+        ((32, 8, 3, 1, 1), (2, 16, 7, 6, 5), Volume((3, 1, 1), (2, 1, 1), (1, 0, 0), (1, 1, 1), 2)),
+        ((32, 8, 3, 3, 2), (2, 16, 7, 6, 5), Volume((3, 3, 2), (2, 1, 2), (1, 0, 1), (1, 2, 1), 2)),
     ):
         weight, x = masked(torch.randn(shape), pattern=at, axis=1), torch.randn(size)
-        packed = pack(weight, at, conv_groups=1 if conv is None else conv.groups)
-        assert torch.equal(unpack(packed), weight)
+        parts = conv.parts(weight) if isinstance(conv, Volume) else [weight]
+        packed = [pack(part, at, conv_groups=1 if conv is None else conv.groups) for part in parts]
+        assert all(torch.equal(unpack(each), part) for each, part in zip(packed, parts, strict=True))
         given = (weight, x, bias) if conv is None else (weight, x, bias, conv)
         eager, prepacked = (_linear_ways, _linear_prepacked) if conv is None else (_conv_ways, _conv_prepacked)
         wanted = _sparse(packed, x, bias, conv)()

@@ -776,6 +776,15 @@ def test_outputs_that_differ_after_lowering_are_an_error_with_a_way_out(monkeypa
     with pytest.raises(nm.NMError, match=r"lowered to dense, the outputs differ from the model's by .*exclude=\[\.\.\.\]"):
         nm.lower(model, x, backend="dense")
     assert nm.lower(model, x, backend="dense", check=False).error is None
+    model = nn.Sequential(model, Largest())
+    ranks = r"exclude=.*check=False if you know better\. forward\(\) ranks what it has computed \(topk\): .* model\.double\(\)"
+    with pytest.raises(nm.NMError, match=ranks):
+        nm.lower(model, x, backend="dense")
+
+
+class Largest(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.topk(2).values
 
 
 class Padded(nn.Module):

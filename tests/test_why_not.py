@@ -225,10 +225,9 @@ def on_cpu(
     op: Any = torch.ops.aten.linear.default, axes: int = 0, dtype: torch.dtype = torch.float32, pattern: str = "2:4"
 ) -> str:
     value = SimpleNamespace(meta={"val": torch.empty([4] * (axes + 2), device="meta")})
-    name = "conv3d" if axes == 3 else "linear"
-    (found,) = of_cpu(
-        Planned(name, "w", replace(site(pattern=pattern), op=name), dtype), SimpleNamespace(target=op, args=(value, value))
-    )
+    name = "conv2d" if axes else "linear"
+    node = SimpleNamespace(target=op, args=(value, value, None, 1, "same"), kwargs={})
+    (found,) = of_cpu(Planned(name, "w", replace(site(pattern=pattern), op=name), dtype), node)
     return found
 
 
@@ -350,7 +349,7 @@ LOWERING: list[tuple[str, Callable[[], Any]]] = [
 CPU: list[tuple[str, Callable[[], Any]]] = [
     ("M = 64, and the CPU kernels take M up to 32: choose a pattern with a smaller M", lambda: on_cpu(pattern="2:64")),
     ("float64, and the CPU kernels take float32 and bfloat16: say dtype=torch.float32", lambda: on_cpu(dtype=torch.float64)),
-    ("conv3d with this padding or number of axes, and the CPU kernels take one or two axes, padded evenly: pad the data first, or write it as a linear", lambda: on_cpu(torch.ops.aten.conv3d.default, 3)),
+    ("conv2d with this padding or number of axes, and the CPU kernels take one to three, padded evenly: pad the data first, or write it as a linear", lambda: on_cpu(torch.ops.aten.conv2d.padding, 2)),
     ("measured 0.50x of dense at 2 tokens", lambda: measured_on_cpu(MLP(), example(MLP()), "fc2.weight").reasons[0]),
     ("measured 0.50x of dense at inputs of [2, 4, 3, 3]", lambda: measured_on_cpu(nn.Conv2d(4, 8, 1), torch.randn(2, 4, 3, 3), "weight").reasons[0]),
     ("measured 0.50x of dense in the whole graph", lambda: cpu_backend._undone(Decision("CPU packed 2:4"), Whole({"eager": 1.0, "packed": 2.0})).reasons[0]),

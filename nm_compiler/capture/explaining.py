@@ -28,6 +28,7 @@ _UNKNOWN_OUTPUT = (
     "torch.export takes outputs of types that it knows: return a tuple or a dict, or say once what yours holds, with "
     "torch.export.register_dataclass for a dataclass or torch.utils._pytree.register_pytree_node."
 )
+_FRAME = "Caused by: "  # the innermost frame, of torch or of this package, where the user's line is known
 _CACHE = "Pass use_cache=False, or set config.use_cache = False: torch.export knows no caches of Hugging Face's models."
 _UNKNOWN_INPUT = (
     "torch.export takes inputs of types that it knows: pass tensors, tuples or dicts, or say once what yours holds, with "
@@ -38,9 +39,10 @@ _UNKNOWN_INPUT = (
 def explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> str:
     """Why a model could not be captured, in words: the call, the error, the line of the user's code, and the way out."""
     message = str(error).strip().split("\n\nWhile executing")[0].strip()
-    short = "\n  ".join(message.splitlines()[:6]) or type(error).__name__
     mode = "training" if training else "evaluation"
     line = user_line(traceback.extract_tb(error.__traceback__))
+    lines = [each for each in message.splitlines() if not (line and each.startswith(_FRAME))]
+    short = "\n  ".join(lines[:6]) or type(error).__name__
     return (
         f"{type(model).__name__} could not be captured in {mode} mode with inputs {describe(args, kwargs)}\n"
         f"  {type(error).__name__}: {short}\n" + (f"  at {line}\n" if line else "") + _way_out(error)

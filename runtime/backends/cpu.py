@@ -19,14 +19,14 @@ from nm_compiler.memory import give_back, keep_freed
 from nm_compiler.passes.channels_last import channels_last
 from nm_compiler.passes.fuse_dense import fuse_dense
 from nm_compiler.passes.fuse_epilogues import fuse_epilogues
-from nm_compiler.passes.lower_cpu import lower_cpu
+from nm_compiler.passes.lower_cpu import lower_cpu, parts_of
 from nm_compiler.passes.pool_channels_last import pool_channels_last
 from nm_compiler.passes.unflatten_tokens import unflatten_tokens
 from nm_compiler.pattern import matches
 from nm_compiler.runtime.backends.base import Backend, Job, Result
 from nm_compiler.runtime.choose import Choices, Timing, key_of
 from nm_compiler.runtime.memory_format import lies_in_channels_last
-from nm_compiler.runtime.native.eligible import DTYPES, geometry, reasons
+from nm_compiler.runtime.native.eligible import DTYPES, geometry, reasons, volume_of
 from nm_compiler.runtime.native.library import digest, load
 from nm_compiler.runtime.native.measuring import timed
 from nm_compiler.runtime.native.packing import pack, packed_bytes
@@ -153,7 +153,7 @@ def _measurement(
     """What it is known under, and how it is taken. The weight is computed and packed only if it is."""
     given = arguments_of(node)["bias"]
     bias = None if given is None else value_of(job.gm, given).detach()
-    conv = None if product.site.op == "linear" else geometry(node)
+    conv = None if product.site.op == "linear" else geometry(node) or volume_of(node)
     key = key_of(
         weight.device, kernel=kernel, weight=tuple(weight.shape), input=tuple(x.shape), strides=x.stride(), conv=conv,
         bias=bias is not None, dtype=weight.dtype, isa=getattr(load(), "isa", ""), kernels=digest(),
@@ -163,7 +163,8 @@ def _measurement(
     def measure() -> Timing:
         value = value_if_scaled(weight)
         site, dtype = product.site, wish.values or weight.dtype
-        packed = pack(value, site.pattern, conv_groups=site.conv_groups, dtype=dtype)
+        parts = parts_of(value, volume_of(node)) if conv is not None else [value]
+        packed = [pack(part, site.pattern, conv_groups=site.conv_groups, dtype=dtype) for part in parts]
         return timed(value, packed, x, bias, conv, inductor=wish.inductor)
 
     return key, measure

@@ -9,6 +9,7 @@ pages      packed weights in huge pages
 shapes     what a product's shapes decide, worked out once for each
 ops        ``nm::packed_linear`` and ``nm::packed_conv2d``
 eligible   which products they take, and why not the others
+volumes    convolutions over three axes as products over two
 measuring  a product timed, packed and dense
 whole      a graph timed, packed and dense
 """
