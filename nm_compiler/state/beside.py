@@ -134,15 +134,20 @@ def of_another(model: nn.Module, parts: Iterable[str]) -> list[str]:
     ]
 
 
-def register(model: nn.Module, extras: Mapping[str, Tensor]) -> None:
-    """Register state by full name; Parameters as parameters, the rest as persistent buffers. All or nothing.
-
-    Raises NMError if the model uses one of the names itself.
-    """
-    for name in extras:
+def check_free(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise NMError if the model uses one of the ``names`` of state itself."""
+    for name in names:
         path, _, leaf = name.rpartition(".")
         if hasattr(model.get_submodule(path), leaf):
             raise NMError(f"the model has an attribute {name!r} of its own, a name this method needs: rename it")
+
+
+def register(model: nn.Module, extras: Mapping[str, Tensor]) -> None:
+    """Register state by full name; Parameters as parameters, the rest as persistent buffers.
+
+    Raises NMError, nothing registered, if the model uses one of the names itself.
+    """
+    check_free(model, extras)
     for name, value in extras.items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
