@@ -143,7 +143,10 @@ def _how_far(module: Carrier) -> str:
     if step == 0:
         return f"Its SparsityScheduler has counted none of {total} steps: call its step() after every optimizer.step()"
     if step == total:
-        return f"All {total} steps are over, so this state was loaded from before masks are decided: load some from after that"
+        return (
+            f"All {total} steps are over, so this state was loaded from before masks are decided: load some from after that. "
+            "Or the last step() was interrupted: call it once more"
+        )
     return f"Its SparsityScheduler has counted {step} of {total} steps: train on"
 
 

@@ -38,7 +38,7 @@ from nm_compiler.pattern import PatternMap
 from nm_compiler.sites.plan import Plan, Site
 from nm_compiler.state.attaching import attach_state, detach_state, recipe_tag, state_names
 from nm_compiler.state.averaged import Copied, checked_copy
-from nm_compiler.state.beside import MARK, RECIPE, Weight, check_free, gone, read_recipe
+from nm_compiler.state.beside import MARK, RECIPE, Weight, check_free, check_there, gone, read_recipe
 from nm_compiler.state.loading import check_values, compare, keep_state, start_afresh
 from nm_compiler.state.sharding import cut_like, parts, reshard
 from nm_compiler.wording import several
@@ -332,7 +332,7 @@ class Prepared:
 
     def masked_parameters(self) -> dict[str, Tensor]:
         """The model's own parameters by name, planned weights as their masks leave them; what `verify` looks at."""
-        reshard(self.origin)
+        check_there(self.weights)
         state = set(self.state_names())
         own = {name: p.detach() for name, p in self.origin.named_parameters() if name not in state}
         return {name: cut_like(self.masked(name)[0], p) if name in self.sites else p for name, p in own.items()}

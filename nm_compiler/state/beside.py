@@ -87,6 +87,12 @@ def gone(name: str) -> NMError:
     )
 
 
+def check_there(weights: Iterable[Weight]) -> None:
+    """Raise NMError for a planned weight that is no parameter of its layer any more."""
+    for weight in weights:
+        _ = weight.param
+
+
 def check_apart(weights: Iterable[Weight], suffixes: Callable[[Site], tuple[str, ...]]) -> None:
     """Raise NMError for two planned weights that became one tensor after they were planned, and have a mask each.
 
