@@ -9,6 +9,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from nm_compiler.alone import unwatch
 from nm_compiler.axes.outputs import Outputs
 from nm_compiler.capture.exported import Exported
 from nm_compiler.capture.preparing import captured, globs
@@ -26,7 +27,8 @@ from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.permuting import Order, reorder
 from nm_compiler.recipe import pipeline
 from nm_compiler.sites.plan import Plan, find
-from nm_compiler.state.attaching import attach_state, check_weights, detach_state
+from nm_compiler.state.attaching import attach_state, check_weights, detach_state, state_names
+from nm_compiler.state.beside import check_free
 from nm_compiler.unwrapping import unwrap
 
 M = TypeVar("M", bound=nn.Module)
@@ -125,20 +127,22 @@ def compile(
     notes = check_hooks(model) if isinstance(routes[True], Exported) else ()
     plan = find(model, [route.whole for route in routes.values()], patterns, **named)
     check_weights(model, plan.sites, method)
+    check_free(model, state_names(plan, method))
     moved, chosen = None, method
-    if permute is not None:
-        kept = _importances(model, plan, method)
-        options: dict[str, Any] = {"budget_s": budget_s, "backward": method.backward_share, "importance": kept or None}
-        moved = reorder(model, routes, plan, permute, outputs, seed=seed, along=kept, **options)
-        chosen = replace(method, importance=kept) if kept and isinstance(method, Magnitude) else method
-    attach_state(model, plan, chosen)
     try:
+        if permute is not None:
+            kept = _importances(model, plan, method)
+            options: dict[str, Any] = {"budget_s": budget_s, "backward": method.backward_share, "importance": kept or None}
+            moved = reorder(model, routes, plan, permute, outputs, seed=seed, along=kept, **options)
+            chosen = replace(method, importance=kept) if kept and isinstance(method, Magnitude) else method
+        attach_state(model, plan, chosen)
         for route in routes.values():
             route.rewrite(pipeline(method, plan.sites), plan)
         notes = (*(() if moved is None else moved.notes), *notes)
         return SparseModule(model, routes, plan, method, seed, notes=notes, alone=tuple(alone))
     except BaseException:
         detach_state(model, plan, method)
+        unwatch(model)
         if moved is not None:
             moved.undo(model)
         raise

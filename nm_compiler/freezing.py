@@ -1,8 +1,9 @@
 """freeze: the masks go into the weights, and the user's own module comes back.
 
-    decided?  ──►  every mask exactly N:M?  ──►  zeros in the weights  ──►  state and graphs gone
+    decided?  ──►  every mask exactly N:M?  ──►  zeros in the weights  ──►  plain graphs beside  ──►  state and graphs gone
 
-Nothing is written before all checks have passed.
+Nothing is written before all checks have passed, and what was written is put back if anything fails, Ctrl-C too, before the
+last step. That one is gone through to its end.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 
+from nm_compiler.capture.binding import bind, flat_copy
 from nm_compiler.capture.turns import in_turn
 from nm_compiler.carrier import Carrier
 from nm_compiler.errors import NMError
@@ -42,7 +45,9 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
     """
     module = unwrap(sparse)
     if module.frozen:
-        raise NMError("this model is frozen already: use what the first nm.freeze returned")
+        raise NMError(
+            "this model is frozen already: use what the first nm.freeze returned, the model that nm.compile was given"
+        )
     weights = module.ready()
     cut = next((weight for weight in weights if is_sharded(weight.param)), None)
     if cut is not None:
@@ -52,32 +57,69 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
     open_ones = [weight for weight in weights if not module.method.is_settled(weight)]
     if open_ones and not finish:
         raise _undecided(module, open_ones, len(weights))
-    _settle(module, open_ones)
-    values: dict[int, Tensor] = {}
-    for gm in module.programs():
-        masked_values(gm, values)
-    for gm in module.programs():
-        run(gm, freezing(module.plan.sites, values))
-    module.retire()
+    before, plain = list[tuple[Tensor, Tensor]](), list[tuple[GraphModule, Graph]]()
+    try:
+        _settle(module, open_ones, before)
+        programs = module.programs()
+        _write(programs, before)
+        plain = [(gm, _plain(gm, module)) for gm in programs]
+        _finish(module, plain)
+    except BaseException:
+        if plain:
+            _finish(module, plain)
+        else:
+            _put_back(before)
+        raise
     model: nn.Module = module.origin
     return model
 
 
-def _settle(module: Carrier, open_ones: Sequence[Weight]) -> None:
-    """Decide the masks of ``open_ones``, then look at all masks. Raises NMError, the state as it was, if one is not N:M."""
+def _settle(module: Carrier, open_ones: Sequence[Weight], before: list[tuple[Tensor, Tensor]]) -> None:
+    """Decide the masks of ``open_ones``, then look at all masks. Raises NMError if one is not N:M.
+
+    before: gets the state that is written to, and what it was.
+    """
     method = module.method
     state = [weight[suffix] for weight in open_ones for suffix in method.suffixes(weight.site)]
-    before = [(tensor, tensor.detach().clone()) for tensor in state if not learns(tensor)]
-    try:
-        with torch.no_grad():
-            for weight in open_ones:
-                method.settle(weight)
-        _check_settled(method, open_ones)
-        _check_masks(module)
-    except BaseException:
-        for tensor, value in before:
-            tensor.copy_(value)
-        raise
+    before += [(tensor, tensor.detach().clone()) for tensor in state if not learns(tensor)]
+    with torch.no_grad():
+        for weight in open_ones:
+            method.settle(weight)
+    _check_settled(method, open_ones)
+    _check_masks(module)
+
+
+@torch.no_grad()
+def _write(programs: Sequence[GraphModule], before: list[tuple[Tensor, Tensor]]) -> None:
+    """Write what every masked weight becomes. before: gets the weights, and what they were, in the memory of the other."""
+    values: dict[int, tuple[Tensor, Tensor]] = {}
+    for gm in programs:
+        masked_values(gm, values)
+    for parameter, value in values.values():
+        was = parameter.detach().clone()
+        before.append((parameter, was))
+        parameter.copy_(value)
+        value.copy_(was)
+        before[-1] = parameter, value
+
+
+def _plain(gm: GraphModule, module: Carrier) -> Graph:
+    """A copy of the graph, without masks, over weights that hold what these leave of them."""
+    graph: Graph = run(bind(flat_copy(gm.graph), module.origin, gm.__dict__["extras"]), freezing(module.plan.sites)).graph
+    return graph
+
+
+def _finish(module: Carrier, plain: Sequence[tuple[GraphModule, Graph]]) -> None:
+    """Put the plain graphs in their places and take the state off; once more where it was interrupted."""
+    for gm, graph in plain:
+        gm.graph = graph
+    module.retire()
+
+
+@torch.no_grad()
+def _put_back(before: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in reversed(before):
+        tensor.copy_(value)
 
 
 def _undecided(module: Carrier, open_ones: Sequence[Weight], count: int) -> NMError:
@@ -101,7 +143,10 @@ def _how_far(module: Carrier) -> str:
     if step == 0:
         return f"Its SparsityScheduler has counted none of {total} steps: call its step() after every optimizer.step()"
     if step == total:
-        return f"All {total} steps are over, so this state was loaded from before masks are decided: load some from after that"
+        return (
+            f"All {total} steps are over, so this state was loaded from before masks are decided: load some from after that. "
+            "Or the last step() was interrupted: call it once more"
+        )
     return f"Its SparsityScheduler has counted {step} of {total} steps: train on"
 
 

@@ -28,7 +28,7 @@ from nm_compiler.recipe import pipeline
 from nm_compiler.sites.plan import Plan
 from nm_compiler.state.attaching import detach_state, recipe_tag, state_names
 from nm_compiler.state.averaged import Copied, checked_copy, copied
-from nm_compiler.state.beside import RECIPE, Weight, read_recipe
+from nm_compiler.state.beside import RECIPE, Weight, check_there, read_recipe
 from nm_compiler.state.loading import check_values, compare, start_afresh
 
 if TYPE_CHECKING:
@@ -286,6 +286,7 @@ class SparseModule(nn.Module):
 
     def masked_parameters(self) -> dict[str, Tensor]:
         """The model's own parameters by name, planned weights as their masks leave them; what `verify` looks at."""
+        check_there([] if self.frozen else self.weights)
         state, planned = set(self.state_names()), {site.name for site in self.plan.sites}
         own = {name: p.detach() for name, p in self.named_parameters() if name not in state}
         return {name: self.masked(name)[0] if name in planned and not self.frozen else p for name, p in own.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,22 +77,50 @@ def check_holds(optimizer: torch.optim.Optimizer, module: Carrier) -> None:
     missing = [name for name, value in state.items() if id(value) not in held and owners[name].requires_grad]
     if missing:
         raise NMError(f"{type(optimizer).__name__} does not hold {_named(missing, state)}. {_WAY_OUT}")
+    problem = _turned(optimizer, state)
+    if problem is not None:
+        raise NMError(f"{problem}, as SparsityScheduler(optimizer=) too, or to a group of it that it does not orthogonalise")
+
+
+def _turned(optimizer: Any, state: Mapping[str, Tensor]) -> str | None:
+    """What is wrong where an optimizer takes scores for matrices."""
     turned = _orthogonalised(optimizer)
     matrices = [name for name, value in state.items() if id(value) in turned]
-    if matrices:
-        raise NMError(
-            f"{type(optimizer).__name__} holds {_named(matrices, state)}, and orthogonalises matrices, which scores are none: "
-            "give it the group 'weights' of nm.parameter_groups(sparse), and the others to AdamW or SGD, as "
-            "SparsityScheduler(optimizer=) too, or to a group of it that it does not orthogonalise, if it has such"
-        )
+    if not matrices:
+        return None
+    return (
+        f"{type(optimizer).__name__} holds {_named(matrices, state)}, and orthogonalises matrices, which scores are none: "
+        "give it the group 'weights' of nm.parameter_groups(sparse), and the others to AdamW or SGD"
+    )
 
 
 def _orthogonalised(optimizer: Any) -> set[int]:
-    """The ids of what a Muon, of torch or of others, takes for matrices: all but groups that are marked as Adam's."""
-    if "muon" not in type(optimizer).__name__.lower():
+    """The ids of what a Muon or a SCION, of torch or of others, takes for matrices: all but groups marked for another rule."""
+    kind = type(optimizer).__name__.lower()
+    if "muon" in kind:
+        groups = [
+            each for each in optimizer.param_groups if each.get("use_muon") is not False and not each.get("use_fallback")
+        ]
+    elif "scion" in kind:
+        groups = [each for each in optimizer.param_groups if _is_spectral(each.get("norm_type", each.get("norm", "auto")))]
+    else:
         return set()
-    groups = (each for each in optimizer.param_groups if each.get("use_muon") is not False and not each.get("use_fallback"))
     return {id(parameter) for group in groups for parameter in group["params"]}
+
+
+def _is_spectral(norm: Any) -> bool:
+    """Whether a SCION takes parameters of a norm for matrices: by the norm's name, or its number in pytorch_optimizer."""
+    return norm in (1, 2, 3) if isinstance(norm, int) else str(norm).lower().startswith(("auto", "spectral"))
+
+
+def _turned_unseen(state: Mapping[str, Tensor]) -> str | None:
+    """`_turned` of an optimizer of this process that has stepped the scores and that nobody told of."""
+    for each in gc.get_objects() if state else ():
+        if issubclass(type(each), torch.optim.Optimizer) and (problem := _turned(each, state)) is not None:
+            held = (each.state.get(value) for value in state.values() if value in each.state)
+            if any(held):
+                return problem
+    return None
 
 
 def drop_frozen(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
@@ -179,6 +208,9 @@ class FirstStep:
                 f"optimizer.step() changed the weights, but not {_named(list(stuck), stuck)}: the optimizer does not hold "
                 f"them, or did not step. {_WAY_OUT}; or give SparsityScheduler(optimizer=) the one that holds them"
             )
+        problem = _turned_unseen({name: entry[2] for name, entry in now.items()}) if moved else None
+        if problem is not None:
+            raise NMError(f"{problem}. If a training of before had it, del it")
         return moved or not now
 
 

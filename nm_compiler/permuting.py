@@ -173,11 +173,18 @@ def reorder(
     else:
         orders, gains = search_orders(model, axes, plan, seed=seed, **searching)
     before = _retained(model, plan)
-    permute_pass(_graphs(routes)[0][0], axes=axes, orders=orders, beside=beside)
-    with in_mode(model, True):
-        pass  # train() forgets what eval() has kept of the weights, in the order they had
-    after = _retained(model, plan)
-    return Permutation(orders, axes, {name: (share, after[name]) for name, share in before.items()}, gains)
+    gm, permuted = _graphs(routes)[0][0], False
+    try:
+        permute_pass(gm, axes=axes, orders=orders, beside=beside)
+        permuted = True
+        with in_mode(model, True):
+            pass  # train() forgets what eval() has kept of the weights, in the order they had
+        after = _retained(model, plan)
+        return Permutation(orders, axes, {name: (share, after[name]) for name, share in before.items()}, gains)
+    except BaseException:
+        if permuted:
+            permute_pass(gm, axes=axes, orders=inverse(orders, needs_of(axes)), beside=beside)
+        raise
 
 
 def _graphs(routes: Routes) -> list[tuple[GraphModule, Signature]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
 from torch.fx import GraphModule
 
 from nm_compiler.errors import NMError
@@ -43,6 +42,6 @@ def _finish(gm: GraphModule, *, last: Sequence[Pass], sites: Sequence[Site], by:
     return check_masked(gm, sites=sites, by=by)
 
 
-def freezing(sites: Sequence[Site], values: Mapping[int, Tensor]) -> list[Pass]:
-    """What turns a trained sparse graph into a plain one with zeros in its weights; values: see `freeze_masks`."""
-    return [partial(freeze_masks, values=values), partial(check_pattern, sites=sites)]
+def freezing(sites: Sequence[Site]) -> list[Pass]:
+    """What turns a trained sparse graph into a plain one, once its weights hold what their masks leave of them."""
+    return [partial(freeze_masks, written=True), partial(check_pattern, sites=sites)]

@@ -56,9 +56,17 @@ class SparsityScheduler:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Count one optimizer step and do what falls due, or fell due in one that broke off. Raises NMError past the end."""
+        """Count one optimizer step and do what falls due, or fell due in one that broke off. Raises NMError past the end.
+
+        Where the last one broke off, as by Ctrl-C, one more call does what it left, and counts nothing.
+        """
         if self._model.frozen:
             raise NMError("the model was frozen: its masks are zeros in the weights now, there is nothing to schedule")
+        if self.last_step >= self.total_steps and self._broken:
+            self._model.method.catch_up(self._model.weights, self._clock())
+            self._broken = False
+            self._forget()
+            return
         if self.last_step >= self.total_steps:
             raise NMError(
                 f"step {self.last_step + 1} of {self.total_steps}: the schedule has ended; "
@@ -66,13 +74,13 @@ class SparsityScheduler:
             )
         self._looked = self._looked or self._first.check()
         loads, self._loads = self._loads, -1  # should this be interrupted, the next step catches up
-        self.last_step += 1
+        self.last_step, self._broken = self.last_step + 1, True
+        self._tell()
         weights, clock = self._model.weights, self._clock()
         self._model.method.advance(weights, clock)
         if loads != self._model.loads:
             self._model.method.catch_up(weights, clock)
-        self._loads = self._model.loads
-        self._tell()
+        self._loads, self._broken = self._model.loads, False
         self._forget()
 
     def follow(self, optimizer: torch.optim.Optimizer) -> SparsityScheduler:
@@ -117,7 +125,7 @@ class SparsityScheduler:
 
     @torch.no_grad()
     def _begin(self) -> None:
-        self._loads = -1  # the state may be behind the step, or be loaded next
+        self._loads, self._broken = -1, False  # the state may be behind the step, or be loaded next
         check_apart(self._model.weights, self._model.method.suffixes)
         self._model.method.begin(self._model.weights, self._clock())
         self._tell()

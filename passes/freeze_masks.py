@@ -12,7 +12,6 @@ into the parameter in place. `nm.linear` and its kin become the products they co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,28 +26,27 @@ aten, nm = torch.ops.aten, torch.ops.nm
 _CONV = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
 
-def masked_values(gm: GraphModule, known: dict[int, Tensor]) -> dict[int, Tensor]:
-    """What every weight becomes, by the id of its parameter; added to ``known``, where that parameter is not there yet."""
+def masked_values(gm: GraphModule, known: dict[int, tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Every masked parameter with what it becomes, by its id; added to ``known``, where that parameter is not there yet."""
     for node in _masked(gm):
         parameter = value_of(gm, read_behind(node))
         if id(parameter) not in known:
-            known[id(parameter)] = value_of(gm, node)
+            known[id(parameter)] = parameter, value_of(gm, node)
     return known
 
 
-def freeze_masks(gm: GraphModule, *, values: Mapping[int, Tensor] | None = None) -> GraphModule:
+def freeze_masks(gm: GraphModule, *, written: bool = False) -> GraphModule:
     """Fold every masked weight into its parameter, in place on the model that the graph is bound to.
 
-    values: from `masked_values`, of all graphs of a model before the first is frozen: a method need not give the same value
-    again for a weight that it has frozen. Computed here if left out.
+    written: the parameters hold their `masked_values` already, those of all graphs of a model: a method need not give the
+    same value again for a weight that it has frozen.
     """
-    values = masked_values(gm, {}) if values is None else values
+    values = () if written else masked_values(gm, {}).values()
     with torch.no_grad():
-        for node in _masked(gm):
-            read = read_behind(node)
-            parameter = value_of(gm, read)
-            parameter.copy_(values[id(parameter)])
-            node.replace_all_uses_with(read)
+        for parameter, value in values:
+            parameter.copy_(value)
+    for node in _masked(gm):
+        node.replace_all_uses_with(read_behind(node))
     for node in list(gm.graph.nodes):
         plain = _plain(node)
         if plain is not None:

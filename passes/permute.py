@@ -39,24 +39,36 @@ def permute_state(owner: nn.Module, *, axes: Axes, orders: Orders, beside: Seque
     needs = needs_of(axes)
     tensors: list[tuple[Tensor, Sequence[Axis]]] = [(getattr_path(owner, name), layout) for name, layout in axes.state.items()]
     tensors += [(tensor, axes.state[name]) for name, tensor in beside if name in axes.state]
-    done: list[tuple[Tensor, Sequence[Axis]]] = []
+    done, current = list[tuple[Tensor, Sequence[Axis]]](), list[tuple[Tensor, Tensor]]()
     try:
         for tensor, layout in tensors:
-            done.append((tensor, layout))
-            _write(tensor, layout, orders, needs)
+            new = _reordered(tensor, layout, orders, needs)
+            if new is not None:
+                current = [(tensor, tensor.detach().clone())]
+                _write(tensor, new)
+                done.append((tensor, layout))
     except BaseException:
         back = inverse(orders, needs)
-        for tensor, layout in done[:-1]:
-            _write(tensor, layout, back, needs)
+        for tensor, value in current:  # it may be written, or half
+            _write(tensor, value)
+        for tensor, layout in done:
+            old = _reordered(tensor, layout, back, needs)
+            if old is not None and not any(tensor is one for one, _ in current):
+                _write(tensor, old)
         raise
 
 
 @torch.no_grad()
-def _write(tensor: Tensor, layout: Sequence[Axis], orders: Orders, needs: dict[str, tuple[str, ...]]) -> None:
+def _write(tensor: Tensor, value: Tensor) -> None:
+    tensor.copy_(value)
+
+
+def _reordered(tensor: Tensor, layout: Sequence[Axis], orders: Orders, needs: dict[str, tuple[str, ...]]) -> Tensor | None:
+    """A copy in the new order; None where no order is about the tensor."""
     here = dict(_on(tensor, layout, orders))
-    new = reorder(tensor.detach(), layout, here, needs)
-    if new is not tensor and here:
-        tensor.copy_(new)
+    held = tensor.detach()
+    new = reorder(held, layout, here, needs) if here else held
+    return None if new is held else new
 
 
 def _on(tensor: Tensor, layout: Sequence[Axis], orders: Orders) -> Iterator[tuple[str, Tensor]]:

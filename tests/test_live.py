@@ -777,6 +777,12 @@ def test_a_weight_that_is_no_parameter_of_its_layer_any_more_is_an_error_and_fin
         nm.NMError, match=r"fc2\.weight is no parameter of its layer any more, as where torch\.nn\.utils\.prune"
     ):
         model(x)
+    for _ in range(2):
+        with pytest.raises(nm.NMError, match=r"fc2\.weight is no parameter of its layer any more"):
+            nm.verify(model)
+        prune.remove(model.fc2, "weight")
+        nm.verify(model)  # which keeps a graph of the weights
+        prune.l1_unstructured(model.fc2, "weight", 0.5)
     prune.remove(model.fc2, "weight")
     assert not torch.equal(model(x), expected)
 

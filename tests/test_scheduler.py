@@ -325,3 +325,52 @@ def test_what_an_interrupted_step_has_left_undecided_is_decided_in_the_next(
     scheduler.step()
     assert scheduler.last_step == 3
     assert method.is_settled(sparse.weights[0])
+
+
+@pytest.mark.parametrize("method", [nm.LBC(t_f=1.0), nm.Gradual(t_f=1.0)], ids=lambda method: method.name)
+def test_the_last_step_that_was_interrupted_is_finished_by_one_more_call_which_counts_nothing(
+    method: nm.Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sparse = sparse_mlp(method)
+    scheduler = nm.SparsityScheduler(sparse, total_steps=2)
+    scheduler.step()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Weight, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            scheduler.step()
+    with pytest.raises(nm.NMError, match=r"Or the last step\(\) was interrupted: call it once more"):
+        nm.freeze(sparse)
+    scheduler.step()
+    assert scheduler.last_step == 2
+    with pytest.raises(nm.NMError, match="the schedule has ended"):
+        scheduler.step()
+    nm.freeze(sparse)
+
+
+def test_an_optimizer_that_orthogonalises_scores_is_found_out_in_its_first_step() -> None:
+    class Scion(torch.optim.SGD):
+        """As those of others: a norm for each group."""
+
+    def first_step(optimizer: torch.optim.Optimizer) -> None:
+        scheduler = nm.SparsityScheduler(sparse, total_steps=4)
+        sparse(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+
+    sparse = sparse_mlp()
+    groups = {group["name"]: group["params"] for group in nm.parameter_groups(sparse)}
+    matrices = [*groups["weights"], *groups["scores"]]
+    kinds: list[Any] = [
+        lambda: torch.optim.Muon(matrices),
+        lambda: Scion([{"params": matrices}], lr=0.1, momentum=0.9),
+        lambda: Scion([{"params": matrices, "norm_type": 2}], lr=0.1, momentum=0.9),
+    ]
+    for make in kinds:
+        with pytest.raises(nm.NMError, match=r"holds .*_scores.*, and orthogonalises matrices.* del it"):
+            first_step(make())
+    first_step(Scion([{"params": matrices, "norm_type": 4}], lr=0.1, momentum=0.9))
+    first_step(torch.optim.AdamW(matrices))

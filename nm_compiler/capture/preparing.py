@@ -55,8 +55,8 @@ def check_model(model: Any, what: str) -> None:
     marked = [name for name, module in model.named_modules() if MARK in module.__dict__]
     if isinstance(model, SparseModule) or marked:
         raise NMError(
-            f"this {type(model).__name__} is compiled already{_where(marked)}: use the first nm.compile's result, "
-            f"or nm.freeze it before {what}"
+            f"this {type(getattr(model, 'origin', model)).__name__} is compiled already{_where(marked)}: use the first "
+            f"nm.compile's result, or nm.freeze it (a copy.deepcopy of it, if it trains on) before {what}"
         )
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
         do = what.removeprefix("nm.")

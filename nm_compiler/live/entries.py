@@ -32,7 +32,7 @@ class Entry:
 
     def __init__(self, module: nn.Module, carrier: Prepared) -> None:
         self.module, self.carrier = module, carrier
-        module.__dict__["_compiled_call_impl"] = module.__dict__[_ENTRY] = self
+        module.__dict__[_ENTRY] = module.__dict__["_compiled_call_impl"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's result."""
@@ -102,9 +102,11 @@ def remove(root: nn.Module) -> None:
     for module in root.modules():
         remove_methods(module)
         remove_refusals(module)
-        if module.__dict__.pop(_ENTRY, None) is not None:
-            module.__dict__.pop("_compiled_call_impl", None)
-            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is entered]:
-                handle = RemovableHandle(module._forward_pre_hooks)
-                handle.id = key
-                handle.remove()
+        if _ENTRY not in module.__dict__:
+            continue
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is entered]:
+            handle = RemovableHandle(module._forward_pre_hooks)
+            handle.id = key
+            handle.remove()
+        module.__dict__.pop("_compiled_call_impl", None)
+        del module.__dict__[_ENTRY]  # last, so that what breaks off can be begun again

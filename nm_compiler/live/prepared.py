@@ -38,7 +38,7 @@ from nm_compiler.pattern import PatternMap
 from nm_compiler.sites.plan import Plan, Site
 from nm_compiler.state.attaching import attach_state, detach_state, recipe_tag, state_names
 from nm_compiler.state.averaged import Copied, checked_copy
-from nm_compiler.state.beside import MARK, RECIPE, Weight, gone, read_recipe
+from nm_compiler.state.beside import MARK, RECIPE, Weight, check_free, check_there, gone, read_recipe
 from nm_compiler.state.loading import check_values, compare, keep_state, start_afresh
 from nm_compiler.state.sharding import cut_like, parts, reshard
 from nm_compiler.wording import several
@@ -67,6 +67,7 @@ class Prepared:
         self.origin, self.method, self.patterns, self.seed, self.then = model, method, patterns, seed, then
         self.notes: tuple[str, ...] = ()
         self.frozen = self.active = self.looked = self.bare = False
+        self._hook: Any = None  # on loading
         self.calls = self.loads = 0
         self.progress: tuple[int, int] | None = None
         self.copy_known: Copied | None = None
@@ -107,12 +108,17 @@ class Prepared:
 
     def attach(self) -> None:
         """Register the state of all candidates, the recipe and the entries on the model. All or nothing."""
-        attach_state(self.origin, self.plan, self.method)
-        self.origin.__dict__[CARRIER] = self
-        self._hook = self.origin.register_load_state_dict_pre_hook(load_hook)
-        install(self, self.candidates)
-        watch_saving(self.origin, self)
-        self._check_modules()
+        check_free(self.origin, state_names(self.plan, self.method))
+        try:
+            attach_state(self.origin, self.plan, self.method)
+            self.origin.__dict__[CARRIER] = self
+            self._hook = self.origin.register_load_state_dict_pre_hook(load_hook)
+            install(self, self.candidates)
+            watch_saving(self.origin, self)
+            self._check_modules()
+        except BaseException:
+            self.retire()
+            raise
 
     def retire(self) -> None:
         """Take everything off the model: state, marks, entries."""
@@ -121,7 +127,7 @@ class Prepared:
         self.growing.clear()
         remove(self.origin)
         unwatch_saving(self.origin)
-        if not self.bare:
+        if self._hook is not None:
             self._hook.remove()
         self.origin.__dict__.pop(CARRIER, None)
         self.frozen = True
@@ -326,7 +332,7 @@ class Prepared:
 
     def masked_parameters(self) -> dict[str, Tensor]:
         """The model's own parameters by name, planned weights as their masks leave them; what `verify` looks at."""
-        reshard(self.origin)
+        check_there(self.weights)
         state = set(self.state_names())
         own = {name: p.detach() for name, p in self.origin.named_parameters() if name not in state}
         return {name: cut_like(self.masked(name)[0], p) if name in self.sites else p for name, p in own.items()}

@@ -237,7 +237,7 @@ def _placed(node: Node, op: str, seen: Seen, parts: Sequence[str], conv_groups: 
     inner = min(walked["in"] or [_Step(0, units[-1], 1, 1)])
     if inner.jump != 1:
         return Blocked(op, f"its product reads weights {inner.jump} apart, groups need consecutive ones")
-    if inner.stride in seen.indexed:
+    if any(inner.stride == stride for stride, _ in seen.indexed):
         return Blocked(op, "indexed along the axis that its product sums over: index the data in its place")
     units = [axis for axis in units if axis != inner.axis]
     outs = [step for step in walked["out"] if step.axis != inner.axis]

@@ -44,8 +44,10 @@ _AS_ANOTHER = (aten.view_as.default, aten.reshape_as.default)
 _SHAPES = (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.empty_like.default, aten.zeros_like.default,
            aten.ones_like.default, aten.rand_like.default, aten.randn_like.default, aten.full_like.default)  # fmt: skip
 _INDEXED = (aten.index.Tensor, aten.index_select.default)
-_MOVED = (aten.flip.default, aten.roll.default, aten.repeat.default, aten.gather.default)
+_TURNED = (aten.flip.default, aten.roll.default)
+_MOVED = (*_TURNED, aten.repeat.default, aten.gather.default)
 _SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default, aten.dropout.default,
+           aten.tril.default, aten.triu.default, aten.masked_fill.Scalar, aten.where.ScalarOther,
            aten._weight_norm.default, aten.fake_quantize_per_channel_affine.default,
            aten.fake_quantize_per_tensor_affine.default, aten.fake_quantize_per_tensor_affine.tensor_qparams,
            aten.fused_moving_avg_obs_fake_quant.default)  # fmt: skip
@@ -53,6 +55,7 @@ _ROUNDED = (aten.round.default, aten.round.decimals, aten.trunc.default, aten.fi
             aten.sgn.default, aten.tanh.default)  # fmt: skip
 _BOUNDED = {aten.clamp.default: ("min", "max"), aten.hardtanh.default: ("min_val", "max_val")}
 _SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor)
+_FILLS = (aten.masked_fill.Scalar, aten.where.ScalarOther)
 _EITHER = (aten.mul.Tensor, aten.mul.Scalar)  # the weight may be either operand of these, of others only the first
 
 
@@ -61,13 +64,13 @@ class Seen:
     """A weight as a node shows it.
 
     path: the nodes from the one that reads the weight to this one; dims: the view of a contiguous weight, on the meta
-    device (a list of them for split and its kin); indexed: strides of axes read through an index; scaled: the first step
-    that is no view.
+    device (a list of them for split and its kin); indexed: strides of axes read through an index, and by which node;
+    scaled: the first step that is no view.
     """
 
     path: tuple[Node, ...]
     dims: Any
-    indexed: tuple[int, ...] = ()
+    indexed: tuple[tuple[int, Node], ...] = ()
     scaled: Node | None = None
 
     @property
@@ -82,8 +85,13 @@ def start(read: Node) -> Seen:
 
 
 def is_scale(node: Node) -> bool:
-    """Whether a node multiplies, divides or rounds its first operand, or for a product of two either one, keeping zeros."""
-    return node.op == "call_function" and node.target in _SCALES
+    """Whether a node multiplies, divides or rounds its first operand, or for a product of two either one, keeping zeros.
+
+    A triangle of it, or all of it but what a mask fills with zeros, is a product with a table of ones and zeros.
+    """
+    if node.op != "call_function" or node.target not in _SCALES:
+        return False
+    return node.target not in _FILLS or node.args[2] == 0
 
 
 def is_rounding(node: Node) -> bool:
@@ -107,7 +115,7 @@ def is_copy(node: Node) -> bool:
 
 def is_view(node: Node) -> bool:
     """Whether a node shows its first operand, as it is or a part of it."""
-    known = (*_COPIES, *_VIEWS, *_EXPANDED, *_AS_ANOTHER, *_INDEXED, operator.getitem)
+    known = (*_COPIES, *_VIEWS, *_EXPANDED, *_AS_ANOTHER, *_INDEXED, *_TURNED, operator.getitem)
     return node.op == "call_function" and node.target in known
 
 
@@ -138,6 +146,8 @@ def step(seen: Seen, user: Node, constants: Collection[Node]) -> Seen | str | No
         return replace(after, scaled=seen.scaled or user) if user in constants else None
     if user.target in _INDEXED:
         return _indexed(after)
+    if user.target in _TURNED:
+        return _turned(after)
     try:
         if user.target in _EXPANDED:
             return replace(after, dims=_expand(seen.dims, user))
@@ -196,12 +206,21 @@ def _indexed(after: Seen) -> Seen | str:
     stride = dims.stride(axis)
     for _ in range(index.meta["val"].ndim - 1):
         dims = dims.unsqueeze(axis)
-    return replace(after, dims=dims, indexed=(*after.indexed, stride))
+    return replace(after, dims=dims, indexed=(*after.indexed, (stride, node)))
+
+
+def _turned(after: Seen) -> Seen | str:
+    """An axis read backwards, or from somewhere in it, is read through an index that nobody wrote down."""
+    node, dims = after.node, after.dims
+    axes = arguments_of(node)["dims"]
+    if not axes:  # rolled as if it were flat
+        return f"{target_name(node.target)} mixes its axes: keep the parameter in the shape that its product reads"
+    return replace(after, indexed=(*after.indexed, *((dims.stride(axis), node) for axis in axes if dims.shape[axis] > 1)))
 
 
 def _scaled(after: Seen, before: Node) -> Seen | None:
     node = after.node
-    if node.target not in _EITHER and node.args[0] is not before:
+    if node.target not in _EITHER and node.args[1 if node.target is aten.where.ScalarOther else 0] is not before:
         return None
     return replace(after, dims=_expand(after.dims, node), scaled=after.scaled or node)
 

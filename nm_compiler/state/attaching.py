@@ -21,7 +21,10 @@ from nm_compiler.state.beside import RECIPE, Weight, mark, register, unmark, unr
 
 
 def attach_state(model: nn.Module, plan: Plan, method: Method) -> None:
-    """Register the fresh state of all planned weights and the recipe. All or nothing: raises NMError before the first."""
+    """Register the fresh state of all planned weights and the recipe. Raises NMError before the first.
+
+    `detach_state` makes good what is broken off, as by Ctrl-C, if `check_free` was asked before.
+    """
     extras: dict[str, Tensor] = {}
     for site in plan.sites:
         for suffix, value in state_of(method, site, Weight(site, model).value).items():

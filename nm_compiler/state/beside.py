@@ -87,6 +87,12 @@ def gone(name: str) -> NMError:
     )
 
 
+def check_there(weights: Iterable[Weight]) -> None:
+    """Raise NMError for a planned weight that is no parameter of its layer any more."""
+    for weight in weights:
+        _ = weight.param
+
+
 def check_apart(weights: Iterable[Weight], suffixes: Callable[[Site], tuple[str, ...]]) -> None:
     """Raise NMError for two planned weights that became one tensor after they were planned, and have a mask each.
 
@@ -134,15 +140,20 @@ def of_another(model: nn.Module, parts: Iterable[str]) -> list[str]:
     ]
 
 
-def register(model: nn.Module, extras: Mapping[str, Tensor]) -> None:
-    """Register state by full name; Parameters as parameters, the rest as persistent buffers. All or nothing.
-
-    Raises NMError if the model uses one of the names itself.
-    """
-    for name in extras:
+def check_free(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise NMError if the model uses one of the ``names`` of state itself."""
+    for name in names:
         path, _, leaf = name.rpartition(".")
         if hasattr(model.get_submodule(path), leaf):
             raise NMError(f"the model has an attribute {name!r} of its own, a name this method needs: rename it")
+
+
+def register(model: nn.Module, extras: Mapping[str, Tensor]) -> None:
+    """Register state by full name; Parameters as parameters, the rest as persistent buffers.
+
+    Raises NMError, nothing registered, if the model uses one of the names itself.
+    """
+    check_free(model, extras)
     for name, value in extras.items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
