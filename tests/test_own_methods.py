@@ -415,3 +415,14 @@ def test_two_ops_in_the_place_of_one_weight_are_an_error_and_not_half_of_it_froz
         nm.NMError, match=r"fc2.weight of shape \[16, 16\]: the passes of Twice put two ops .*twice and then own"
     ):
         trained()
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+def test_a_gradient_that_branches_on_values_runs_eagerly_and_says_what_to_write_where_it_is_compiled(live: bool) -> None:
+    branching = returning("branching", masked, gradient=lambda g, *rest: g if float(g.sum()) > 0 else -g)
+    x, method = example(MLP()), Stateless(branching)
+    nm.compile(MLP(), x, method=method)(x).sum().backward()
+    sparse = nm.compile(MLP(), method=method, then="aot_eager") if live else nm.compile(MLP(), x, method=method)
+    run = sparse if live else torch.compile(sparse, backend="aot_eager")
+    with pytest.raises(Exception, match=r"the gradient of own::branching, of a weight of \[16, 16\].*Write torch.where"):
+        run(x).sum().backward()
