@@ -112,8 +112,8 @@ def _backward(name: str, gradient: Gradient) -> Callable[..., tuple[Tensor | Non
             if type(error).__name__ not in _DATA_DEPENDENT:
                 raise
             raise NMError(
-                f"the gradient of {name}, of a weight of {shown(weight)}, goes by the value of a tensor, as `if float(state) > 0` "
-                "does: torch.compile traces it and has no values. Write torch.where there, or give the op that number as an option"
+                f"the gradient of {name}, of a weight of {shown(weight)}, goes by a tensor's value, as `if float(state) > 0`: "
+                "torch.compile traces it and has no values. Write torch.where there, or give the op that number as an option"
             ) from error
         several = found if isinstance(found, tuple) else (found,)
         given = *several, *(None for _ in range(1 + len(rest) - len(several)))
