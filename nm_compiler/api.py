@@ -106,6 +106,8 @@ def compile(
     patterns = PatternMap.parse(pattern)
     method = BiMask() if method is None else method
     pipeline(method, ())  # an unknown method is refused before anything else happens
+    if not hasattr(seed, "__index__"):
+        raise NMError(f"seed={seed!r}: needs a whole number; the method draws by it while it trains")
     named: dict[str, Any] = {"include": globs(include), "exclude": globs(exclude)}
     if example_inputs is None and not kwargs:
         told = {"permute": permute, "budget_s": budget_s, "outputs": outputs, "dynamic_shapes": dynamic_shapes}

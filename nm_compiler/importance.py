@@ -21,6 +21,7 @@ from nm_compiler.calibration import Calibration
 from nm_compiler.errors import NMError
 from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.importance import ria, saliency, wanda
+from nm_compiler.untouched import untouched
 
 Rule = Callable[[Site, Tensor], Tensor]
 Importance = Mapping[str, Tensor] | Rule
@@ -68,7 +69,8 @@ class Saliency:
 def importance_of(importance: Importance | None, site: Site, weight: Tensor) -> Tensor:
     """What is kept of a weight: its magnitude where there is no importance, or a mapping without its name.
 
-    Raises NMError that names the weight, for a shape that is not its own and for values that are not finite or negative.
+    Raises NMError that names the weight, for a rule that writes to it, for a shape that is not its own and for values that
+    are not finite or negative.
     """
     if importance is None or (isinstance(importance, Mapping) and site.name not in importance):
         return weight.detach().abs()
@@ -77,7 +79,13 @@ def importance_of(importance: Importance | None, site: Site, weight: Tensor) -> 
             f"importance={importance!r}: give nm.Wanda(nm.calibrate(model, loader)), nm.RIA(..), nm.Saliency(gradients), "
             "tensors by parameter name, or a function of a site and its weight"
         )
-    given = importance[site.name] if isinstance(importance, Mapping) else importance(site, weight)
+    if isinstance(importance, Mapping):
+        given = importance[site.name]
+    else:
+        with untouched(
+            weight, site.name, "importance=", "return a new tensor, as weight.abs() does and weight.abs_() does not"
+        ):
+            given = importance(site, weight)
     if not isinstance(given, Tensor):
         raise NMError(f"importance of {site.name} is a {type(given).__name__}: give a tensor of shape {list(weight.shape)}")
     if tuple(given.shape) != tuple(weight.shape):

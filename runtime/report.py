@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nm_compiler.pattern import Pattern
 from nm_compiler.wording import several
 
 
@@ -120,7 +121,9 @@ class Report:
         retained = f", {totals['retained']:.1%} of their magnitude retained" if totals["retained"] is not None else ""
         if totals.get("ms"):
             retained += f"; {totals['dense_ms']:.3g} ms dense, {totals['ms']:.3g} ms as chosen, layer by layer"
-        return f"{totals['sparse']} of {totals['weights']} tensors are sparse ({share}{retained})."
+        undecided = len({row.of or row.name for row in self.rows if _is_undecided(row)})
+        later = f"; masks of {undecided} still keep more than their pattern" if undecided else ""
+        return f"{totals['sparse']} of {totals['weights']} tensors are sparse ({share}{retained}){later}."
 
     def to_html(self) -> str:
         """A self-contained table, dense rows greyed, shares and times drawn as bars."""
@@ -170,6 +173,11 @@ def cell(row: Row, column: str) -> str:
 def _aligned(line: Sequence[str], columns: Sequence[str], widths: Sequence[int]) -> str:
     named = zip(line, columns, widths, strict=True)
     return "  ".join(text.rjust(width) if column in NUMBERS else text.ljust(width) for text, column, width in named).rstrip()
+
+
+def _is_undecided(row: Row) -> bool:
+    """Whether a mask keeps more than N of M so far, as those of LBC do until they are decided."""
+    return bool(row.status == "sparse" and row.pattern and (row.nonzero or 0.0) > Pattern.parse(row.pattern).density)
 
 
 def _size(row: Row) -> int:

@@ -67,6 +67,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "a quantised weight": (lambda: with_inner_tensors(), {}, r"fc2.weight of shape \[16, 16\] is a TwoTensor, quantised already: .*quantise it afterwards"),
     "an include that matches nothing": (MLP, {"include": "layer9.*"}, r"include='layer9.\*' matches no weight; .* such as fc1.weight"),
     "an exclude that matches nothing": (MLP, {"exclude": ["fc1*", "fx2*"]}, r"exclude='fx2\*' matches no weight"),
+    "an exclude that is no glob": (MLP, {"exclude": 3}, r"3 is no glob: include=, exclude= .*'layer4.\*'"),
+    "a seed that is no number": (MLP, {"seed": "a"}, "seed='a': needs a whole number"),
     "everything excluded": (MLP, {"exclude": "*"}, r"no weight[\s\S]*excluded by '\*'\ntake a glob out of exclude=\[\.\.\.\]$"),
     "an unknown method": (MLP, {"method": "lbc"}, r"method='lbc': choose nm.LBC\(\)"),
     "scores for every one of 12870 combinations": (lambda: MLP(16), {"pattern": "8:16", "method": nm.LBC(scores="combination"), "include": "fc2*"},

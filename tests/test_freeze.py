@@ -364,14 +364,17 @@ def test_the_report_says_of_masks_that_are_still_open_how_full_they_are(method: 
     model = MLP()
     sparse = nm.compile(model, example(model), method=method)
     scheduler = nm.SparsityScheduler(sparse, total_steps=20)
-    reasons = []
+    reasons, sums = [], []
     for _ in range(20):
         scheduler.step()
-        reasons.append(next(row.reason for row in nm.report(sparse).rows if row.name == "fc2.weight"))
+        found = nm.report(sparse)
+        reasons.append(next(row.reason for row in found.rows if row.name == "fc2.weight"))
+        sums.append(found.summary())
     opened = ["; not 2:4 yet: its mask keeps up to " in reason for reason in reasons]
     assert opened == sorted(opened, reverse=True), "once it is 2:4 it stays so"
     assert opened[0]
     assert not opened[-1]
+    assert [text.endswith("; masks of 1 still keep more than their pattern.") for text in sums] == opened
 
 
 def test_a_wrapper_that_only_holds_the_model_as_its_module_is_looked_into() -> None:

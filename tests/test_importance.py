@@ -280,6 +280,7 @@ def test_transposable_masks_take_an_importance_too() -> None:
     ("importance", "said"),
     [("wanda", r"importance='wanda': give nm.Wanda\(nm.calibrate\(model, loader\)\)"),
      (lambda site, weight: 1.0, r"importance of product is a float: give a tensor of shape"),
+     (lambda site, weight: weight.abs_(), r"importance= writes to product of shape \[16, 12\].*return a new tensor"),
      ({"twice.weight": torch.ones(3, 3)}, r"twice.weight has shape \[3, 3\]"),
      ({"twice.weight": torch.full((12, 12), float("nan"))}, "twice.weight has NaN"),
      ({"twice.weight": -torch.ones(12, 12)}, "twice.weight has NaN, infinite or negative"),

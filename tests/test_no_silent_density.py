@@ -161,8 +161,9 @@ def test_past_the_recompile_limit_there_is_an_error_and_the_users_settings_stay(
     assert (config.fail_on_recompile_limit_hit, config.suppress_errors, config.optimize_ddp) == before
 
 
-def test_suppressed_errors_are_not_suppressed_for_a_live_model() -> None:
-    with torch._dynamo.config.patch(suppress_errors=True):
+@pytest.mark.parametrize("strict", [False, True], ids=["", "and TorchDynamo told to fail at its limit, as by name"])
+def test_suppressed_errors_are_not_suppressed_for_a_live_model(strict: bool) -> None:
+    with torch._dynamo.config.patch(suppress_errors=True, fail_on_recompile_limit_hit=strict):
         with pytest.raises(nm.NMError, match="last.weight is read by code"):
             live(Disabled())(positive())
         assert torch._dynamo.config.suppress_errors

@@ -101,6 +101,7 @@ MISTAKES = {
     "suffixes that say something else": (Scored(names=("score",)), r"gives 'scores', but suffixes\(\) names 'score'"),
     "the weight itself": (Scored(gives=lambda weight: {"scores": weight}), r"fc2.weight.*'scores'.*shares memory with the weight"),
     "a view of the weight": (Scored(gives=lambda weight: {"scores": nn.Parameter(weight.t())}), r"return value.clone\(\)"),
+    "a weight that is written to": (Scored(gives=lambda weight: {"scores": nn.Parameter(weight.abs_().clone())}), r"Scored.state\(\) writes to fc2.weight of shape \[16, 16\]"),
     "state that no one gives": (Scored(reads="score"), r"fc2.weight of shape \[16, 16\] has no state 'score'"),
     "an op that says nothing": (Scored(op=silent_weight._opoverload), r"own.silent_weight.*nothing says that it stands for a weight"),
     "what torch.library returns": (Scored(op=silent_weight), r"give torch.ops.<namespace>.<name>.default"),
@@ -111,10 +112,11 @@ MISTAKES = {
 def test_a_mistake_in_a_method_is_named_at_compile_and_leaves_the_model_as_it_was(mistake: str) -> None:
     method, message = MISTAKES[mistake]
     model = MLP()
-    keys = set(model.state_dict())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(nm.NMError, match=message):
         nm.compile(model, example(model), method=method)
-    assert set(model.state_dict()) == keys
+    assert set(model.state_dict()) == set(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_method_that_is_no_dataclass_is_refused_before_it_fails_to_print_in_a_checkpoint() -> None:
@@ -413,3 +415,14 @@ def test_two_ops_in_the_place_of_one_weight_are_an_error_and_not_half_of_it_froz
         nm.NMError, match=r"fc2.weight of shape \[16, 16\]: the passes of Twice put two ops .*twice and then own"
     ):
         trained()
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+def test_a_gradient_that_branches_on_values_runs_eagerly_and_says_what_to_write_where_it_is_compiled(live: bool) -> None:
+    branching = returning("branching", masked, gradient=lambda g, *rest: g if float(g.sum()) > 0 else -g)
+    x, method = example(MLP()), Stateless(branching)
+    nm.compile(MLP(), x, method=method)(x).sum().backward()
+    sparse = nm.compile(MLP(), method=method, then="aot_eager") if live else nm.compile(MLP(), x, method=method)
+    run = sparse if live else torch.compile(sparse, backend="aot_eager")
+    with pytest.raises(Exception, match=r"the gradient of own::branching, of a weight of \[16, 16\].*Write torch.where"):
+        run(x).sum().backward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,8 +41,14 @@ def captured(
 
 
 def globs(given: Sequence[str]) -> tuple[str, ...]:
-    """One glob or several."""
-    return (given,) if isinstance(given, str) else tuple(given)
+    """One glob or several. Raises NMError for what is none."""
+    several = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
+    for each in several:
+        if not isinstance(each, str):
+            raise NMError(
+                f"{each!r} is no glob: include=, exclude= and force= take parameter names such as 'layer4.*', as a list"
+            )
+    return several
 
 
 def check_model(model: Any, what: str) -> None:

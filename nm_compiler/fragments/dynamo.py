@@ -298,7 +298,8 @@ def entry_of(module: nn.Module, carrier: Fragments, *, breaks: bool = False) -> 
     if breaks:
         torch._dynamo.eval_frame.skip_code(call.__code__)
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    entry: Callable[..., Any] = torch.compile(call, backend=compile_fragment, **apart)  # type: ignore[call-overload]
+    with torch._dynamo.config.patch(suppress_errors=False):  # torch refuses it beside what `_settings` has, and by name leaves
+        entry: Callable[..., Any] = torch.compile(call, backend=compile_fragment, **apart)  # type: ignore[call-overload]
     return entry, call.__code__
 
 

@@ -14,6 +14,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass
 from nm_compiler.sites.plan import Site
 from nm_compiler.state.beside import Weight
+from nm_compiler.untouched import untouched
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +128,10 @@ class Method(ABC):
 
 
 def state_of(method: Method, site: Site, weight: Tensor) -> dict[str, Tensor]:
-    """`Method.state` with memory of its own. Raises NMError where `Method.suffixes` names other state than it gives."""
-    state, named = method.state(site, weight), method.suffixes(site)
+    """`Method.state` with memory of its own. Raises NMError if it writes to the weight, or gives what `suffixes` does not."""
+    with untouched(weight, site.name, f"{method.name}.state()", "work on weight.clone()"):
+        state = method.state(site, weight)
+    named = method.suffixes(site)
     if set(state) != set(named):
         raise NMError(
             f"{site.name} of shape {list(site.shape)}: {method.name}.state() gives {_listed(state)}, but suffixes() names "

@@ -24,7 +24,8 @@ def weight_op(name: str, *, gradient: Gradient) -> Callable[[Callable[..., Tenso
     f: plain torch code with annotated parameters (Tensor, int, float, bool, list[int]; `torch.library.custom_op` reads them),
     the weight first. It returns a new tensor of the weight's shape; it is put into the weight's strides here.
     gradient: gives that of the weight, or a tuple: that of the weight, then of arguments behind it, for state that learns.
-    None for a tensor that learns, or another shape than it has, is an NMError in the backward pass.
+    None for a tensor that learns, or another shape than it has, is an NMError in the backward pass. `torch.compile`, and so a
+    live model, traces it: it must not branch on values. f may, compilers do not look into it.
     Returns the op, for `nm_compiler.passes.insert_op`. Raises NMError for a name or for parameters that make no op.
     """
 
@@ -97,12 +98,23 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.plain = [None if isinstance(value, Tensor) else (value,) for value in inputs]
 
 
+_DATA_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependentOutputException")  # torch's; importing them takes a second
+
+
 def _backward(name: str, gradient: Gradient) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         output, *tensors = ctx.saved_tensors
         left = iter(tensors)
         weight, *rest = (next(left) if value is None else value[0] for value in ctx.plain)
-        found = gradient(grad, weight, output, *rest)
+        try:
+            found = gradient(grad, weight, output, *rest)
+        except Exception as error:
+            if type(error).__name__ not in _DATA_DEPENDENT:
+                raise
+            raise NMError(
+                f"the gradient of {name}, of a weight of {shown(weight)}, goes by a tensor's value, as `if float(state) > 0`: "
+                "torch.compile traces it and has no values. Write torch.where there, or give the op that number as an option"
+            ) from error
         several = found if isinstance(found, tuple) else (found,)
         given = *several, *(None for _ in range(1 + len(rest) - len(several)))
         for at, (value, learns) in enumerate(zip(given, ctx.needs_input_grad, strict=True)):
