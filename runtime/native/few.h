@@ -50,11 +50,11 @@ static inline __attribute__((always_inline)) vf paired_value(const int64_t dtype
 
 /* one step: T tokens times the 16 lanes of one kept position */
 static inline __attribute__((always_inline)) void step_of(const int64_t dtype, const int bits, const int T, const int checked,
-        uint32_t last, const char *values, int64_t step, vu code[PARTS], const float *x, int64_t ldx, vf sums[][PARTS], vu *wrong) {
+        const int in_pairs, uint32_t last, const char *values, int64_t step, vu code[PARTS], const float *x, int64_t ldx, vf sums[][PARTS], vu *wrong) {
 #pragma GCC unroll 4
     for (int part = 0; part < PARTS; part++) {
         const vu now = checked ? clamped(code[part] & ((1u << bits) - 1), last, wrong) : code[part];
-        const vf value = checked ? value_at(dtype, values, step * NM_LANES + part * V) : paired_value(dtype, values, step, part);
+        const vf value = in_pairs ? paired_value(dtype, values, step, part) : value_at(dtype, values, step * NM_LANES + part * V);
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) sums[t][part] += value * chosen(x + t * ldx, now, bits);
         code[part] >>= bits;
@@ -77,20 +77,21 @@ static inline __attribute__((always_inline)) void span_of(const int64_t D, const
             vu code[PARTS];
             for (int part = 0; part < PARTS; part++)
                 code[part] = *(const vuu *)(codes + step / a_word * NM_LANES + part * V) >> (uint32_t)(step % a_word * B);
-            step_of(D, B, T, 1, last, values, step, code, x, ldx, kept, wrong);
+            step_of(D, B, T, 1, 0, last, values, step, code, x, ldx, kept, wrong);
         }
     memcpy(sums, kept, sizeof(vf[PARTS]) * (size_t)T);
 }
 
-/* Whole words of codes, all of which are possible: their steps are unrolled. One sum a token would wait for its last addition at
+/* Whole words of codes: their steps are unrolled. One sum a token would wait for its last addition at
  * every step, so few tokens have several, in turn, which are added up at the end. R is 1 or 2 tiles at once, the second one that much
  * further in values and in codes, its sums 8 behind the first one's. Writes sums; returns the group that comes next. */
-static inline __attribute__((always_inline)) int64_t words_of(const int64_t D, const int B, const int T, const int N, const int R,
+static inline __attribute__((always_inline)) int64_t words_of(const int64_t D, const int M, const int T, const int N, const int R,
         PARAMETERS, int64_t more_values, int64_t more_codes) {
-    const int a_word = 32 / B, groups = a_word / N, value_bytes = D == NM_F32 ? 4 : D == NM_BF16 ? 2 : 1, turns = T < 4 ? 4 / T : 1;
+    (void)j;
+    const int B = M == 4 ? 2 : 4, a_word = 32 / B, groups = a_word / N, value_bytes = D == NM_F32 ? 4 : D == NM_BF16 ? 2 : 1, turns = T < 4 ? 4 / T : 1;
     vf kept[2][8][PARTS] = {0};
     int64_t g = g0;
-    for (; g + groups <= g1; g += groups, x += groups * j->m) {
+    for (; g + groups <= g1; g += groups, x += groups * M) {
         const int64_t step = g * N;
         const char *from = values + step * NM_LANES * value_bytes;
         vu code[2][PARTS];
@@ -105,7 +106,7 @@ static inline __attribute__((always_inline)) int64_t words_of(const int64_t D, c
         for (int s = 0; s < a_word; s++)
 #pragma GCC unroll 2
             for (int r = 0; r < R; r++)
-                step_of(D, B, T, 0, 0, from + r * more_values, s, code[r], x + s / N * j->m, ldx, kept[r] + s % turns * T, wrong);
+                step_of(D, B, T, M == 8, 1, 7, from + r * more_values, s, code[r], x + s / N * M, ldx, kept[r] + s % turns * T, wrong);
     }
 #pragma GCC unroll 2
     for (int r = 0; r < R; r++) {
@@ -121,9 +122,9 @@ static inline __attribute__((always_inline)) int64_t words_of(const int64_t D, c
 typedef void (*span_fn)(PARAMETERS);
 typedef int64_t (*words_fn)(PARAMETERS, int64_t more_values, int64_t more_codes);
 #define SPAN(D, B, T) static void span_##D##_##B##_##T(PARAMETERS) { span_of(D, B, T, j, values, codes, g0, g1, x, ldx, sums, wrong); }
-#define WORDS(D, B, T, N, R) \
-    static int64_t words_##D##_##B##_##T##_##N##_##R(PARAMETERS, int64_t more_values, int64_t more_codes) { \
-        return words_of(D, B, T, N, R, j, values, codes, g0, g1, x, ldx, sums, wrong, more_values, more_codes); \
+#define WORDS(D, M, T, N, R) \
+    static int64_t words_##D##_##M##_##T##_##N##_##R(PARAMETERS, int64_t more_values, int64_t more_codes) { \
+        return words_of(D, M, T, N, R, j, values, codes, g0, g1, x, ldx, sums, wrong, more_values, more_codes); \
     }
 
 #define ALL_T(OF, D, B) OF(D, B, 1) OF(D, B, 2) OF(D, B, 4) OF(D, B, 8)
@@ -135,31 +136,36 @@ ALL_B(SPAN, 2)
 #define SPANS(D) {SPANS_T(D, 2), SPANS_T(D, 4), SPANS_T(D, 8)}
 static const span_fn span_for[3][3][4] = {SPANS(0), SPANS(1), SPANS(2)}; /* [dtype][bits][tokens] */
 
-/* The patterns that most weights have, n:4 and n:16 with n of 1 and 2, where vectors are wide. Two tiles at once are two places that
- * are read, to which memory answers faster than to one: worth it for a token of float32, with AVX-512's 32 registers. */
+/* The patterns that most weights have, n:4, n:8 and n:16 with n of 1 and 2, where vectors are wide. Two tiles at once are two places
+ * that are read, to which memory answers faster than to one: worth it for a token of float32, with AVX-512's 32 registers. */
 #if V == 4
 static words_fn words_for(const nm_job *j, int size, int tiles) { (void)j, (void)size, (void)tiles; return 0; }
 #else
-#define WORDS_T(D, B, N) WORDS(D, B, 1, N, 1) WORDS(D, B, 2, N, 1) WORDS(D, B, 4, N, 1) WORDS(D, B, 8, N, 1)
-#define WORDS_N(D) WORDS_T(D, 2, 1) WORDS_T(D, 2, 2) WORDS_T(D, 4, 1) WORDS_T(D, 4, 2)
+#define WORDS_T(D, M, N) WORDS(D, M, 1, N, 1) WORDS(D, M, 2, N, 1) WORDS(D, M, 4, N, 1) WORDS(D, M, 8, N, 1)
+#define WORDS_N(D) WORDS_T(D, 4, 1) WORDS_T(D, 4, 2) WORDS_T(D, 8, 1) WORDS_T(D, 8, 2) WORDS_T(D, 16, 1) WORDS_T(D, 16, 2)
 WORDS_N(0)
 WORDS_N(1)
 WORDS_N(2)
-#define NAMES_T(D, B, N) \
-    {words_##D##_##B##_1_##N##_1, words_##D##_##B##_2_##N##_1, words_##D##_##B##_4_##N##_1, words_##D##_##B##_8_##N##_1}
-#define NAMES(D) {{NAMES_T(D, 2, 1), NAMES_T(D, 2, 2)}, {NAMES_T(D, 4, 1), NAMES_T(D, 4, 2)}}
-static const words_fn known_words[3][2][2][4] = {NAMES(0), NAMES(1), NAMES(2)}; /* [dtype][bits][n][tokens] */
+#define NAMES_T(D, M, N) \
+    {words_##D##_##M##_1_##N##_1, words_##D##_##M##_2_##N##_1, words_##D##_##M##_4_##N##_1, words_##D##_##M##_8_##N##_1}
+#define NAMES_N(D, M) {NAMES_T(D, M, 1), NAMES_T(D, M, 2)}
+#define NAMES(D) {NAMES_N(D, 4), NAMES_N(D, 8), NAMES_N(D, 16)}
+static const words_fn known_words[3][3][2][4] = {NAMES(0), NAMES(1), NAMES(2)}; /* [dtype][m][n][tokens] */
 #if V == 16
-WORDS(0, 2, 1, 1, 2) WORDS(0, 2, 1, 2, 2) WORDS(0, 4, 1, 1, 2) WORDS(0, 4, 1, 2, 2)
-static const words_fn two_tiles[2][2] = {{words_0_2_1_1_2, words_0_2_1_2_2}, {words_0_4_1_1_2, words_0_4_1_2_2}}; /* [bits][n] */
+#define TWO_TILES(M) WORDS(0, M, 1, 1, 2) WORDS(0, M, 1, 2, 2)
+TWO_TILES(4) TWO_TILES(8) TWO_TILES(16)
+static const words_fn two_tiles[3][2] = { /* [m][n] */
+    {words_0_4_1_1_2, words_0_4_1_2_2}, {words_0_8_1_1_2, words_0_8_1_2_2}, {words_0_16_1_1_2, words_0_16_1_2_2},
+};
 #else
-static const words_fn two_tiles[2][2];
+static const words_fn two_tiles[3][2];
 #endif
 
 static words_fn words_for(const nm_job *j, int size, int tiles) {
-    if ((j->m != 4 && j->m != 16) || j->n > 2) return 0;
-    if (tiles == 2) return j->dtype == NM_F32 && size == 0 ? two_tiles[j->m == 16][j->n - 1] : 0;
-    return known_words[j->dtype][j->m == 16][j->n - 1][size];
+    if ((j->m != 4 && j->m != 8 && j->m != 16) || j->n > 2) return 0;
+    const int m = j->m == 4 ? 0 : j->m == 8 ? 1 : 2;
+    if (tiles == 2) return j->dtype == NM_F32 && size == 0 ? two_tiles[m][j->n - 1] : 0;
+    return known_words[j->dtype][m][j->n - 1][size];
 }
 #endif
 
