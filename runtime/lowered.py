@@ -122,7 +122,7 @@ class Lowered(nn.Module):
             return self.attributes[name]
         raise AttributeError(
             f"a lowered {self.title} has no attribute {name!r}: only forward() was lowered. Where a method of the model calls "
-            "it, as generate() does, lower parts of the model in their place: layer.mlp = nm.lower(layer.mlp, ...)"
+            "it, as generate() does, lower parts of the model: nm.lower_parts(model, parts, run)"
         )
 
     @property
