@@ -51,9 +51,9 @@ def lower_parts(
     parts: globs over names of modules, such as ``"*.mlp"`` or ``["*_proj"]``; of nested ones the outer is lowered, and one
     without a weight that is N:M is left alone.
     run: uses the model as you will, without gradients and in evaluation mode:
-    ``lambda model: model.generate(**inputs, max_new_tokens=3)``. Sizes in which the calls of a part differ are free, and
-    where it takes one tensor axis 0 is, too; others are fixed. Speed is measured with the smallest call, where an axis of 1
-    that is free counts as 2.
+    ``lambda model: model.generate(**inputs, max_new_tokens=3)``. Sizes in which the calls of a part differ are free. Of a
+    part that takes one tensor axis 0 is free as well, and without convolutions all axes but the last. Others are fixed.
+    Speed is measured with the smallest call, where an axis of 1 that is free counts as 2.
     backend, pattern, exclude, force, check, options: as for `lower`, with globs over parameter names of the whole model.
 
     Returns a copy of the model in evaluation mode, of the same class, that shares with it all memory of what is not packed.
@@ -71,12 +71,14 @@ def lower_parts(
     for name, (args, kwargs, shapes) in ready.items():
         part, rules = chosen[name], _rules(name, chosen[name], patterns)
         try:
-            memo[id(part)] = lower(
+            lowered = lower(
                 part, args, kwargs, backend=backend, pattern=rules, exclude=_inside(name, part, exclude),
                 force=_inside(name, part, force), check=check, dynamic_shapes=shapes, options=options,
             )  # fmt: skip
         except NMError as error:
             raise NMError(f"{name}: {error}") from error
+        lowered.__dict__["part"] = True
+        memo[id(part)] = lowered
     return copy.deepcopy(model, memo).eval()
 
 
@@ -123,7 +125,7 @@ def _example(name: str, part: nn.Module, calls: Calls) -> tuple[tuple[Any, ...],
         raise NMError(
             f"{name} is called with a {type(strange).__name__}, which no graph takes: name the layers inside it in parts="
         )
-    free = iter(calls.free())
+    free = iter(_free(part, calls))
     axes = [next(free) if isinstance(leaf, Tensor) else frozenset[int]() for leaf in leaves]
     leaves = [_grown(leaf, its_axes) for leaf, its_axes in zip(leaves, axes, strict=True)]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -132,6 +134,16 @@ def _example(name: str, part: nn.Module, calls: Calls) -> tuple[tuple[Any, ...],
         if its_axes:
             shapes[leaf] = dict.fromkeys(sorted(its_axes), torch.export.Dim.AUTO)
     return args, kwargs, shapes.dynamic_shapes(part, args, kwargs) if any(axes) else None
+
+
+def _free(part: nn.Module, calls: Calls) -> list[frozenset[int]]:
+    """The axes of each tensor whose sizes are not fixed."""
+    free = calls.varying()
+    if len(free) != 1:
+        return free
+    axes = len(next(iter(calls.sizes[0])))
+    images = any(weight.ndim > 2 for weight in part.parameters())
+    return [free[0] | set(range(axes)[: 1 if images or axes == 1 else -1])]
 
 
 def _grown(leaf: Any, axes: frozenset[int]) -> Any:

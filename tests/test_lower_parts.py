@@ -115,15 +115,31 @@ def test_memory_is_shared_but_for_what_is_packed(writer: Writer) -> None:
     assert all(value.shape != writer.blocks[0].get_parameter("up.weight").shape for value in own.values())
 
 
-def test_sizes_in_which_calls_differ_are_free_and_others_are_not(writer: Writer) -> None:
-    fast = nm.lower_parts(writer, "blocks.*", lambda model: model(tokens(2, 4)), backend="cpu", force=["*"])
-    fast(tokens(5, 4))
-    with pytest.raises(nm.NMError, match=r"Lower the model with example inputs like this call"):
-        fast(tokens(5, 6))
-    fast = nm.lower_parts(writer, "blocks.*", writing, backend="cpu", force=["*"])
-    for batch, length in ((1, 1), (5, 6), (2, 40)):
-        given = tokens(batch, length)
-        torch.testing.assert_close(fast(given), writer(given))
+def test_a_part_of_linears_takes_any_batch_and_length(writer: Writer) -> None:
+    for run in (writing, lambda model: model(tokens(2, 4))):
+        fast = nm.lower_parts(writer, "blocks.*", run, backend="cpu", force=["*"])
+        for batch, length in ((1, 1), (5, 6), (2, 40)):
+            given = tokens(batch, length)
+            torch.testing.assert_close(fast(given), writer(given))
+
+
+def images(*sizes: int) -> Callable[[nn.Module], Any]:
+    return lambda model: [model(torch.randn(2, 3, size, 8)) for size in sizes]
+
+
+def test_of_images_the_batch_is_free_and_sizes_in_which_calls_differ() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Sequential(nn.Conv2d(16, 16, 3, bias=False), nn.ReLU()))
+    with torch.no_grad():
+        model[1].get_parameter("0.weight")[:, ::2] = 0.0
+    fast = nm.lower_parts(model, "1", images(9), backend="cpu", force=["*"])
+    fast(torch.randn(5, 3, 9, 8))
+    with pytest.raises(
+        nm.NMError, match=r"(?s)size 12 on axis 2, where 9 was captured.*have run= make a call like this one as well"
+    ):
+        fast(torch.randn(2, 3, 12, 8))
+    fast = nm.lower_parts(model, "1", images(9, 10), backend="cpu", force=["*"])
+    x = torch.randn(3, 3, 12, 8)
+    torch.testing.assert_close(fast(x), model(x))
 
 
 def test_of_nested_parts_the_outer_one_is_lowered_and_of_a_shared_one_the_only_one(writer: Writer) -> None:

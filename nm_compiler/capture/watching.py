@@ -47,10 +47,12 @@ class Calls:
         if self.least is None or numbers < self._numbers:
             self.least, self._numbers = copies_of((args, dict(kwargs))), numbers
 
-    def free(self) -> list[frozenset[int]]:
-        """For each tensor the axes whose sizes vary; axis 0 of the only one as well, as `nm.lower` leaves it free."""
-        found = [_varying(known) for known in self.sizes]
-        return [found[0] | {0}] if len(found) == 1 and next(iter(self.sizes[0])) else found
+    def varying(self) -> list[frozenset[int]]:
+        """For each tensor the axes whose sizes differ from call to call."""
+        return [
+            frozenset(axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1)
+            for shapes in self.sizes
+        ]
 
 
 @contextmanager
@@ -67,10 +69,6 @@ def watched(parts: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _varying(shapes: set[tuple[int, ...]]) -> frozenset[int]:
-    return frozenset(axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1)
 
 
 def _kind_of(leaf: Any) -> Any:
