@@ -468,6 +468,27 @@ def test_volumes_are_added_as_they_lie_and_a_weight_may_be_padded_in_two_ways() 
     assert len(packed_nodes(lowered)) == 4, "one where the kernel is a view, and one for each of its frames"
 
 
+class Bottleneck(nn.Module):
+    """What is padded and cut into frames is added behind one that is a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv3d(8, 8, 3, padding=1), nn.Conv3d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.conv(x))
+        return torch.relu(self.other(y) + y)
+
+
+@needs_kernels
+def test_volumes_that_are_padded_and_then_added_take_any_batch() -> None:
+    model = frozen(Bottleneck(), x := torch.randn(3, 8, 4, 5, 6), include=["*"])
+    lowered = forced(model, x)
+    for batch in (3, 1, 4):
+        data = torch.randn(batch, 8, 4, 5, 6)
+        torch.testing.assert_close(lowered(data), model(data), rtol=1e-5, atol=1e-5)
+
+
 @needs_kernels
 def test_a_state_dict_holds_the_packed_weights_and_comes_back_and_no_dense_one_is_kept(tmp_path: Path) -> None:
     model, x = convs()
