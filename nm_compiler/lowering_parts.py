@@ -61,6 +61,8 @@ def lower_parts(
     it in several ways, and what `lower` says of one, by its name.
     """
     check_frozen(model)
+    if backend == "onnx":
+        raise NMError("backend='onnx' writes a file of a whole model: nm.lower(part, ..., backend='onnx') writes one of a part")
     patterns, exclude, force = PatternMap.parse(pattern), globs(exclude), globs(force)
     check_globs(model, patterns, (), exclude, force)
     chosen = _chosen(model, globs(parts), patterns, exclude)

@@ -295,9 +295,11 @@ def test_what_lower_says_of_a_part_comes_with_its_name(writer: Writer) -> None:
         nm.lower_parts(writer, "blocks.*", writing, backend="cpu")
 
 
-def test_models_that_train_or_are_lowered_are_an_error(writer: Writer) -> None:
+def test_models_that_train_or_are_lowered_and_backends_that_write_files_are_an_error(writer: Writer) -> None:
     with pytest.raises(nm.NMError, match="still trains"):
         nm.lower_parts(nm.compile(Writer(), (tokens(2, 4),)), "blocks.*", lambda model: model(tokens()))
+    with pytest.raises(nm.NMError, match="backend='onnx' writes a file of a whole model"):
+        nm.lower_parts(writer, "blocks.*", writing, backend="onnx")
     fast = nm.lower_parts(writer, "blocks.0", writing, backend="cpu", force=["*"])
     with pytest.raises(nm.NMError, match="blocks.0 is lowered already"):
         nm.lower_parts(fast, "blocks.*", writing)
