@@ -62,7 +62,7 @@ def lower_parts(
     """
     check_frozen(model)
     if backend == "onnx":
-        raise NMError("backend='onnx' writes a file of a whole model: nm.lower(part, ..., backend='onnx') writes one of a part")
+        raise NMError("backend='onnx' writes a file of a whole model: nm.lower(part, ..., backend='onnx') writes a part's")
     patterns, exclude, force = PatternMap.parse(pattern), globs(exclude), globs(force)
     check_globs(model, patterns, (), exclude, force)
     chosen = _chosen(model, globs(parts), patterns, exclude)
