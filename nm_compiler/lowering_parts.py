@@ -1,14 +1,13 @@
 """nm.lower_parts: parts of a model on a runtime, and the rest as it is, so that `generate` and whatever else it does stay.
 
     model --run(model)--> the calls of every part (`watching`) --nm.lower, one part after the other--> Lowered parts
-          --copy, memory shared--> a model of the same class with these in their places
+          --`twin`--> a model of the same class, over the same memory, with these in their places
 
 The model itself is not touched.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nm_compiler.around_parts import around_parts
 from nm_compiler.capture.export import in_mode
 from nm_compiler.capture.preparing import globs
 from nm_compiler.capture.routes import untouched
@@ -27,6 +27,7 @@ from nm_compiler.pattern import PatternLike, PatternMap, PatternSpec, matches
 from nm_compiler.runtime.lowered import Lowered
 from nm_compiler.runtime.verify import examine
 from nm_compiler.sites.plan import check_globs
+from nm_compiler.twin import twin
 from nm_compiler.wording import several
 
 M = TypeVar("M", bound=nn.Module)
@@ -56,7 +57,8 @@ def lower_parts(
     Speed is measured with the smallest call, where an axis of 1 that is free counts as 2.
     backend, pattern, exclude, force, check, options: as for `lower`, with globs over parameter names of the whole model.
 
-    Returns a copy of the model in evaluation mode, of the same class, that shares with it all memory of what is not packed.
+    Returns a copy of the model in evaluation mode, of the same class, that shares with it the memory of parameters that are
+    not packed; buffers are copied.
     Raises NMError, nothing changed, if ``parts`` name none that has an N:M weight, if ``run`` never calls one of them or calls
     it in several ways, and what `lower` says of one, by its name.
     """
@@ -66,22 +68,24 @@ def lower_parts(
     patterns, exclude, force = PatternMap.parse(pattern), globs(exclude), globs(force)
     check_globs(model, patterns, (), exclude, force)
     chosen = _chosen(model, globs(parts), patterns, exclude)
+    twin(model, {part: nn.Identity() for part in chosen.values()})  # whether it can be copied, before all the work
     with untouched(model), in_mode(model, False), torch.no_grad(), watched(chosen) as calls:
         run(model)
     ready = {name: _example(name, chosen[name], found) for name, found in calls.items()}
-    memo: dict[int, Any] = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    made: dict[nn.Module, nn.Module] = {}
     for name, (args, kwargs, shapes) in ready.items():
         part, rules = chosen[name], _rules(name, chosen[name], patterns)
         try:
-            lowered = lower(
-                part, args, kwargs, backend=backend, pattern=rules, exclude=_inside(name, part, exclude),
-                force=_inside(name, part, force), check=check, dynamic_shapes=shapes, options=options,
-            )  # fmt: skip
+            with untouched(part):  # it may write to its buffers, whose memory a lowered one shares at first
+                lowered = lower(
+                    part, args, kwargs, backend=backend, pattern=rules, exclude=_inside(name, part, exclude),
+                    force=_inside(name, part, force), check=check, dynamic_shapes=shapes, options=options,
+                )  # fmt: skip
         except NMError as error:
             raise NMError(f"{name}: {error}") from error
-        lowered.__dict__["part"] = True
-        memo[id(part)] = lowered
-    return copy.deepcopy(model, memo).eval()
+        lowered.__dict__["part"] = name
+        made[part] = lowered
+    return around_parts(twin(model, made)).eval()
 
 
 def _chosen(model: nn.Module, wanted: Sequence[str], patterns: PatternMap, exclude: Sequence[str]) -> dict[str, nn.Module]:

@@ -48,7 +48,7 @@ class Lowered(nn.Module):
     inert: whether something runs it that has no gradient, of which autograd would know nothing.
     packed_for: the dtype that data has at all packed products, if it is one; captured: those of the inputs. A call with others
     is watched: packed products take any, where torch's own refuse what the weight has not.
-    part: whether it is one of the parts that `nm.lower_parts` made.
+    part: its name in the model, if it is one of the parts that `nm.lower_parts` made.
     settled: whether folded weights are there; else the first call, or who asks for them, has them computed, and gets an
     NMError if the model's weights were changed in between.
     """
@@ -64,7 +64,7 @@ class Lowered(nn.Module):
     dtype: torch.dtype | None
     notes: tuple[str, ...]
     error: float | None
-    part: bool
+    part: str
     settled: bool
     inert: bool
     packed_for: torch.dtype | None
@@ -74,7 +74,7 @@ class Lowered(nn.Module):
     def __init__(self, result: Result, **facts: Any) -> None:
         super().__init__()
         self.run = result.run
-        self.__dict__.update(**{"result": result, "error": None, "part": False, "settled": True, "attributes": {}, **facts})
+        self.__dict__.update(**{"result": result, "error": None, "part": "", "settled": True, "attributes": {}, **facts})
         self.inert = self.backend == "tensorrt" or (self.backend == "cpu" and any(d.kernel for d in result.decisions.values()))
         self.training = False
         known = {product.dtype for product in self.result.products}
@@ -123,6 +123,11 @@ class Lowered(nn.Module):
                 raise
         if name in self.__dict__["attributes"]:
             return self.attributes[name]
+        if self.part:
+            raise AttributeError(
+                f"{self.part} is a lowered part ({self.title}) and has no {name!r}: only its forward() was lowered. Where the "
+                "model reads that, name the module around it in parts= of nm.lower_parts, or the layers inside it"
+            )
         raise AttributeError(
             f"a lowered {self.title} has no attribute {name!r}: only forward() was lowered. Where a method of the model calls "
             "it, as generate() does, lower parts of the model: nm.lower_parts(model, parts, run)"
@@ -153,16 +158,28 @@ class Lowered(nn.Module):
         """As of any module."""
         return super(Lowered, self.settle()).state_dict(*args, **kwargs)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """For `to`, `half` and their like. Packed weights stay as they lie; raises NMError where they would have to change."""
+    def packed(self) -> list[Tensor]:
+        """Values, codes and scales of the CPU kernels' products."""
+        return list(_packed(self.settle().run))
+
+    def check_apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise NMError where packed weights would have to change."""
         if self.backend != "cpu":
-            return super(Lowered, self.settle())._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return
         given = torch.zeros(1, dtype=next((product.dtype for product in self.result.products), self.dtype or torch.float32))
         made = fn(given)
         if made.dtype != given.dtype or made.device != given.device:
             now, then = (f"{dtype_name(each.dtype)} on {each.device}" for each in (given, made))
-            raise NMError(f"this {self.title} is packed for {now}: for {then}, lower the model anew, with dtype=")
-        packed = set(map(id, _packed(self.settle().run)))
+            which = f"{self.part}, a lowered part ({self.title})," if self.part else f"this {self.title}"
+            how = "cast the model and lower its parts anew" if self.part else "lower the model anew, with dtype="
+            raise NMError(f"{which} is packed for {now}: for {then}, {how}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """For `to`, `half` and their like. Packed weights stay as they lie; raises NMError where they would have to change."""
+        if self.backend != "cpu":
+            return super(Lowered, self.settle())._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.check_apply(fn)
+        packed = set(map(id, self.packed()))
 
         def changed(value: Tensor) -> Tensor:
             result = fn(value)
