@@ -6,8 +6,8 @@
     %y = aten.transpose(%p, -2, -1)   # [B, N, T]           %y = aten.squeeze(%p, 2)               # [B, N, T]
 
 Weights on the left of a matmul come so. The kernels take pixels in rows, so nothing is laid out anew before or behind the
-product; the packed weight is the same one. Not for few tokens, where the linear's own kernel is faster, and not in bfloat16,
-whose products want channels innermost.
+product; the packed weight is the same one. Not for few tokens, or a free number that may turn out small: there the linear's
+own kernel is faster. And not in bfloat16, whose products want channels innermost.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def _source(turned: Any) -> Node | None:
     data: Node = turned.args[0]
     value = data.meta["val"]
     tokens = value.shape[-1]
-    few = isinstance(tokens, int) and tokens <= FEW
-    return data if value.ndim in (2, 3) and value.dtype == torch.float32 and not few else None
+    many = isinstance(tokens, int) and tokens > FEW
+    return data if value.ndim in (2, 3) and value.dtype == torch.float32 and many else None
 
 
 def _is_turn(node: Node) -> bool:

@@ -486,14 +486,14 @@ class Mixing(nn.Module):
 
 
 @needs_kernels
-def test_weights_on_the_left_are_packed_and_read_rows_as_they_lie() -> None:
+def test_weights_on_the_left_of_tables_and_vectors_are_packed() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 32, 8)
     model = frozen(Mixing(), x, include=["first", "second", "third", "fourth"])
     lowered, half = forced(model, x), forced(model, x, dtype=torch.bfloat16)
     assert {row.name for row in nm.report(lowered).rows if row.status == "sparse"} >= {"first", "second", "third", "fourth"}
-    assert [node.target for node in packed_nodes(lowered)] == [LINEAR, LINEAR, CONV2D, LINEAR, LINEAR, LINEAR]
-    assert all(node.target is LINEAR for node in packed_nodes(half))
+    for each in (lowered, half):  # eight tokens, one, or as many as the batch says
+        assert [node.target for node in packed_nodes(each)] == [LINEAR] * 6
     for batch in (3, 1, 5):
         data = torch.randn(batch, 32, 8)
         torch.testing.assert_close(lowered(data), model(data), rtol=1e-5, atol=1e-5)
@@ -521,6 +521,26 @@ def test_many_tokens_behind_a_weight_on_the_left_are_pixels_and_activated_by_the
     data = torch.randn(3, 16, 32)
     torch.testing.assert_close(lowered(data), model(data), rtol=1e-5, atol=1e-5)
     assert lowered(data).is_contiguous()
+
+
+@needs_kernels
+def test_as_many_tokens_behind_a_weight_on_the_left_as_a_call_has_stay_tokens_of_a_linear() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.mix @ x)
+
+    model = frozen(Table(), x := torch.randn(16, 64), include=["mix"])
+    free = {"x": {1: torch.export.Dim.AUTO}}
+    assert [node.target for node in packed_nodes(forced(model, x))] == [CONV2D]
+    lowered = forced(model, x, dynamic_shapes=free)
+    assert [node.target for node in packed_nodes(lowered)] == [LINEAR], "few of them are faster so"
+    for tokens in (1, 5, 64, 90):
+        data = torch.randn(16, tokens)
+        torch.testing.assert_close(lowered(data), model(data), rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels
