@@ -5,6 +5,7 @@ model     = nm.compile(model, method=nm.LBC())                           # witho
 scheduler = nm.SparsityScheduler(sparse, total_steps=steps)              # step() after every optimizer.step()
 model     = nm.freeze(sparse)                                            # the plain model, zeros in its weights
 fast      = nm.lower(model, (x,), backend="auto")                        # to a runtime with sparse kernels
+fast      = nm.lower_parts(model, ["*.mlp"], run)                        # parts of it: a model that still has its generate()
 print(nm.report(sparse))                                                 # a line per weight: sparse or dense, and why
 nm.verify(model, "2:4"), nm.show(sparse)                                 # check any checkpoint, read the graph
 nm.parameter_groups(sparse, weight_decay=5e-4)                           # for any torch optimizer
@@ -22,6 +23,7 @@ from nm_compiler.errors import NMError, Refusal
 from nm_compiler.freezing import freeze
 from nm_compiler.importance import RIA, Saliency, Wanda
 from nm_compiler.lowering import lower
+from nm_compiler.lowering_parts import lower_parts
 from nm_compiler.methods.base import Method
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.methods.gradual import Gradual
@@ -69,6 +71,7 @@ __all__ = [
     "freeze",
     "load_checkpoint",
     "lower",
+    "lower_parts",
     "parameter_groups",
     "permute",
     "plan_bytes",

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -171,7 +172,7 @@ def propagate_shapes(gm: GraphModule) -> None:
     mode = fake_mode_of(gm.graph)
     if not missing or mode is None:
         return
-    with mode, unhooked():
+    with mode, unhooked(), enable_python_dispatcher():
         for node in missing:
             if node.op == "get_attr":
                 value = getattr_path(gm, node.target)

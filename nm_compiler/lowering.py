@@ -88,7 +88,7 @@ def lower(
     Returns a `Lowered` module, called as the model is, in evaluation mode. Raises NMError, nothing changed, if the model was
     not frozen, cannot be one graph in evaluation mode, has no N:M weight, or computes something else afterwards.
     """
-    _check_frozen(model)
+    check_frozen(model)
     args, named = arguments(example_inputs, kwargs, "nm.lower"), dict(kwargs or {})
     patterns = PatternMap.parse(pattern)
     check_globs(model, patterns, (), globs(exclude), globs(force))
@@ -99,7 +99,7 @@ def lower(
     given = pytree.tree_map_only(Tensor, partial(_as, dtype=dtype), (args, named))
     again, way_out = partial(called, twin, given[0], given[1]), ", or say check=False if every call begins anew"
     kept = nothing_counted(twin, again, False, numbers=False, way_out=way_out) if check else contextlib.nullcontext()
-    with untouched(twin), kept:
+    with untouched(twin), kept, _parts_may_do():
         gm, signature = capture_mode(twin, given[0], given[1], dynamic_shapes, training=False)
     gm = run(gm, [spell_out_autocast, without_switches])
     plan, sites, dense = _planned(twin, gm, patterns, globs(exclude))
@@ -160,7 +160,8 @@ def cast(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _check_frozen(model: Any) -> None:
+def check_frozen(model: Any) -> None:
+    """Raise NMError for what `lower` cannot take: a model that trains, is lowered already or has no values."""
     if isinstance(model, Lowered):
         raise NMError(f"this {model.title} is lowered already, to {model.backend}: lower the model that it was made of")
     if is_compiled(model):
@@ -226,6 +227,17 @@ def _wanted(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     with untouched(model), in_mode(model, False), _plainly(model), contextlib.suppress(Exception):
         return model(*copies_of(args), **{**without_cache(model, kwargs), **copies_of(dict(kwargs))})
     return None
+
+
+@contextlib.contextmanager
+def _parts_may_do() -> Iterator[None]:
+    """What else there is for a model that is no one graph."""
+    try:
+        yield
+    except NMError as error:
+        if error.__cause__ is None:
+            raise
+        raise NMError(f"{error}\nOr lower parts that are graphs: nm.lower_parts(model, parts, run).") from error.__cause__
 
 
 @contextlib.contextmanager

@@ -23,8 +23,8 @@ from nm_compiler.wording import several
 def report(model: nn.Module, pattern: PatternSpec | None = None) -> Report:
     """A line for every weight of two or more axes: sparse or dense, why, and what its mask keeps now.
 
-    model: what `compile` returned, also inside DDP or ``torch.compile``; what `lower` returned, where each row says what runs
-    the weight, how fast, or why it stays dense; or a plain or frozen module, which may hold compiled ones.
+    model: what `compile` returned, also inside DDP or ``torch.compile``; what `lower` or `lower_parts` returned, where rows
+    say what runs the weight, how fast, or why it stays dense; or a plain or frozen module, which may hold compiled ones.
     pattern: what to look for in a plain module, as in `nm_compiler.compile`, "2:4" if left out; a compiled one knows its own.
 
     Returns a `Report` to print, or to turn into plain values (``to_dict()``) or a page (``to_html()``).
@@ -129,8 +129,10 @@ def _own_patterns(plan: Plan) -> PatternSpec:
 
 
 def _plain(model: nn.Module, pattern: PatternSpec) -> Report:
-    rows, found = [], verify(model, pattern)
+    rows, found, lowered = [], verify(model, pattern), _lowered_in(model)
     for checked in found.weights:
+        if any(checked.name.startswith(f"{part}.") for part in lowered):
+            continue
         owner = model.get_submodule(checked.name.rpartition(".")[0])
         sparse = bool(checked.axes)
         along = " and ".join(map(str, checked.axes))
@@ -140,7 +142,41 @@ def _plain(model: nn.Module, pattern: PatternSpec) -> Report:
         shown, status = (str(checked.pattern), "sparse") if sparse else (None, "dense")
         op = type(owner).__name__
         rows.append(Row(checked.name, op, checked.shape, shown, status, reason, nonzero=checked.nonzero))
-    return _with_parts(Report(f"{type(model).__name__}, checked for {found.pattern}", tuple(rows)), model)
+    plain = Report(f"{type(model).__name__}, checked for {found.pattern}", tuple(rows))
+    return _with_parts(_with_lowered(plain, model, lowered), model)
+
+
+def _lowered_in(model: nn.Module) -> dict[str, Lowered]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Lowered)}
+
+
+def _with_lowered(plain: Report, model: nn.Module, lowered: Mapping[str, Lowered]) -> Report:
+    """The report of a plain module with those of its lowered parts, and the notes that all of them share."""
+    if not lowered:
+        return plain
+    parts = {name: _lowered(part) for name, part in lowered.items()}
+    places = {name: at for at, (name, _) in enumerate(model.named_modules())}
+    rows = [(places[row.name.rpartition(".")[0]], _outside(row)) for row in plain.rows]
+    for name, part in parts.items():
+        rows += [
+            (places[name], replace(row, name=f"{name}.{row.name}", of=row.of and f"{name}.{row.of}")) for row in part.rows
+        ]
+    first, *others = parts
+    notes = [note for note in parts[first].notes if all(note in parts[other].notes for other in others)]
+    errors = [part.error for part in lowered.values() if part.error is not None]
+    if errors:
+        notes.append(f"Checked against the model, part by part: outputs differ by up to {max(errors):.1e} (relative).")
+    notes.append(f"Of one part, with its own notes: nm.report(model.get_submodule({first!r})).")
+    backends = " and ".join(sorted({part.backend for part in lowered.values()}))
+    title = f"{plain.title}, {len(parts)} part{'s' * (len(parts) > 1)} on {backends}"
+    return Report(title, tuple(row for _, row in sorted(rows, key=lambda pair: pair[0])), tuple(notes))
+
+
+def _outside(row: Row) -> Row:
+    """That of a weight in no lowered part: torch multiplies with its zeros."""
+    if row.status == "dense":
+        return row
+    return replace(row, status="dense", reason=f"{row.reason}, but in no part that was lowered")
 
 
 def _with_parts(plain: Report, model: nn.Module) -> Report:
@@ -152,7 +188,8 @@ def _with_parts(plain: Report, model: nn.Module) -> Report:
         rows = [row for row in rows if not row.name.startswith(f"{name}.")]
         rows[at:at] = [replace(row, name=f"{name}.{row.name}") for row in part.rows]
         title += f"; {name!r} is a {part.title}"
-    return Report(title, tuple(rows), (*(note for part in parts.values() for note in part.notes), *_of_another(model, parts)))
+    notes = (*plain.notes, *(note for part in parts.values() for note in part.notes), *_of_another(model, parts))
+    return Report(title, tuple(rows), notes)
 
 
 def _of_another(model: nn.Module, parts: Iterable[str]) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ class SparsityScheduler:
             check_holds(optimizer, self._model)
         self._optimizer = optimizer
         self._looked, self._followed = optimizer is not None, False  # one that was given holds all that learns
-        self.last_step, self._loads = 0, -1
+        self.last_step, self._loads, self._broken = 0, -1, False
         keep_freed()
         self._begin()
         self._first = FirstStep(self._model)

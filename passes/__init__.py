@@ -26,6 +26,7 @@ flatten_tokens      linears of two axes
 Lowering, for one (`nm_compiler.runtime.backends`):
 lower_cpu           cpu: packed products
 unflatten_tokens    cpu: linears take data as it lies
+turned_linears      cpu: packed linears of turned data as convolutions
 fuse_epilogues      cpu: packed products add and activate
 fuse_dense          cpu: dense convolutions activate
 channels_last       cpu: images with their channels innermost

@@ -26,6 +26,7 @@ PACKED = (LINEAR, CONV2D)
 ADD = (aten.add.Tensor, aten.add_.Tensor)
 RESHAPES = (
     aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+    aten.squeeze.dim,
 )  # fmt: skip
 _TURNS = (aten.permute.default, aten.contiguous.default)
 _PLAIN = {

@@ -33,6 +33,7 @@ _AGAIN = (
     "an example of 2 or more; calls of several kinds are a lowered model each"
 )
 """What to do about a call that does not fit."""
+_RUN_AGAIN = "Lower the parts of the model again with nm.lower_parts, and have run= make a call like this one as well"
 
 
 class Lowered(nn.Module):
@@ -47,6 +48,7 @@ class Lowered(nn.Module):
     inert: whether something runs it that has no gradient, of which autograd would know nothing.
     packed_for: the dtype that data has at all packed products, if it is one; captured: those of the inputs. A call with others
     is watched: packed products take any, where torch's own refuse what the weight has not.
+    part: whether it is one of the parts that `nm.lower_parts` made.
     settled: whether folded weights are there; else the first call, or who asks for them, has them computed, and gets an
     NMError if the model's weights were changed in between.
     """
@@ -62,6 +64,7 @@ class Lowered(nn.Module):
     dtype: torch.dtype | None
     notes: tuple[str, ...]
     error: float | None
+    part: bool
     settled: bool
     inert: bool
     packed_for: torch.dtype | None
@@ -71,7 +74,7 @@ class Lowered(nn.Module):
     def __init__(self, result: Result, **facts: Any) -> None:
         super().__init__()
         self.run = result.run
-        self.__dict__.update(**{"result": result, "error": None, "settled": True, "attributes": {}, **facts})
+        self.__dict__.update(**{"result": result, "error": None, "part": False, "settled": True, "attributes": {}, **facts})
         self.inert = self.backend == "tensorrt" or (self.backend == "cpu" and any(d.kernel for d in result.decisions.values()))
         self.training = False
         known = {product.dtype for product in self.result.products}
@@ -88,7 +91,7 @@ class Lowered(nn.Module):
         try:
             flat = self.signature.flatten(args, kwargs)
         except Misfit as error:
-            raise Misfit(error.facts, _AGAIN) from None
+            raise Misfit(error.facts, _RUN_AGAIN if self.part else _AGAIN) from None
         if self.result.takes_tensors_only:
             flat = [value for value in flat if isinstance(value, Tensor)]
         watched = self.packed_for is not None and not torch.compiler.is_compiling() and self._is_strange(flat)
@@ -122,7 +125,7 @@ class Lowered(nn.Module):
             return self.attributes[name]
         raise AttributeError(
             f"a lowered {self.title} has no attribute {name!r}: only forward() was lowered. Where a method of the model calls "
-            "it, as generate() does, lower parts of the model in their place: layer.mlp = nm.lower(layer.mlp, ...)"
+            "it, as generate() does, lower parts of the model: nm.lower_parts(model, parts, run)"
         )
 
     @property

@@ -117,7 +117,7 @@ class Report:
     def summary(self) -> str:
         """One sentence with the totals."""
         totals = self.totals
-        share = f"{totals['sparse_share']:.0%} of {totals['parameters']:,} weights"
+        share = f"{_percent(totals['sparse_share'])} of {totals['parameters']:,} weights"
         retained = f", {totals['retained']:.1%} of their magnitude retained" if totals["retained"] is not None else ""
         if totals.get("ms"):
             retained += f"; {totals['dense_ms']:.3g} ms dense, {totals['ms']:.3g} ms as chosen, layer by layer"
@@ -144,6 +144,17 @@ HEADINGS: Mapping[str, str] = {
     "sparse_ms": "sparse ms", "speedup": "speed-up", "reason": "why", "hint": "what would help",
 }  # fmt: skip
 """The columns, in order."""
+MEANINGS: Mapping[str, str] = {
+    "retained": "share of the weight's magnitude that the mask keeps: sum |w * mask| / sum |w|",
+    "backward_kept": "share of the masked weight's magnitude that the backward mask keeps",
+    "live": "combinations a group can still choose from; 1 is decided",
+    "nonzero": "share of the weight that the forward product uses",
+    "runs": "calls so far in which the weight ran sparse",
+    "dense_ms": "milliseconds a call on this device, dense",
+    "sparse_ms": "milliseconds a call on this device, sparse",
+    "speedup": "dense over sparse",
+}
+"""Of columns whose headings do not say all."""
 _ALWAYS = ("name", "op", "shape", "pattern", "status", "reason")
 SHARES = ("retained", "backward_kept", "nonzero")
 NUMBERS = (*SHARES, "live", "runs", "dense_ms", "sparse_ms", "speedup")
@@ -178,6 +189,13 @@ def _aligned(line: Sequence[str], columns: Sequence[str], widths: Sequence[int])
 def _is_undecided(row: Row) -> bool:
     """Whether a mask keeps more than N of M so far, as those of LBC do until they are decided."""
     return bool(row.status == "sparse" and row.pattern and (row.nonzero or 0.0) > Pattern.parse(row.pattern).density)
+
+
+def _percent(share: float) -> str:
+    """All are all: a share of less than 1 is no 100 %, nor one of more than 0 none."""
+    if 0.995 <= share < 1:
+        return "more than 99%"
+    return "less than 1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def _size(row: Row) -> int:

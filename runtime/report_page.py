@@ -5,15 +5,16 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from nm_compiler.runtime.report import HEADINGS, NUMBERS, SHARES, Report, Row, cell
+from nm_compiler.runtime.report import HEADINGS, MEANINGS, NUMBERS, SHARES, Report, Row, cell
 
 _STYLE = """<style>
-.nm-report{font:14px/1.45 system-ui,sans-serif;color:#1b2430}
+.nm-report{font:14px/1.45 system-ui,sans-serif;color:#1b2430;overflow-x:auto}
 .nm-report table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 .nm-report th,.nm-report td{padding:.28em .8em;text-align:left;border-bottom:1px solid #e6e9ee;white-space:nowrap}
 .nm-report .number{text-align:right}
 .nm-report .words{white-space:normal;min-width:16em}
 .nm-report th{color:#5b6675;font-weight:600}
+.nm-report th[title]{text-decoration:underline dotted;cursor:help}
 .nm-report tr.dense td{color:#6d7786}
 .nm-report .times{display:grid;grid-template-columns:max-content 1fr max-content;gap:.15em .8em;margin:1em 0;max-width:60em}
 .nm-report .times i{display:block;height:.5em;border-radius:2px;background:#c3cad4}
@@ -29,7 +30,8 @@ def page(report: Report) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(report.title)}</title></head>\n<body>\n{table(report)}</body></html>\n"
+        f"<title>{html.escape(report.title)}</title>"
+        f'</head>\n<body style="margin:1.5rem">\n{table(report)}</body></html>\n'
     )
 
 
@@ -37,7 +39,7 @@ def table(report: Report) -> str:
     """A part of a document that needs nothing else."""
     columns = report.columns()
     below = "".join(f"<p>{html.escape(line)}</p>\n" for line in (report.summary(), *report.notes))
-    head = "".join(f"<th{_kind(column)}>{html.escape(HEADINGS[column])}</th>" for column in columns)
+    head = "".join(f"<th{_kind(column)}{_meaning(column)}>{html.escape(HEADINGS[column])}</th>" for column in columns)
     body = "".join(
         f'<tr class="{row.status}">' + "".join(_cell(row, column) for column in columns) + "</tr>\n" for row in report.rows
     )
@@ -57,6 +59,10 @@ def _kind(column: str) -> str:
     if column in NUMBERS:
         return " class=number"
     return " class=words" if column in ("reason", "hint") else ""
+
+
+def _meaning(column: str) -> str:
+    return f' title="{html.escape(MEANINGS[column])}"' if column in MEANINGS else ""
 
 
 def _picture(rows: Sequence[Row]) -> str:

@@ -93,6 +93,9 @@ def _of_module(model: nn.Module) -> dict[str, Tensor]:
             prefix = f"{path}." if path else ""
             found = {name: value for name, value in found.items() if not name.startswith(prefix)}
             found |= {prefix + name: value for name, value in masked().items()}
+    for path, module in model.named_modules():
+        if isinstance(module, Lowered):  # a part by itself: packed weights are named, not looked at
+            found |= {f"{path}.{name}": value for name, value in module.state_dict().items()}
     order = {name: at for at, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     found = without_floats(model, found | _packed_in(model))
     return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from PIL import Image
 
 from nm_compiler import NMError, Pattern, cli
-from nm_compiler.demo import cifar, page, train
+from nm_compiler.demo import cifar, page, train, words
 from nm_compiler.demo.data import augmented, batches, digits, load
 from nm_compiler.demo.models import build
 from nm_compiler.demo.results import Outcome
@@ -253,6 +255,36 @@ def test_the_page_needs_nothing_else_and_shows_everything(outcome: Outcome) -> N
     assert "nm.backward_weight" in text
     assert text.count('class="nm-report"') == 4
     assert "$" not in text
+    assert text.count("aria-label=") == 6, "each picture says what it shows"
+    assert "five ways" in text
+
+
+def _several_seeds(outcome: Outcome) -> Outcome:
+    """As if a second seed had been one point better for everyone, and two for LBC."""
+    more = [
+        replace(run, seed=1, accuracy=run.accuracy + (0.02 if run.entry.method == "lbc" else 0.01)) for run in outcome.runs
+    ]
+    return replace(outcome, settings=replace(outcome.settings, seeds=2), runs=(*outcome.runs, *more))
+
+
+@pytest.mark.ci
+def test_the_page_says_first_what_was_found_and_what_may_be_chance(outcome: Outcome) -> None:
+    one, two = words.found(outcome), words.found(_several_seeds(outcome))
+    dense, *others = outcome.rows()
+    best, worst = (100 * (end(row.accuracy for row in others) - dense.accuracy) for end in (max, min))
+    assert one.startswith(f"Dense training reached {dense.accuracy:.2%}. At 2:4 the difference was {best:+.2f}, with ")
+    assert f"and {worst:+.2f} with " in one
+    assert "It was one seed" in one
+    assert "Seeds differ by up to ± 1.41 points" in two, "LBC's, two points apart"
+    assert one in html.unescape(page.page(outcome))
+
+
+@pytest.mark.ci
+def test_a_page_of_one_seed_speaks_of_no_mean(outcome: Outcome) -> None:
+    one, two = page.page(outcome), page.page(_several_seeds(outcome))
+    for said in ("mean of the seeds", "standard deviation", "in the worst seed"):
+        assert said not in one
+        assert said in two
 
 
 @pytest.mark.ci

@@ -92,3 +92,35 @@ def test_a_cache_that_is_asked_for_comes_back() -> None:
     output = sparse(input_ids=tokens, use_cache=True)
     torch.testing.assert_close(output.logits, dense(model, input_ids=tokens).logits)
     assert output.past_key_values.get_seq_length() == 5
+
+
+def llama() -> tuple[nn.Module, list[str]]:
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=50
+    )
+    return transformers.LlamaForCausalLM(config), ["*.mlp", "*.self_attn.?_proj"]
+
+
+def t5() -> tuple[nn.Module, list[str]]:
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4, vocab_size=50, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config), ["*.DenseReluDense", "*.SelfAttention.?", "*.EncDecAttention.?"]
+
+
+@pytest.mark.parametrize("make", [llama, pytest.param(t5, marks=pytest.mark.ci)])
+def test_a_model_whose_parts_are_lowered_generates_what_it_generated(make: Any) -> None:
+    torch.manual_seed(0)
+    model, parts = make()
+    live = nm.compile(model, method=nm.Magnitude(), then="eager")
+    tokens = torch.randint(2, 50, (2, 5))
+    live(input_ids=tokens, labels=tokens)
+    model = nm.freeze(live).eval()
+    run = lambda model: model.generate(input_ids=tokens, max_new_tokens=3)  # noqa: E731
+    fast = nm.lower_parts(model, parts, run, backend="cpu", force=["*"])
+    assert type(fast) is type(model)
+    for given, options in ((tokens, {}), (torch.randint(2, 50, (1, 9)), {}), (tokens, {"num_beams": 2})):
+        wanted = model.generate(input_ids=given, max_new_tokens=8, do_sample=False, **options)
+        assert torch.equal(fast.generate(input_ids=given, max_new_tokens=8, do_sample=False, **options), wanted)
+    packed = {row.name for row in nm.report(fast).rows if row.kernel}
+    assert packed == set(nm.verify(model).satisfied)

@@ -99,11 +99,11 @@ def test_the_passes_of_the_backend_compute_the_same_and_look_as_read(kind: Any, 
     lowered = forced(model, x)
     assert lowered.error < 1e-5
     assert [name for name, _, _ in stages] == [
-        "lower_cpu", "unflatten_tokens", "fuse_epilogues", "huge_pages", "pool_channels_last", "fuse_dense",
+        "lower_cpu", "unflatten_tokens", "turned_linears", "fuse_epilogues", "huge_pages", "pool_channels_last", "fuse_dense",
     ]  # fmt: skip
-    for name, text, _ in (stages[0], stages[2]):
+    for name, text, _ in (stages[0], stages[3]):
         golden(f"{name}_{kind.__name__.lower()}", text)
-    assert stages[5][1] == stages[4][1] == stages[3][1] == stages[2][1], "there is nothing to pool or to fuse"
+    assert stages[6][1] == stages[5][1] == stages[4][1] == stages[3][1], "there is nothing to pool or to fuse"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the model is not touched"
     for batch in (1, 5):
         torch.testing.assert_close(lowered(example(model, batch, 1)), model(example(model, batch, 1)), rtol=1e-5, atol=1e-5)
@@ -117,14 +117,14 @@ def test_a_max_pooling_of_rows_runs_with_channels_innermost_and_one_that_lies_so
     x = torch.randn(2, 3, 11, 9)
     model = frozen(net, x)
     lowered = forced(model, x)
-    golden("pool_channels_last_net", stages[4][1])
+    golden("pool_channels_last_net", stages[5][1])
     for batch in (1, 4):
         data = torch.randn(batch, 3, 11, 9)
         torch.testing.assert_close(lowered(data), model(data), rtol=1e-5, atol=1e-5)
     assert lowered(x).is_contiguous()
     last = x.contiguous(memory_format=torch.channels_last)
     nm.lower(model.to(memory_format=torch.channels_last), (last,), backend="cpu", force=["*"])
-    assert stages[10][1] == stages[9][1]
+    assert stages[12][1] == stages[11][1]
 
 
 class Net(nn.Module):
@@ -466,6 +466,100 @@ def test_volumes_are_added_as_they_lie_and_a_weight_may_be_padded_in_two_ways() 
     lowered = forced(model, x)
     torch.testing.assert_close(lowered(x), model(x), rtol=1e-5, atol=1e-5)
     assert len(packed_nodes(lowered)) == 4, "one where the kernel is a view, and one for each of its frames"
+
+
+class Mixing(nn.Module):
+    """Weights on the left, of a batch of tokens, of one table and of a vector, with what is added and activated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.first, self.second, self.third, self.fourth = (nn.Parameter(torch.randn(32, 32) / 6) for _ in range(4))
+        self.column, self.bias = nn.Parameter(torch.randn(32, 1)), nn.Parameter(torch.randn(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)  # [B, 32, 8]
+        y = torch.relu(self.first @ y) + torch.einsum("ij,bjd->bid", self.second, y)
+        table = torch.addmm(self.column, self.third, y.flatten(0, 1).t().reshape(32, -1))
+        vector = torch.addmv(self.bias, self.fourth, torch.mv(self.fourth, table.mean(1))) + self.fourth @ table[:, 0]
+        return self.head(y.view(-1, 8)) + vector[:4]
+
+
+@needs_kernels
+def test_weights_on_the_left_are_packed_and_read_rows_as_they_lie() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 32, 8)
+    model = frozen(Mixing(), x, include=["first", "second", "third", "fourth"])
+    lowered, half = forced(model, x), forced(model, x, dtype=torch.bfloat16)
+    assert {row.name for row in nm.report(lowered).rows if row.status == "sparse"} >= {"first", "second", "third", "fourth"}
+    assert [node.target for node in packed_nodes(lowered)] == [LINEAR, LINEAR, CONV2D, LINEAR, LINEAR, LINEAR]
+    assert all(node.target is LINEAR for node in packed_nodes(half))
+    for batch in (3, 1, 5):
+        data = torch.randn(batch, 32, 8)
+        torch.testing.assert_close(lowered(data), model(data), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(half(data).float(), model(data), rtol=5e-2, atol=5e-2)
+
+
+@needs_kernels
+def test_many_tokens_behind_a_weight_on_the_left_are_pixels_and_activated_by_the_product(stages: Any, golden: Golden) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.gate, self.head = (
+                nn.Parameter(torch.randn(16, 16)),
+                nn.Parameter(torch.randn(16, 16)),
+                nn.Linear(32, 4),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.gate @ torch.relu(self.mix @ x) + x))
+
+    model = frozen(Tokens(), x := torch.randn(2, 16, 32), include=["mix", "gate"])
+    lowered = forced(model, x)
+    golden("turned_linears_tokens", stages[2][1])
+    assert [node.args[-1] for node in packed_nodes(lowered)] == ["relu", "relu"]
+    data = torch.randn(3, 16, 32)
+    torch.testing.assert_close(lowered(data), model(data), rtol=1e-5, atol=1e-5)
+    assert lowered(data).is_contiguous()
+
+
+@needs_kernels
+def test_convolutions_over_one_axis_add_and_activate_while_they_write() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv1d(8, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.second(functional.gelu(self.first(x))) + x)
+
+    model = frozen(Residual(), x := torch.randn(2, 8, 11), include=["*"])
+    lowered = forced(model, x)
+    assert [(node.args[5] is not None, node.args[-1]) for node in packed_nodes(lowered)] == [(False, "gelu"), (True, "relu")]
+    for batch in (1, 3):
+        data = torch.randn(batch, 8, 11)
+        torch.testing.assert_close(lowered(data), model(data), rtol=1e-5, atol=1e-5)
+
+
+class Bottleneck(nn.Module):
+    """What is padded and cut into frames is added behind one that is a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv3d(8, 8, 3, padding=1), nn.Conv3d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.conv(x))
+        return torch.relu(self.other(y) + y)
+
+
+@needs_kernels
+def test_volumes_that_are_padded_and_then_added_take_any_batch() -> None:
+    model = frozen(Bottleneck(), x := torch.randn(3, 8, 4, 5, 6), include=["*"])
+    lowered = forced(model, x)
+    for batch in (3, 1, 4):
+        data = torch.randn(batch, 8, 4, 5, 6)
+        torch.testing.assert_close(lowered(data), model(data), rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels

@@ -10,7 +10,7 @@ import pickle
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -523,6 +523,29 @@ def test_a_way_out_that_has_a_column_of_its_own_is_not_said_twice() -> None:
         assert text.count("write it as a linear") == 1
         assert "three axes" in text
     assert row.to_dict()["reason"] == "three axes: write it as a linear"
+
+
+def test_a_report_with_a_dense_weight_does_not_say_that_all_are_sparse() -> None:
+    from nm_compiler.runtime.report import Report, Row
+
+    large, small = (
+        Row("large", "linear", (1000, 1000), "2:4", "sparse", ""),
+        Row("small", "linear", (10, 10), None, "dense", ""),
+    )
+    assert "1 of 2 tensors are sparse (more than 99% of 1,000,100 weights)." in str(Report("m", (large, small)))
+    assert "(100% of 1,000,000 weights)" in str(Report("m", (large,)))
+    seldom = replace(small, status="sparse"), replace(large, status="dense")
+    assert "(less than 1% of 1,000,100 weights)" in str(Report("m", seldom))
+    assert "(0% of 100 weights)" in str(Report("m", (small,)))
+
+
+def test_a_page_says_what_its_columns_mean() -> None:
+    from nm_compiler.runtime.report import Report, Row
+
+    page = Report("m", (Row("a", "linear", (8, 8), "2:4", "sparse", "", retained=0.7, live=1.0),)).to_html()
+    assert '<th class=number title="combinations a group can still choose from; 1 is decided">live</th>' in page
+    assert ">retained</th>" in page
+    assert "<th>weight</th>" in page
 
 
 def test_a_hint_that_many_weights_share_is_said_once_with_the_first_of_them() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -133,7 +134,7 @@ def same_bits_in_both_formats(isa: str, pattern: str, kernel: tuple[int, int], *
 
 
 @each_isa
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:16", "3:8"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "1:8", "2:8", "2:16", "3:8"])
 @pytest.mark.parametrize("inputs", [1024, 1072])
 def test_a_token_gets_the_bits_of_each_tile_by_itself(isa: str, pattern: str, inputs: int, threads: Any) -> None:
     """1,205 rows are tasks of ten tiles, of which two may go at once; 1,100 are tasks of nine, where one stays alone."""
@@ -314,6 +315,23 @@ def test_a_code_beyond_its_group_is_an_error_and_not_a_read(isa: str, product: P
     operands.packed.codes.view(-1)[-16] = -1
     with pytest.raises(nm.NMError, match="names a position beyond its group: its buffers were changed"):
         operands.result(LIBRARIES[isa])
+
+
+@each_isa
+@pytest.mark.parametrize("pattern", ["1:8", "2:8", "3:8"])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 60])
+def test_one_bit_of_one_code_of_eight_is_found_wherever_it_lies(isa: str, pattern: str, tokens: int) -> None:
+    """Words of codes are looked at whole where few tokens read them."""
+    product = Product(pattern=Pattern.parse(pattern), rows=530, inputs=128, lead=(tokens,))
+    operands = product.operands(0)
+    codes = operands.packed.codes.view(-1)
+    for place in random.Random(0).sample(range(codes.numel()), 12):
+        right = int(codes[place])
+        codes[place] = right ^ 1 << 4 * (place % 7) + 3
+        with pytest.raises(nm.NMError, match="names a position beyond its group: its buffers were changed"):
+            operands.result(LIBRARIES[isa])
+        codes[place] = right
+    operands.result(LIBRARIES[isa])
 
 
 @each_isa

@@ -148,3 +148,20 @@ def test_dead_code_goes_and_what_writes_a_buffer_stays() -> None:
     sparse(torch.randn(4, 8) + 3)
     assert float(model.calls) == 1
     assert float(model.norm.running_mean.mean()) > 0.1
+
+
+def test_shapes_of_new_nodes_leave_the_batch_free_behind_a_padding() -> None:
+    gm, _ = capture(nn.Conv2d(4, 4, 3), (torch.randn(3, 4, 5, 5),), {})[False]
+    (conv,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)
+
+    def padded(gm: GraphModule) -> GraphModule:
+        with gm.graph.inserting_before(conv):
+            data = gm.graph.call_function(torch.ops.aten.constant_pad_nd.default, (conv.args[0], [1, 1, 1, 1]))
+        conv.args = (data, *conv.args[1:])
+        del conv.meta["val"]
+        return gm
+
+    run(gm, [padded])
+    sizes = [str(size) for size in conv.meta["val"].shape]
+    assert sizes[1:] == ["4", "5", "5"]
+    assert sizes[0] != "3"

@@ -8,6 +8,7 @@ binding        a graph reads what the model holds now
 explaining     in words: a call, the user's line, why there is no graph
 signature      what a graph was captured with, and whether a call fits
 exported       the carrier of one exported graph
+watching       what parts of a model are called with
 records        a graph as plain values that pickle, and back
 
 What an exported graph would get wrong, found or put right:

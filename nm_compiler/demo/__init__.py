@@ -7,6 +7,7 @@ models     which networks
 train      the race: all contestants side by side
 progress   a bar while it runs
 results    what came out
+words      the same in sentences
 page       all of it as one HTML file
 template   the words and the style of that page
 plots      its pictures

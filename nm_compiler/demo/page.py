@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterator
 from string import Template
 
-from nm_compiler.demo import plots
+from nm_compiler.demo import plots, words
 from nm_compiler.demo.programs import Program, programs
 from nm_compiler.demo.results import HEADINGS, Outcome, Row
 from nm_compiler.demo.settings import TITLES, Entry
@@ -17,8 +17,13 @@ def page(outcome: Outcome) -> str:
     """The whole page as HTML."""
     settings = outcome.settings
     return Template(PAGE).substitute(
+        title=html.escape(words.title(outcome)),
+        found=html.escape(words.found(outcome)),
+        spread=words.spread(outcome),
+        worst=", in the worst seed" if settings.seeds > 1 else "",
+        retained=_RETAINED if "lbc" in settings.methods else "",
         description=html.escape(outcome.describe()),
-        samples=plots.draw(plots.samples, outcome),
+        samples=plots.draw(plots.samples, outcome, "Some of the test images"),
         groups=_groups(),
         methods=_methods(settings.methods),
         table=_table(outcome),
@@ -32,17 +37,17 @@ def page(outcome: Outcome) -> str:
 
 
 def _sections(outcome: Outcome) -> Iterator[str]:
-    settings = outcome.settings
+    settings, several = outcome.settings, outcome.settings.seeds > 1
     yield _figure(
         outcome, plots.finals, "Accuracy of the frozen models",
-        "A dot is a seed, a bar the mean of the seeds; the dashed line is the dense mean. Each frozen model is the user's own "
-        "plain module again, with zeros in its weights.",
+        ("A dot is a seed, a bar the mean of the seeds; the dashed line is the dense mean. " if several else "The dashed line "
+        "is dense training. ") + "Each frozen model is the user's own plain module again, with zeros in its weights.",
     )  # fmt: skip
     yield _figure(
         outcome, plots.accuracies, "Accuracy over time",
-        "Mean of the seeds; the band is one standard deviation. At the dotted line, half-way, one-shot magnitude prunes a "
-        "model that was dense so far, and LBC has settled on its last combination; before that line these two are "
-        "denser than N:M.",
+        f"{'Mean of the seeds; the band is one standard deviation. ' if several else ''}The dotted line is half-way. There "
+        "one-shot magnitude prunes a model that was dense so far, and LBC has settled on its last combination; before that "
+        "line these two are denser than N:M.",
     )  # fmt: skip
     if "lbc" in settings.methods:
         yield _figure(
@@ -69,7 +74,7 @@ def _sections(outcome: Outcome) -> Iterator[str]:
 
 
 def _figure(outcome: Outcome, picture: plots.Picture, title: str, caption: str) -> str:
-    return _block(title, f"<p>{html.escape(caption)}</p>\n<figure>{plots.draw(picture, outcome)}</figure>")
+    return _block(title, f"<p>{html.escape(caption)}</p>\n<figure>{plots.draw(picture, outcome, title)}</figure>")
 
 
 def _block(title: str, body: str, *, wide: bool = False) -> str:
@@ -88,6 +93,8 @@ def _group(group: tuple[float, ...], kept: range | list[int]) -> str:
     cells = (f"<b>{value:+.1f}</b>" if index in kept else "<i>0</i>" for index, value in enumerate(group))
     return f"<div>{''.join(cells)}</div>"
 
+
+_RETAINED = " LBC does not go by magnitude, so it retains less of it; that is no fault."
 
 _WAYS = {
     "magnitude": "Train dense for half of the steps, prune the smallest weights once, train on with the rest.",
@@ -120,10 +127,7 @@ def _upkeep(outcome: Outcome) -> str:
     if not rows:
         return ""
     shares = " and ".join(f"{row.upkeep:.2f}x at {row.entry.pattern}" for row in rows)
-    return (
-        f"For Bi-Mask, {shares} of it is the search for channel orders, every 100 steps: on a network this small that weighs "
-        "heavily, because its cost does not shrink with the batch."
-    )
+    return f"For Bi-Mask, {shares} of it is the search for channel orders, every 100 steps."
 
 
 def _programs(outcome: Outcome) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
@@ -33,8 +34,8 @@ Picture = Callable[[Outcome], "Figure"]
 """Draws one thing that a run found."""
 
 
-def draw(picture: Picture, outcome: Outcome) -> str:
-    """One of the pictures below as an inline ``<svg>``."""
+def draw(picture: Picture, outcome: Outcome, label: str) -> str:
+    """One of the pictures below as an inline ``<svg>``. label: what it shows, for those who do not see it."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
@@ -43,7 +44,7 @@ def draw(picture: Picture, outcome: Outcome) -> str:
         figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None, "Type": None})
     svg = text.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    return svg.replace("<svg ", '<svg role="img" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
 
 
 def accuracies(outcome: Outcome) -> Figure:

@@ -6,13 +6,13 @@ PAGE = """\
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>nm_compiler demo: N:M sparsity, five ways</title>
+<title>nm_compiler demo: $title</title>
 <style>
 :root{--ink:#1b2430;--soft:#5b6675;--line:#e3e7ed;--mark:#fff3c4}
 *{box-sizing:border-box}
 body{margin:0;background:#f5f6f9;color:var(--ink);font:16px/1.6 system-ui,-apple-system,"Segoe UI",sans-serif}
 header,section{max-width:1120px;margin:1.2rem auto;padding:1.6rem 2.2rem;background:#fff}
-header,section{border:1px solid var(--line);border-radius:10px}
+header,section{border:1px solid var(--line);border-radius:10px;overflow-x:auto}
 section.wide{max-width:1500px}
 h1{font-size:1.9rem;line-height:1.2;margin:.2rem 0 .8rem}
 h2{font-size:1.25rem;margin:0 0 .5rem}
@@ -45,11 +45,13 @@ table.results{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:
 details{margin:.4rem 0;overflow-x:auto}
 summary{cursor:pointer;font-weight:600}
 details .nm-report h2{display:none}
+.found{font-size:1.05rem}
+@media (max-width:700px){header,section{padding:1rem;border-radius:0} dl{grid-template-columns:1fr} dd{margin-bottom:.6rem}}
 </style>
 </head>
 <body>
 <header>
-<h1>N:M sparsity, five ways to train one network</h1>
+<h1>$title</h1>
 <p>A neural network multiplies by millions of weights, and many of them hardly matter. <b>N:M sparsity</b> sets weights to
 exactly zero in a pattern that hardware can use: in every group of <b>M</b> neighbouring weights at most <b>N</b> stay. At 2:4
 half of the weights are gone, at 1:4 three quarters. The question is <em>which</em> ones to keep, and this page compares ways
@@ -63,15 +65,16 @@ $methods
 </header>
 <section>
 <h2>Results</h2>
+<p class="found">$found</p>
 $table
 <div class="soft">
-<p><b>Test accuracy</b> is of the frozen model on images it never saw: mean ± standard deviation over the seeds; a
-difference smaller than that says nothing about the methods.
-<b>Magnitude retained</b> is Σ|W·mask| / Σ|W| at the end of training. <b>Exact pattern</b> is what <code>nm.verify</code>
-counted in the frozen model, in the worst seed; the stem and the head stay dense. <b>Step time</b> is the median of an
-optimizer step plus the mean cost of keeping the masks, relative to dense, all contestants taking turns step by step.
-Training computes with dense kernels, so a sparse step costs more than a dense one; the zeros pay off afterwards, at
-inference on hardware that skips them. $upkeep</p>
+<p><b>Test accuracy</b> is of the frozen model, on images it never saw$spread.
+<b>Magnitude retained</b> is Σ|W·mask| / Σ|W| at the end of training.$retained
+<b>Exact pattern</b> is what <code>nm.verify</code> counted in the frozen model$worst. The first and the
+last weight stay dense.</p>
+<p><b>Step time</b> is the median of an optimizer step plus the mean cost of keeping the masks, relative to dense. All
+methods take turns, step by step. Training computes with dense kernels, and masks come on top. The smaller the network, the
+more they weigh; the README has the times of larger ones. Zeros pay off afterwards, at inference. $upkeep</p>
 <p><b>Same for everyone:</b> initial weights, data order, random shifts, number of steps, and
 $recipe. No setting was tuned for any one method.</p>
 </div>

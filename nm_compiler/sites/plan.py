@@ -255,6 +255,7 @@ def _cut(name: str, shape: tuple[int, ...], products: Sequence[Use], pattern: Pa
         what = "input channels" if first.op.startswith("conv") else "input features"
         if len(shape) > 2 and not first.op.startswith("conv"):
             what = f"weights along axis {first.layout.in_axis}"
+        what = what.removesuffix("s") if inputs == 1 else what
         inside = f" in each of {first.conv_groups} conv groups" if first.conv_groups > 1 else ""
         reason = f"{inputs} {what}{inside}, groups of {pattern} need a multiple of {pattern.m}"
         return Refusal(name, reason, WayOut.PATTERN)

@@ -91,7 +91,7 @@ def is_scale(node: Node) -> bool:
     """
     if node.op != "call_function" or node.target not in _SCALES:
         return False
-    return node.target not in _FILLS or node.args[2] == 0
+    return node.target not in _FILLS or bool(node.args[2] == 0)
 
 
 def is_rounding(node: Node) -> bool:

@@ -21,6 +21,7 @@ from nm_compiler.passes.fuse_dense import fuse_dense
 from nm_compiler.passes.fuse_epilogues import fuse_epilogues
 from nm_compiler.passes.lower_cpu import lower_cpu, parts_of
 from nm_compiler.passes.pool_channels_last import pool_channels_last
+from nm_compiler.passes.turned_linears import turned_linears
 from nm_compiler.passes.unflatten_tokens import unflatten_tokens
 from nm_compiler.pattern import matches
 from nm_compiler.runtime.backends.base import Backend, Job, Result
@@ -104,7 +105,7 @@ def _wish(options: Mapping[str, Any]) -> Wish:
 
 def _ways(gm: GraphModule, lower: Pass, *, both: bool) -> dict[str, GraphModule]:
     """The packed graph, by its name in notes, and if ``both`` and there are images in rows, one with channels innermost."""
-    gm = run(gm, [lower, unflatten_tokens, fuse_epilogues, huge_pages])
+    gm = run(gm, [lower, unflatten_tokens, turned_linears, fuse_epilogues, huge_pages])
     turned = channels_last(gm) if both else gm
     last = {} if turned is gm else {"packed, channels last": standalone(run(turned, [fuse_dense]))}
     return {"packed": standalone(run(gm, [pool_channels_last, fuse_dense])), **last}

@@ -3,17 +3,23 @@
  *     for tile of 16 rows:  for group of m:  for each kept position:
  *       sums[token][lanes] += value[step][lanes] * x[token][group + code[step][lanes]]      # x chosen by a permutation
  *
- * A choice loads 4, 16 or 32 floats from the group's start on; the last groups of a token read from a padded copy. */
+ * A choice loads 4, 8, 16 or 32 floats from the group's start on; the last groups of a token read from a padded copy. */
 
 #define TAIL 96 /* floats of a token's padded copy: a window of 32 before the last group, that group, a window after it */
 
+/* one of 4, 8, 16 or 32 floats, in 2, 3, 4 or 8 bits of a code whose others are nobody's */
 static inline __attribute__((always_inline)) vf chosen(const float *x, vu code, const int bits) {
 #if V == 16
     if (bits == 2) return (vf)_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(x)), (__m512i)code);
+    if (bits == 3) {
+        const __m512 twice = (__m512)_mm512_broadcast_f64x4((__m256d)_mm256_loadu_ps(x));
+        return (vf)_mm512_permutexvar_ps((__m512i)code, twice);
+    }
     if (bits == 4) return (vf)_mm512_permutexvar_ps((__m512i)code, _mm512_loadu_ps(x));
     return (vf)_mm512_permutex2var_ps(_mm512_loadu_ps(x), (__m512i)code, _mm512_loadu_ps(x + 16));
 #elif V == 8
     if (bits == 2) return (vf)_mm256_permutevar_ps(_mm256_broadcast_ps((const __m128 *)x), (__m256i)code);
+    if (bits == 3) return (vf)_mm256_permutevar8x32_ps(_mm256_loadu_ps(x), (__m256i)code);
     if (bits == 4) {
         const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), (__m256i)code);
         const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + 8), (__m256i)code);
@@ -48,16 +54,15 @@ static inline __attribute__((always_inline)) vf paired_value(const int64_t dtype
     return value_at(dtype, values, step * NM_LANES + part * V);
 }
 
-/* one step: T tokens times the 16 lanes of one kept position */
-static inline __attribute__((always_inline)) void step_of(const int64_t dtype, const int bits, const int T, const int checked,
-        const int in_pairs, uint32_t last, const char *values, int64_t step, vu code[PARTS], const float *x, int64_t ldx, vf sums[][PARTS], vu *wrong) {
+/* one step: T tokens times the 16 lanes of one kept position. bits: of `chosen`; shift: of a code, to come to the next one */
+static inline __attribute__((always_inline)) void step_of(const int64_t dtype, const int bits, const int shift, const int T,
+        const int in_pairs, const char *values, int64_t step, vu code[PARTS], const float *x, int64_t ldx, vf sums[][PARTS]) {
 #pragma GCC unroll 4
     for (int part = 0; part < PARTS; part++) {
-        const vu now = checked ? clamped(code[part] & ((1u << bits) - 1), last, wrong) : code[part];
         const vf value = in_pairs ? paired_value(dtype, values, step, part) : value_at(dtype, values, step * NM_LANES + part * V);
 #pragma GCC unroll 8
-        for (int t = 0; t < T; t++) sums[t][part] += value * chosen(x + t * ldx, now, bits);
-        code[part] >>= bits;
+        for (int t = 0; t < T; t++) sums[t][part] += value * chosen(x + t * ldx, code[part], bits);
+        code[part] >>= shift;
     }
 }
 
@@ -75,20 +80,24 @@ static inline __attribute__((always_inline)) void span_of(const int64_t D, const
     for (int64_t g = g0; g < g1; g++, x += j->m)
         for (int64_t step = g * j->n; step < (g + 1) * j->n; step++) {
             vu code[PARTS];
-            for (int part = 0; part < PARTS; part++)
-                code[part] = *(const vuu *)(codes + step / a_word * NM_LANES + part * V) >> (uint32_t)(step % a_word * B);
-            step_of(D, B, T, 1, 0, last, values, step, code, x, ldx, kept, wrong);
+            for (int part = 0; part < PARTS; part++) {
+                const vu word = *(const vuu *)(codes + step / a_word * NM_LANES + part * V) >> (uint32_t)(step % a_word * B);
+                code[part] = clamped(word & ((1u << B) - 1), last, wrong);
+            }
+            step_of(D, B, 0, T, 0, values, step, code, x, ldx, kept);
         }
     memcpy(sums, kept, sizeof(vf[PARTS]) * (size_t)T);
 }
 
-/* Whole words of codes: their steps are unrolled. One sum a token would wait for its last addition at
+/* Whole words of codes: their steps are unrolled. Of n:8 three of a code's four bits say the place, so that none leads beyond its
+ * group, and one look at a word says whether the fourth is set. One sum a token would wait for its last addition at
  * every step, so few tokens have several, in turn, which are added up at the end. R is 1 or 2 tiles at once, the second one that much
  * further in values and in codes, its sums 8 behind the first one's. Writes sums; returns the group that comes next. */
 static inline __attribute__((always_inline)) int64_t words_of(const int64_t D, const int M, const int T, const int N, const int R,
         PARAMETERS, int64_t more_values, int64_t more_codes) {
+    const int B = M == 4 ? 2 : 4, places = M == 8 ? 3 : B, a_word = 32 / B, groups = a_word / N, turns = T < 4 ? 4 / T : 1;
+    const int value_bytes = D == NM_F32 ? 4 : D == NM_BF16 ? 2 : 1;
     (void)j;
-    const int B = M == 4 ? 2 : 4, a_word = 32 / B, groups = a_word / N, value_bytes = D == NM_F32 ? 4 : D == NM_BF16 ? 2 : 1, turns = T < 4 ? 4 / T : 1;
     vf kept[2][8][PARTS] = {0};
     int64_t g = g0;
     for (; g + groups <= g1; g += groups, x += groups * M) {
@@ -99,6 +108,8 @@ static inline __attribute__((always_inline)) int64_t words_of(const int64_t D, c
         for (int r = 0; r < R; r++) {
             for (int part = 0; part < PARTS; part++)
                 code[r][part] = *(const vuu *)(codes + r * more_codes + step / a_word * NM_LANES + part * V);
+            if (M == 8)
+                for (int part = 0; part < PARTS; part++) *wrong |= code[r][part] & 0x88888888u;
             for (int line = 0; line < a_word * NM_LANES * value_bytes / LINE; line++)
                 ask_for_values(D, T, R, from + r * more_values + line * LINE);
         }
@@ -106,7 +117,7 @@ static inline __attribute__((always_inline)) int64_t words_of(const int64_t D, c
         for (int s = 0; s < a_word; s++)
 #pragma GCC unroll 2
             for (int r = 0; r < R; r++)
-                step_of(D, B, T, M == 8, 1, 7, from + r * more_values, s, code[r], x + s / N * M, ldx, kept[r] + s % turns * T, wrong);
+                step_of(D, places, B, T, 1, from + r * more_values, s, code[r], x + s / N * M, ldx, kept[r] + s % turns * T);
     }
 #pragma GCC unroll 2
     for (int r = 0; r < R; r++) {
