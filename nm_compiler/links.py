@@ -44,7 +44,10 @@ class Layers:
         """
         for children, key, expected, path in self.links:
             if children.get(key) is not expected:
-                raise _added(path) if expected is None else replaced(path, "the captured graph knows nothing of the new layer")
+                why = "the captured graph knows nothing of the new layer"
+                if expected is not None and getattr(children.get(key), "_orig_mod", None) is expected:
+                    why = "torch.compile(sparse), of the whole model, is what compiles its graph"
+                raise _added(path) if expected is None else replaced(path, why)
         for room in self.rooms:
             if len(room.module._modules) != room.children:
                 room.look()
@@ -120,7 +123,10 @@ def links(root: nn.Module, paths: Iterable[str]) -> Iterator[Link]:
         for depth, atom in enumerate(atoms):
             step, parent = ".".join(atoms[: depth + 1]), module
             if atom not in parent._modules:  # what torch.compile(layer) returns gives the children of the layer as its own
-                raise replaced(".".join(atoms[:depth]), "what stands there now has its layers elsewhere")
+                why = "what stands there now has its layers elsewhere"
+                if hasattr(parent, "_orig_mod"):
+                    why += ", and torch.compile(layer) is not needed: the calls of the model are compiled (nm.compile(model, then=...))"
+                raise replaced(".".join(atoms[:depth]), why)
             module = parent._modules[atom]  # type: ignore[assignment]
             if step not in seen:
                 seen.add(step)

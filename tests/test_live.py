@@ -794,8 +794,36 @@ def test_a_layer_that_torch_compile_wraps_after_nm_compile_is_an_error_and_compi
     x = positive()
     expected, block = model(x), model[1]
     model[1] = torch.compile(block, backend="eager")
-    with pytest.raises(nm.NMError, match="1 was replaced after nm.compile: what stands there now has its layers elsewhere"):
+    with pytest.raises(
+        nm.NMError, match=r"1 was replaced after nm.compile.* elsewhere, and torch.compile\(layer\) is not needed"
+    ):
         model(x)
     model[1] = block
     block.compile(backend="eager")
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_block_that_python_calls_and_that_is_compiled_by_itself_after_nm_compile_is_told_so() -> None:
+    class Looping(nn.Module):
+        """Calls its blocks from Python, as hooks of FSDP2 make a model do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for block in self.blocks:
+                torch._dynamo.graph_break()
+                x = block(x)
+            y: Tensor = self.last(x)
+            return y
+
+    model = nm.compile(Looping(), method=nm.SRSTE(), then="eager")
+    x = positive()
+    expected = model(x)
+    model.blocks[0].compile(backend="eager")
+    with pytest.raises(nm.NMError, match=r"this Sequential was prepared by nm.compile, and compile\(\) on it now"):
+        model(x)
     torch.testing.assert_close(model(x), expected)

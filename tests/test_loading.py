@@ -2,6 +2,7 @@
 """Checkpoints: state_dicts that fit load and resume to the bit, others are refused and change nothing."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,26 @@ def test_damaged_state_is_refused_before_anything_is_loaded(method: Any, name: s
     with pytest.raises(nm.NMError, match=message):
         sparse.load_state_dict(wrong)
     assert all(torch.equal(v, before[key]) for key, v in sparse.state_dict().items())
+
+
+@pytest.mark.parametrize("method", [nm.LBC(), nm.BiMask()], ids=lambda method: method.name)
+def test_clients_of_federated_averaging_are_averaged_but_for_what_is_no_float(method: Any) -> None:
+    server, _ = compiled(ConvNet, method)
+    clients = [deepcopy(server) for _ in range(2)]
+    for client in clients:  # as steps of their own leave them
+        for weight in client.ready():
+            for suffix in method.suffixes(weight.site):
+                value = weight[suffix]
+                if suffix == "live":
+                    value.copy_(1 << torch.randint(6, value.shape))
+                elif suffix == "order":
+                    value.copy_(value[torch.randperm(len(value))])
+    states = [client.state_dict() for client in clients]
+    mean = {k: torch.stack([s[k].double() for s in states]).mean(0).to(v.dtype) for k, v in states[0].items()}
+    with pytest.raises(nm.NMError, match="or the mean of several, .* average what is_floating_point"):
+        server.load_state_dict(mean)
+    server.load_state_dict({k: mean[k] if v.is_floating_point() else v for k, v in states[0].items()})
+    nm.freeze(server, finish=True)
 
 
 def trained(

@@ -172,6 +172,13 @@ def test_a_layer_without_weights_that_is_another_one_now_is_an_error_and_back_it
     torch.testing.assert_close(sparse(x), expected)
 
 
+def test_a_layer_of_a_captured_model_that_torch_compile_wraps_is_told_to_compile_the_whole() -> None:
+    sparse, model = compiled(ConvNet)
+    model.conv2 = torch.compile(model.conv2, backend="eager")
+    with pytest.raises(nm.NMError, match=r"conv2 was replaced after nm.compile: torch.compile\(sparse\), of the whole model"):
+        sparse(example(model))
+
+
 def test_forward_hooks_from_before_are_in_the_graph_and_noted_and_backward_ones_are_refused() -> None:
     model = MLP()
     x = example(model)

@@ -46,7 +46,8 @@ def explained(model: nn.Module, error: BaseException, limit: int) -> str:
         return (
             f"{kind}: TorchDynamo compiled one function {limit} times, and would run it without masks from now on{at}\n"
             "An argument, an attribute or the length of a list in it takes ever new values (TORCH_LOGS=recompiles says "
-            "which): pass it as a tensor, or raise torch._dynamo.config.recompile_limit"
+            "which): pass it as a tensor, a list of tensors as one that is stacked and padded to a few lengths, or raise "
+            "torch._dynamo.config.recompile_limit"
         )
     return (
         f"{kind}: a fragment of its forward could not be rewritten: {type(error).__name__}: {_first_lines(error, 4)}{at}\n"

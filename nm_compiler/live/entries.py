@@ -63,6 +63,15 @@ def entered(module: nn.Module, args: Any) -> None:
         carrier.live.met_in_parts()
 
 
+def check_compiled(root: nn.Module, name: str) -> None:
+    """Raise NMError if a module above the parameter ``name`` got a ``compile()`` of its own since its entry was made."""
+    atoms = name.split(".")[:-1]
+    for count in range(len(atoms) + 1):
+        module = root.get_submodule(".".join(atoms[:count]))
+        if _ENTRY in module.__dict__ and module.__dict__.get("_compiled_call_impl") is not module.__dict__[_ENTRY]:
+            _refuse(module)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _refuse_hooks_alone(module: nn.Module) -> None:
     raise NMError(

@@ -24,7 +24,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.fragments.dynamo import Fragments, entry_of, weakly
 from nm_compiler.fragments.watching import PRODUCTS, outside_text, python_line
 from nm_compiler.graph import reads, run
-from nm_compiler.live.entries import entered
+from nm_compiler.live.entries import check_compiled, entered
 from nm_compiler.live.growing import check_parameters
 from nm_compiler.live.pieces import LiveFragment
 from nm_compiler.recipe import pipeline
@@ -224,6 +224,7 @@ class Live(Fragments):
             self.computed_with[name] = python_line()
         maybe = name in self.prepared.candidates and getattr(func, "__name__", "") in PRODUCTS
         if maybe or name in self.prepared.sites:
+            check_compiled(self.model, name)
             raise NMError(outside_text(name, python_line(), captured=False))
 
 

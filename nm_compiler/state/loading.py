@@ -52,7 +52,10 @@ def check_values(carrier: Carrier, state_dict: Mapping[str, Any], prefix: str) -
             state[suffix] = value if learns(weight[suffix]) else whole(value)
         problem = carrier.method.problem(weight.site, state)
         if problem:
-            raise NMError(f"{weight.site.name} of shape {list(weight.site.shape)}: {problem}; this state_dict is damaged")
+            raise NMError(
+                f"{weight.site.name} of shape {list(weight.site.shape)}: {problem}; this state_dict is damaged, or the mean of "
+                "several, as federated averaging takes it: average what is_floating_point(), and copy the rest from one of them"
+            )
 
 
 def start_afresh(carrier: Carrier, state_dict: dict[str, Any], prefix: str) -> None:
