@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -86,7 +87,7 @@ def _cast(graph: Graph, node: Node, copies: Copies, mode: Any, region: Sequence[
     new = graph.node_copy(node, copies.__getitem__)
     if not enabled or getattr(node.target, "_opname", "") in ("to", "_to_copy"):
         return new
-    with mode, unhooked(), torch.no_grad():
+    with mode, unhooked(), torch.no_grad(), enable_python_dispatcher():
         with torch.autocast(device, dtype=dtype, cache_enabled=False), _Casts() as casts:
             wanted = _run(new)
         _cast_inputs(graph, new, lambda value: casts.dtypes.get(id(value)))

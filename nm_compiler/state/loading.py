@@ -53,8 +53,8 @@ def check_values(carrier: Carrier, state_dict: Mapping[str, Any], prefix: str) -
         problem = carrier.method.problem(weight.site, state)
         if problem:
             raise NMError(
-                f"{weight.site.name} of shape {list(weight.site.shape)}: {problem}; this state_dict is damaged, or the mean of "
-                "several, as federated averaging takes it: average what is_floating_point(), and copy the rest from one of them"
+                f"{weight.site.name} of shape {list(weight.site.shape)}: {problem}; this state_dict is damaged, or the mean "
+                "of several, as in federated averaging: average what is_floating_point(), and copy the rest from one of them"
             )
 
 
