@@ -125,7 +125,7 @@ def links(root: nn.Module, paths: Iterable[str]) -> Iterator[Link]:
             if atom not in parent._modules:  # what torch.compile(layer) returns gives the children of the layer as its own
                 why = "what stands there now has its layers elsewhere"
                 if hasattr(parent, "_orig_mod"):
-                    why += ", and torch.compile(layer) is not needed: nm.compile(model, then=...) compiles the calls of the model"
+                    why += ", and torch.compile(layer) is not needed: nm.compile(model, then=...) compiles the calls"
                 raise replaced(".".join(atoms[:depth]), why)
             module = parent._modules[atom]  # type: ignore[assignment]
             if step not in seen:
