@@ -29,8 +29,8 @@ _ONE = [1, 1]
 def turned_linears(gm: GraphModule) -> GraphModule:
     """Rewrite every packed linear between two turns that nobody else needs, before anything is fused into it."""
     for node in [node for node in gm.graph.nodes if node.target is LINEAR]:
-        data, back = _source(node.args[0]), _only_user(node)
-        if data is None or back is None or not _is_turn(back):
+        data, back = _source(node.args[0]), only_user(node)
+        if data is None or back is None or not is_turn(back):
             continue
         whole = data.meta["val"].ndim == 2
         with gm.graph.inserting_before(node):
@@ -42,7 +42,7 @@ def turned_linears(gm: GraphModule) -> GraphModule:
             result = gm.graph.call_function(aten.squeeze.dim, (product, 2))
             if whole:
                 result = gm.graph.call_function(aten.squeeze.dim, (result, 0))
-        copied = _only_user(back)
+        copied = only_user(back)
         last = copied if copied is not None and copied.target is aten.contiguous.default and not copied.kwargs else back
         replace(last, result)
     return gm
@@ -50,7 +50,7 @@ def turned_linears(gm: GraphModule) -> GraphModule:
 
 def _source(turned: Any) -> Node | None:
     """What was turned, if it is worth reading as it lies."""
-    if not _is_turn(turned):
+    if not is_turn(turned):
         return None
     data: Node = turned.args[0]
     value = data.meta["val"]
@@ -59,8 +59,10 @@ def _source(turned: Any) -> Node | None:
     return data if value.ndim in (2, 3) and value.dtype == torch.float32 and many else None
 
 
-def _is_turn(node: Node) -> bool:
+def is_turn(node: Node) -> bool:
     """Whether a node exchanges its operand's last two axes."""
+    if node.target in (aten.t.default, aten.mT.default):
+        return bool(node.meta["val"].ndim > 1)
     if node.target not in (aten.transpose.int, aten.permute.default):
         return False
     axes = node.meta["val"].ndim
@@ -70,5 +72,5 @@ def _is_turn(node: Node) -> bool:
     return [axis % axes for axis in order] == [*range(axes - 2), axes - 1, axes - 2]
 
 
-def _only_user(node: Node) -> Node | None:
+def only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None

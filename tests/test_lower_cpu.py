@@ -89,6 +89,11 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Any]]:
     return found
 
 
+def after(stages: list[tuple[str, str, Any]], name: str) -> str:
+    """The graph as text after the last run of a pass."""
+    return next(text for each, text, _ in reversed(stages) if each == name)
+
+
 @needs_kernels
 @pytest.mark.parametrize("kind", [ConvNet, Attention, Grouped, Matmuls], ids=lambda kind: kind.__name__.lower())
 def test_the_passes_of_the_backend_compute_the_same_and_look_as_read(kind: Any, stages: Any, golden: Golden) -> None:
@@ -99,11 +104,12 @@ def test_the_passes_of_the_backend_compute_the_same_and_look_as_read(kind: Any, 
     lowered = forced(model, x)
     assert lowered.error < 1e-5
     assert [name for name, _, _ in stages] == [
-        "lower_cpu", "unflatten_tokens", "turned_linears", "fuse_epilogues", "huge_pages", "pool_channels_last", "fuse_dense",
+        "lower_cpu", "linears_to_products", "unflatten_tokens", "turned_linears", "fuse_epilogues", "huge_pages",
+        "pool_channels_last", "fuse_dense",
     ]  # fmt: skip
-    for name, text, _ in (stages[0], stages[3]):
-        golden(f"{name}_{kind.__name__.lower()}", text)
-    assert stages[6][1] == stages[5][1] == stages[4][1] == stages[3][1], "there is nothing to pool or to fuse"
+    for name in ("lower_cpu", "fuse_epilogues"):
+        golden(f"{name}_{kind.__name__.lower()}", after(stages, name))
+    assert after(stages, "fuse_dense") == after(stages, "fuse_epilogues"), "there is nothing to pool or to fuse"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the model is not touched"
     for batch in (1, 5):
         torch.testing.assert_close(lowered(example(model, batch, 1)), model(example(model, batch, 1)), rtol=1e-5, atol=1e-5)
@@ -117,14 +123,14 @@ def test_a_max_pooling_of_rows_runs_with_channels_innermost_and_one_that_lies_so
     x = torch.randn(2, 3, 11, 9)
     model = frozen(net, x)
     lowered = forced(model, x)
-    golden("pool_channels_last_net", stages[5][1])
+    golden("pool_channels_last_net", after(stages, "pool_channels_last"))
     for batch in (1, 4):
         data = torch.randn(batch, 3, 11, 9)
         torch.testing.assert_close(lowered(data), model(data), rtol=1e-5, atol=1e-5)
     assert lowered(x).is_contiguous()
     last = x.contiguous(memory_format=torch.channels_last)
     nm.lower(model.to(memory_format=torch.channels_last), (last,), backend="cpu", force=["*"])
-    assert stages[12][1] == stages[11][1]
+    assert after(stages, "pool_channels_last") == after(stages, "huge_pages")
 
 
 class Net(nn.Module):
@@ -505,22 +511,50 @@ def test_many_tokens_behind_a_weight_on_the_left_are_pixels_and_activated_by_the
     class Tokens(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.mix, self.gate, self.head = (
-                nn.Parameter(torch.randn(16, 16)),
-                nn.Parameter(torch.randn(16, 16)),
-                nn.Linear(32, 4),
-            )
+            self.mix, self.gate = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16, 16))
+            self.own, self.head = nn.Linear(16, 16), nn.Linear(32, 4)  # the first one is turned by the user's own code
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.relu(self.gate @ torch.relu(self.mix @ x) + x))
+            x = torch.relu(self.gate @ torch.relu(self.mix @ x) + x)
+            return self.head(self.own(x.mT).mT)
 
-    model = frozen(Tokens(), x := torch.randn(2, 16, 32), include=["mix", "gate"])
+    model = frozen(Tokens(), x := torch.randn(2, 16, 32), include=["mix", "gate", "own.weight"])
     lowered = forced(model, x)
-    golden("turned_linears_tokens", stages[2][1])
-    assert [node.args[-1] for node in packed_nodes(lowered)] == ["relu", "relu"]
+    golden("turned_linears_tokens", after(stages, "turned_linears"))
+    assert [(node.target, node.args[-1]) for node in packed_nodes(lowered)] == [
+        (CONV2D, "relu"),
+        (CONV2D, "relu"),
+        (CONV2D, ""),
+    ]
     data = torch.randn(3, 16, 32)
     torch.testing.assert_close(lowered(data), model(data), rtol=1e-5, atol=1e-5)
     assert lowered(data).is_contiguous()
+
+
+@needs_kernels
+def test_a_weight_on_the_left_that_stays_dense_multiplies_its_data_as_they_lie(stages: Any, golden: Golden) -> None:
+    class Left(nn.Module):
+        """Two of them, and a linear of turned data that is one in the user's own code."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.gate = nn.Parameter(torch.randn(32, 16)), nn.Parameter(torch.randn(16, 32))
+            self.tokens, self.head = nn.Linear(16, 16, bias=False), nn.Linear(24, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.gate @ torch.relu(self.mix @ x)
+            return self.head(x + self.tokens(x.mT).mT)
+
+    model = frozen(Left(), x := torch.randn(3, 16, 24), include=["mix", "gate"])
+    dense = nm.lower(model, (x,), backend="dense")
+    products = [node for node in dense.run.graph.nodes if node.target is torch.ops.aten.matmul.default]
+    assert [node.args[0].target for node in products[:2]] == ["mix", "gate"]
+    nm.lower(model, (x,), backend="cpu", force=["mix"])
+    golden("linears_to_products_left", after(stages, "linears_to_products"))
+    for batch in (3, 1, 5):
+        data = torch.randn(batch, 16, 24)
+        torch.testing.assert_close(dense(data), model(data), rtol=1e-5, atol=1e-5)
+        assert dense(data).stride() == model(data).stride()
 
 
 @needs_kernels
