@@ -27,7 +27,7 @@ Lowering, for one (`nm_compiler.runtime.backends`):
 lower_cpu           cpu: packed products
 unflatten_tokens    cpu: linears take data as it lies
 turned_linears      cpu: packed linears of turned data as convolutions
-linears_to_products cpu, dense: products that stay dense with their weight on the left, as they were
+left_products       cpu, dense: products that stay dense with their weight on the left, as they were
 fuse_epilogues      cpu: packed products add and activate
 fuse_dense          cpu: dense convolutions activate
 channels_last       cpu: images with their channels innermost

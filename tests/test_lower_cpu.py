@@ -104,7 +104,7 @@ def test_the_passes_of_the_backend_compute_the_same_and_look_as_read(kind: Any, 
     lowered = forced(model, x)
     assert lowered.error < 1e-5
     assert [name for name, _, _ in stages] == [
-        "lower_cpu", "linears_to_products", "unflatten_tokens", "turned_linears", "fuse_epilogues", "huge_pages",
+        "lower_cpu", "left_products", "unflatten_tokens", "turned_linears", "fuse_epilogues", "huge_pages",
         "pool_channels_last", "fuse_dense",
     ]  # fmt: skip
     for name in ("lower_cpu", "fuse_epilogues"):
@@ -550,7 +550,7 @@ def test_a_weight_on_the_left_that_stays_dense_multiplies_its_data_as_they_lie(s
     products = [node for node in dense.run.graph.nodes if node.target is torch.ops.aten.matmul.default]
     assert [node.args[0].target for node in products[:2]] == ["mix", "gate"]
     nm.lower(model, (x,), backend="cpu", force=["mix"])
-    golden("linears_to_products_left", after(stages, "linears_to_products"))
+    golden("left_products", after(stages, "left_products"))
     for batch in (3, 1, 5):
         data = torch.randn(batch, 16, 24)
         torch.testing.assert_close(dense(data), model(data), rtol=1e-5, atol=1e-5)

@@ -27,7 +27,7 @@ from models import MLP, example
 from test_no_silent_density import FusedHead
 from test_routers import Mixture
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, symbolic_trace
 
 import nm_compiler as nm
 from nm_compiler.capture.export import capture_mode
@@ -193,7 +193,9 @@ def unread_by(name: str) -> str:
 
 
 def of_dense(backend: Any) -> Decision:
-    given = SimpleNamespace(options={}, products=[Planned("linear", "w", site(), torch.float16)], gm=nn.Identity())
+    given = SimpleNamespace(
+        options={}, products=[Planned("linear", "w", site(), torch.float16)], gm=symbolic_trace(nn.Identity())
+    )
     return backend.lower(given).decisions["linear"]
 
 

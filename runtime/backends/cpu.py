@@ -19,7 +19,7 @@ from nm_compiler.memory import give_back, keep_freed
 from nm_compiler.passes.channels_last import channels_last
 from nm_compiler.passes.fuse_dense import fuse_dense
 from nm_compiler.passes.fuse_epilogues import fuse_epilogues
-from nm_compiler.passes.linears_to_products import linears_to_products
+from nm_compiler.passes.left_products import left_products
 from nm_compiler.passes.lower_cpu import lower_cpu, parts_of
 from nm_compiler.passes.pool_channels_last import pool_channels_last
 from nm_compiler.passes.turned_linears import turned_linears
@@ -106,7 +106,7 @@ def _wish(options: Mapping[str, Any]) -> Wish:
 
 def _ways(gm: GraphModule, lower: Pass, *, both: bool) -> dict[str, GraphModule]:
     """The packed graph, by its name in notes, and if ``both`` and there are images in rows, one with channels innermost."""
-    gm = run(gm, [lower, linears_to_products, unflatten_tokens, turned_linears, fuse_epilogues, huge_pages])
+    gm = run(gm, [lower, left_products, unflatten_tokens, turned_linears, fuse_epilogues, huge_pages])
     turned = channels_last(gm) if both else gm
     last = {} if turned is gm else {"packed, channels last": standalone(run(turned, [fuse_dense]))}
     return {"packed": standalone(run(gm, [pool_channels_last, fuse_dense])), **last}
@@ -114,7 +114,7 @@ def _ways(gm: GraphModule, lower: Pass, *, both: bool) -> dict[str, GraphModule]
 
 def _dense(gm: GraphModule) -> GraphModule:
     """The graph as it came, to compare with and to stay with."""
-    return standalone(run(GraphModule(gm, copy.deepcopy(gm.graph)), [linears_to_products, unflatten_tokens]))
+    return standalone(run(GraphModule(gm, copy.deepcopy(gm.graph)), [left_products, unflatten_tokens]))
 
 
 def _undone(decision: Decision, whole: Whole) -> Decision:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nm_compiler.graph import run
-from nm_compiler.passes.linears_to_products import linears_to_products
+from nm_compiler.passes.left_products import left_products
 from nm_compiler.runtime.backends.base import Backend, Job, Result
 from nm_compiler.runtime.products import Decision
 
@@ -26,4 +26,4 @@ class Dense(Backend):
         self.take(job)
         found = job.products
         decisions = {each.node: Decision(reasons=(self._reason,), hint=self._hint) for each in found}
-        return Result(run(job.gm, [linears_to_products]), decisions, found)
+        return Result(run(job.gm, [left_products]), decisions, found)

@@ -24,7 +24,7 @@ from nm_compiler.rewrite import replace
 aten = torch.ops.aten
 
 
-def linears_to_products(gm: GraphModule) -> GraphModule:
+def left_products(gm: GraphModule) -> GraphModule:
     """Rewrite every linear without a bias between two turns that nobody else needs, if its result is laid out anew."""
     for node in [node for node in gm.graph.nodes if node.target is aten.linear.default]:
         data, last = _source(node.args[0]), _result(node)
