@@ -1,6 +1,6 @@
 """nm.lower: from a frozen model to a runtime.
 
-    model --copy, cast--> capture --bias_apart, fold_batchnorm, .., flatten_tokens (`passes`)--> one plain graph
+    model --copy, cast--> capture --bias_apart, fold_batchnorm, .., batch_of_one (`passes`)--> one plain graph
           --backend--> what runs it --check against the model--> Lowered
 
 The orders that `permute` found need no pass here: they are in the weights since then. After every pass the constants are
@@ -29,6 +29,7 @@ from nm_compiler.capture.turns import in_turn
 from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass, run, standalone
 from nm_compiler.memory import give_back
+from nm_compiler.passes.batch_of_one import batch_of_one
 from nm_compiler.passes.bias_apart import bias_apart
 from nm_compiler.passes.einsum_to_linear import einsum_to_linear
 from nm_compiler.passes.flatten_tokens import flatten_tokens
@@ -136,7 +137,7 @@ def passes(exact: Mapping[str, Tensor], *, own: bool = False) -> list[Pass]:
     """
     return [
         bias_apart, partial(fold_batchnorm, exact=exact, own=own, later=True), partial(einsum_to_linear, own=own),
-        partial(fold_weights, own=own), partial(products_to_linear, own=own), flatten_tokens,
+        partial(fold_weights, own=own), partial(products_to_linear, own=own), flatten_tokens, batch_of_one,
     ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ einsum_to_linear    an einsum that is one
 fold_weights        what is computed from weights alone
 products_to_linear  every product that can be one
 flatten_tokens      linears of two axes
+batch_of_one        convolutions of one image without a batch
 
 Lowering, for one (`nm_compiler.runtime.backends`):
 lower_cpu           cpu: packed products

@@ -405,6 +405,24 @@ def test_convolutions_along_one_axis_are_packed_with_all_that_they_are_called_wi
     assert found["6.weight"].reason.startswith("conv1d with this padding or number of axes")
 
 
+@needs_kernels
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_convolutions_of_one_image_without_a_batch_are_packed_and_activate(axes: int) -> None:
+    torch.manual_seed(0)
+    conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    net = nn.Sequential(conv(4, 16, 3, padding=1), conv(16, 16, 3, padding="same"), nn.ReLU(), conv(16, 4, 1))
+    x = torch.randn(4, *[6] * axes)
+    model = frozen(net, x[None])
+    free = {1: torch.export.Dim.AUTO}
+    for lowered in (forced(model, x, dynamic_shapes=({},)), forced(model, x, dynamic_shapes=(free,))):
+        assert {name for name, row in rows(lowered).items() if row.status == "sparse"} == {"1.weight"}
+        assert not any(node.target is torch.ops.aten.relu.default for node in lowered.run.graph.nodes), "products activate"
+        torch.testing.assert_close(lowered(x), model(x), rtol=1e-5, atol=1e-5)
+        assert lowered(x).stride() == model(x).stride()
+    other = torch.randn(4, 9, *[6] * (axes - 1))
+    torch.testing.assert_close(lowered(other), model(other), rtol=1e-5, atol=1e-5)
+
+
 VOLUMES: dict[str, dict[str, Any]] = {
     "3x1x1": {"kernel_size": (3, 1, 1), "padding": (1, 0, 0), "stride": (2, 2, 3)},
     "1x1x3": {"kernel_size": (1, 1, 3), "stride": (2, 1, 1)},
