@@ -3,6 +3,7 @@
 
 import copy
 import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,33 @@ def test_one_tensor_given_for_several_inputs_stands_for_several() -> None:
     torch.testing.assert_close(sparse(x, y, more=[z]), dense(model, x, y, more=[z]))
     lowered = nm.lower(nm.freeze(sparse, finish=True), (x, x), {"more": [x]}, backend="dense")
     torch.testing.assert_close(lowered(x, y, more=[z]), model(x, y, more=[z]))
+
+
+VIEWS: dict[str, Callable[[], Tensor]] = {
+    "all but the last": lambda: torch.randn(4, 8, 9)[..., :-1],  # as tokens[:, :-1]
+    "all but the first": lambda: torch.randn(4, 9, 8)[:, 1:],
+    "every second": lambda: torch.randn(8, 8, 8)[::2],
+    "the first few": lambda: torch.randn(9, 8, 8)[:4],
+    "of an array": lambda: torch.from_numpy(np.zeros((4, 8, 16), np.float32)[..., ::2]),
+    "expanded": lambda: torch.randn(8, 8).expand(4, 8, 8),
+    "turned": lambda: torch.randn(8, 8, 4).permute(2, 1, 0),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_an_example_that_is_part_of_a_larger_tensor_asks_for_no_such_inputs(view: Callable[[], Tensor]) -> None:
+    model = MLP()
+    given = view()
+    free = torch.export.ShapesCollection()
+    free[given] = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    sparse = sparse_of(model, given).eval()
+    inputs = [given, view(), torch.randn(4, 8, 8), torch.randn(6, 8, 8), torch.randn(6, 8, 10)[..., 2:], torch.randn(1, 8, 8)]
+    for x in inputs:
+        torch.testing.assert_close(sparse(x), dense(model, x))
+    model = nm.freeze(sparse, finish=True)
+    lowered = nm.lower(model, (given,), backend="dense", dynamic_shapes=free)
+    for x in (*inputs, torch.randn(3, 5, 8)):
+        torch.testing.assert_close(lowered(x), model(x))
 
 
 class Pair(NamedTuple):

@@ -61,6 +61,8 @@ def capture_mode(
         if hasattr(GraphModule, name) or name == "extras":
             raise NMError(f"{type(model).__name__}.{name} has a name that graphs use themselves: rename it, or wrap the model")
     hidden = without_cache(model, kwargs)
+    if isinstance(dynamic_shapes, torch.export.ShapesCollection):  # which knows the tensors that were given
+        dynamic_shapes = dynamic_shapes.dynamic_shapes(model, args, dict(kwargs))
     args, kwargs = _apart(args, kwargs)
     with own_cycles_freed(), in_mode(model, training):  # an exported program is one large cycle: two would double the peak
         return _export(model, args, {**kwargs, **hidden}, dynamic_shapes, hidden, training)
@@ -235,17 +237,27 @@ def _by_name(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _apart(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor that is given twice, as ``labels=tokens``, as two: torch.export would take all its inputs for one of them."""
+    """Every tensor as one of its own. torch.export would take all inputs of one that is given twice, as ``labels=tokens``, and
+    of a view, as ``tokens[:, :-1]``, ask of every call that it is one of as large a tensor, or has its strides.
+    """
     seen = set[int]()
 
     def own(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or id(leaf) not in seen:
+        if not isinstance(leaf, Tensor) or (id(leaf) not in seen and not _is_view(leaf)):
             seen.add(id(leaf))
             return leaf
         return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
     both: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(own, (args, dict(kwargs)))
     return both
+
+
+def _is_view(leaf: Tensor) -> bool:
+    """Whether a tensor is a part of another one, or lies in memory as one would."""
+    if type(leaf) is not Tensor or leaf.layout is not torch.strided:
+        return False
+    reach = 1 + sum((size - 1) * step for size, step in zip(leaf.shape, leaf.stride(), strict=True))
+    return leaf._base is not None or 0 < leaf.numel() != reach
 
 
 def _repeat_batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
