@@ -12,16 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from nm_compiler.around_parts import around_parts
+from nm_compiler.capture.example import example
 from nm_compiler.capture.export import in_mode
 from nm_compiler.capture.preparing import globs
 from nm_compiler.capture.routes import untouched
 from nm_compiler.capture.turns import in_turn
-from nm_compiler.capture.watching import PLAIN, Calls, watched
+from nm_compiler.capture.watching import watched
 from nm_compiler.errors import NMError
+from nm_compiler.hooks import apart, hooked_inside, own_hooks
 from nm_compiler.lowering import check_frozen, lower
 from nm_compiler.pattern import PatternLike, PatternMap, PatternSpec, matches
 from nm_compiler.runtime.lowered import Lowered
@@ -68,24 +69,27 @@ def lower_parts(
     patterns, exclude, force = PatternMap.parse(pattern), globs(exclude), globs(force)
     check_globs(model, patterns, (), exclude, force)
     chosen = _chosen(model, globs(parts), patterns, exclude)
-    twin(model, {part: nn.Identity() for part in chosen.values()})  # whether it can be copied, before all the work
+    hooks = {part: own_hooks(part) for part in chosen.values()}
+    twin(model, {part: nn.Identity() for part in hooks}, hooks)  # whether it can be copied, before all the work
     with untouched(model), in_mode(model, False), torch.no_grad(), watched(chosen) as calls:
         run(model)
-    ready = {name: _example(name, chosen[name], found) for name, found in calls.items()}
+        hooks = {part: own_hooks(part) for part in chosen.values()}  # with those that the model gave itself meanwhile
+        inner = {name: hooked_inside(part) for name, part in chosen.items()}
+    ready = {name: example(name, chosen[name], calls.pop(name)) for name in chosen}
     made: dict[nn.Module, nn.Module] = {}
-    for name, (args, kwargs, shapes) in ready.items():
-        part, rules = chosen[name], _rules(name, chosen[name], patterns)
+    for name, part in chosen.items():
+        rules, (args, kwargs, shapes) = _rules(name, part, patterns), ready.pop(name)
         try:
-            with untouched(part):  # it may write to its buffers, whose memory a lowered one shares at first
+            with untouched(part), apart(part):  # it may write to its buffers, whose memory a lowered one shares at first
                 lowered = lower(
                     part, args, kwargs, backend=backend, pattern=rules, exclude=_inside(name, part, exclude),
                     force=_inside(name, part, force), check=check, dynamic_shapes=shapes, options=options,
                 )  # fmt: skip
         except NMError as error:
             raise NMError(f"{name}: {error}") from error
-        lowered.__dict__["part"] = name
+        lowered.__dict__.update(part=name, hooked=tuple(f"{name}.{path}" for path in inner[name]))
         made[part] = lowered
-    return around_parts(twin(model, made)).eval()
+    return around_parts(twin(model, made, hooks)).eval()
 
 
 def _chosen(model: nn.Module, wanted: Sequence[str], patterns: PatternMap, exclude: Sequence[str]) -> dict[str, nn.Module]:
@@ -115,49 +119,6 @@ def _has_sparse(name: str, part: nn.Module, patterns: PatternMap, exclude: Seque
     weights = {f"{name}.{inner}": weight for inner, weight in part.named_parameters()}
     wanted = {full: weight.detach() for full, weight in weights.items() if matches(full, exclude) is None}
     return any(weight.axes for weight in examine(wanted, dict(patterns.rules)).weights) if wanted else False
-
-
-def _example(name: str, part: nn.Module, calls: Calls) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """args, kwargs and dynamic_shapes to lower a part with. Raises NMError for calls that give none."""
-    if calls.least is None:
-        raise NMError(f"{name} is a part that run= never calls: leave it out of parts=, or have run= call it")
-    if calls.several:
-        raise NMError(
-            f"{name} is called in several ways ({calls.several}), and a graph knows one: name the layers inside it in parts="
-        )
-    leaves, spec = pytree.tree_flatten(calls.least)
-    strange = next((leaf for leaf in leaves if not isinstance(leaf, (Tensor, *PLAIN))), None)
-    if strange is not None:
-        raise NMError(
-            f"{name} is called with a {type(strange).__name__}, which no graph takes: name the layers inside it in parts="
-        )
-    free = iter(_free(part, calls))
-    axes = [next(free) if isinstance(leaf, Tensor) else frozenset[int]() for leaf in leaves]
-    leaves = [_grown(leaf, its_axes) for leaf, its_axes in zip(leaves, axes, strict=True)]
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    shapes = torch.export.ShapesCollection()
-    for leaf, its_axes in zip(leaves, axes, strict=True):
-        if its_axes:
-            shapes[leaf] = dict.fromkeys(sorted(its_axes), torch.export.Dim.AUTO)
-    return args, kwargs, shapes.dynamic_shapes(part, args, kwargs) if any(axes) else None
-
-
-def _free(part: nn.Module, calls: Calls) -> list[frozenset[int]]:
-    """The axes of each tensor whose sizes are not fixed."""
-    free = calls.varying()
-    if len(free) != 1:
-        return free
-    axes = len(next(iter(calls.sizes[0])))
-    images = any(weight.ndim > 2 for weight in part.parameters())
-    return [free[0] | set(range(axes)[: 1 if images or axes == 1 else -1])]
-
-
-def _grown(leaf: Any, axes: frozenset[int]) -> Any:
-    """Two of what a free axis has one of: an axis of size 1 would be fixed."""
-    for axis in axes:
-        if leaf.shape[axis] == 1:
-            leaf = leaf.repeat_interleave(2, axis)
-    return leaf
 
 
 def _rules(name: str, part: nn.Module, patterns: PatternMap) -> dict[str, PatternLike]:

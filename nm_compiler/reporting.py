@@ -166,6 +166,11 @@ def _with_lowered(plain: Report, model: nn.Module, lowered: Mapping[str, Lowered
     errors = [part.error for part in lowered.values() if part.error is not None]
     if errors:
         notes.append(f"Checked against the model, part by part: outputs differ by up to {max(errors):.1e} (relative).")
+    hooked = [name for part in lowered.values() for name in part.hooked]
+    if hooked:
+        notes.append(
+            f"Forward hooks of {several(hooked, 3)}: what they compute is in the graph, which does not call them again."
+        )
     notes.append(f"Of one part, with its own notes: nm.report(model.get_submodule({first!r})).")
     backends = " and ".join(sorted({part.backend for part in lowered.values()}))
     title = f"{plain.title}, {len(parts)} part{'s' * (len(parts) > 1)} on {backends}"

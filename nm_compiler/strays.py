@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nm_compiler.hooks import CALLED
+
 _HELD = ("_parameters", "_buffers", "_modules")
 _NOTHING = (str, bytes, int, float, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType, Tensor)
 
@@ -24,18 +26,17 @@ _NOTHING = (str, bytes, int, float, complex, type(None), type, types.ModuleType,
 def stray(made: nn.Module, model: nn.Module, instead: Collection[nn.Module]) -> str | None:
     """What to say of the first attribute in a copy that leads to a module of the model; None if there is none.
 
-    instead: modules of the copy that are none of the model's, and are not looked into.
+    instead: modules of the copy that are none of the model's: only their hooks are looked into.
     """
     theirs = {id(module): f"{name} of the model" if name else "the model" for name, module in model.named_modules()}
     inside = {id(inner) for each in instead for inner in each.modules()}
     known = inside | {id(module) for module in made.modules()} - theirs.keys()
     for path, module in made.named_modules():
-        if id(module) in inside:
-            continue
         if id(module) in theirs:
             return _said(path or "forward", theirs[id(module)], "it is not copied with the model")
         for key, value in module.__dict__.items():
-            found = None if key in _HELD else _leads_to(value, theirs, known)
+            looked_at = key in CALLED if id(module) in inside else key not in _HELD
+            found = _leads_to(value, theirs, known) if looked_at else None
             if found is not None:
                 return _said(f"{path}.{key}" if path else key, found, "Python copies no functions, nor what they close over")
     return None

@@ -2,6 +2,7 @@
 
 parameters   objects of their own over the same memory, so that `to` and `half` change those of the copy alone
 buffers      copied: a model writes to them while it is used
+hooks        of modules that others stand for: on those
 all else     as copy.deepcopy has it; what that leaves behind is an NMError (`strays`)
 """
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
+from nm_compiler.hooks import Hooks
 from nm_compiler.runtime.lowered import Lowered
 from nm_compiler.strays import stray
 from nm_compiler.wording import first_line
@@ -24,8 +26,8 @@ M = TypeVar("M", bound=nn.Module)
 _HELD = ("_parameters", "_buffers", "_modules")
 
 
-def twin(model: M, instead: Mapping[nn.Module, nn.Module]) -> M:
-    """The copy. instead: what stands there for modules of the model.
+def twin(model: M, instead: Mapping[nn.Module, nn.Module], hooks: Mapping[nn.Module, Hooks]) -> M:
+    """The copy. instead: what stands there for modules of the model; hooks: those of these modules.
 
     Raises NMError for what cannot be copied, and for what would still call modules of the model after that.
     """
@@ -33,11 +35,16 @@ def twin(model: M, instead: Mapping[nn.Module, nn.Module]) -> M:
     for each in model.modules():
         if isinstance(each, Lowered):
             memo.update((id(values), values.detach()) for values in each.packed())
+        computed = (value for value in each.__dict__.values() if isinstance(value, Tensor) and value.grad_fn is not None)
+        memo.update((id(value), value.detach().clone()) for value in computed)  # weight norm's of old, kept activations
     memo.update((id(module), other) for module, other in instead.items())
     try:
         for other in instead.values():
             _share_no_buffers(other, model, memo)
         made = copy.deepcopy(model, memo)
+        for module, other in instead.items():
+            for name, own in hooks[module].items():
+                getattr(other, name).update(copy.deepcopy(own, memo))
     except NMError:
         raise
     except Exception as error:

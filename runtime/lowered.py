@@ -19,6 +19,7 @@ import nm_compiler.runtime.cusparselt.int8
 import nm_compiler.runtime.cusparselt.op
 import nm_compiler.runtime.cusparselt.unfold  # noqa: F401 - these register them
 from nm_compiler.capture.signature import Misfit, Signature
+from nm_compiler.capture.watching import autocast_of
 from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path
 from nm_compiler.runtime.backends.base import Result
@@ -48,7 +49,7 @@ class Lowered(nn.Module):
     inert: whether something runs it that has no gradient, of which autograd would know nothing.
     packed_for: the dtype that data has at all packed products, if it is one; captured: those of the inputs. A call with others
     is watched: packed products take any, where torch's own refuse what the weight has not.
-    part: its name in the model, if it is one of the parts that `nm.lower_parts` made.
+    part: its name in the model, if it is one of the parts that `nm.lower_parts` made; hooked: modules in it that had hooks.
     settled: whether folded weights are there; else the first call, or who asks for them, has them computed, and gets an
     NMError if the model's weights were changed in between.
     """
@@ -65,6 +66,7 @@ class Lowered(nn.Module):
     notes: tuple[str, ...]
     error: float | None
     part: str
+    hooked: tuple[str, ...]
     settled: bool
     inert: bool
     packed_for: torch.dtype | None
@@ -74,7 +76,9 @@ class Lowered(nn.Module):
     def __init__(self, result: Result, **facts: Any) -> None:
         super().__init__()
         self.run = result.run
-        self.__dict__.update(**{"result": result, "error": None, "part": "", "settled": True, "attributes": {}, **facts})
+        self.__dict__.update(
+            **{"result": result, "error": None, "part": "", "hooked": (), "settled": True, "attributes": {}, **facts}
+        )
         self.inert = self.backend == "tensorrt" or (self.backend == "cpu" and any(d.kernel for d in result.decisions.values()))
         self.training = False
         known = {product.dtype for product in self.result.products}
@@ -94,6 +98,8 @@ class Lowered(nn.Module):
             raise Misfit(error.facts, _RUN_AGAIN if self.part else _AGAIN) from None
         if self.result.takes_tensors_only:
             flat = [value for value in flat if isinstance(value, Tensor)]
+        if self.part:
+            self._check_autocast(flat)
         watched = self.packed_for is not None and not torch.compiler.is_compiling() and self._is_strange(flat)
         try:
             outputs: Any = (_Watched(self.run, self._refusal_of) if watched else self.run)(*flat)
@@ -191,6 +197,15 @@ class Lowered(nn.Module):
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """For `copy.deepcopy` and `torch.save`."""
         return super(Lowered, self.settle()).__reduce_ex__(protocol)
+
+    def _check_autocast(self, flat: Sequence[Any]) -> None:
+        """Raise NMError where the model's own part would compute, and answer, in another dtype."""
+        dtype = autocast_of([value for value in flat if isinstance(value, Tensor)][:1])
+        if dtype is not None:
+            raise NMError(
+                f"{self.part} is a lowered part ({self.title}), which knows nothing of torch.autocast ({dtype_name(dtype)}): "
+                f"leave autocast out, and lower the parts of model.to(torch.{dtype_name(dtype)}) for that dtype"
+            )
 
     def _other_dtype(self, flat: Sequence[Any]) -> NMError | None:
         """What is wrong with a call that failed, if its inputs have another dtype than the products."""

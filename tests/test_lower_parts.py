@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import nm_compiler as nm
 from nm_compiler.runtime.lowered import Lowered
@@ -200,7 +202,7 @@ class Two(nn.Module):
         super().__init__()
         self.layer = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor, place: Tensor, by: float, *, more: tuple[Tensor, bool]) -> Tensor:
+    def forward(self, x: Tensor, place: Tensor, by: float = 1.0, *, more: tuple[Tensor, bool]) -> Tensor:
         y: Tensor = self.layer(x * place) * by + more[0]
         return y
 
@@ -242,8 +244,9 @@ X = torch.randn(2, 3, WIDTH)
 @pytest.mark.parametrize(("run", "difference"), [
     (calls(lambda m: m(X), lambda m: m(X, by=3.0)), r"2\.0 and 3\.0"),
     (calls(lambda m: m(X), lambda m: m(X.double())), "a float32 tensor of 3 axes and a float64 tensor of 3 axes"),
-    (calls(lambda m: m(X), lambda m: m.two(X, X, 2.0, more=(X, True, X))), "other arguments each time"),
-], ids=["a number", "a dtype", "an argument"])  # fmt: skip
+    (calls(lambda m: m(X), lambda m: m.two(X, X, 2.0, more=(X, True, X))), "arguments of another structure"),
+    (calls(lambda m: m(X), lambda m: m.two(X, X, more=(X, True))), "with x, place, by, more and with x, place, more"),
+], ids=["a number", "a dtype", "an element", "an argument"])  # fmt: skip
 def test_a_part_that_is_called_in_several_ways_is_an_error_that_says_how_they_differ(run: Any, difference: str) -> None:
     def forgiving(model: Any) -> None:
         with contextlib.suppress(RuntimeError, TypeError, ValueError):  # the layer itself takes no float64
@@ -251,6 +254,119 @@ def test_a_part_that_is_called_in_several_ways_is_an_error_that_says_how_they_di
 
     with pytest.raises(nm.NMError, match=rf"two is called in several ways \({difference}\).*name the layers inside it"):
         nm.lower_parts(sparse(Around()), "two", forgiving, backend="cpu")
+
+
+def test_arguments_by_place_and_by_name_are_one_kind_of_call() -> None:
+    model = sparse(Around())
+    run = calls(lambda m: m(X), lambda m: m.two(more=(X[:1], True), by=2.0, place=X[:1], x=X))
+    fast = nm.lower_parts(model, "two", run, backend="cpu", force=["*"])
+    torch.testing.assert_close(fast(X), model(X))
+    given = {"x": X, "place": X[:1], "by": 2.0, "more": (X[:1], True)}
+    torch.testing.assert_close(fast.two(**given), model.two(**given))
+
+
+class Loose(Block):
+    """Takes keywords that it hands on, as the layers of Hugging Face do."""
+
+    def forward(self, x: Tensor, **more: Any) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y if more["by"] is None else y * float(more["by"])
+
+
+def test_sizes_are_free_beside_keywords_that_forward_has_no_names_for() -> None:
+    block = sparse(nn.ModuleList([Loose()]))
+    fast = nm.lower_parts(block, "0", lambda block: block[0](X, by=None, mask=None), backend="cpu", force=["*"])
+    x = torch.randn(7, 2, WIDTH)
+    torch.testing.assert_close(fast[0](x, by=None, mask=None), block[0](x, by=None, mask=None))
+
+
+class Reading(nn.Module):
+    """Uses its layer in ways beside calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block.forward(x)
+        return y
+
+    def by_weight(self, x: Tensor) -> Tensor:
+        return self(x.to(self.block.up.weight.dtype))
+
+    def bare(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.block.up.weight)
+
+
+def test_a_part_whose_forward_is_called_itself_is_lowered() -> None:
+    model = sparse(Reading())
+    fast = nm.lower_parts(model, "block", lambda model: model(X), backend="cpu", force=["*"])
+    torch.testing.assert_close(fast(X), model(X))
+
+
+def test_what_the_model_reads_of_a_part_beside_its_forward_is_told_to_name_the_module_around_it() -> None:
+    model = sparse(Reading())
+    match = "block.up is a part that run= never calls.* Where only its weights are used, .*, name the module around it"
+    with pytest.raises(nm.NMError, match=match):
+        nm.lower_parts(model, "block.up", lambda model: model.bare(X), backend="cpu")
+    fast = nm.lower_parts(model, "block.up", lambda model: model(X), backend="cpu", force=["*"])
+    match = r"block.up is a lowered part \(Linear\) and has no 'weight'.* name the module around it in parts="
+    with pytest.raises(AttributeError, match=match):
+        fast.by_weight(X)
+
+
+def test_a_model_that_was_compiled_is_watched_without_compiling_it_anew() -> None:
+    model, graphs = sparse(nn.Sequential(Block())), list[Any]()
+
+    def backend(gm: Any, given: Any) -> Any:
+        graphs.append(gm)
+        return gm
+
+    model.compile(backend=backend)
+    with torch.no_grad():
+        model(X)
+        before = len(graphs)
+        fast = nm.lower_parts(model, "0", lambda model: model(X), backend="cpu", force=["*"])
+        assert len(graphs) == before
+        torch.testing.assert_close(fast(X), model(X))
+
+
+def test_parts_under_autocast_are_an_error_as_they_would_compute_in_another_dtype() -> None:
+    model = sparse(nn.Sequential(Block(), Block()))
+
+    def run(model: nn.Module) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            model(X)
+
+    with pytest.raises(
+        nm.NMError, match=r"0.up is called under torch.autocast \(bfloat16\).* parts of model.to\(torch.bfloat16\)"
+    ):
+        nm.lower_parts(model, "*.up", run, backend="cpu")
+    fast = nm.lower_parts(model, "*.up", lambda model: model(X), backend="cpu", force=["*"])
+    with pytest.raises(
+        nm.NMError, match=r"0.up is a lowered part \(Linear\), which knows nothing of torch.autocast \(bfloat16\)"
+    ):
+        run(fast)
+    with torch.autocast("cpu", enabled=False):
+        torch.testing.assert_close(fast(X), model(X))
+
+
+def test_examples_are_let_go_part_by_part_and_dense_weights_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = sparse(nn.Sequential(Block(), Block())), list[Any]()
+
+    def lower(part: nn.Module, args: Any, *rest: Any, **options: Any) -> Lowered:
+        assert all(each.expired() for each in seen)
+        seen.append(StorageWeakRef(args[0].untyped_storage()))
+        return nm.lower(part, args, *rest, **options)
+
+    monkeypatch.setattr("nm_compiler.lowering_parts.lower", lower)
+    dense = [StorageWeakRef(layer.weight.untyped_storage()) for layer in model.modules() if isinstance(layer, nn.Linear)]
+    fast = nm.lower_parts(model, ["*.up", "*.down"], lambda model: model(X), backend="cpu", force=["*"])
+    assert len(seen) == 4
+    del model
+    gc.collect()
+    assert all(each.expired() for each in dense)
+    fast(X)
 
 
 class Cache:

@@ -124,7 +124,7 @@ def test_to_and_its_like_change_the_copy_alone_and_all_of_it_or_nothing(backend:
             fast.double()
         dtype = torch.float32 if backend == "cpu" else torch.float64
         assert {each.dtype for each in (*fast.parameters(), *fast[1].up.buffers()) if each.is_floating_point()} == {dtype}
-        torch.testing.assert_close(fast(X.to(dtype)), model(X).to(dtype))
+        torch.testing.assert_close(fast(X.to(dtype)).to(X.dtype), model(X))
     assert {each.dtype for each in model.parameters()} == {torch.float32}
     fast = ups(model)
     assert fast.to(torch.float32) is fast
@@ -155,14 +155,81 @@ def test_parameters_keep_their_class_their_attributes_and_whether_they_train() -
 
 @pytest.mark.parametrize(("make", "match"), [
     (threading.Lock, r"1\.kept of this Sequential is a lock that cannot be copied"),
-    (lambda: torch.ones(2, requires_grad=True) * 2, r"1\.kept of this Sequential is a Tensor that cannot be copied"),
-], ids=["a lock", "an activation"])  # fmt: skip
+    (lambda: [torch.ones(2, requires_grad=True) * 2], r"1\.kept of this Sequential is a list that cannot be copied"),
+], ids=["a lock", "activations"])  # fmt: skip
 def test_what_cannot_be_copied_is_named_before_anything_is_run(make: Any, match: str) -> None:
     model, ran = pair(), list[int]()
     model[1].kept = make()
     with pytest.raises(nm.NMError, match=match):
         ups(model, lambda model: ran.append(1))
     assert not ran
+
+
+def test_a_weight_that_is_computed_at_every_call_and_an_activation_that_is_kept_are_copied() -> None:
+    model = pair()
+    nn.utils.weight_norm(model[0].down)
+    model[1].kept = model(X)
+    fast = ups(model)
+    torch.testing.assert_close(fast(X), model(X))
+    assert torch.equal(fast[1].kept, model[1].kept)
+
+
+def test_hooks_of_a_part_are_called_around_it_and_see_what_they_keep() -> None:
+    model, seen = pair(), list[Tensor]()
+    up: Any = model[0].up
+    up.register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    up.register_forward_hook(lambda module, args, output: seen.append(output))
+    up.register_forward_hook(lambda module, args, kwargs, output: output * 2, with_kwargs=True)
+    fast = ups(model)
+    seen.clear()
+    torch.testing.assert_close(fast(X), model(X))
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[0], seen[1])
+    assert len(up._forward_hooks) == 2
+    assert nm.report(fast).notes[-1].startswith("Of one part")
+
+
+class Recorder(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = list[Tensor]()
+
+    def record(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.seen.append(output)
+
+
+def test_hooks_that_are_methods_belong_to_the_copy_and_those_that_close_over_layers_are_an_error() -> None:
+    model = sparse(nn.Sequential(Recorder(), Block()))
+    model[1].up.register_forward_hook(model[0].record)
+    fast = ups(model)
+    fast(X)
+    assert (len(model[0].seen), len(fast[0].seen)) == (0, 1)
+    model[1].up.register_forward_hook(lambda module, args, output: model[0].up(args[0]))
+    with pytest.raises(nm.NMError, match=r"1\.up\._forward_hooks in the copy .* would run the model"):
+        ups(model)
+
+
+def test_hooks_inside_a_part_are_in_its_graph_and_the_report_says_so() -> None:
+    model = pair()
+    model[0].up.register_forward_hook(lambda module, args, output: output * 2)
+    nn.utils.weight_norm(model[1].up)
+    fast = nm.lower_parts(model, ["0", "1"], lambda model: model(X), backend="cpu", force=["*"])
+    torch.testing.assert_close(fast(X), model(X))
+    assert "Forward hooks of 0.up: what they compute is in the graph, which does not call them again." in nm.report(fast).notes
+
+
+def test_hooks_that_a_model_gives_its_parts_while_it_is_used_are_on_the_copys() -> None:
+    model, seen = pair(), list[Tensor]()
+
+    def run(model: Any) -> None:
+        model[0].up.register_forward_hook(lambda module, args, output: seen.append(output))
+        model(X)
+
+    fast = ups(model, run)
+    seen.clear()
+    fast(X)
+    assert len(seen) == 1
+    assert not model[0].up._forward_hooks
 
 
 class Pretrained(nn.Sequential):

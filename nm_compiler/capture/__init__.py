@@ -9,6 +9,7 @@ explaining     in words: a call, the user's line, why there is no graph
 signature      what a graph was captured with, and whether a call fits
 exported       the carrier of one exported graph
 watching       what parts of a model are called with
+example        their calls as inputs to capture them with
 records        a graph as plain values that pickle, and back
 
 What an exported graph would get wrong, found or put right:

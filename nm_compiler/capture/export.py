@@ -80,7 +80,7 @@ def _export(
     given, named = _repeat_batch_of_one(args, kwargs) if one else (args, kwargs)
     try:
         with (
-            _by_name(model, named),
+            by_name(model, named),
             quiet(),
             _no_hooks_left(),
             checkpoints_open(),
@@ -211,7 +211,7 @@ def _no_hooks_left() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _by_name(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+def by_name(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
     """``forward(**kwargs)`` with a parameter for each name that it is given: torch.export takes no dynamic sizes of others."""
     forward = model.forward
     signature = inspect.signature(forward)
