@@ -292,7 +292,8 @@ class Reading(nn.Module):
         return y
 
     def by_weight(self, x: Tensor) -> Tensor:
-        return self(x.to(self.block.up.weight.dtype))
+        y: Tensor = self(x.to(self.block.up.weight.dtype))
+        return y
 
     def bare(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.block.up.weight)
