@@ -173,6 +173,20 @@ def test_the_same_call_written_with_keywords_or_in_another_order_fits() -> None:
     expected = sparse(x, scale=0.5, extra={"more": [x]}).first
     assert torch.equal(sparse(x, extra={"more": [x]}, scale=0.5).first, expected)
     assert torch.equal(sparse(extra={"more": [x]}, scale=0.5, x=x).first, expected)
+    assert torch.equal(sparse(x, {"more": [x]}, scale=0.5).first, expected), "captured by name, given by place"
+    assert torch.equal(sparse(x, {"more": [x]}, scale=0.5, flip=False).first, expected), "what it is anyway"
+
+
+@pytest.mark.parametrize("then", [None, "eager"])
+def test_an_input_that_was_not_captured_may_be_given_as_its_default(then: str | None) -> None:
+    model, x = Keywords(), torch.randn(2, 8)
+    sparse = sparse_of(model, x).eval()
+    called = sparse if then is None else torch.compile(sparse, backend=then, fullgraph=True)
+    for y in (called(x, None), called(x, extra=None, scale=1.0), called(extra=None, x=x, flip=False)):
+        assert torch.equal(y.first, sparse(x).first)
+    for given in ({"scale": 1}, {"flip": None}, {"scale": torch.tensor(1.0)}, {"extra": {"more": [x]}}):
+        with pytest.raises(nm.NMError, match=f"unexpected {next(iter(given))}"):
+            sparse(x, **given)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +199,8 @@ def test_the_same_call_written_with_keywords_or_in_another_order_fits() -> None:
         ((torch.randn(2, 8),), {"scale": 0.25}, "scale is 0.25, the graph holds for 0.5"),
         ((torch.randn(2, 8),), {}, "missing scale"),
         ((torch.randn(2, 8),), {"scale": 0.5, "flip": True}, "unexpected flip"),
-        ((torch.randn(2, 8), None), {"scale": 0.5}, "2 positional inputs, 1 were captured"),
+        ((torch.randn(2, 8), None, 0.5), {}, "3 positional inputs, 1 were captured"),
+        ((torch.randn(2, 8), {"more": []}), {"scale": 0.5}, "unexpected extra"),
         (([torch.randn(2, 8)],), {"scale": 0.5}, "its structure differs"),
     ],
 )

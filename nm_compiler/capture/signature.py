@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ _HOW_SHAPES = {
     True: "and, since one of batch 1 stands for any batch, with dynamic_shapes=, such as ({},) to fix all sizes",
 }
 """By whether an input has a batch of 1."""
+_PLAIN = (type(None), bool, int, float, str)
 _FLAGS, _WHOLE = (bool, np.bool_, torch.SymBool), (int, np.integer, torch.SymInt)
 
 
@@ -83,7 +84,8 @@ class Signature:
 
     arg_names: of the positional inputs; hidden: keyword inputs added at capture (``use_cache=False``);
     guards: conditions on sizes under which the captured branches hold, as Python expressions over ``L[name]``;
-    modes: the training flag of each of the model's modules at capture.
+    modes: the training flag of each of the model's modules at capture; further: positional parameters of ``forward`` behind
+    those of arg_names; defaults: what parameters of ``forward`` are by default, where that is a plain value.
     """
 
     arg_names: tuple[str, ...]
@@ -95,6 +97,8 @@ class Signature:
     paths: tuple[str, ...]
     guards: tuple[str, ...]
     modes: tuple[bool, ...]
+    further: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Guards become functions of the flat inputs once, which TorchDynamo can trace into guards of its own."""
@@ -127,7 +131,8 @@ class Signature:
         guards = tuple(getattr(program, "_guards_code", None) or ())
         out_spec = _mutable(program.call_spec.out_spec)
         modes = tuple(module.training for module in model.modules())
-        return cls(arg_names, tuple(kwargs), dict(hidden), in_spec, out_spec, inputs, paths, guards, modes)
+        further, defaults = _positional(model)[len(args) :], _defaults(model)
+        return cls(arg_names, tuple(kwargs), dict(hidden), in_spec, out_spec, inputs, paths, guards, modes, further, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tree specs pickle as trees of numbers, which do not depend on the torch version."""
@@ -168,17 +173,21 @@ class Signature:
         return flat
 
     def _rearrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional inputs given by keyword, and keywords in another order, are the same call."""
-        if len(args) > len(self.arg_names):
+        """Positional inputs given by keyword, keywords by place or in another order, and defaults are the same call."""
+        names = (*self.arg_names, *self.further)
+        if len(args) > len(names):
             self._refuse(args, kwargs, f"{len(args)} positional inputs, {len(self.arg_names)} were captured")
-        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
         wanted = (*self.arg_names, *self.kwarg_names)
         missing = [name for name in wanted if name not in named]
-        extra = [name for name in named if name not in wanted]
+        extra = [name for name, value in named.items() if name not in wanted and not self._is_default(name, value)]
         if missing or extra:
             parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unexpected {', '.join(extra)}"] * bool(extra)
             self._refuse(args, kwargs, "; ".join(parts))
         return tuple(named[name] for name in self.arg_names), {name: named[name] for name in self.kwarg_names}
+
+    def _is_default(self, name: str, value: Any) -> bool:
+        return isinstance(value, _PLAIN) and name in self.defaults and _is_same(value, self.defaults[name])
 
     def _check_guards(self, flat: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = {**dict(zip(self.arg_names, args, strict=True)), **kwargs}
@@ -286,6 +295,18 @@ def _arg_names(model: nn.Module, count: int) -> tuple[str, ...]:
             break
         names.append(each.name)
     return tuple(names[:count]) if len(names) >= count else tuple(f"input {place}" for place in range(count))
+
+
+def _positional(model: nn.Module) -> tuple[str, ...]:
+    """The parameters of ``forward`` that may be given by place, but for ``*xs``."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(each.name for each in inspect.signature(model.forward).parameters.values() if each.kind in kinds)
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """By the parameter of ``forward``."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {each.name: each.default for each in parameters if isinstance(each.default, _PLAIN)}
 
 
 def _path(key: Sequence[Any], arg_names: Sequence[str]) -> str:
