@@ -182,8 +182,9 @@ def _planned(
     plan = find(model, [gm], patterns, include=everything, exclude=exclude, may_be_empty=True)
     sites, dense = _sparse_sites(model, plan)
     if not sites:
+        wanted = " or ".join(dict.fromkeys(str(pattern) for _, pattern in patterns.rules))
         raise NMError(
-            f"no weight of this {type(model).__name__} is {patterns}: nothing to lower. Train it with nm.compile and "
+            f"no weight of this {type(model).__name__} is {wanted}: nothing to lower. Train it with nm.compile and "
             f"nm.freeze it, or say pattern=. {_first(dense)}"
         )
     return plan, sites, dense
