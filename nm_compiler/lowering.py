@@ -85,7 +85,8 @@ def lower(
     check: compare with the model on the example inputs once, in the norm of each output.
     options: of the backend: ``{"path": "model.onnx"}``, those of `nm_compiler.runtime.tensorrt.build`, ...
 
-    What is neither cast nor packed shares its memory with the model: train a copy, if you go on training.
+    What is neither cast nor packed shares its memory with the model, buffers that count calls too: lower a copy to keep them
+    apart, and if you go on training.
     Returns a `Lowered` module, called as the model is, in evaluation mode. Raises NMError, nothing changed, if the model was
     not frozen, cannot be one graph in evaluation mode, has no N:M weight, or computes something else afterwards.
     """
