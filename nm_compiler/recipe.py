@@ -28,7 +28,8 @@ def pipeline(method: Method, sites: Sequence[Site]) -> list[Pass]:
             raise NMError(f"{method.name}.passes() gives {type(passes).__name__}: let it return its passes as a list")
         return [*passes[:-1], partial(_finish, last=passes[-1:], sites=sites, by=method.name)]
     if isinstance(method, type) and issubclass(method, Method):
-        raise NMError(f"method={method.__name__} is the class: did you mean nm.{method.__name__}()?")
+        ours = "nm." if method.__module__.startswith("nm_compiler.") else ""
+        raise NMError(f"method={method.__name__} is the class: did you mean {ours}{method.__name__}()?")
     raise NMError(
         f"method={method!r}: choose nm.LBC(), nm.BiMask(), nm.SRSTE(), nm.Magnitude(), nm.Transposable(), nm.LBCBiMask(), "
         "nm.Gradual() or nm.SSTE()"
