@@ -278,6 +278,9 @@ def test_a_gradient_that_does_not_take_what_the_backward_pass_has_is_named_where
 def test_the_class_of_a_method_of_ones_own_is_not_looked_for_in_this_package() -> None:
     with pytest.raises(nm.NMError, match=r"method=Scored is the class: did you mean Scored\(\)"):
         nm.compile(MLP(), example(MLP()), method=Scored)
+    options: Any = {"method": Scored(), "then": "eager"}
+    with pytest.raises(Exception, match=r"instead of torch.compile, model = nm.compile\(model, method=Scored\(\)\)"):
+        torch.compile(MLP(), backend="nm_compiler", options=options)(example(MLP()))
 
 
 def test_state_that_the_method_gave_no_weight_is_an_error_that_names_the_weight() -> None:
