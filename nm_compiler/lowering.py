@@ -116,6 +116,7 @@ def lower(
         chosen.lower(job), title=type(model).__name__, backend=chosen.name, signature=signature, plan=plan, sites=sites,
         dense=dense, unread=lost, dtype=dtype, notes=notes, attributes=facts(model),
     )  # fmt: skip
+    del gm, job, flat  # copies of the examples among it
     give_back()
     if check:
         if wanted is None:
