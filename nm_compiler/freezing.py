@@ -131,8 +131,12 @@ def _undecided(module: Carrier, open_ones: Sequence[Weight], count: int) -> NMEr
 
 def _how_far(module: Carrier) -> str:
     """How to go on until masks are decided."""
-    if module.copy_known is not None and not (module.progress and module.progress[0]):
-        return f"No SparsityScheduler has stepped this copy of the model that trains. {COPY_THEM}, then freeze it"
+    known = module.copy_known
+    if known is not None and module.progress == known.made_at and (known.told or not known.loaded):
+        step, total = known.made_at or (0, 0)
+        when = f"This is a copy of step {step} of {total}, when masks were not decided: choose the best model among later ones"
+        never = "No SparsityScheduler has stepped this copy of the model that trains"
+        return f"{when if step else never}. {COPY_THEM}, then freeze it"
     if module.progress is None:
         return "No SparsityScheduler was made for this model: train with one"
     step, total = module.progress

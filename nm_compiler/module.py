@@ -27,7 +27,7 @@ from nm_compiler.methods.base import Method, state_of
 from nm_compiler.recipe import pipeline
 from nm_compiler.sites.plan import Plan
 from nm_compiler.state.attaching import detach_state, recipe_tag, state_names
-from nm_compiler.state.averaged import Copied, checked_copy, copied
+from nm_compiler.state.averaged import Copied, checked_copy, copied, loaded
 from nm_compiler.state.beside import RECIPE, Weight, check_there, read_recipe
 from nm_compiler.state.loading import check_values, compare, start_afresh
 
@@ -340,6 +340,7 @@ class SparseModule(nn.Module):
         else:
             compare(self, read_recipe(tag), read_recipe(own))
             check_values(self, state_dict, prefix)
+            self._note(copy_known=loaded(self))
         state_dict[prefix + RECIPE] = own
         self._note(loads=self.loads + 1)
         self.origin._load_from_state_dict(state_dict, prefix, *args)
@@ -356,6 +357,7 @@ class SparseModule(nn.Module):
         model = copy.deepcopy(self.origin, memo)
         twin.__dict__.update({key: self.__dict__[key] for key in _KEPT})
         twin._attach(model, {mode: route.copied(model, memo) for mode, route in self.routes.items()})
+        twin._note(progress=self.progress)
         twin._note(copy_known=copied(twin, self))
         return twin
 

@@ -37,7 +37,7 @@ from nm_compiler.methods.base import Method
 from nm_compiler.pattern import PatternMap
 from nm_compiler.sites.plan import Plan, Site
 from nm_compiler.state.attaching import attach_state, detach_state, recipe_tag, state_names
-from nm_compiler.state.averaged import Copied, checked_copy
+from nm_compiler.state.averaged import Copied, checked_copy, loaded
 from nm_compiler.state.beside import MARK, RECIPE, Weight, check_free, check_there, gone, read_recipe
 from nm_compiler.state.loading import check_values, compare, keep_state, start_afresh
 from nm_compiler.state.sharding import cut_like, parts, reshard
@@ -355,6 +355,7 @@ class Prepared:
             self.growing.load(theirs, state_dict, prefix)
             compare(self, theirs, read_recipe(recipe_tag(self.origin, self.plan, self.method)))
             check_values(self, state_dict, prefix)
+            self.copy_known = loaded(self)
             keep_state(self.origin, self.growing.left, self.method, state_dict, prefix)
         self.loads += 1
         tag = recipe_tag(self.origin, self.plan, self.method)
@@ -368,7 +369,7 @@ class Prepared:
         if not self.bare:
             twin._hook = copy.deepcopy(self._hook, memo)
         twin.growing = self.growing.copied(twin.origin)
-        twin.copy_known = Copied(of=weakref.ref(self))  # the twin of the model may be half made
+        twin.copy_known = Copied(of=weakref.ref(self), made_at=self.progress)  # the twin of the model may be half made
         twin.begin()
         return twin
 
