@@ -66,9 +66,10 @@ def copied(carrier: Carrier, of: Carrier) -> Copied:
 
 def loaded(carrier: Carrier) -> Copied | None:
     """Of a model that loads state: as a copy, where no scheduler was made for it, as of a target network that is made anew."""
-    if carrier.copy_known is None:
+    known: Copied | None = carrier.copy_known
+    if known is None:
         return Copied(loaded=True) if carrier.progress is None else None
-    return replace(carrier.copy_known, begin=None)  # it is of another time from here on
+    return replace(known, begin=None)  # it is of another time from here on
 
 
 def checked_copy(carrier: Carrier, known: Copied) -> Copied:
