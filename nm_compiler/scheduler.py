@@ -116,7 +116,8 @@ class SparsityScheduler:
         if state_dict["total_steps"] != self.total_steps:
             raise NMError(
                 f"saved with total_steps={state_dict['total_steps']}, this scheduler has {self.total_steps}: the schedule "
-                "depends on it, resume with the same length"
+                "depends on it, resume with the same length. If the training is to be longer or shorter from here on, load "
+                f"{{**state, 'total_steps': {self.total_steps}}}: what is decided stays, what is left follows the new length"
             )
         if not 0 <= state_dict["last_step"] <= self.total_steps:
             raise NMError(f"last_step={state_dict['last_step']} lies outside 0 to {self.total_steps}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 from functools import partial
 from typing import Any
@@ -311,6 +312,30 @@ def test_an_optimizer_of_what_requires_gradients_need_not_hold_the_scores_of_fro
     train(model, optimizer, nm.SparsityScheduler(model, total_steps=4, optimizer=optimizer), 4)
     assert torch.equal(model.fc2.weight, before)
     assert set(nm.verify(nm.freeze(model)).satisfied) == {"fc2.weight"}
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["unseen", "given"])
+@pytest.mark.parametrize("which", [0, 1], ids=["captured", "live"])
+def test_scores_of_a_frozen_weight_that_have_gradients_and_that_the_optimizer_lacks_are_told_once(
+    which: int, given: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = captured_and_live(nm.LBC())[which]
+    model(X)
+    model.fc2.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.fc3.parameters(), lr=0.1)
+    train(model, optimizer, nm.SparsityScheduler(model, total_steps=4, optimizer=optimizer if given else None), 4)
+    assert len(caplog.records) == 1
+    assert re.search(
+        r"fc2.weight_scores of shape \[16, 16\], whose weight is frozen. It has gradients, but never", caplog.text
+    )
+    caplog.clear()
+    other = captured_and_live(nm.LBC())[which]
+    other(X)
+    other.fc2.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(nm.parameter_groups(other), lr=0.1)
+    train(other, optimizer, nm.SparsityScheduler(other, total_steps=4, optimizer=optimizer if given else None), 4)
+    assert not caplog.records
+    assert other.fc2.weight_scores.unique().numel() > 1
 
 
 # -- what forward() does beside its products ----------------------------------------------------------------------------------
