@@ -44,6 +44,7 @@ class SparsityScheduler:
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self._model = unwrap(model)
+        self._named = str(self._model.method)
         self.total_steps = _length(total_steps, epochs, steps_per_epoch)
         if optimizer is not None:
             check_holds(optimizer, self._model)
@@ -103,7 +104,16 @@ class SparsityScheduler:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on; the live sets and orders are in the model's own state_dict."""
+        """Everything needed to go on; the live sets and orders are in the model's own state_dict.
+
+        Raises NMError if an option of the method has changed in training: a new process, which makes it anew, could not go on.
+        """
+        if str(self._model.method) != self._named:
+            raise NMError(
+                f"an option has changed since this scheduler was made, from {self._named} to {self._model.method}, which a "
+                "new process that resumes would not know: options stay as they are. What changes is state beside weights "
+                "(Method.state() and advance()), or goes by clock.step"
+            )
         return {"last_step": self.last_step, "total_steps": self.total_steps, "method": str(self._model.method)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -449,6 +449,31 @@ def test_a_part_of_a_model_can_be_frozen_before_or_after_compile(method: Any) ->
 # -- saving -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+def test_what_was_frozen_trains_on_under_the_zeros_that_it_has(live: bool) -> None:
+    model = ConvNet()
+    x = example(model)
+
+    def trained(method: nm.Method) -> None:
+        sparse = nm.compile(model, method=method, then="eager") if live else nm.compile(model, (x,), method=method)
+        sparse(x)
+        optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1, weight_decay=0.01)
+        scheduler = nm.SparsityScheduler(sparse, total_steps=6)
+        for step in range(6):
+            loss_of(sparse, batch(model, step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        assert nm.freeze(sparse) is model
+
+    trained(nm.LBC())
+    before = model.conv1.weight.clone()
+    assert float((before != 0).float().mean()) <= 0.5
+    trained(nm.Magnitude())
+    assert not torch.equal(model.conv1.weight, before)
+    assert torch.equal(model.conv1.weight != 0, before != 0)
+
+
 @each_method
 def test_safetensors_and_distributed_checkpoints_bring_back_weights_and_state(method: Any, tmp_path: Path) -> None:
     from torch.distributed import checkpoint as dcp
