@@ -14,6 +14,7 @@ from nm_compiler.memory import keep_freed
 from nm_compiler.methods.base import Clock
 from nm_compiler.optim import FirstStep, check_holds, drop_frozen, hooked_step, learned_state, rate_of, state_in
 from nm_compiler.state.beside import check_apart
+from nm_compiler.state.chosen import tell_stale
 from nm_compiler.unwrapping import unwrap
 
 
@@ -52,6 +53,7 @@ class SparsityScheduler:
         self._looked, self._followed = optimizer is not None, False  # one that was given holds all that learns
         self.last_step, self._loads, self._broken = 0, -1, False
         keep_freed()
+        tell_stale(self._model)
         self._begin()
         self._first = FirstStep(self._model)
 
