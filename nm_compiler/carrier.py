@@ -25,6 +25,7 @@ class Carrier(Protocol):
     frozen: bool
     loads: int  # how many state_dicts were loaded
     progress: tuple[int, int] | None  # steps that a scheduler has counted, and of how many; None without one
+    made_of: Mapping[str, int] | None  # how often each weight was written when its state was made; None of copies
     copy_known: Any  # None but of a copy, as an average of the weights is: `nm_compiler.state.averaged`
 
     @property

@@ -1,14 +1,15 @@
 """freeze: the masks go into the weights, and the user's own module comes back.
 
-    decided?  ──►  every mask exactly N:M?  ──►  zeros in the weights  ──►  plain graphs beside  ──►  state and graphs gone
+    decided?  ──►  every mask exactly N:M?  ──►  plain graphs beside  ──►  zeros in the weights, state and graphs gone
 
-Nothing is written before all checks have passed, and what was written is put back if anything fails, Ctrl-C too, before the
-last step. That one is gone through to its end.
+No weight is written before all that can fail is done; masks that were decided are put back if something does, Ctrl-C too.
+The last step is gone through to its end, a weight at a time, so that one of them is in memory twice and not all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from nm_compiler.errors import NMError
 from nm_compiler.evaluate import value_of
 from nm_compiler.graph import run
 from nm_compiler.methods.base import Method
-from nm_compiler.passes.freeze_masks import masked_values
+from nm_compiler.passes.check_pattern import check_pattern
+from nm_compiler.passes.freeze_masks import Folding
 from nm_compiler.recipe import freezing
 from nm_compiler.rewrite import masked_nodes
 from nm_compiler.solvers.check import worst_group
@@ -57,18 +59,17 @@ def freeze(sparse: nn.Module, *, finish: bool = False) -> nn.Module:
     open_ones = [weight for weight in weights if not module.method.is_settled(weight)]
     if open_ones and not finish:
         raise _undecided(module, open_ones, len(weights))
-    before, plain = list[tuple[Tensor, Tensor]](), list[tuple[GraphModule, Graph]]()
+    before, last = list[tuple[Tensor, Tensor]](), None
     try:
         _settle(module, open_ones, before)
         programs = module.programs()
-        _write(programs, before)
-        plain = [(gm, _plain(gm, module)) for gm in programs]
-        _finish(module, plain)
+        last = _LastStep(module, [(gm, _plain(gm, module)) for gm in programs], Folding(programs))
+        last.go_on()
     except BaseException:
-        if plain:
-            _finish(module, plain)
-        else:
+        if last is None:
             _put_back(before)
+        else:
+            last.go_on()
         raise
     model: nn.Module = module.origin
     return model
@@ -89,31 +90,26 @@ def _settle(module: Carrier, open_ones: Sequence[Weight], before: list[tuple[Ten
     _check_masks(module)
 
 
-@torch.no_grad()
-def _write(programs: Sequence[GraphModule], before: list[tuple[Tensor, Tensor]]) -> None:
-    """Write what every masked weight becomes. before: gets the weights, and what they were, in the memory of the other."""
-    values: dict[int, tuple[Tensor, Tensor]] = {}
-    for gm in programs:
-        masked_values(gm, values)
-    for parameter, value in values.values():
-        was = parameter.detach().clone()
-        before.append((parameter, was))
-        parameter.copy_(value)
-        value.copy_(was)
-        before[-1] = parameter, value
-
-
 def _plain(gm: GraphModule, module: Carrier) -> Graph:
-    """A copy of the graph, without masks, over weights that hold what these leave of them."""
-    graph: Graph = run(bind(flat_copy(gm.graph), module.origin, gm.__dict__["extras"]), freezing(module.plan.sites)).graph
+    """A copy of the graph, without masks, over weights that will hold what these leave of them."""
+    graph: Graph = run(bind(flat_copy(gm.graph), module.origin, gm.__dict__["extras"]), freezing()).graph
     return graph
 
 
-def _finish(module: Carrier, plain: Sequence[tuple[GraphModule, Graph]]) -> None:
-    """Put the plain graphs in their places and take the state off; once more where it was interrupted."""
-    for gm, graph in plain:
-        gm.graph = graph
-    module.retire()
+@dataclass(frozen=True, slots=True)
+class _LastStep:
+    """Masks into the weights, plain graphs in the places of the others, state off; once more where it was interrupted."""
+
+    module: Carrier
+    plain: Sequence[tuple[GraphModule, Graph]]
+    folding: Folding
+
+    def go_on(self) -> None:
+        self.folding.go_on()
+        for gm, graph in self.plain:
+            check_pattern(gm, sites=self.module.plan.sites)
+            gm.graph = graph
+        self.module.retire()
 
 
 @torch.no_grad()
@@ -135,8 +131,12 @@ def _undecided(module: Carrier, open_ones: Sequence[Weight], count: int) -> NMEr
 
 def _how_far(module: Carrier) -> str:
     """How to go on until masks are decided."""
-    if module.copy_known is not None and not (module.progress and module.progress[0]):
-        return f"No SparsityScheduler has stepped this copy of the model that trains. {COPY_THEM}, then freeze it"
+    known = module.copy_known
+    if known is not None and module.progress == known.made_at and (known.told or not known.loaded):
+        step, total = known.made_at or (0, 0)
+        when = f"This is a copy of step {step} of {total}, when masks were not decided: choose the best model among later ones"
+        never = "No SparsityScheduler has stepped this copy of the model that trains"
+        return f"{when if step else never}. {COPY_THEM}, then freeze it"
     if module.progress is None:
         return "No SparsityScheduler was made for this model: train with one"
     step, total = module.progress

@@ -27,8 +27,9 @@ from nm_compiler.methods.base import Method, state_of
 from nm_compiler.recipe import pipeline
 from nm_compiler.sites.plan import Plan
 from nm_compiler.state.attaching import detach_state, recipe_tag, state_names
-from nm_compiler.state.averaged import Copied, checked_copy, copied
+from nm_compiler.state.averaged import Copied, checked_copy, copied, loaded
 from nm_compiler.state.beside import RECIPE, Weight, check_there, read_recipe
+from nm_compiler.state.chosen import counted
 from nm_compiler.state.loading import check_values, compare, start_afresh
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class SparseModule(nn.Module):
     frozen: bool
     loads: int
     progress: tuple[int, int] | None
+    made_of: Mapping[str, int] | None
     copy_known: Copied | None
 
     def __init__(
@@ -78,11 +80,13 @@ class SparseModule(nn.Module):
         super().__init__()
         self.__dict__.update(plan=plan, method=method, seed=seed, notes=notes, alone=alone, frozen=False)
         self._attach(model, routes)
+        self._note(made_of=counted(self.weights))
 
     def _attach(self, model: nn.Module, routes: Mapping[bool, Exported | Fragments]) -> None:
         for name in _SHARED:
             self.__dict__[name] = getattr(model, name)
-        self._note(origin=model, routes=dict(routes), training=model.training, loads=0, progress=None, copy_known=None)
+        self._note(origin=model, routes=dict(routes), training=model.training, loads=0)
+        self._note(progress=None, copy_known=None, made_of=None)
         if not self.frozen:
             parts = not all(isinstance(route, Exported) for route in routes.values())
             watch(model, [site.name for site in self.plan.sites], parts=parts)
@@ -340,6 +344,7 @@ class SparseModule(nn.Module):
         else:
             compare(self, read_recipe(tag), read_recipe(own))
             check_values(self, state_dict, prefix)
+            self._note(copy_known=loaded(self))
         state_dict[prefix + RECIPE] = own
         self._note(loads=self.loads + 1)
         self.origin._load_from_state_dict(state_dict, prefix, *args)
@@ -356,6 +361,7 @@ class SparseModule(nn.Module):
         model = copy.deepcopy(self.origin, memo)
         twin.__dict__.update({key: self.__dict__[key] for key in _KEPT})
         twin._attach(model, {mode: route.copied(model, memo) for mode, route in self.routes.items()})
+        twin._note(progress=self.progress)
         twin._note(copy_known=copied(twin, self))
         return twin
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from nm_compiler.errors import NMError
 from nm_compiler.state.beside import learns
 from nm_compiler.state.sharding import is_sharded
 from nm_compiler.unwrapping import unwrap
+
+_log = logging.getLogger(__name__)
 
 
 def parameter_groups(
@@ -68,7 +71,7 @@ def owners_of(module: Carrier) -> dict[str, nn.Parameter]:
 
 
 def check_holds(optimizer: torch.optim.Optimizer, module: Carrier) -> None:
-    """Raise NMError unless the optimizer holds all of the learned state; that of frozen weights it may leave out.
+    """Raise NMError unless the optimizer holds all of the learned state; of that of frozen weights the log says so.
 
     Also for one that takes a score for an entry of a matrix.
     """
@@ -77,6 +80,9 @@ def check_holds(optimizer: torch.optim.Optimizer, module: Carrier) -> None:
     missing = [name for name, value in state.items() if id(value) not in held and owners[name].requires_grad]
     if missing:
         raise NMError(f"{type(optimizer).__name__} does not hold {_named(missing, state)}. {_WAY_OUT}")
+    idle = [name for name, value in state.items() if id(value) not in held and value.requires_grad]
+    if idle:
+        _log.warning("%s does not hold %s, whose weight is frozen. %s", type(optimizer).__name__, _named(idle, state), _IDLE)
     problem = _turned(optimizer, state)
     if problem is not None:
         raise NMError(f"{problem}, as SparsityScheduler(optimizer=) too, or to a group of it that it does not orthogonalise")
@@ -194,7 +200,7 @@ class FirstStep:
 
     def check(self) -> bool:
         """Whether a weight has moved, so that there is nothing to look for any more. Raises NMError if its scores have not."""
-        now, stuck, moved = self._now(), {}, False
+        now, stuck, idle, moved = self._now(), {}, {}, False
         for name, (weight, version, score, score_version, some) in now.items():
             old = self._before[name]
             if weight is not old[0] or score is not old[2]:  # replaced, by load_state_dict(assign=True): nothing to compare
@@ -203,6 +209,8 @@ class FirstStep:
                 moved = True
                 if score_version == old[3] and score.requires_grad and _same(some, old[4]):
                     stuck[name] = score
+            elif score_version == old[3] and _is_left_out(weight, score) and _same(some, old[4]):
+                idle[name] = score
         if stuck:
             raise NMError(
                 f"optimizer.step() changed the weights, but not {_named(list(stuck), stuck)}: the optimizer does not hold "
@@ -211,7 +219,17 @@ class FirstStep:
         problem = _turned_unseen({name: entry[2] for name, entry in now.items()}) if moved else None
         if problem is not None:
             raise NMError(f"{problem}. If a training of before had it, del it")
-        return moved or not now
+        if idle:
+            _log.warning("optimizer.step() did not change %s, whose weight is frozen. %s", _named(list(idle), idle), _IDLE)
+        return moved or bool(idle) or not now
+
+
+def _is_left_out(weight: Tensor, score: Tensor) -> bool:
+    """Whether a step would have moved the scores of a frozen weight: they have a gradient, and no scaler had to skip it."""
+    if weight.requires_grad or not score.requires_grad or score.grad is None or score.is_meta:
+        return False
+    some = _some(score.grad)
+    return bool(some.isfinite().all()) and bool(some.any())
 
 
 def _some(values: Tensor) -> Tensor:
@@ -226,6 +244,10 @@ def _same(values: Tensor, others: Tensor) -> bool:
     return values.is_meta or others.is_meta or torch.equal(values, others.to(values.device))
 
 
+_IDLE = (
+    "It has gradients, but never learns: if it should, build the optimizer from nm.parameter_groups(sparse), which has it; if "
+    "not, requires_grad_(False) on it saves the gradient"
+)
 _WAY_OUT = "Build it after nm.compile, from sparse.parameters() or nm.parameter_groups(sparse)"
 
 

@@ -13,7 +13,6 @@ from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass, rewritten
 from nm_compiler.methods.base import Method, spelled
 from nm_compiler.passes.check_masked import check_masked
-from nm_compiler.passes.check_pattern import check_pattern
 from nm_compiler.passes.freeze_masks import freeze_masks
 from nm_compiler.sites.plan import Site
 
@@ -42,6 +41,6 @@ def _finish(gm: GraphModule, *, last: Sequence[Pass], sites: Sequence[Site], by:
     return check_masked(gm, sites=sites, by=by)
 
 
-def freezing(sites: Sequence[Site]) -> list[Pass]:
-    """What turns a trained sparse graph into a plain one, once its weights hold what their masks leave of them."""
-    return [partial(freeze_masks, written=True), partial(check_pattern, sites=sites)]
+def freezing() -> list[Pass]:
+    """What turns a trained sparse graph into a plain one, over weights that will hold what their masks leave of them."""
+    return [partial(freeze_masks, apart=True)]

@@ -14,6 +14,7 @@ from nm_compiler.memory import keep_freed
 from nm_compiler.methods.base import Clock
 from nm_compiler.optim import FirstStep, check_holds, drop_frozen, hooked_step, learned_state, rate_of, state_in
 from nm_compiler.state.beside import check_apart
+from nm_compiler.state.chosen import tell_stale
 from nm_compiler.unwrapping import unwrap
 
 
@@ -44,6 +45,7 @@ class SparsityScheduler:
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self._model = unwrap(model)
+        self._named = str(self._model.method)
         self.total_steps = _length(total_steps, epochs, steps_per_epoch)
         if optimizer is not None:
             check_holds(optimizer, self._model)
@@ -51,6 +53,7 @@ class SparsityScheduler:
         self._looked, self._followed = optimizer is not None, False  # one that was given holds all that learns
         self.last_step, self._loads, self._broken = 0, -1, False
         keep_freed()
+        tell_stale(self._model)
         self._begin()
         self._first = FirstStep(self._model)
 
@@ -103,7 +106,16 @@ class SparsityScheduler:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on; the live sets and orders are in the model's own state_dict."""
+        """Everything needed to go on; the live sets and orders are in the model's own state_dict.
+
+        Raises NMError if an option of the method has changed in training: a new process, which makes it anew, could not go on.
+        """
+        if str(self._model.method) != self._named:
+            raise NMError(
+                f"an option has changed since this scheduler was made, from {self._named} to {self._model.method}, which a "
+                "new process that resumes would not know: options stay as they are. What changes is state beside weights "
+                "(Method.state() and advance()), or goes by clock.step"
+            )
         return {"last_step": self.last_step, "total_steps": self.total_steps, "method": str(self._model.method)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -116,7 +128,8 @@ class SparsityScheduler:
         if state_dict["total_steps"] != self.total_steps:
             raise NMError(
                 f"saved with total_steps={state_dict['total_steps']}, this scheduler has {self.total_steps}: the schedule "
-                "depends on it, resume with the same length"
+                "depends on it, resume with the same length. If the training is to be longer or shorter from here on, load "
+                f"{{**state, 'total_steps': {self.total_steps}}}: what is decided stays, what is left follows the new length"
             )
         if not 0 <= state_dict["last_step"] <= self.total_steps:
             raise NMError(f"last_step={state_dict['last_step']} lies outside 0 to {self.total_steps}")

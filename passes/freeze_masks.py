@@ -12,6 +12,7 @@ into the parameter in place. `nm.linear` and its kin become the products they co
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,25 +27,38 @@ aten, nm = torch.ops.aten, torch.ops.nm
 _CONV = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
 
-def masked_values(gm: GraphModule, known: dict[int, tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Every masked parameter with what it becomes, by its id; added to ``known``, where that parameter is not there yet."""
-    for node in _masked(gm):
-        parameter = value_of(gm, read_behind(node))
-        if id(parameter) not in known:
-            known[id(parameter)] = parameter, value_of(gm, node)
-    return known
+class Folding:
+    """Every masked parameter of some graphs of one model becomes what the first of them multiplies with, one at a time.
+
+    Where it was interrupted it goes on: a value that may have been written already is written again, and not made again, as a
+    method need not give the same value for a weight that it has frozen.
+    """
+
+    def __init__(self, programs: Iterable[GraphModule]) -> None:
+        found = {id(value_of(gm, read_behind(node))): (gm, node) for gm in [*programs][::-1] for node in _masked(gm)[::-1]}
+        self._left = list(found.values())
+        self._value: tuple[Node, Tensor] | None = None  # of the last of those that are left
+
+    @torch.no_grad()
+    def go_on(self) -> None:
+        """Write all that is left."""
+        while self._left:
+            gm, node = self._left[-1]
+            if self._value is None or self._value[0] is not node:
+                self._value = None
+                self._value = node, value_of(gm, node)
+            value_of(gm, read_behind(node)).copy_(self._value[1])
+            self._left.pop()
+        self._value = None
 
 
-def freeze_masks(gm: GraphModule, *, written: bool = False) -> GraphModule:
+def freeze_masks(gm: GraphModule, *, apart: bool = False) -> GraphModule:
     """Fold every masked weight into its parameter, in place on the model that the graph is bound to.
 
-    written: the parameters hold their `masked_values` already, those of all graphs of a model: a method need not give the
-    same value again for a weight that it has frozen.
+    apart: the graph alone; a `Folding` writes to the parameters.
     """
-    values = () if written else masked_values(gm, {}).values()
-    with torch.no_grad():
-        for parameter, value in values:
-            parameter.copy_(value)
+    if not apart:
+        Folding([gm]).go_on()
     for node in _masked(gm):
         node.replace_all_uses_with(read_behind(node))
     for node in list(gm.graph.nodes):

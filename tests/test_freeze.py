@@ -1,6 +1,8 @@
 # mypy: disable-error-code="arg-type,assignment,attr-defined,call-overload,index,no-any-return,no-untyped-call,operator,return-value,union-attr"
 """freeze gives the user's own module back; verify and report tell what is in it."""
 
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from models import MLP, ConvNet, Grouped, Matmuls, example
 from safetensors.torch import save_file
 from torch import nn
+from torch.fx import GraphModule, Node
 
 import nm_compiler as nm
 
@@ -46,6 +49,29 @@ def test_the_users_own_module_comes_back_with_exact_zeros_and_the_same_function(
     frozen.train()
     frozen(x).sum().backward()
     nm.compile(frozen, x)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+def test_freezing_holds_the_value_of_one_weight_beside_the_model_and_not_those_of_all(
+    live: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    x = torch.ones(2, 8)
+    sparse: Any = nm.compile(model, method=nm.SRSTE(), then="eager") if live else nm.compile(model, x, method=nm.SRSTE())
+    sparse(x)
+    own, module = {id(p) for p in model.parameters()}, sys.modules["nm_compiler.passes.freeze_masks"]
+    compute, values, most = module.value_of, list[weakref.ref[torch.Tensor]](), list[int]()
+
+    def value_of(gm: GraphModule, node: Node) -> Any:
+        value = compute(gm, node)
+        if id(value) not in own:
+            values.append(weakref.ref(value))
+        most.append(sum(each() is not None for each in values))
+        return value
+
+    monkeypatch.setattr(module, "value_of", value_of)
+    assert len(nm.verify(nm.freeze(sparse)).satisfied) == len(values) == 4
+    assert max(most) == 1
 
 
 def test_wrapped_models_freeze_from_the_outside() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 from functools import partial
 from typing import Any
@@ -212,6 +213,62 @@ def test_an_average_of_the_parameters_alone_is_told_that_its_masks_stay(live: bo
     assert not caplog.records
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["captured", "live"])
+def test_a_target_that_is_made_anew_and_averages_the_parameters_is_told_that_its_masks_stay(
+    which: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    x, (model, target) = example(MLP()), (captured_and_live(nm.LBC())[which] for _ in range(2))
+    model(x), target(x)
+    target.load_state_dict(model.state_dict())
+    optimizer, scheduler = torch.optim.SGD(model.parameters(), lr=0.01), nm.SparsityScheduler(model, total_steps=8)
+    for step in range(6):
+        with torch.no_grad():
+            target(x)
+        model(x).sum().backward()
+        optimizer.step()
+        scheduler.step()
+        if step < 3:
+            target.load_state_dict(model.state_dict())  # which copies masks too
+            assert not caplog.records
+        with torch.no_grad():
+            for own, new in zip(target.parameters(), model.parameters(), strict=True):
+                own.lerp_(new, 0.1)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "mask is not decided in this copy, whose weights move" in caplog.text
+    with pytest.raises(nm.NMError, match="has stepped this copy .* leaves out what is not a float"):
+        nm.freeze(target)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["captured", "live"])
+def test_a_model_that_goes_on_from_loaded_state_is_no_copy(which: int, caplog: pytest.LogCaptureFixture) -> None:
+    x, (model, resumed) = example(MLP()), (captured_and_live(nm.LBC())[which] for _ in range(2))
+    model(x), resumed(x)
+    resumed.load_state_dict(model.state_dict())
+    resumed.eval()(x)
+    with pytest.raises(nm.NMError, match="No SparsityScheduler was made for this model"):
+        nm.freeze(resumed)
+    scheduler = nm.SparsityScheduler(resumed, total_steps=8)
+    train(resumed.train(), torch.optim.SGD(resumed.parameters(), lr=0.1), scheduler, 2)
+    resumed.eval()(x)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["captured", "live"])
+def test_the_best_model_of_before_masks_were_decided_says_of_which_step_it_is(which: int) -> None:
+    model = captured_and_live(nm.LBC())[which]
+    model(X)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = nm.SparsityScheduler(model, total_steps=8)
+    train(model, optimizer, scheduler, 3)
+    best = copy.deepcopy(model)
+    train(model, optimizer, scheduler, 5)
+    with pytest.raises(nm.NMError, match="a copy of step 3 of 8, when masks were not decided: choose .* among later ones"):
+        nm.freeze(best)
+    train(best, torch.optim.SGD(best.parameters(), lr=0.1), nm.SparsityScheduler(best, total_steps=8), 2)
+    with pytest.raises(nm.NMError, match="Its SparsityScheduler has counted 2 of 8 steps"):
+        nm.freeze(best)
+
+
 def test_freezing_too_early_says_how_far_the_scheduler_is_or_that_there_is_none() -> None:
     model = captured_and_live(nm.Gradual())[0]
     with pytest.raises(nm.NMError, match="more than N of a group are still kept. No SparsityScheduler was made"):
@@ -255,6 +312,30 @@ def test_an_optimizer_of_what_requires_gradients_need_not_hold_the_scores_of_fro
     train(model, optimizer, nm.SparsityScheduler(model, total_steps=4, optimizer=optimizer), 4)
     assert torch.equal(model.fc2.weight, before)
     assert set(nm.verify(nm.freeze(model)).satisfied) == {"fc2.weight"}
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["unseen", "given"])
+@pytest.mark.parametrize("which", [0, 1], ids=["captured", "live"])
+def test_scores_of_a_frozen_weight_that_have_gradients_and_that_the_optimizer_lacks_are_told_once(
+    which: int, given: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = captured_and_live(nm.LBC())[which]
+    model(X)
+    model.fc2.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.fc3.parameters(), lr=0.1)
+    train(model, optimizer, nm.SparsityScheduler(model, total_steps=4, optimizer=optimizer if given else None), 4)
+    assert len(caplog.records) == 1
+    assert re.search(
+        r"fc2.weight_scores of shape \[16, 16\], whose weight is frozen. It has gradients, but never", caplog.text
+    )
+    caplog.clear()
+    other = captured_and_live(nm.LBC())[which]
+    other(X)
+    other.fc2.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(nm.parameter_groups(other), lr=0.1)
+    train(other, optimizer, nm.SparsityScheduler(other, total_steps=4, optimizer=optimizer if given else None), 4)
+    assert not caplog.records
+    assert other.fc2.weight_scores.unique().numel() > 1
 
 
 # -- what forward() does beside its products ----------------------------------------------------------------------------------

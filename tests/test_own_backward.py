@@ -94,3 +94,40 @@ def test_the_graph_is_as_read(golden: Callable[[str, str], None]) -> None:
 def test_an_op_that_was_not_made_for_it_is_refused() -> None:
     with pytest.raises(nm.NMError, match="own.two_forward.default.*nm_compiler.ops.define.backward_op"):
         nm.compile(MLP(), example(MLP()), method=TwoMasks(op=forward))
+
+
+@dataclass(frozen=True, slots=True)
+class Learning(TwoMasks):
+    """The share of the backward mask as a Parameter."""
+
+    def state(self, site: Site, weight: Tensor) -> dict[str, Tensor]:
+        return {"share": nn.Parameter(weight.new_full((), 0.5))}
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing(Learning):
+    """The forward op reads it as well, and gives it a gradient."""
+
+    def passes(self, sites: Sequence[Site]) -> list[Pass]:
+        ahead = partial(insert_op, sites=sites, op=shared, options=lambda s: (s.pattern.n, s.pattern.m, s.in_axis))
+        return [partial(ahead, state=("share",)), *TwoMasks.passes(self, sites)[1:]]
+
+
+@weight_op("own::shared_forward", gradient=lambda g, weight, *rest: (g, (g * weight).sum()))
+def shared(weight: Tensor, share: Tensor, n: int, m: int, in_axis: int) -> Tensor:
+    return share * weight * magnitude_mask(weight, n, m, in_axis)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+def test_state_that_would_learn_but_that_only_the_backward_op_reads_is_an_error(live: bool) -> None:
+    def called(method: nm.Method) -> nn.Module:
+        model = MLP()
+        sparse = nm.compile(model, method=method, then="eager") if live else nm.compile(model, example(model), method=method)
+        sparse(example(model)).sum().backward()
+        return sparse
+
+    with pytest.raises(
+        nm.NMError, match=r"fc2.weight_share of shape \[\] is a Parameter, but only own.two_backward.* reads it"
+    ):
+        called(Learning())
+    assert called(Sharing()).fc2.weight_share.grad.abs() > 0

@@ -2,8 +2,9 @@
 """A method of one's own: state that learns, and mistakes in writing one, each an error where it is made."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from torch.fx import GraphModule
 
 import nm_compiler as nm
 from nm_compiler.graph import Pass
+from nm_compiler.methods.base import Clock
 from nm_compiler.ops.define import weight_op
 from nm_compiler.passes.insert_op import insert_op
 from nm_compiler.sites.plan import Site
 from nm_compiler.solvers.magnitude import magnitude_mask
+from nm_compiler.state.beside import Weight
 
 
 def cut(site: Site) -> tuple[int, int, int]:
@@ -441,3 +444,29 @@ def test_a_gradient_that_branches_on_values_runs_eagerly_and_says_what_to_write_
     run = sparse if live else torch.compile(sparse, backend="aot_eager")
     with pytest.raises(Exception, match=r"the gradient of own::branching, of a weight of \[16, 16\].*Write torch.where"):
         run(x).sum().backward()
+
+
+@dataclass
+class Anneal:
+    """An option that is no number, and changes."""
+
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Annealed(nm.SRSTE):
+    anneal: Anneal = field(default_factory=Anneal)
+
+    def advance(self, weights: Sequence[Weight], clock: Clock) -> None:
+        self.anneal.strength = 1 - clock.step / clock.total
+
+
+def test_an_option_that_changes_in_training_is_not_saved_for_a_process_that_could_not_go_on(tmp_path: Path) -> None:
+    model = MLP()
+    sparse = nm.compile(model, example(model), method=Annealed())
+    scheduler = nm.SparsityScheduler(sparse, total_steps=4)
+    nm.save_checkpoint(tmp_path / "run.pt", model=sparse, scheduler=scheduler)
+    scheduler.step()
+    with pytest.raises(nm.NMError, match=r"strength=1.0.* to .*strength=0.75.*state beside weights"):
+        nm.save_checkpoint(tmp_path / "run.pt", model=sparse, scheduler=scheduler)
+    nm.load_checkpoint(tmp_path / "run.pt", model=sparse)

@@ -149,6 +149,37 @@ def test_the_state_of_another_schedule_is_refused_and_nothing_changes(change: di
     assert scheduler.last_step == 1
 
 
+@pytest.mark.parametrize("method", [nm.LBC(), nm.LBC(scores="combination"), nm.Gradual(), nm.BiMask(), nm.SSTE()], ids=str)
+@pytest.mark.parametrize(("done", "before", "after"), [(4, 12, 24), (7, 12, 24), (12, 12, 20), (4, 24, 12), (10, 24, 12)])
+def test_a_run_may_become_longer_or_shorter_and_ends_with_exact_masks(
+    method: nm.Method, done: int, before: int, after: int
+) -> None:
+    first, second = sparse_mlp(method), sparse_mlp(method)
+    scheduler = nm.SparsityScheduler(first, total_steps=before)
+    for _ in range(done):
+        stepped(first, scheduler)
+    second.load_state_dict(first.state_dict())
+    longer, state = nm.SparsityScheduler(second, total_steps=after), scheduler.state_dict()
+    with pytest.raises(nm.NMError, match=rf"load \{{\*\*state, 'total_steps': {after}\}}"):
+        longer.load_state_dict(state)
+    longer.load_state_dict({**state, "total_steps": after})
+    kept = [second.masked(weight.site.name)[0] != 0 for weight in second.weights]
+    for _ in range(after - done):
+        stepped(second, longer)
+    ended = [second.masked(weight.site.name)[0] != 0 for weight in second.weights]
+    if not isinstance(method, (nm.BiMask, nm.SSTE)):  # these choose anew in every pass
+        assert all(bool((now <= then).all()) for now, then in zip(ended, kept, strict=True)), "what is decided stays"
+    assert nm.verify(nm.freeze(second), "2:4").satisfied
+
+
+def stepped(sparse: nm.SparseModule, scheduler: nm.SparsityScheduler) -> None:
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+    sparse(example(sparse.origin, batch=4, seed=scheduler.last_step)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    scheduler.step()
+
+
 def test_a_state_taken_before_t_f_lets_the_scores_learn_again() -> None:
     sparse = sparse_mlp()
     scheduler = nm.SparsityScheduler(sparse, total_steps=4)

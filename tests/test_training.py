@@ -3,6 +3,8 @@
 
 import copy
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +449,63 @@ def test_a_part_of_a_model_can_be_frozen_before_or_after_compile(method: Any) ->
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+def test_weights_that_are_written_after_their_masks_were_chosen_are_told(live: bool, caplog: pytest.LogCaptureFixture) -> None:
+    def begun(method: nm.Method, write: Callable[[Any], Any]) -> str:
+        torch.manual_seed(0)
+        model = ConvNet()
+        x = example(model)
+        sparse = nm.compile(model, method=method, then="eager") if live else nm.compile(model, (x,), method=method)
+        sparse(x)
+        write(sparse)
+        caplog.clear()
+        nm.SparsityScheduler(sparse, total_steps=4)
+        return caplog.text
+
+    def init(sparse: nn.Module) -> None:
+        sparse.apply(lambda module: nn.init.kaiming_normal_(module.weight) if isinstance(module, nn.Conv2d) else None)
+
+    def stepped(sparse: nn.Module) -> None:
+        loss_of(sparse, batch(ConvNet(), 0)).backward()
+        torch.optim.SGD(sparse.parameters(), lr=0.1).step()
+
+    for method in (nm.Magnitude(), nm.Transposable()):
+        assert re.search(
+            r"conv1.weight.*: written after nm.compile, which chose what \w+ keeps of the values", begun(method, init)
+        )
+        assert not begun(method, lambda sparse: sparse.load_state_dict(ConvNet().state_dict()))
+        assert not begun(method, lambda sparse: sparse.conv1.weight.data.mul_(2))
+        assert not begun(method, stepped)
+        assert not begun(method, lambda sparse: sparse.double())
+    assert not begun(nm.LBC(), init)
+    assert not begun(nm.BiMask(), init)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["captured", "live"])
+def test_what_was_frozen_trains_on_under_the_zeros_that_it_has(live: bool) -> None:
+    model = ConvNet()
+    x = example(model)
+
+    def trained(method: nm.Method) -> None:
+        sparse = nm.compile(model, method=method, then="eager") if live else nm.compile(model, (x,), method=method)
+        sparse(x)
+        optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1, weight_decay=0.01)
+        scheduler = nm.SparsityScheduler(sparse, total_steps=6)
+        for step in range(6):
+            loss_of(sparse, batch(model, step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        assert nm.freeze(sparse) is model
+
+    trained(nm.LBC())
+    before = model.conv1.weight.clone()
+    assert float((before != 0).float().mean()) <= 0.5
+    trained(nm.Magnitude())
+    assert not torch.equal(model.conv1.weight, before)
+    assert torch.equal(model.conv1.weight != 0, before != 0)
 
 
 @each_method

@@ -37,8 +37,9 @@ from nm_compiler.methods.base import Method
 from nm_compiler.pattern import PatternMap
 from nm_compiler.sites.plan import Plan, Site
 from nm_compiler.state.attaching import attach_state, detach_state, recipe_tag, state_names
-from nm_compiler.state.averaged import Copied, checked_copy
+from nm_compiler.state.averaged import Copied, checked_copy, loaded
 from nm_compiler.state.beside import MARK, RECIPE, Weight, check_free, check_there, gone, read_recipe
+from nm_compiler.state.chosen import counted
 from nm_compiler.state.loading import check_values, compare, keep_state, start_afresh
 from nm_compiler.state.sharding import cut_like, parts, reshard
 from nm_compiler.wording import several
@@ -70,6 +71,7 @@ class Prepared:
         self._hook: Any = None  # on loading
         self.calls = self.loads = 0
         self.progress: tuple[int, int] | None = None
+        self.made_of: Mapping[str, int] | None = None
         self.copy_known: Copied | None = None
         self.include, self.exclude = include, exclude
         self.growing = GrowingPlan(model, method, patterns, include=include, exclude=exclude)
@@ -115,6 +117,7 @@ class Prepared:
             self._hook = self.origin.register_load_state_dict_pre_hook(load_hook)
             install(self, self.candidates)
             watch_saving(self.origin, self)
+            self.made_of = counted(self.weights)
             self._check_modules()
         except BaseException:
             self.retire()
@@ -355,6 +358,7 @@ class Prepared:
             self.growing.load(theirs, state_dict, prefix)
             compare(self, theirs, read_recipe(recipe_tag(self.origin, self.plan, self.method)))
             check_values(self, state_dict, prefix)
+            self.copy_known = loaded(self)
             keep_state(self.origin, self.growing.left, self.method, state_dict, prefix)
         self.loads += 1
         tag = recipe_tag(self.origin, self.plan, self.method)
@@ -368,7 +372,7 @@ class Prepared:
         if not self.bare:
             twin._hook = copy.deepcopy(self._hook, memo)
         twin.growing = self.growing.copied(twin.origin)
-        twin.copy_known = Copied(of=weakref.ref(self))  # the twin of the model may be half made
+        twin.copy_known = Copied(of=weakref.ref(self), made_at=self.progress)  # the twin of the model may be half made
         twin.begin()
         return twin
 
@@ -376,7 +380,7 @@ class Prepared:
         left = ("_live", "_weights_graph", "_links", "_held", "_turn", "_company", "thread")
         known = self.copy_known and replace(self.copy_known, of=None)  # which does not pickle
         own = {key: value for key, value in self.__dict__.items() if key not in left}
-        return own | {"active": False, "looked": False, "copy_known": known}
+        return own | {"active": False, "looked": False, "copy_known": known, "made_of": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

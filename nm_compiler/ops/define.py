@@ -44,7 +44,7 @@ def backward_op(name: str) -> Callable[[Callable[..., Tensor]], Any]:
     """Turn ``f(masked weight, *state, **options) -> W * B`` into the op ``name``: what input gradients go through.
 
     f: as in `weight_op`, but of what stands for the weight in the forward product. Its own gradient, which only a penalty on
-    input gradients has, goes straight through to that.
+    input gradients has, goes straight through to that, and none to state: what learns has to be read by the `weight_op` too.
     Returns the op, for `nm_compiler.passes.insert_backward_op`. Raises NMError for a name or for parameters that make no op.
     """
 

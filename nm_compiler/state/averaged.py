@@ -5,6 +5,7 @@ The mean of two masks' bits, as ``AveragedModel(use_buffers=True)`` takes it, is
 whenever its state or its weights were written since it was looked at last; a model that is no copy never is. Target networks
 are such copies, called without gradients in training mode, and what is written through ``.data``, as scripts do it there
 (``target.data.copy_(tau * p.data + (1 - tau) * target.data)``), is not counted: after 1, 2, 4, .. calls values are compared.
+A model that was made anew and has loaded the state of another, which no scheduler steps, is looked at as a copy is.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Copied:
     """What is known of a copy.
 
     begin: its state, its weights and the progress of its scheduler when it was made, or else when it was looked at first;
-    looked: its state when it was looked at last; told: whether the warning was given; of: what it is a copy of.
+    looked: its state when it was looked at last; told: whether the warning was given; of: what it is a copy of;
+    loaded: whether it is none, but was made anew and has loaded state; made_at: what was counted when it was copied.
     calls: how many there were; seen: numbers of its masks, of those of ``of`` and of its weights when they were compared last.
     """
 
@@ -51,13 +53,23 @@ class Copied:
     looked: Versions | None = None
     told: bool = False
     of: weakref.ReferenceType[Carrier] | None = None
+    loaded: bool = False
+    made_at: tuple[int, int] | None = None
     calls: int = 0
     seen: tuple[Values, Values, Values] | None = None
 
 
 def copied(carrier: Carrier, of: Carrier) -> Copied:
     """Of a copy that has just been made."""
-    return Copied((_state(carrier), _weights(carrier), carrier.progress), of=weakref.ref(of))
+    return Copied((_state(carrier), _weights(carrier), carrier.progress), of=weakref.ref(of), made_at=of.progress)
+
+
+def loaded(carrier: Carrier) -> Copied | None:
+    """Of a model that loads state: as a copy, where no scheduler was made for it, as of a target network that is made anew."""
+    known: Copied | None = carrier.copy_known
+    if known is None:
+        return Copied(loaded=True) if carrier.progress is None else None
+    return replace(known, begin=None)  # it is of another time from here on
 
 
 def checked_copy(carrier: Carrier, known: Copied) -> Copied:
