@@ -24,7 +24,7 @@ from nm_compiler.capture.counted import nothing_counted
 from nm_compiler.capture.export import capture_mode, in_mode, without_cache
 from nm_compiler.capture.preparing import arguments, check_model, globs
 from nm_compiler.capture.regions import without_switches
-from nm_compiler.capture.routes import called, copies_of, untouched
+from nm_compiler.capture.routes import called, copies_of, undone
 from nm_compiler.capture.turns import in_turn
 from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass, run, standalone
@@ -101,7 +101,7 @@ def lower(
     given = pytree.tree_map_only(Tensor, partial(_as, dtype=dtype), (args, named))
     again, way_out = partial(called, twin, given[0], given[1]), ", or say check=False if every call begins anew"
     kept = nothing_counted(twin, again, False, numbers=False, way_out=way_out) if check else contextlib.nullcontext()
-    with untouched(twin), kept, _parts_may_do():
+    with undone(twin), kept, _parts_may_do():
         gm, signature = capture_mode(twin, given[0], given[1], dynamic_shapes, training=False)
     gm = run(gm, [spell_out_autocast, without_switches])
     plan, sites, dense = _planned(twin, gm, patterns, globs(exclude))
@@ -229,7 +229,7 @@ def _checked(gm: GraphModule, sites: Mapping[str, Site], done: Pass) -> GraphMod
 
 def _wanted(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The model's outputs, before there is a copy of anything; None if it does not run: capture says why, with the line."""
-    with untouched(model), in_mode(model, False), _plainly(model), contextlib.suppress(Exception):
+    with undone(model), in_mode(model, False), _plainly(model), contextlib.suppress(Exception):
         return model(*copies_of(args), **{**without_cache(model, kwargs), **copies_of(dict(kwargs))})
     return None
 

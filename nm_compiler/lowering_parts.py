@@ -18,7 +18,7 @@ from nm_compiler.around_parts import around_parts
 from nm_compiler.capture.example import example
 from nm_compiler.capture.export import in_mode
 from nm_compiler.capture.preparing import globs
-from nm_compiler.capture.routes import untouched
+from nm_compiler.capture.routes import undone
 from nm_compiler.capture.turns import in_turn
 from nm_compiler.capture.watching import watched
 from nm_compiler.errors import NMError
@@ -71,7 +71,7 @@ def lower_parts(
     chosen = _chosen(model, globs(parts), patterns, exclude)
     hooks = {part: own_hooks(part) for part in chosen.values()}
     twin(model, {part: nn.Identity() for part in hooks}, hooks)  # whether it can be copied, before all the work
-    with untouched(model), in_mode(model, False), torch.no_grad(), watched(chosen) as calls:
+    with undone(model), in_mode(model, False), torch.no_grad(), watched(chosen) as calls:
         run(model)
         hooks = {part: own_hooks(part) for part in chosen.values()}  # with those that the model gave itself meanwhile
         inner = {name: hooked_inside(part) for name, part in chosen.items()}
@@ -80,7 +80,7 @@ def lower_parts(
     for name, part in chosen.items():
         rules, (args, kwargs, shapes) = _rules(name, part, patterns), ready.pop(name)
         try:
-            with untouched(part), apart(part):  # it may write to its buffers, whose memory a lowered one shares at first
+            with undone(part), apart(part):  # it may write to its buffers, whose memory a lowered one shares at first
                 lowered = lower(
                     part, args, kwargs, backend=backend, pattern=rules, exclude=_inside(name, part, exclude),
                     force=_inside(name, part, force), check=check, dynamic_shapes=shapes, options=options,

@@ -19,7 +19,7 @@ import nm_compiler as nm
 from nm_compiler.capture.bodies import autocast
 from nm_compiler.capture.export import capture_mode
 from nm_compiler.capture.records import move_devices
-from nm_compiler.fragments.aten import lower
+from nm_compiler.fragments.aten import to_aten
 from nm_compiler.graph import show_graph
 from nm_compiler.passes.spell_out_autocast import spell_out_autocast
 from nm_compiler.unwrapping import unwrap
@@ -369,5 +369,5 @@ def test_an_op_that_fails_while_a_fragment_is_lowered_leaves_autocast_as_it_was(
     graph.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, True))
     graph.output((graph.call_function(torch.mm, (x, x)),))
     with pytest.raises(RuntimeError, match="must have same reduction dim"):
-        lower(torch.fx.GraphModule(nn.Module(), graph))
+        to_aten(torch.fx.GraphModule(nn.Module(), graph))
     assert not torch.is_autocast_enabled("cpu")

@@ -54,7 +54,7 @@ def take(
             again = partial(called, model, args, kwargs)
             counted = nothing_counted(model, again, training) if trains else contextlib.nullcontext()
             with (
-                untouched(model),
+                undone(model),
                 in_mode(model, True),
                 lost,
                 drawn,
@@ -86,7 +86,7 @@ def _fragments(
     carrier = Fragments(model, without_cache(model, kwargs))
     grad = training or isinstance(refused.__cause__, Lost)  # a tensor without gradients takes no hook
     try:
-        with untouched(model), torch.set_grad_enabled(grad), quiet():
+        with undone(model), torch.set_grad_enabled(grad), quiet():
             carrier.record(args, kwargs)
     except OwnFault as fault:
         if type(fault.__cause__) is not type(refused.__cause__):
@@ -129,8 +129,8 @@ def check_outside(
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Run the model and have nothing to show for it: buffers, plain attributes and random states are as before."""
+def undone(model: nn.Module) -> Iterator[None]:
+    """Undo what calls within write to the model: buffers, plain attributes and random states are put back at the end."""
     back = way_back(model)
     try:
         yield

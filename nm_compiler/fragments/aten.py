@@ -29,7 +29,7 @@ from nm_compiler.fragments.autocasts import Region, Regions, under
 from nm_compiler.graph import getattr_path, unhooked
 
 
-def lower(fragment: GraphModule) -> GraphModule:
+def to_aten(fragment: GraphModule) -> GraphModule:
     """The fragment in aten, its parameters still inputs. Bodies of checkpoint and cond are lowered in turn.
 
     Raises whatever its own ops raise under fake tensors, and NMError for a tensor that the tracer loses sight of.
@@ -50,7 +50,7 @@ def lower(fragment: GraphModule) -> GraphModule:
     for name, body in list(lowered.named_children()):
         if isinstance(body, GraphModule) and _host_of(lowered, name) in HOSTS:
             with under(lowering.regions_of[name]):
-                inner = lower(body)
+                inner = to_aten(body)
             inner.meta.update(body.meta)
             setattr(lowered, name, inner)
     return lowered

@@ -26,7 +26,7 @@ from nm_compiler.capture.bodies import program_text, programs
 from nm_compiler.capture.counted import counts
 from nm_compiler.capture.exported import copied
 from nm_compiler.errors import NMError
-from nm_compiler.fragments.aten import bind_inputs, lower, names_by_id
+from nm_compiler.fragments.aten import bind_inputs, names_by_id, to_aten
 from nm_compiler.fragments.dynamo_errors import check_around, explained, of_the_op, own_fault
 from nm_compiler.fragments.outline import How, Outside, Run, edges, multiplied, outline
 from nm_compiler.fragments.silence import expected
@@ -102,7 +102,7 @@ class Fragments:
 
     def compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A Dynamo fragment becomes what runs in its place. This is the backend that Dynamo calls."""
-        fragment = _Fragment(self, lower(gm))
+        fragment = _Fragment(self, to_aten(gm))
         fragment.variant(self.names_of(inputs))
         self._fragments.append(fragment)
         return weakly(fragment)

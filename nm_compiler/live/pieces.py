@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from torch.utils import _pytree as pytree
 
 from nm_compiler.capture.bodies import names_read
-from nm_compiler.fragments.aten import bind_inputs, lower
+from nm_compiler.fragments.aten import bind_inputs, to_aten
 from nm_compiler.fragments.dynamo import Variant, store_of
 from nm_compiler.fragments.outline import Run
 from nm_compiler.fragments.watching import unwatched
@@ -36,7 +36,7 @@ class LiveFragment:
     def __init__(self, live: Live, gm: GraphModule, whole: bool) -> None:
         self._live, self.whole = weakref.ref(live), whole
         self.examples = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
-        self.lowered = lower(gm)
+        self.lowered = to_aten(gm)
         self.variants: dict[tuple[str | None, ...], Variant] = {}
         self._compiled: dict[Any, Callable[..., Any]] = {}
 

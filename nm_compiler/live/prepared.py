@@ -204,12 +204,12 @@ class Prepared:
 
     def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the call once, dense and without a trace, to plan on all of its fragments together."""
-        from nm_compiler.capture.routes import check_outside, copies_of, untouched
+        from nm_compiler.capture.routes import check_outside, copies_of, undone
 
         live = self.live
         copies = copies_of(args), {name: copies_of(value) for name, value in kwargs.items()}
         try:
-            with untouched(self.origin):
+            with undone(self.origin):
                 whole = live.look(*copies)
             check_outside(self.origin, {self.origin.training: live}, self.patterns, self.include, self.exclude, captured=False)
             self.growing.decide(whole, whole=True)
