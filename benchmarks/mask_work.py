@@ -37,9 +37,9 @@ def ours(
     scores = [weight["scores"]] if isinstance(method, LBC) else []
     trained = [s for s in scores if isinstance(s, nn.Parameter)] or [nn.Parameter(torch.zeros(1))]
     optimizer = torch.optim.SGD(trained, 0.1, 0.9, fused=fused)
+    inputs = [value_of(sparse.graph(True), a) if isinstance(a, torch.fx.Node) else a for a in masked.args]
 
     def step() -> None:
-        inputs = [value_of(sparse.graph(True), a) if isinstance(a, torch.fx.Node) else a for a in masked.args]
         forward = masked.target(*inputs)  # type: ignore[operator]
         if isinstance(method, nm.BiMask):
             torch.ops.nm.backward_weight(forward.detach(), weight["order"], *masked.args[1:3], weight.site.rows)

@@ -22,7 +22,7 @@ from nm_compiler.capture.preparing import check_model, globs
 from nm_compiler.carrier import CARRIER, carrier_of
 from nm_compiler.errors import NMError
 from nm_compiler.live.entries import Entry
-from nm_compiler.methods.base import Method
+from nm_compiler.methods.base import Method, spelled
 from nm_compiler.methods.bimask import BiMask
 from nm_compiler.pattern import PatternMap, PatternSpec
 from nm_compiler.recipe import pipeline
@@ -157,7 +157,7 @@ def strict() -> None:
 
 
 def bare(root: nn.Module, wanted: Options) -> Any:
-    """Prepare a model that nobody prepared, with a method that needs no state."""
+    """Prepare a model that `nm_compiler.compile` has not prepared. Raises NMError if the method keeps state beside weights."""
     from nm_compiler.live.prepared import Prepared
 
     method = wanted.method if wanted.method is not None else BiMask()
@@ -172,7 +172,8 @@ def bare(root: nn.Module, wanted: Options) -> Any:
         if method.suffixes(site) or method.state(site, Weight(site, root).param.detach()):
             raise NMError(
                 f"{method.name} keeps state beside every weight ({', '.join(method.suffixes(site))}), which has to be there "
-                f"before the optimizer is built: model = nm.compile(model, method=nm.{method.name}()) instead of torch.compile"
+                "before the optimizer is built: instead of torch.compile, "
+                f"model = nm.compile(model, method={spelled(type(method))}())"
             )
     made.bare = True
     root.__dict__[CARRIER] = made

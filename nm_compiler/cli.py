@@ -31,10 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("nm-compiler", description="N:M sparsity for PyTorch models.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    _add_demo(commands.add_parser("demo", help="train one network five ways and write a page about it", description=_DEMO))
-    _add_verify(commands.add_parser("verify", help="which weights of a checkpoint are N:M", description=_VERIFY))
-    _add_prune(commands.add_parser("prune", help="prune a checkpoint folder of any size, once", description=_PRUNE))
-    _add_report(commands.add_parser("report", help="lower a frozen model and say what is sparse", description=_REPORT))
+    add = commands.add_parser
+    _add_demo(add("demo", help="train one network five ways and write a page about it", description=_DEMO))
+    usage = "%(prog)s FILE [options]"  # what is positional comes first: an option that takes several words would take it too
+    _add_verify(add("verify", usage=usage, help="say which weights of a checkpoint are N:M", description=_VERIFY))
+    usage = "%(prog)s CHECKPOINT_DIR OUT [options]"
+    _add_prune(add("prune", usage=usage, help="prune a checkpoint folder of any size in one shot", description=_PRUNE))
+    usage = "%(prog)s MODULE:FACTORY --inputs SHAPE [SHAPE ...] [options]"
+    _add_report(add("report", usage=usage, help="lower a frozen model and say what is sparse", description=_REPORT))
     return parser
 
 
@@ -48,7 +52,7 @@ budget; a few minutes on two cores. Prints a table and writes a page of pictures
 
 def _add_demo(demo: argparse.ArgumentParser) -> None:
     number: Any = {"type": int, "metavar": "N"}
-    demo.add_argument("--quick", action="store_true", help="one seed and fewer steps: a look, not a result")
+    demo.add_argument("--quick", action="store_true", help="one seed and fewer steps, to see that it runs")
     demo.add_argument("--data", metavar="PATH", help="CIFAR-10: cifar10_jpeg.npz, or the folder of the python batches")
     demo.add_argument("--model", help="resnet20 (default with --data) or resnet32")
     demo.add_argument("--methods", nargs="+", metavar="NAME", help="of magnitude srste lbc bimask (default all)")
@@ -56,7 +60,7 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--seeds", help="repetitions (default 3)", **number)
     demo.add_argument("--epochs", help="default 25, with --data 100", **number)
     demo.add_argument("--batch-size", help="default 64, with --data 128", **number)
-    demo.add_argument("--limit", help="so many training and at most so many test images (default all)", **number)
+    demo.add_argument("--limit", help="use N training images and at most N test images (default all)", **number)
     demo.add_argument("--device", help="default cpu; with --data cuda where there is one")
     demo.add_argument("--out", type=Path, default=Path("nm_compiler_demo.html"), metavar="FILE", help="default %(default)s")
     demo.set_defaults(command=_demo)
@@ -101,8 +105,8 @@ def _check_extras() -> None:
 # -- verify ------------------------------------------------------------------------------------------------------------------
 
 
-_VERIFY = """Exit status: 0 if at least one weight satisfies the pattern, and all that --weights names do; 1 if not; 2 if the
-file cannot be read or has no such weight."""
+_VERIFY = """Say of every weight whether it is N:M, and along which axis. Exit status: 0 if at least one weight satisfies the
+pattern, and all that --weights names do; 1 if not; 2 if the file cannot be read or has no such weight."""
 
 
 def _add_verify(check: argparse.ArgumentParser) -> None:
@@ -138,25 +142,26 @@ def _verify(options: argparse.Namespace) -> int:
 # -- prune -------------------------------------------------------------------------------------------------------------------
 
 
-_PRUNE = """Every linear's weight gets zeros where the pattern keeps nothing; the rest of the folder is copied. Weights pass
-through memory a few megabytes at a time. The same command again goes on after a kill. Exit status: 0, or 2 for a mistake."""
+_PRUNE = """Prune the weight of every linear to the pattern and copy the rest of the folder. Weights pass through memory a few
+megabytes at a time. If a run is interrupted, the same command continues it. Exit status: 0, or 2 for a mistake."""
 
 
 def _add_prune(prune: argparse.ArgumentParser) -> None:
     from nm_compiler.streaming.judging import IMPORTANCES
 
     prune.add_argument("checkpoint", metavar="CHECKPOINT_DIR", help="with model.safetensors, or shards and their index")
-    prune.add_argument("out", metavar="OUT", help="a new folder, or that of a run that was cut off")
+    prune.add_argument("out", metavar="OUT", help="a new folder, or that of an interrupted run")
     _add_pattern(prune)
-    rules = f"of {' '.join(IMPORTANCES)} (default magnitude)"
+    rules = f"keep the largest by: {', '.join(IMPORTANCES)} (default magnitude)"
     prune.add_argument("--importance", default="magnitude", metavar="RULE", help=rules)
     prune.add_argument("--statistics", metavar="FILE", help="norms of inputs for wanda and ria: nm.calibrate(...).save(FILE)")
     globs: Any = {"nargs": "+", "default": [], "metavar": "GLOB"}
-    prune.add_argument("--include", help="tensors to prune that are dense by their name: 'lm_head.weight'", **globs)
-    prune.add_argument("--exclude", help="tensors to keep dense: '*.o_proj.*'", **globs)
-    prune.add_argument("--permute", action="store_true", help="order coupled channels first, so that masks keep more")
-    prune.add_argument("--budget", type=float, metavar="SECONDS", help="of that search (default: some seconds' worth of work)")
-    prune.add_argument("--seed", type=int, default=0, metavar="N", help="of that search (default 0)")
+    prune.add_argument("--include", help="prune these too, although their names say dense: 'lm_head.weight'", **globs)
+    prune.add_argument("--exclude", help="keep these dense: '*.o_proj.*'", **globs)
+    prune.add_argument("--permute", action="store_true", help="first reorder coupled channels so that masks keep more")
+    budget = "time limit of that search (default: a fixed amount of work, seconds)"
+    prune.add_argument("--budget", type=float, metavar="SECONDS", help=budget)
+    prune.add_argument("--seed", type=int, default=0, metavar="N", help="seed of that search (default 0)")
     prune.set_defaults(command=_prune)
 
 
@@ -182,22 +187,25 @@ def _prune(options: argparse.Namespace) -> int:
 # -- report ------------------------------------------------------------------------------------------------------------------
 
 
-_REPORT = """MODULE:FACTORY names a function without arguments that returns the model with its weights loaded, or the model; it
-is imported from the working directory or the environment. Inputs are shapes of float tensors (1x3x224x224) or, with a dtype,
-others (1x128:int64), one for each positional input."""
+_REPORT = """Lower a frozen model and say of every weight what runs it, how fast, or why it is dense. MODULE:FACTORY names a
+function without arguments that returns the model with its weights loaded, or the model itself; it is imported from the working
+directory or the environment."""
+
+_INPUTS = "the shape of each positional input: 1x3x224x224 for floats, 1x128:int64 for another dtype"
 
 
 def _add_report(report: argparse.ArgumentParser) -> None:
     from nm_compiler.runtime.backends.choosing import NAMES
 
     report.add_argument("model", metavar="MODULE:FACTORY", help="where the model comes from")
-    report.add_argument("--inputs", nargs="+", metavar="SHAPE", required=True, help="1x3x224x224, 1x128:int64, ...")
+    report.add_argument("--inputs", nargs="+", metavar="SHAPE", required=True, help=_INPUTS)
     report.add_argument(
         "--backend", default="auto", choices=[name for name in NAMES if name != "onnx"], help="default %(default)s"
     )
     _add_pattern(report)
-    report.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="cast a copy first")
-    report.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page too")
+    cast = "lower a copy that is cast to this (default: as it is)"
+    report.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help=cast)
+    report.add_argument("--html", type=Path, metavar="FILE", help="also write the report as a page")
     report.set_defaults(command=_report)
 
 
@@ -218,7 +226,7 @@ def _report(options: argparse.Namespace) -> int:
     print(found)
     if options.html:
         write(options.html, found.to_page(), "--html")
-        print(f"The same as a page: {options.html}")
+        print(f"The report is also in {options.html}")
     return 0
 
 
@@ -227,7 +235,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _add_pattern(command: argparse.ArgumentParser) -> None:
     told = (
-        "at most N non-zeros of every M (default 2:4); again for weights that differ: --pattern 'layer4.*=1:4' --pattern 2:4"
+        "at most N non-zeros of every M (default 2:4); give it again for other weights: --pattern 'layer4.*=1:4' --pattern 2:4"
     )
     command.add_argument("--pattern", action="append", metavar="[GLOB=]N:M", help=told)
 

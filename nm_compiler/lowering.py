@@ -116,6 +116,7 @@ def lower(
         chosen.lower(job), title=type(model).__name__, backend=chosen.name, signature=signature, plan=plan, sites=sites,
         dense=dense, unread=lost, dtype=dtype, notes=notes, attributes=facts(model),
     )  # fmt: skip
+    del gm, job, flat  # copies of the examples among it
     give_back()
     if check:
         if wanted is None:
@@ -145,7 +146,8 @@ def passes(exact: Mapping[str, Tensor], *, own: bool = False) -> list[Pass]:
 def cast(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy of ``model`` with floating-point parameters and buffers of ``dtype``; the model itself for None.
 
-    Values are cast one by one while copying, so that there is never a second copy in the old dtype.
+    Values are cast one by one while copying, so that there is never a second copy in the old dtype. Raises NMError for a dtype
+    that is not floating point.
     """
     if dtype is None:
         return model

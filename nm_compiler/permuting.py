@@ -160,7 +160,7 @@ def reorder(
     """Find or check the orders, then permute the model's state in place, all of it or nothing.
 
     along: tensors of the shape of a parameter, by its name, that are permuted with it. searching: budget_s, backward and
-    importance of `nm_compiler.axes.search.search_orders`.
+    importance of `nm_compiler.axes.search.search_orders`. Raises NMError, nothing changed, for orders that do not fit.
     """
     if not isinstance(order, Mapping) and order not in ("search", "random"):
         raise NMError(f'order={order!r}: use "search", "random", or a mapping from axes to orders')

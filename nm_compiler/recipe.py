@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from nm_compiler.errors import NMError
 from nm_compiler.graph import Pass, rewritten
-from nm_compiler.methods.base import Method
+from nm_compiler.methods.base import Method, spelled
 from nm_compiler.passes.check_masked import check_masked
 from nm_compiler.passes.freeze_masks import freeze_masks
 from nm_compiler.sites.plan import Site
@@ -27,7 +27,7 @@ def pipeline(method: Method, sites: Sequence[Site]) -> list[Pass]:
             raise NMError(f"{method.name}.passes() gives {type(passes).__name__}: let it return its passes as a list")
         return [*passes[:-1], partial(_finish, last=passes[-1:], sites=sites, by=method.name)]
     if isinstance(method, type) and issubclass(method, Method):
-        raise NMError(f"method={method.__name__} is the class: did you mean nm.{method.__name__}()?")
+        raise NMError(f"method={method.__name__} is the class: did you mean {spelled(method)}()?")
     raise NMError(
         f"method={method!r}: choose nm.LBC(), nm.BiMask(), nm.SRSTE(), nm.Magnitude(), nm.Transposable(), nm.LBCBiMask(), "
         "nm.Gradual() or nm.SSTE()"

@@ -45,7 +45,10 @@ class Scaled(Tensor):
         return made
 
     def value(self) -> Tensor:
-        """The product, in memory of its own, laid out as the weight is. No more than some rows are there in float64."""
+        """The product, in memory of its own, laid out as the weight is. Only a few rows at a time are there in float64.
+
+        Raises NMError if the weight was written to since.
+        """
         if self.version != _version(self.weight):
             raise NMError(
                 f"a weight of shape {list(self.shape)} was written to after nm.lower: its fold no longer fits it. "

@@ -49,6 +49,11 @@ def _called(gm: GraphModule, weight: Node, *, site: Site, op: Any, options: tupl
 
 def arguments(gm: GraphModule, site: Site, op: Any, state: Sequence[str], options: tuple[Any, ...]) -> list[Any]:
     """What ``op`` is called with behind its weight: the state, then the options. Raises NMError if it takes something else."""
+    if not isinstance(options, (tuple, list)):
+        raise NMError(
+            f"{site.name} of shape {list(site.shape)}: the options of {op} are {options!r}: let options= return a tuple, "
+            "such as (site.pattern.n, site.pattern.m, site.in_axis)"
+        )
     for suffix in state:
         if not _is_there(gm, f"{site.name}_{suffix}"):
             raise NMError(

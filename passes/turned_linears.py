@@ -73,4 +73,5 @@ def is_turn(node: Node) -> bool:
 
 
 def only_user(node: Node) -> Node | None:
+    """The node that reads this one, if it is the only one."""
     return next(iter(node.users)) if len(node.users) == 1 else None

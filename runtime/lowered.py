@@ -12,7 +12,7 @@ from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Interpreter
 from torch.utils import _pytree as pytree
 
 import nm_compiler.runtime.cusparselt.int8
@@ -24,6 +24,7 @@ from nm_compiler.errors import NMError
 from nm_compiler.graph import getattr_path
 from nm_compiler.runtime.backends.base import Result
 from nm_compiler.runtime.native.ops import CONV2D, LINEAR
+from nm_compiler.runtime.native.pages import packed_names
 from nm_compiler.runtime.no_gradient import without_gradients
 from nm_compiler.scaled import keep
 from nm_compiler.sites.plan import Plan, Site
@@ -166,7 +167,8 @@ class Lowered(nn.Module):
 
     def packed(self) -> list[Tensor]:
         """Values, codes and scales of the CPU kernels' products."""
-        return list(_packed(self.settle().run))
+        run = self.settle().run
+        return [getattr_path(run, name) for name in packed_names(run)] if isinstance(run, GraphModule) else []
 
     def check_apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Raise NMError where packed weights would have to change."""
@@ -260,13 +262,6 @@ def _taken(run: Any) -> tuple[torch.dtype | None, ...]:
     """The dtypes of a graph's inputs; None of what is no floating-point tensor."""
     values = [node.meta.get("val") for node in run.graph.find_nodes(op="placeholder")]
     return tuple(each.dtype if isinstance(each, Tensor) and each.is_floating_point() else None for each in values)
-
-
-def _packed(run: nn.Module) -> Iterator[Tensor]:
-    """Values, codes and scales of the CPU kernels' products."""
-    for node in run.graph.nodes if isinstance(run, GraphModule) else ():
-        if node.target in (LINEAR, CONV2D):
-            yield from (getattr_path(run, part.target) for part in node.args[1:4] if isinstance(part, Node))
 
 
 def relative_error(found: Any, wanted: Any) -> float:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,3 +119,11 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
     assert not (os.environ.get("CI") and request.config.getoption("--update-golden")), "goldens are not written in CI"
     return check
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    """Hugging Face's library, importable beside a torch for CPUs; the test is skipped where it is not installed."""
+    zoo = pytest.importorskip("zoo.shim", reason="the zoo is an extra: pip install -e '.[zoo]'")
+    zoo.declare_missing_operators()
+    return pytest.importorskip("transformers", exc_type=ImportError)

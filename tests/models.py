@@ -218,3 +218,14 @@ def dense(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What a model that was compiled computes with its dense weights; with gradients that is an error."""
     with torch.no_grad():
         return model(*args, **kwargs)
+
+
+def steps(sparse: nn.Module, count: int, x: Tensor, scheduler: Any = None) -> None:
+    """Train on one batch with SGD: ``count`` steps of the optimizer, and of the scheduler if one is given."""
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(count):
+        sparse(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler:
+            scheduler.step()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,3 +108,15 @@ def backward_mask(w: Array, forward: Array, order: list[int], n: int, m: int) ->
             for j in top_n([masked[row, i, r, s] for row in rows], n):
                 mask[rows[j], i, r, s] = forward[rows[j], i, r, s]
     return mask
+
+
+def brute_force_mask(weight: NDArray[Any], n: int, m: int, axis: int) -> NDArray[np.bool_]:
+    """Sort every group by (-|w|, position) and keep the first n, one group at a time."""
+    rows = np.moveaxis(np.abs(weight), axis, -1)
+    mask = np.zeros(rows.shape, dtype=bool)
+    for index in np.ndindex(*rows.shape[:-1]):
+        for start in range(0, rows.shape[-1], m):
+            group = rows[index][start : start + m]
+            for position in sorted(range(m), key=lambda j: (-group[j], j))[:n]:
+                mask[index][start + position] = True
+    return np.moveaxis(mask, -1, axis)

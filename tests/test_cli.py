@@ -151,6 +151,18 @@ def test_a_command_that_is_not_there_is_answered_with_those_that_are(capsys: pyt
     assert error.startswith("usage: nm-compiler [-h] COMMAND ...")
 
 
+@pytest.mark.parametrize(
+    ("command", "first"), [("verify", "FILE"), ("prune", "CHECKPOINT_DIR OUT"), ("report", "MODULE:FACTORY")]
+)
+def test_the_usage_of_a_command_is_an_order_in_which_it_can_be_called(
+    command: str, first: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An option that takes several words takes what stands behind it, so what has no option in front of it comes first."""
+    with pytest.raises(SystemExit):
+        cli.main([command])
+    assert capsys.readouterr().err.startswith(f"usage: nm-compiler {command} {first} ")
+
+
 def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert "verify" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from awkward import AWKWARD
-from models import Branching, dense
+from models import Branching, dense, steps
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -45,13 +45,7 @@ def masked_call(sparse: nm.SparseModule, *args: Any, **kwargs: Any) -> Any:
 
 
 def train(sparse: nn.Module, count: int, scheduler: Any = None) -> None:
-    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.05, momentum=0.9)
-    for _ in range(count):
-        sparse(positive()).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if scheduler:
-            scheduler.step()
+    steps(sparse, count, positive(), scheduler)
 
 
 def test_control_flow_on_data_is_carried_in_fragments_and_both_branches_are_sparse() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, ConvNet, example
+from models import MLP, ConvNet, example, steps
 from precompiled import precompiled
-from torch import Tensor, nn
+from torch import nn
 
 import nm_compiler as nm
 
@@ -25,16 +25,6 @@ def compiled(kind: type[nn.Module], method: Any = None, **options: Any) -> tuple
 
 def copied(kind: type[nn.Module], method: Any, **options: Any) -> tuple[nm.SparseModule, Any]:
     return precompiled(kind(**options), method, **options)
-
-
-def steps(sparse: nn.Module, count: int, x: Tensor, scheduler: nm.SparsityScheduler | None = None) -> None:
-    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.05, momentum=0.9)
-    for _ in range(count):
-        sparse(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if scheduler:
-            scheduler.step()
 
 
 @pytest.mark.ci(here=["LBC(scores='position'", "BiMask"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import brute_force_mask
 
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern
@@ -31,18 +32,6 @@ def _way(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def brute_force(weight: torch.Tensor, pattern: Pattern, axis: int) -> np.ndarray:
-    """Sort every group by (-|w|, position) and keep the first n, one group at a time."""
-    rows = np.moveaxis(weight.double().abs().numpy(), axis, -1)
-    mask = np.zeros(rows.shape, dtype=bool)
-    for index in np.ndindex(*rows.shape[:-1]):
-        for start in range(0, rows.shape[-1], pattern.m):
-            group = rows[index][start : start + pattern.m]
-            for position in sorted(range(pattern.m), key=lambda j: (-group[j], j))[: pattern.n]:
-                mask[index][start + position] = True
-    return np.moveaxis(mask, -1, axis)
-
-
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 17), st.integers(-3, 2), st.integers(0, 10**6), st.booleans(), st.permutations(range(3)))
 def test_masks_agree_with_brute_force_in_any_dtype_along_any_axis_of_any_memory_layout(
@@ -57,7 +46,7 @@ def test_masks_agree_with_brute_force_in_any_dtype_along_any_axis_of_any_memory_
     values = rng.integers(-2, 3, shape).astype(float) if tied else rng.standard_normal(shape)
     inverse = [memory.index(a) for a in range(3)]
     weight = torch.from_numpy(values).to(dtype).permute(memory).contiguous().permute(inverse)
-    expected = brute_force(weight, pattern, axis)
+    expected = brute_force_mask(weight.double().numpy(), pattern.n, pattern.m, axis)
     mask = top_mask(weight, pattern=text, axis=axis)
     np.testing.assert_array_equal(mask.numpy(), expected)
     assert mask.stride() == weight.stride()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, Attention, ConvNet, Grouped, Matmuls, dense, example
+from models import MLP, Attention, ConvNet, Grouped, Matmuls, dense, example, steps
 from torch import Tensor, nn
 
 import nm_compiler as nm
@@ -21,16 +21,6 @@ each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: str(m).sp
 def compiled(kind: type[nn.Module], method: Any = None, **options: Any) -> tuple[nm.SparseModule, Any]:
     model = kind(**options)
     return nm.compile(model, example(model), method=method or nm.LBC()), model
-
-
-def steps(sparse: nn.Module, count: int, x: Tensor, scheduler: nm.SparsityScheduler | None = None) -> None:
-    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.05, momentum=0.9)
-    for _ in range(count):
-        sparse(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if scheduler:
-            scheduler.step()
 
 
 def test_parameters_buffers_and_keys_are_the_models_own_plus_the_state() -> None:

@@ -89,7 +89,7 @@ def test_an_architecture_is_written_with_zeros_along_the_reduction_axis_and_the_
         assert {weight.name for weight in written.weights} == set(sites)
         assert written.refusals == ()
         assert written.numerics.error <= allowed
-        assert written.numerics.batches == (2, 4)
+        assert written.numerics.batches == (2, 3)
         more = torch.cat([given, given[:1].flip(1)])
         for batch in (more, more[:1]):
             with torch.no_grad():
@@ -105,6 +105,24 @@ def test_an_architecture_is_written_with_zeros_along_the_reduction_axis_and_the_
         found = nm.verify(path)
         assert {weight.name for weight in found.weights if weight.axes} == set(sites)
     assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_param
+
+
+class Pairs(nn.Module):
+    """Takes the difference of each two samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.layer(x).unflatten(0, (-1, 2)).unbind(1)
+        return first - second
+
+
+def test_a_batch_that_must_be_even_is_compared_at_twice_its_size(tmp_path: Path) -> None:
+    x = torch.randn(4, 8)
+    program = torch.export.export(Pairs().eval(), (x,), dynamic_shapes=({0: 2 * torch.export.Dim("pairs")},))
+    assert write(program, (x,), tmp_path / "model.onnx", sites={}).numerics.batches == (4, 8)
 
 
 class Odd(nn.Module):

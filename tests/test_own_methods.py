@@ -253,8 +253,9 @@ def test_a_gradient_of_another_shape_than_the_weight_is_named_in_the_first_backw
         (lambda site: (2,), r"fc2.weight.*takes n, m, in_axis, but is given 1 arguments"),
         (lambda site: (2, 4, 1, 0), "is given 4 arguments"),
         (lambda site: (torch.tensor(2), 4, 1), "an option of own.fits.default is a tensor"),
+        (lambda site: site.pattern.n, r"fc2.weight.*the options of own.fits.default are 2: let options= return a tuple"),
     ],
-    ids=["too few", "too many", "a tensor"],
+    ids=["too few", "too many", "a tensor", "no tuple"],
 )
 def test_options_that_the_op_does_not_take_are_named_at_compile(options: Any, message: str) -> None:
     with pytest.raises(nm.NMError, match=message):
@@ -269,6 +270,20 @@ def test_an_op_without_annotations_or_without_a_namespace_says_what_to_write() -
         weight_op("own::bare", gradient=lambda g, *rest: g)(op)
     with pytest.raises(nm.NMError, match="'bare': it needs a namespace of its own"):
         weight_op("bare", gradient=lambda g, *rest: g)(masked)
+
+
+def test_a_gradient_that_does_not_take_what_the_backward_pass_has_is_named_where_the_op_is_defined() -> None:
+    with pytest.raises(nm.NMError, match=r"gradient of own::narrow.*given, g, weight, masked \(too many positional"):
+        weight_op("own::narrow", gradient=lambda g: g)(masked)
+    assert not hasattr(torch.ops.own, "narrow")
+
+
+def test_the_class_of_a_method_of_ones_own_is_not_looked_for_in_this_package() -> None:
+    with pytest.raises(nm.NMError, match=r"method=Scored is the class: did you mean Scored\(\)"):
+        nm.compile(MLP(), example(MLP()), method=Scored)
+    options: Any = {"method": Scored(), "then": "eager"}
+    with pytest.raises(Exception, match=r"instead of torch.compile, model = nm.compile\(model, method=Scored\(\)\)"):
+        torch.compile(MLP(), backend="nm_compiler", options=options)(example(MLP()))
 
 
 def test_state_that_the_method_gave_no_weight_is_an_error_that_names_the_weight() -> None:

@@ -417,13 +417,6 @@ def test_the_command_prints_what_is_sparse_and_what_is_not(
     assert "another run of prune" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    zoo = pytest.importorskip("zoo.shim", reason="the zoo is an extra: pip install -e '.[zoo]'")
-    zoo.declare_missing_operators()
-    return pytest.importorskip("transformers", exc_type=ImportError)
-
-
 def saved(transformers: Any, name: str, path: Path) -> Any:
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 48}
     if name == "Llama":

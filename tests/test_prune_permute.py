@@ -24,13 +24,6 @@ WORDS = {"input_ids": torch.arange(32).reshape(2, 16) % 48}
 
 
 @pytest.fixture(scope="module")
-def transformers() -> Any:
-    zoo = pytest.importorskip("zoo.shim", reason="the zoo is an extra: pip install -e '.[zoo]'")
-    zoo.declare_missing_operators()
-    return pytest.importorskip("transformers", exc_type=ImportError)
-
-
-@pytest.fixture(scope="module")
 def llama(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import brute_force_mask
 
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import Pattern, combination_table
@@ -15,18 +16,6 @@ from nm_compiler.solvers.combinations import byte_table, count, pack, retire, un
 from nm_compiler.solvers.magnitude import _by_comparing_all, _by_comparison, magnitude_mask
 
 small = st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 8), (1, 16), (8, 16), (5, 7)])
-
-
-def brute_force_mask(weight: np.ndarray, n: int, m: int, axis: int) -> np.ndarray:
-    """Sort every group by (-|w|, position) and keep the first n, one group at a time."""
-    rows = np.moveaxis(np.abs(weight), axis, -1)
-    mask = np.zeros(rows.shape, dtype=bool)
-    for index in np.ndindex(*rows.shape[:-1]):
-        for start in range(0, rows.shape[-1], m):
-            group = rows[index][start : start + m]
-            for position in sorted(range(m), key=lambda j: (-group[j], j))[:n]:
-                mask[index][start + position] = True
-    return np.moveaxis(mask, -1, axis)
 
 
 @settings(deadline=None)

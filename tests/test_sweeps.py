@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from packed_products import libraries
 from sweep_cases import HALF, LAYOUTS, REAL, Case, bits, check_decay, check_live, check_masks, check_sums, swept_by
+from torch import Tensor
 
 from nm_compiler.errors import NMError
 from nm_compiler.pattern import MAX_TABLE, Pattern, combination_table
@@ -128,6 +129,18 @@ def test_weights_beyond_one_part_are_the_same_on_one_and_on_three_threads(isa: s
             check_decay(case, LIBRARIES[isa])
             if text != "4:8":
                 check_live(case, LIBRARIES[isa])
+
+
+@each_isa
+@pytest.mark.parametrize("aside", [0, 1])
+def test_a_large_weight_sends_its_gradient_past_the_caches_to_any_address(isa: str, aside: int) -> None:
+    def place(name: str, tensor: Tensor) -> Tensor:
+        room = torch.empty(tensor.numel() + 16, dtype=tensor.dtype)
+        return room[aside:].as_strided(tensor.shape, tensor.stride()) if name == "out" else tensor
+
+    case = Case(pattern=Pattern(2, 4), layout="linear", dtype=torch.float32, values="whole", size=(130, 1030), seed=3)
+    assert case.weight().numel() > 2**19
+    check_live(case, LIBRARIES[isa], place)
 
 
 @pytest.mark.ci

@@ -561,7 +561,9 @@ def test_every_reason_in_the_source_is_triggered_above_and_has_its_words_on_the_
 def test_no_other_function_makes_reasons() -> None:
     """Whatever calls Refusal, Blocked or Decision is read by `written`."""
     folders = (ROOT / "nm_compiler", ROOT / "passes", ROOT / "runtime")
-    for path in [path for folder in folders for path in sorted(folder.rglob("*.py")) if not path.is_symlink()]:
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.py")) if not path.is_symlink()]
+    assert {path.relative_to(ROOT).parts[0] for path in paths} == {folder.name for folder in folders}
+    for path in paths:
         name = str(path.relative_to(ROOT)).removeprefix("nm_compiler/")
         name = name if name.startswith(("passes/", "runtime/")) else f"nm_compiler/{name}"
         if SOURCES.get(name) == EVERYTHING:

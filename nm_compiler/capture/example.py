@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def example(name: str, part: nn.Module, calls: Calls) -> tuple[tuple[Any, ...], 
         )
     free = iter(_free(part, calls))
     axes = [next(free) if isinstance(leaf, Tensor) else frozenset[int]() for leaf in leaves]
-    leaves = [_grown(leaf, its_axes) for leaf, its_axes in zip(leaves, axes, strict=True)]
+    leaves = [at_least_two(leaf, its_axes) for leaf, its_axes in zip(leaves, axes, strict=True)]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     shapes = torch.export.ShapesCollection()
     for leaf, its_axes in zip(leaves, axes, strict=True):
@@ -58,9 +59,9 @@ def _free(part: nn.Module, calls: Calls) -> list[frozenset[int]]:
     return [free[0] | set(range(axes)[: 1 if images or axes == 1 else -1])]
 
 
-def _grown(leaf: Any, axes: frozenset[int]) -> Any:
-    """Two of what a free axis has one of: an axis of size 1 would be fixed."""
+def at_least_two(value: Tensor, axes: Collection[int]) -> Tensor:
+    """``value`` with two of what it has one of along the free ``axes``: export would make a constant of a size of 1."""
     for axis in axes:
-        if leaf.shape[axis] == 1:
-            leaf = leaf.repeat_interleave(2, axis)
-    return leaf
+        if value.shape[axis] == 1:
+            value = value.repeat_interleave(2, axis)
+    return value

@@ -49,7 +49,7 @@ class SparsityCallback(Callback):
         self.schedules: Schedules | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find what is compiled."""
+        """Find what is compiled, and how long the training is. Raises NMError if Lightning does not know its length."""
         _check_averages(trainer.callbacks)
         if self._total is None and any(_changes(each) for each in trainer.callbacks):
             raise NMError(

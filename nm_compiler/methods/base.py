@@ -127,6 +127,11 @@ class Method(ABC):
         """Make it so at once (``freeze(finish=True)``)."""
 
 
+def spelled(kind: type[Method]) -> str:
+    """A method's class as the user writes it: ``nm.LBC``, and ``Mine`` where it is one of their own."""
+    return f"nm.{kind.__name__}" if kind.__module__.startswith("nm_compiler.") else kind.__name__
+
+
 def state_of(method: Method, site: Site, weight: Tensor) -> dict[str, Tensor]:
     """`Method.state` with memory of its own. Raises NMError if it writes to the weight, or gives what `suffixes` does not."""
     with untouched(weight, site.name, f"{method.name}.state()", "work on weight.clone()"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ def weight_op(name: str, *, gradient: Gradient) -> Callable[[Callable[..., Tenso
     """
 
     def make(function: Callable[..., Tensor]) -> Any:
+        _check_takes(name, gradient, function)
         op = _defined(name, function)
         op.register_autograd(_backward(name, gradient), setup_context=_save)
         op._opoverload.stands_for_weight = True
@@ -86,6 +88,23 @@ def _defined(name: str, function: Callable[..., Tensor]) -> Any:
     op: Any = custom_op(name, schema=schema)(forward)
     op.register_fake(lambda weight, *rest: torch.empty_like(weight))
     return op
+
+
+def _check_takes(name: str, gradient: Gradient, function: Callable[..., Tensor]) -> None:
+    """Raise NMError if ``gradient`` cannot be called with what the backward pass of ``function`` has for it."""
+    parameters = list(inspect.signature(function).parameters)
+    given = ["g", *parameters[:1], "masked", *parameters[1:]]
+    try:
+        takes = inspect.signature(gradient)
+    except ValueError:  # a function in C that does not tell
+        return
+    try:
+        takes.bind(*given)
+    except TypeError as error:
+        raise NMError(
+            f"the gradient of {name} does not take what it is given, {', '.join(given)} ({error}): write them all, or "
+            "gradient=lambda g, *rest: g"
+        ) from error
 
 
 def _versions(*values: Any) -> list[int]:

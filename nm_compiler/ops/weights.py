@@ -251,7 +251,7 @@ def _(masked: Tensor, order: Tensor, n: int, m: int, rows: list[int]) -> Tensor:
 
 
 def through_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """For `through`."""
+    """The setup_context of `through`: remembers how many inputs follow the weight, which get no gradient."""
     ctx.set_materialize_grads(False)  # products send none: only what is done with the gradients that they gave does
     ctx.others = len(inputs) - 1
 

@@ -34,7 +34,7 @@ def worst_group(weight: Tensor, m: int, axis: int) -> int:
 
 
 def nonzeros(weight: Tensor) -> int:
-    """How many entries are not zero."""
+    """How many entries are not zero; NaN counts, -0.0 does not. weight: any shape, dtype and strides."""
     found = _bits(weight)
     if found is not None:
         from nm_compiler.solvers import check_kernels

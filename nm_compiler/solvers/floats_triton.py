@@ -37,7 +37,7 @@ def rounded(value, dtype: tl.constexpr, brain: tl.constexpr):  # type: ignore[no
 
 
 def is_brain(tensor: Tensor) -> bool:
-    """Whether kernels get it as `storable` whole numbers."""
+    """Whether it is bfloat16, which kernels get as `storable` whole numbers."""
     return tensor.dtype == torch.bfloat16
 
 

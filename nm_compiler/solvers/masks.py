@@ -133,7 +133,7 @@ def _has_kernel(weight: Tensor) -> bool:
 
 
 def on_gpu(weight: Tensor) -> bool:
-    """Whether a Triton kernel can take it."""
+    """Whether a Triton kernel can take it: strided, on a CUDA device, and triton is installed."""
     return weight.is_cuda and weight.layout == torch.strided and _has_triton()
 
 

@@ -111,7 +111,7 @@ def mask(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
 
 
 def masked(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
-    """The weight with zeros where `mask` has them."""
+    """The weight with zeros where `mask` has them: of its shape and dtype, and of its strides unless it has gaps."""
     return _ranked(weight, n, m, axis, keep_weight=True)
 
 

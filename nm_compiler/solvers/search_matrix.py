@@ -60,7 +60,7 @@ def packed_if_binary(columns: Array) -> Array:
 
 
 def sum_of(columns: Array) -> float:
-    """All entries of a matrix, which may be packed, in its own units."""
+    """The sum of all entries of ``[channels, rows]``, or the number of ones of packed ``[channels, words]``."""
     if columns.dtype == np.uint64:
         return float(np.unpackbits(columns.view(np.uint8)).sum(dtype=np.int64))
     return float(columns.sum(dtype=np.float64))

@@ -116,7 +116,8 @@ def gradients(
 ) -> bool:
     """Write dW = g where a live combination covers it and dS = W * dW, the latter zero where a group is decided.
 
-    Rows, or weights and their axes, as in `lying`; live: packed; table: from `byte_table`.
+    grad, weight, results: ``[*batch, out, *taps, in]``, or in any order of axes with ``axes`` as in `lying`; of one dtype;
+    live: packed; table: from `byte_table`. Returns False, nothing written, where there is no kernel for it.
     """
     found, tensors = kernels(), (weight, grad, *results)
     if found is None or weight.dtype not in _REAL or not _alike(*tensors):
@@ -126,7 +127,10 @@ def gradients(
 
 
 def covered(weight: Tensor, live: Tensor, table: Tensor, out: Tensor, axes: Sequence[int] = ()) -> bool:
-    """Write W where a live combination covers it, else 0; as in `gradients`, and of 2 bytes a number too."""
+    """Write W where a live combination covers it, else 0. Arguments as in `gradients`; numbers of 2, 4 or 8 bytes.
+
+    Returns False, nothing written, where there is no kernel for it.
+    """
     found = kernels()
     if found is None or weight.element_size() not in (2, 4, 8) or not _alike(weight, out):
         return False

@@ -117,14 +117,9 @@ def _move_one(
         fullest = max(fullest, counts[j])
     if fullest <= n:
         return False
-    to_row, to_column, from_column, from_row, done_row, done_column = (
-        length[0],
-        length[1],
-        before[0],
-        before[1],
-        done[0],
-        done[1],
-    )
+    to_row, to_column = length[0], length[1]
+    from_column, from_row = before[0], before[1]
+    done_row, done_column = done[0], done[1]
     length[:], before[:], done[:] = np.inf, -1, False
     for j in range(m):
         if counts[j] > n:
@@ -168,15 +163,9 @@ def _move_one(
 
 @jit
 def _drop_one(
-    weights: Array,
-    chosen: Array,
-    row_price: Array,
-    column_price: Array,
-    most: float,
-    length: Array,
-    before: Array,
+    weights: Array, chosen: Array, row_price: Array, column_price: Array, most: float, length: Array, before: Array,
     done: Array,
-) -> bool:
+) -> bool:  # fmt: skip
     """Leave one row and one column with an entry less, if the best way to do so gains. False if it does not.
 
     A path begins at any row, which drops an entry; its column may choose another row, which drops one of its own.
@@ -188,14 +177,9 @@ def _drop_one(
         cheapest_row, cheapest_column = min(cheapest_row, row_price[k]), min(cheapest_column, column_price[k])
     if cheapest_row + cheapest_column >= -1e-12 * most:
         return False
-    to_row, to_column, from_column, from_row, done_row, done_column = (
-        length[0],
-        length[1],
-        before[0],
-        before[1],
-        done[0],
-        done[1],
-    )
+    to_row, to_column = length[0], length[1]
+    from_column, from_row = before[0], before[1]
+    done_row, done_column = done[0], done[1]
     length[:], before[:], done[:] = np.inf, -1, False
     for i in range(m):
         for j in range(m):

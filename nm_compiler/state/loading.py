@@ -59,7 +59,10 @@ def check_values(carrier: Carrier, state_dict: Mapping[str, Any], prefix: str) -
 
 
 def start_afresh(carrier: Carrier, state_dict: dict[str, Any], prefix: str) -> None:
-    """Give a dense state_dict the fresh state of every weight it holds, under all names of its owner."""
+    """Give a dense state_dict the fresh state of every weight it holds, under all names of its owner.
+
+    Raises NMError, nothing changed, if it holds some state but not the recipe.
+    """
     fresh = fresh_state(carrier, state_dict, prefix)
     stray = [key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) in fresh]
     if stray:

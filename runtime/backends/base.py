@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.node import map_arg
 
+from nm_compiler.capture.example import at_least_two
 from nm_compiler.capture.signature import Signature
 from nm_compiler.errors import NMError
 from nm_compiler.graph import tensor_outputs
@@ -70,7 +71,7 @@ class Job:
                 free = {axis: str(size) for axis, size in enumerate(sizes) if not isinstance(size, int)}
                 named = {axis: name for axis, name in free.items() if name not in fixed}
                 axes.append({axis: "batch" if one_batch and axis == 0 else name for axis, name in named.items()})
-                examples.append(_repeated(value, set(axes[-1])))
+                examples.append(at_least_two(value, set(axes[-1])))
         gm = _of_tensors(self.gm, self.flat, out=tensors_out)
         scaled = {name: value for name, value in self.gm.named_buffers() if isinstance(value, Scaled)}
         with torch.no_grad(), stood_in(self.gm, read=False):
@@ -180,11 +181,3 @@ def _exported(
 ) -> ExportedProgram:
     shapes = tuple({axis: known.get(name, torch.export.Dim.AUTO) for axis, name in each.items()} or None for each in axes)
     return torch.export.export(gm, tuple(examples), dynamic_shapes=shapes)
-
-
-def _repeated(value: Tensor, dynamic: set[int]) -> Tensor:
-    """Sizes of 0 and 1 would become constants: a dynamic axis gets an example of at least 2."""
-    for axis in dynamic:
-        if value.shape[axis] == 1:
-            value = value.repeat_interleave(2, axis)
-    return value

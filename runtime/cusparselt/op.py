@@ -118,7 +118,7 @@ def operand(x: Tensor) -> Tensor:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, at an address that the library takes."""
+    """The tensor itself, or a copy of it if it does not lie at a multiple of ``ALIGNMENT`` bytes, which the library needs."""
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 

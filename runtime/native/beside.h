@@ -4,6 +4,7 @@
 #define WIDE (BYTES / 4)
 #define MOST_WORDS 8 /* of 4 live bytes for a vector: 2:4 has 1; 4:8, with 16 numbers in a vector, 5 */
 #define BLOCK 2048   /* numbers */
+#define FAR (1 << 19) /* numbers: 2 MB */
 
 typedef int32_t places __attribute__((vector_size(BYTES)));
 typedef float reals __attribute__((vector_size(BYTES)));
@@ -58,8 +59,24 @@ static inline __attribute__((always_inline)) int64_t covered_of(
     return first;
 }
 
+/* Whether the weight's gradient is written past the caches: a large one, which the optimizer reads when all layers are done. That of
+ * the scores is not: what they cost beside a step without them was less with it in the caches. */
+static inline int goes_far(const nm_sweep *s, int64_t first) {
+    return BYTES >= 32 && s->outer * s->groups * s->m >= FAR && (uintptr_t)((float *)s->out + first * s->m) % BYTES == 0;
+}
+
+static inline __attribute__((always_inline)) void write_far(float *to, reals values) {
+#if BYTES == 64
+    _mm512_stream_ps(to, (__m512)values);
+#elif BYTES == 32
+    _mm256_stream_ps(to, (__m256)values);
+#else
+    *(reals_any *)to = values;
+#endif
+}
+
 static inline __attribute__((always_inline)) int64_t gradients_of(
-    const nm_sweep *s, const tests *t, int64_t first, int64_t last, int64_t words, int64_t bytes, int64_t groups) {
+    const nm_sweep *s, const tests *t, int64_t first, int64_t last, int64_t words, int64_t bytes, int64_t groups, int far) {
     const uint8_t *live = s->live + first * s->bytes;
     const int64_t from = first * s->m;
     const int32_t *grad = (const int32_t *)s->grad + from;
@@ -67,7 +84,8 @@ static inline __attribute__((always_inline)) int64_t gradients_of(
     float *out = (float *)s->out + from, *second = (float *)s->second + from;
     for (; first + groups <= last; first += groups, live += bytes, grad += WIDE, weight += WIDE, out += WIDE, second += WIDE) {
         const reals through = (reals)(*(const places_any *)grad & hits(t, live, words, bytes));
-        *(reals_any *)out = through;
+        if (far) write_far(out, through);
+        else *(reals_any *)out = through;
         *(reals_any *)second = *(const reals_any *)weight * through;
     }
     return first;
@@ -92,21 +110,31 @@ static int64_t covered_beside(const nm_sweep *s, int64_t first, int64_t last) {
     return covered_of(s, &t, first, last, t.words, t.bytes, t.groups);
 }
 
+/* As `gradients_of`, compiled for the shapes that are met most. */
+static inline __attribute__((always_inline)) int64_t gradients_for(
+    const nm_sweep *s, const tests *t, int64_t first, int64_t last, int far) {
+    if (t->bytes == WIDE / 4 && s->m == 4) return gradients_of(s, t, first, last, 1, WIDE / 4, WIDE / 4, far);
+    if (t->bytes == 18 && s->m == 8) return gradients_of(s, t, first, last, 5, 18, 2, far);
+    if (t->bytes == 9 && s->m == 8) return gradients_of(s, t, first, last, 3, 9, 1, far);
+    return gradients_of(s, t, first, last, t->words, t->bytes, t->groups, far);
+}
+
 static int64_t gradients_beside(const nm_sweep *s, int64_t first, int64_t last) {
     tests t;
     if (!make_tests(s, &t)) return first;
     const int64_t step = BLOCK / s->m;
+    const int far = goes_far(s, first);
     for (int64_t stop = first; first < last && first == stop;) {
         stop = least(first + step, last);
         const int64_t from = first;
-        if (t.bytes == WIDE / 4 && s->m == 4) first = gradients_of(s, &t, first, stop, 1, WIDE / 4, WIDE / 4);
-        else if (t.bytes == 18 && s->m == 8) first = gradients_of(s, &t, first, stop, 5, 18, 2);
-        else if (t.bytes == 9 && s->m == 8) first = gradients_of(s, &t, first, stop, 3, 9, 1);
-        else first = gradients_of(s, &t, first, stop, t.words, t.bytes, t.groups);
+        first = far ? gradients_for(s, &t, first, stop, 1) : gradients_for(s, &t, first, stop, 0);
         if (all_undecided(s->live + from * s->bytes, first - from, s->bytes)) continue;
         if (s->m == 4) take_back(s, from, first, 4);
         else if (s->m == 8) take_back(s, from, first, 8);
         else take_back(s, from, first, s->m);
     }
+#if BYTES >= 32
+    if (far) _mm_sfence(); /* whoever is told that this part is done sees it */
+#endif
     return first;
 }

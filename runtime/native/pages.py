@@ -32,7 +32,7 @@ def huge_pages(gm: GraphModule) -> GraphModule:
     Parts of the model that were lowered before have theirs in pages of their own.
     """
     values: dict[str, Tensor] = gm.__dict__["extras"]
-    names = [name for name in dict.fromkeys(_packed(gm)) if name in values and values[name].numel()]
+    names = [name for name in dict.fromkeys(packed_names(gm)) if name in values and values[name].numel()]
     size = sum({id(values[name]): _room(values[name]) for name in names}.values())
     if size < PAGE or not granted():
         return gm
@@ -72,8 +72,8 @@ def tensor_in(memory: mmap.mmap, place: int, like: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=place).view(like.shape)
 
 
-def _packed(gm: GraphModule) -> Iterator[str]:
-    """Names of values, codes and scales in the order in which they are read."""
+def packed_names(gm: GraphModule) -> Iterator[str]:
+    """Names of values, codes and scales of packed products in the order in which they are read; shared ones again."""
     for node in gm.graph.nodes:
         if node.target in (LINEAR, CONV2D):
             yield from (str(operand.target) for operand in node.args[1:4] if isinstance(operand, Node))

@@ -41,7 +41,7 @@ class Numerics:
 
 
 def compare(program: ExportedProgram, inputs: tuple[Tensor, ...], outline: Path, tolerance: float | None = None) -> Numerics:
-    """Compare a file with ``program`` on ``inputs``, and on twice the batch where the program leaves it free.
+    """Compare a file with ``program`` on ``inputs``, and on a larger batch where the program leaves it free.
 
     outline: of the file, its large weights as external data. It is run part by part: `nm_compiler.runtime.onnx_files.parts`.
     tolerance: None is 1e-5 for float32, 5e-3 where any weight or input is float16.
@@ -62,7 +62,7 @@ def compare(program: ExportedProgram, inputs: tuple[Tensor, ...], outline: Path,
     unable = onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented
     names = _names(outline, inputs)
     strange = any(tensor.dtype == torch.bfloat16 for tensor in inputs)
-    runs = [] if strange else [inputs, *_doubled(program, inputs)]
+    runs = [] if strange else [inputs, *_larger(program, inputs)]
     feeds = [{n: tensor.detach().cpu().contiguous().numpy() for n, tensor in zip(names, run, strict=True)} for run in runs]
     try:
         found = run_in_parts(outline, feeds, options)
@@ -95,16 +95,20 @@ def placeholders(program: ExportedProgram) -> list[Tensor]:
     return [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted]
 
 
-def _doubled(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """The inputs with twice the batch, in a list; empty where the batch is fixed, bounded or also another axis."""
+def _larger(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """The inputs with a larger batch, in a list; empty where the batch is fixed, bounded or also another axis.
+
+    One more, which takes the least memory; twice as many where the program ties sizes to one another, as 2 * b.
+    """
     fakes = placeholders(program)
     first: list[Any] = [fake.shape[0] for fake in fakes if fake.ndim and isinstance(fake.shape[0], SymInt)]
     rest: list[Any] = [size for fake in fakes for size in fake.shape[1:] if isinstance(size, SymInt)]
     symbols = {symbol for size in first for symbol in size.node.expr.free_symbols}
     if not first or symbols & {symbol for size in rest for symbol in size.node.expr.free_symbols}:
         return []
+    added = slice(1) if all(size.node.expr.is_symbol for size in first) else slice(None)
     pairs = zip(fakes, inputs, strict=True)
-    more = tuple(torch.cat([t, t]) if fake.ndim and isinstance(fake.shape[0], SymInt) else t for fake, t in pairs)
+    more = tuple(torch.cat([t, t[added]]) if fake.ndim and isinstance(fake.shape[0], SymInt) else t for fake, t in pairs)
     largest = max(t.shape[0] for t in more if t.ndim)
     if any(program.range_constraints[symbol].upper < largest for symbol in symbols if symbol in program.range_constraints):
         return []
