@@ -163,12 +163,14 @@ class SparsityScheduler:
 
 @dataclass(frozen=True, eq=False)
 class _Follows:
-    """What an optimizer calls after each of its steps."""
+    """What an optimizer calls after each of its steps. A fused one is called where a `GradScaler` skips, and does nothing."""
 
     scheduler: SparsityScheduler
 
-    def __call__(self, *_: Any) -> None:
-        self.scheduler.step()
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        skipped = getattr(optimizer, "found_inf", None)
+        if skipped is None or not bool(skipped):
+            self.scheduler.step()
 
 
 def _length(total_steps: int | None, epochs: int | None, steps_per_epoch: int | None) -> int:

@@ -244,12 +244,14 @@ def test_a_model_that_goes_on_from_loaded_state_is_no_copy(which: int, caplog: p
     x, (model, resumed) = example(MLP()), (captured_and_live(nm.LBC())[which] for _ in range(2))
     model(x), resumed(x)
     resumed.load_state_dict(model.state_dict())
-    resumed.eval()(x)
     with pytest.raises(nm.NMError, match="No SparsityScheduler was made for this model"):
         nm.freeze(resumed)
     scheduler = nm.SparsityScheduler(resumed, total_steps=8)
-    train(resumed.train(), torch.optim.SGD(resumed.parameters(), lr=0.1), scheduler, 2)
+    optimizer = torch.optim.SGD(resumed.parameters(), lr=0.1)
     resumed.eval()(x)
+    for steps_of in (None, scheduler, None):  # evaluated more often than the scheduler steps
+        train(resumed.train(), optimizer, steps_of, 2)
+        resumed.eval()(x)
     assert not caplog.records
 
 

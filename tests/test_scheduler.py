@@ -214,10 +214,11 @@ def test_of_two_schedulers_of_a_model_that_follow_one_optimizer_only_the_later_c
     assert beside.last_step == 3
 
 
-def test_a_scheduler_that_follows_an_optimizer_steps_by_itself_and_only_after_real_steps() -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_scheduler_that_follows_an_optimizer_steps_by_itself_and_only_after_real_steps(fused: bool) -> None:
     followed, called = (nm.compile(MLP(), (torch.randn(4, 8),), method=nm.LBC()) for _ in range(2))
     called.load_state_dict(followed.state_dict())
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (followed, called)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, fused=fused) for model in (followed, called)]
     schedules = [nm.SparsityScheduler(followed, 6).follow(optimizers[0]), nm.SparsityScheduler(called, 6)]
     scaler = torch.amp.GradScaler("cpu")
     for step in range(5):

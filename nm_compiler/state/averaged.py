@@ -74,6 +74,8 @@ def loaded(carrier: Carrier) -> Copied | None:
 
 def checked_copy(carrier: Carrier, known: Copied) -> Copied:
     """What is known of the copy by now. Raises NMError if its state cannot be the method's; logs that it does not move."""
+    if known.loaded and carrier.progress is not None:  # it goes on from there by itself
+        return known
     state = _state(carrier)
     weights, progress = _weights(carrier), carrier.progress
     begin = known.begin or (state, weights, progress)
