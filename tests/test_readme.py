@@ -129,6 +129,25 @@ def test_the_gpt_and_the_steps_are_those_that_were_measured() -> None:
         assert f"| {row} | {' | '.join(ours)} | {theirs} |" in README
 
 
+def test_the_networks_on_a_cpu_are_those_that_were_measured() -> None:
+    one, two = (
+        {net["net"].replace("1 tokens", "1 token"): net for net in json.loads((ROOT / "benchmarks" / "results" / f"cpu-nets-{name}.json").read_text())["nets"]}
+        for name in ("1-thread", "2-threads")
+    )  # fmt: skip
+    shown = {"ViT-B/16": "ViT-B/16", "BERT-base, 128 tokens": "BERT-base, 128 tokens", "ResNet-50": "ResNet-50, batch 1",
+             "ResNet-50, batch 8": "ResNet-50, batch 8", "Llama-shaped block, one token": "Llama-shaped block, 1 token",
+             "MobileNetV2, whose products are small": "MobileNetV2, batch 1"}  # fmt: skip
+    for row, net in shown.items():
+        assert f"| {row} | {one[net]['over inductor']:.2f}x | {two[net]['over inductor']:.2f}x |" in README
+    page = (ROOT / "docs" / "cpu.md").read_text()
+    for net in one:
+        cells = [
+            f"{found['ms']['inductor']:.1f} | {found['ms']['packed']:.1f} | {found['over inductor']:.2f}x | {found['compiled over inductor']:.2f}x"
+            for found in (one[net], two[net])
+        ]
+        assert f"| {net} | {' | '.join(cells)} |" in page
+
+
 def test_the_table_of_methods_names_every_method_and_no_other() -> None:
     shown = set(re.findall(r"^\| `nm\.(\w+)\(\)`", README, re.M))
     exported = {
