@@ -3,7 +3,9 @@
 
 import csv
 import pickle
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,6 +233,35 @@ def test_hugging_faces_trainer_trains_to_exactly_n_m_and_resumes(method: Any, tm
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(value, resumed.state_dict()[name], msg=name)
     assert set(nm.verify(nm.freeze(whole)).satisfied) >= {"fc2.weight"}
+
+
+@dataclass(frozen=True)
+class Reads(nm.Magnitude):
+    """Notes in which steps the weights have gradients."""
+
+    seen: list[bool] = field(default_factory=list, compare=False, repr=False)
+
+    def advance(self, weights: Any, clock: Any) -> None:
+        self.seen.append(all(weight.param.grad is not None for weight in weights))
+        super().advance(weights, clock)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_method_reads_gradients_in_hugging_faces_trainer(tmp_path: Path) -> None:
+    method = Reads()
+    hugging_face(method, tmp_path, 4)
+    assert method.seen == [True] * 4
+
+
+def test_a_trainer_that_knows_no_event_after_the_optimizer_steps_the_masks_at_the_end_of_a_step() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from nm_compiler.integrations.transformers import SparsityCallback
+
+    callback, state = SparsityCallback(), SimpleNamespace(max_steps=4, global_step=0)
+    callback.on_train_begin(None, state, None, model=compiled(nm.LBC()))
+    for _ in range(3):
+        callback.on_step_end(None, state, None)
+    assert callback.schedules.tracked[0].scheduler.last_step == 3
 
 
 # -- both -------------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class SparsityCallback(TrainerCallback):
     def __init__(self, *, every: int | None = None, write: Write | None = None) -> None:
         self._every, self._write = every, write
         self.schedules: Schedules | None = None
+        self._stepped = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Find what is compiled; ``state.max_steps`` is how long the training is."""
@@ -40,7 +41,14 @@ class SparsityCallback(TrainerCallback):
         if state.global_step:
             self.schedules.jump(state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Called once an optimizer step, however many batches it has."""
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Called once an optimizer step, however many batches it has, while gradients are still there for the method to read."""
         assert self.schedules is not None
         self.schedules.step()
+        self._stepped = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """The same for trainers that do not call `on_optimizer_step`: transformers before 4.45, and loops written after it."""
+        if not self._stepped:
+            self.on_optimizer_step(args, state, control, **given)
+        self._stepped = False
