@@ -42,7 +42,7 @@ class SparsityCallback(TrainerCallback):
             self.schedules.jump(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Called once an optimizer step, however many batches it has, while gradients are still there for the method to read."""
+        """Called once an optimizer step, however many batches it has, while gradients are still there to read."""
         assert self.schedules is not None
         self.schedules.step()
         self._stepped = True
