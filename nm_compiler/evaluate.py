@@ -70,11 +70,14 @@ def effective_weights(gm: GraphModule, name: str) -> tuple[Tensor | None, Tensor
 
 
 def is_constant(node: Node) -> bool:
-    """Whether a node depends on parameters, buffers and constants alone."""
+    """Whether a node depends on parameters, buffers and constants alone, and on none that the graph writes to.
+
+    `nm_compiler.written.mark` says which these are.
+    """
     seen, stack = {node}, [node]
     while stack:
         one = stack.pop()
-        if one.op not in ("get_attr", "call_function"):
+        if one.op not in ("get_attr", "call_function") or "written" in one.meta:
             return False
         fresh = [each for each in one.all_input_nodes if each not in seen]
         seen.update(fresh)

@@ -48,6 +48,7 @@ from nm_compiler.solvers.check import worst_group
 from nm_compiler.sparser import sparser_note
 from nm_compiler.unwrapping import is_compiled
 from nm_compiler.wording import dtype_name
+from nm_compiler.written import as_before, mark, own
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Of the check after lowering: relative, in the norm of every output."""
@@ -85,11 +86,25 @@ def lower(
     check: compare with the model on the example inputs once, in the norm of each output.
     options: of the backend: ``{"path": "model.onnx"}``, those of `nm_compiler.runtime.tensorrt.build`, ...
 
-    What is neither cast nor packed shares its memory with the model, buffers that count calls too: lower a copy to keep them
-    apart, and if you go on training.
+    What is neither cast nor packed shares its memory with the model, but for what forward() writes to: lower a copy, if you go
+    on training.
     Returns a `Lowered` module, called as the model is, in evaluation mode. Raises NMError, nothing changed, if the model was
     not frozen, cannot be one graph in evaluation mode, has no N:M weight, or computes something else afterwards.
     """
+    lowered = lower_over(
+        model, example_inputs, kwargs, backend=backend, pattern=pattern, dtype=dtype, exclude=exclude, force=force,
+        check=check, dynamic_shapes=dynamic_shapes, options=options,
+    )  # fmt: skip
+    own(lowered.run)
+    return lowered
+
+
+def lower_over(
+    model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | None, *, backend: str, pattern: PatternSpec,
+    exclude: Sequence[str], force: Sequence[str], check: bool, dynamic_shapes: Any, options: Mapping[str, Any] | None,
+    dtype: torch.dtype | None = None,
+) -> Lowered:  # fmt: skip
+    """As `lower`, but that what the graph writes to is still the model's, unless it was cast."""
     check_frozen(model)
     args, named = arguments(example_inputs, kwargs, "nm.lower"), dict(kwargs or {})
     patterns = PatternMap.parse(pattern)
@@ -103,7 +118,7 @@ def lower(
     kept = nothing_counted(twin, again, False, numbers=False, way_out=way_out) if check else contextlib.nullcontext()
     with undone(twin), kept, _parts_may_do():
         gm, signature = capture_mode(twin, given[0], given[1], dynamic_shapes, training=False)
-    gm = run(gm, [spell_out_autocast, without_switches])
+    gm = run(gm, [spell_out_autocast, without_switches, mark])
     plan, sites, dense = _planned(twin, gm, patterns, globs(exclude))
     notes = (*chosen.notes, *(sparser_note(twin, sites.values()) if chosen.any_pattern else ()))
     gm = _rewritten(gm, sites, model, own=twin is not model)
@@ -112,18 +127,21 @@ def lower(
     flat = tuple(signature.flatten(*copies_of(given)))  # a graph may write to its inputs, as static caches are
     job = Job(gm, signature, sites, flat, globs(force), dict(options or {}))
     lost = unread(gm, sites)
+    with as_before(gm):
+        result = chosen.lower(job)
     lowered = Lowered(
-        chosen.lower(job), title=type(model).__name__, backend=chosen.name, signature=signature, plan=plan, sites=sites,
+        result, title=type(model).__name__, backend=chosen.name, signature=signature, plan=plan, sites=sites,
         dense=dense, unread=lost, dtype=dtype, notes=notes, attributes=facts(model),
     )  # fmt: skip
     del gm, job, flat  # copies of the examples among it
     give_back()
     if check:
         if wanted is None:
-            with in_mode(model, False), _plainly(model):
+            with undone(model), in_mode(model, False), _plainly(model):
                 wanted = model(*args, **{**signature.hidden, **named})
         coarser = max((dtype or _dtype(model), _dtype(model)), key=lambda each: TOLERANCE.get(each, 0.0))  # float32 of float16
-        _check(lowered, wanted, given, coarser)
+        with as_before(lowered.run):
+            _check(lowered, wanted, given, coarser)
         give_back()
     if chosen.for_files and twin is model:  # whose weights are there anyway; casts would keep a model alive
         lowered.__dict__["settled"] = False

@@ -23,7 +23,7 @@ from nm_compiler.capture.turns import in_turn
 from nm_compiler.capture.watching import watched
 from nm_compiler.errors import NMError
 from nm_compiler.hooks import apart, hooked_inside, own_hooks
-from nm_compiler.lowering import check_frozen, lower
+from nm_compiler.lowering import check_frozen, lower_over
 from nm_compiler.pattern import PatternLike, PatternMap, PatternSpec, matches
 from nm_compiler.runtime.lowered import Lowered
 from nm_compiler.runtime.verify import examine
@@ -80,8 +80,8 @@ def lower_parts(
     for name, part in chosen.items():
         rules, (args, kwargs, shapes) = _rules(name, part, patterns), ready.pop(name)
         try:
-            with undone(part), apart(part):  # it may write to its buffers, whose memory a lowered one shares at first
-                lowered = lower(
+            with undone(part), apart(part):
+                lowered = lower_over(
                     part, args, kwargs, backend=backend, pattern=rules, exclude=_inside(name, part, exclude),
                     force=_inside(name, part, force), check=check, dynamic_shapes=shapes, options=options,
                 )  # fmt: skip

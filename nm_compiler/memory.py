@@ -10,10 +10,19 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
 _NEVER = 2**31 - 1  # young collections
 _KEPT, _LARGEST = 256 * 2**20, 32 * 2**20
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+
+
+def memory_of(tensor: Tensor) -> int | None:
+    """Which memory a tensor shows, all of it or a part; None if it is no plain one."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return tensor.untyped_storage()._cdata if plain else None
 
 
 @contextmanager

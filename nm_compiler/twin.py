@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nm_compiler.errors import NMError
 from nm_compiler.hooks import Hooks
+from nm_compiler.memory import memory_of
 from nm_compiler.runtime.lowered import Lowered
 from nm_compiler.strays import stray
 from nm_compiler.wording import first_line
@@ -69,16 +70,11 @@ def _own(parameter: nn.Parameter) -> nn.Parameter:
 
 def _share_no_buffers(other: nn.Module, model: nn.Module, memo: dict[int, Any]) -> None:
     """Give a module that was made of one of the model's the buffers of the copy."""
-    theirs = {_memory(buffer) for buffer in model.buffers()} - {None}
+    theirs = {memory_of(buffer) for buffer in model.buffers()} - {None}
     for module in other.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and _memory(buffer) in theirs:
+            if buffer is not None and memory_of(buffer) in theirs:
                 module._buffers[name] = copy.deepcopy(buffer, memo)
-
-
-def _memory(tensor: Tensor) -> int | None:
-    plain = type(tensor) is Tensor and tensor.layout is torch.strided
-    return tensor.untyped_storage()._cdata if plain else None
 
 
 def _follow(made: nn.Module, memo: Mapping[int, Any]) -> None:

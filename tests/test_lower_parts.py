@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import nm_compiler as nm
+from nm_compiler.lowering import lower_over
 from nm_compiler.runtime.lowered import Lowered
 
 WIDTH = 32
@@ -358,9 +359,9 @@ def test_examples_are_let_go_part_by_part_and_dense_weights_with_the_model(monke
     def lower(part: nn.Module, args: Any, *rest: Any, **options: Any) -> Lowered:
         assert all(each.expired() for each in seen)
         seen.append(StorageWeakRef(args[0].untyped_storage()))
-        return nm.lower(part, args, *rest, **options)
+        return lower_over(part, args, *rest, **options)
 
-    monkeypatch.setattr("nm_compiler.lowering_parts.lower", lower)
+    monkeypatch.setattr("nm_compiler.lowering_parts.lower_over", lower)
     dense = [StorageWeakRef(layer.weight.untyped_storage()) for layer in model.modules() if isinstance(layer, nn.Linear)]
     fast = nm.lower_parts(model, ["*.up", "*.down"], lambda model: model(X), backend="cpu", force=["*"])
     assert len(seen) == 4

@@ -15,6 +15,8 @@ from nm_compiler.runtime.onnx_files.packages import require
 from nm_compiler.runtime.products import Decision, Product
 from nm_compiler.runtime.tensorrt.eligible import reasons
 from nm_compiler.sites.plan import Site
+from nm_compiler.wording import several
+from nm_compiler.written import carried
 
 
 class Onnx(Backend):
@@ -38,6 +40,12 @@ class Onnx(Backend):
         options = self.take(job, "path", "tolerance", "one_file")
         if "path" not in options:
             raise NMError('backend="onnx" writes a file: options={"path": "model.onnx"}')
+        state = sorted(carried(job.gm))
+        if state:
+            raise NMError(
+                f"forward() writes to {several(state, 3)} and goes by it in its next call, and an ONNX file keeps nothing "
+                "between calls: take it as an input and return it with the outputs, or lower to another backend"
+            )
         found = job.products
         program, sites = job.program(tensors_out=True), _sites(found)
         decisions = {each.node: _decided(each) for each in found}

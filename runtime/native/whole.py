@@ -19,6 +19,7 @@ from nm_compiler.graph import written_by
 from nm_compiler.memory import give_back
 from nm_compiler.runtime.choose import Timing, side_by_side
 from nm_compiler.scaled import stood_in
+from nm_compiler.written import as_before, names_of
 
 ENOUGH = 0.98
 """Packed stays unless it is slower than this times dense: below lies more than noise."""
@@ -86,11 +87,16 @@ def _compiled(graph: GraphModule, flat: Sequence[Any]) -> Callable[[], object]:
 
 
 def _anew(graph: GraphModule, flat: Sequence[Any], run: Callable[..., object] | None = None) -> Callable[[], object]:
-    """A call that finds its inputs as they were: a static cache that every call writes to would be full after a few."""
+    """A call that finds inputs and state as they were: a static cache that every call writes to would be full after a few."""
     call, written = graph if run is None else run, _written(graph)
-    if not written:
+    if not written and not names_of(graph):
         return partial(call, *flat)
-    return lambda: call(*(value.clone() if place in written else value for place, value in enumerate(flat)))
+
+    def anew() -> object:
+        with as_before(graph):
+            return call(*(value.clone() if place in written else value for place, value in enumerate(flat)))
+
+    return anew
 
 
 def _written(graph: GraphModule) -> set[int]:
