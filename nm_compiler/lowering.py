@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from nm_compiler.capture.counted import nothing_counted
 from nm_compiler.capture.export import capture_mode, in_mode, without_cache
-from nm_compiler.capture.preparing import arguments, check_model, globs
+from nm_compiler.capture.preparing import arguments, check_model, check_normal, globs, normal
 from nm_compiler.capture.regions import without_switches
 from nm_compiler.capture.routes import called, copies_of, undone
 from nm_compiler.capture.turns import in_turn
@@ -106,7 +106,10 @@ def lower_over(
 ) -> Lowered:  # fmt: skip
     """As `lower`, but that what the graph writes to is still the model's, unless it was cast."""
     check_frozen(model)
+    if dtype is None and not torch.is_inference_mode_enabled():
+        check_normal(model, "nm.lower")
     args, named = arguments(example_inputs, kwargs, "nm.lower"), dict(kwargs or {})
+    args, named = pytree.tree_map_only(Tensor, normal, (args, named))
     patterns = PatternMap.parse(pattern)
     check_globs(model, patterns, (), globs(exclude), globs(force))
     chosen = choose_backend(backend, dtype or _dtype(model), _device(model))
@@ -127,7 +130,7 @@ def lower_over(
     flat = tuple(signature.flatten(*copies_of(given)))  # a graph may write to its inputs, as static caches are
     job = Job(gm, signature, sites, flat, globs(force), dict(options or {}))
     lost = unread(gm, sites)
-    with as_before(gm):
+    with as_before(gm), torch.autocast(_device(model).type, enabled=False):  # in which dense products would be timed
         result = chosen.lower(job)
     lowered = Lowered(
         result, title=type(model).__name__, backend=chosen.name, signature=signature, plan=plan, sites=sites,

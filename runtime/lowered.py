@@ -6,6 +6,7 @@ backend may have put there are registered here, not only where `nm.lower` is cal
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, SupportsIndex
@@ -48,6 +49,7 @@ class Lowered(nn.Module):
     weights, and why. Inputs are cast to the dtype it was lowered to; outputs are in that dtype.
     `nm.report` shows what is sparse, and why the rest is not.
     inert: whether something runs it that has no gradient, of which autograd would know nothing.
+    fixed: whether it computes in the dtypes it was lowered for and no others: `torch.autocast` does not reach into it.
     packed_for: the dtype that data has at all packed products, if it is one; captured: those of the inputs. A call with others
     is watched: packed products take any, where torch's own refuse what the weight has not.
     part: its name in the model, if it is one of the parts that `nm.lower_parts` made; hooked: modules in it that had hooks.
@@ -70,6 +72,7 @@ class Lowered(nn.Module):
     hooked: tuple[str, ...]
     settled: bool
     inert: bool
+    fixed: bool
     packed_for: torch.dtype | None
     captured: tuple[torch.dtype | None, ...]
     attributes: Mapping[str, Any]
@@ -81,6 +84,8 @@ class Lowered(nn.Module):
             **{"result": result, "error": None, "part": "", "hooked": (), "settled": True, "attributes": {}, **facts}
         )
         self.inert = self.backend == "tensorrt" or (self.backend == "cpu" and any(d.kernel for d in result.decisions.values()))
+        packed = self.backend in ("cpu", "cusparselt") and any(each.kernel for each in self.result.decisions.values())
+        self.fixed = self.dtype is not None or self.backend == "tensorrt" or packed
         self.training = False
         known = {product.dtype for product in self.result.products}
         self.packed_for, self.captured = None, ()
@@ -99,11 +104,12 @@ class Lowered(nn.Module):
             raise Misfit(error.facts, _RUN_AGAIN if self.part else _AGAIN) from None
         if self.result.takes_tensors_only:
             flat = [value for value in flat if isinstance(value, Tensor)]
-        if self.part:
-            self._check_autocast(flat)
+        casts = self._autocast(flat) if self.part or self.fixed else None
         watched = self.packed_for is not None and not torch.compiler.is_compiling() and self._is_strange(flat)
         try:
-            outputs: Any = (_Watched(self.run, self._refusal_of) if watched else self.run)(*flat)
+            run: Any = _Watched(self.run, self._refusal_of) if watched else self.run
+            with contextlib.nullcontext() if casts is None else torch.autocast(casts, enabled=False):
+                outputs: Any = run(*flat)
         except RuntimeError as error:
             other = self._other_dtype(flat)
             if other is not None:
@@ -200,14 +206,28 @@ class Lowered(nn.Module):
         """For `copy.deepcopy` and `torch.save`."""
         return super(Lowered, self.settle()).__reduce_ex__(protocol)
 
-    def _check_autocast(self, flat: Sequence[Any]) -> None:
-        """Raise NMError where the model's own part would compute, and answer, in another dtype."""
-        dtype = autocast_of([value for value in flat if isinstance(value, Tensor)][:1])
-        if dtype is not None:
+    def _autocast(self, flat: Sequence[Any]) -> str | None:
+        """The kind of device for which `torch.autocast` is on and changes nothing; None where it is off.
+
+        Raises NMError where the model, or the part, itself would compute, and answer, in another dtype.
+        """
+        tensors = [value for value in flat if isinstance(value, Tensor)][:1]
+        dtype = autocast_of(tensors)
+        if dtype is None:
+            return None
+        if self.part:
             raise NMError(
                 f"{self.part} is a lowered part ({self.title}), which knows nothing of torch.autocast ({dtype_name(dtype)}): "
                 f"leave autocast out, and lower the parts of model.to(torch.{dtype_name(dtype)}) for that dtype"
             )
+        known = {self.dtype} if self.dtype is not None else {product.dtype for product in self.result.products}
+        if known != {dtype}:
+            own, now = " and ".join(sorted(map(dtype_name, known))), dtype_name(dtype)
+            raise NMError(
+                f"this {self.title} is lowered for {own}, and torch.autocast ({now}) is on around the call, where the model "
+                f"would compute in {now}: leave autocast out, or lower with dtype=torch.{now}"
+            )
+        return tensors[0].device.type if tensors else "cpu"
 
     def _other_dtype(self, flat: Sequence[Any]) -> NMError | None:
         """What is wrong with a call that failed, if its inputs have another dtype than the products."""

@@ -835,6 +835,50 @@ def test_the_check_runs_the_model_op_by_op_without_fused_encoders_and_autocast()
     torch.testing.assert_close(lowered(*inputs)[:, :4], model(*inputs)[:, :4], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["dense", "cpu"])
+def test_under_autocast_a_lowered_model_answers_in_the_dtype_of_the_model_or_says_how_to_lower_it(backend: str) -> None:
+    if backend == "cpu" and isinstance(load(), str):
+        pytest.skip("no C compiler here")
+    model, x = frozen(MLP)
+    options: Any = {"backend": backend, "force": ["*"] if backend == "cpu" else []}
+    plain, cast_one = nm.lower(model, x, **options), nm.lower(model, x, dtype=torch.bfloat16, **options)
+    wanted = cast_one(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(cast_one(x), wanted, rtol=0, atol=0)
+        assert cast_one(x).dtype == model(x).dtype
+        if backend == "dense":
+            torch.testing.assert_close(plain(x), model(x))
+        else:
+            with pytest.raises(
+                nm.NMError, match=r"lowered for float32, and torch.autocast \(bfloat16\) .*dtype=torch.bfloat16"
+            ):
+                plain(x)
+    with (
+        torch.autocast("cpu", torch.float16),
+        pytest.raises(nm.NMError, match=r"for bfloat16, and torch.autocast \(float16\) is on"),
+    ):
+        cast_one(x)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        plain(x)
+
+
+def test_products_are_timed_without_the_autocast_around_nm_lower(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if isinstance(load(), str):
+        pytest.skip("no C compiler here")
+    seen, timed = list[bool](), cpu_backend.timed
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return timed(*args, **kwargs)
+
+    monkeypatch.setattr(cpu_backend, "timed", watched)
+    model, x = frozen(MLP)
+    with torch.autocast("cpu", torch.bfloat16):
+        nm.lower(model, x, backend="cpu", options={"cache": tmp_path / "choices.json"})
+    assert seen
+    assert not any(seen)
+
+
 def test_a_pass_that_spoils_the_zeros_is_caught_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import nm_compiler.lowering as lowering
 

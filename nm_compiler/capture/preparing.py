@@ -34,7 +34,7 @@ def captured(
     """
     check_model(model, what)
     args = arguments(example_inputs, kwargs, what)
-    args, named = pytree.tree_map_only(Tensor, _normal, (args, dict(kwargs or {})))
+    args, named = pytree.tree_map_only(Tensor, normal, (args, dict(kwargs or {})))
     if any(parameter.is_meta for parameter in model.parameters()):  # a shape without values is captured with such inputs
         args, named = pytree.tree_map_only(Tensor, _valueless, (args, named))
     return take(model, args, named, dynamic_shapes, modes, trains=what == "nm.compile", whole=whole)
@@ -71,7 +71,19 @@ def check_model(model: Any, what: str) -> None:
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise NMError(f"{name} has no shape yet (a lazy layer): run one batch through the model before {what}")
         _check_plain(name, parameter, what)
+    if what in ("nm.compile", "nm.permute"):
+        check_normal(model, what)
     _check_devices(dict(model.named_parameters()), what)
+
+
+def check_normal(model: nn.Module, what: str) -> None:
+    """Raise NMError for a tensor that was made under `torch.inference_mode`: it can be in no trace of autograd, for good."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise NMError(
+                f"{name} of shape {list(tensor.shape)} was made under torch.inference_mode(): make or load the model outside "
+                f"of it, or give {what} a copy made outside, copy.deepcopy(model), whose tensors are normal ones"
+            )
 
 
 def _check_plain(name: str, parameter: Tensor, what: str) -> None:
@@ -106,8 +118,9 @@ def _check_devices(parameters: Mapping[str, Tensor], what: str) -> None:
             )
 
 
-def _normal(example: Tensor) -> Tensor:
-    return example.clone() if example.is_inference() else example  # an inference tensor cannot be traced for training
+def normal(example: Tensor) -> Tensor:
+    """The tensor, or a copy if it was made under `torch.inference_mode`: such a one cannot be traced."""
+    return example.clone() if example.is_inference() else example
 
 
 def _valueless(example: Tensor) -> Tensor:
