@@ -879,6 +879,19 @@ def test_products_are_timed_without_the_autocast_around_nm_lower(monkeypatch: py
     assert not any(seen)
 
 
+@pytest.mark.parametrize("options", [{}, {"values": "int8"}], ids=["float32", "int8"])
+def test_a_model_on_the_cpu_is_packed_there_whatever_the_default_device_is(options: dict[str, Any], tmp_path: Path) -> None:
+    if isinstance(load(), str):
+        pytest.skip("no C compiler here")
+    model, x = frozen(MLP)
+    with torch.device("meta"):
+        forced = nm.lower(model, x, backend="cpu", force=["*"], options=options)
+        timed = nm.lower(model, x, backend="cpu", options={**options, "cache": tmp_path / "choices.json"})
+        found = forced(x), timed(x)
+    for each in found:
+        assert float((each - model(x)).norm() / model(x).norm()) <= (1e-1 if options else 1e-5)
+
+
 def test_a_pass_that_spoils_the_zeros_is_caught_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import nm_compiler.lowering as lowering
 

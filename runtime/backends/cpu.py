@@ -175,5 +175,5 @@ def _measurement(
 def _example(job: Job, data: Node, dtype: torch.dtype) -> Tensor:
     """Random data as the product gets them in the example, in their layout."""
     value = data.meta["val"]
-    x = torch.randn(job.sizes(value)).to(dtype)
+    x = torch.randn(job.sizes(value), device="cpu").to(dtype)
     return x.contiguous(memory_format=torch.channels_last) if lies_in_channels_last(value) else x

@@ -82,9 +82,9 @@ def pack(weight: Tensor, pattern: Pattern, *, conv_groups: int = 1, dtype: torch
         raise NMError(f"{given} is not {pattern} along axis 1: a group has {fullest} non-zeros. nm.freeze makes it so")
     shape = tuple(weight.shape)
     tiles, steps, words = sizes(shape, pattern, conv_groups)
-    values = torch.empty(conv_groups, tiles, steps, LANES, dtype=dtype)
-    codes = torch.empty(conv_groups, tiles, words, LANES, dtype=torch.int32)
-    scales = torch.empty(conv_groups, tiles, LANES, dtype=torch.float32) if dtype == torch.int8 else None
+    values = torch.empty(conv_groups, tiles, steps, LANES, dtype=dtype, device="cpu")
+    codes = torch.empty(conv_groups, tiles, words, LANES, dtype=torch.int32, device="cpu")
+    scales = torch.empty(conv_groups, tiles, LANES, dtype=torch.float32, device="cpu") if dtype == torch.int8 else None
     by_group = weight.detach().unflatten(0, (conv_groups, shape[0] // conv_groups))
     at_once = max(1, _AT_ONCE // max(1, conv_groups * LANES * weight[:1].numel()))
     for first in range(0, tiles, at_once):
@@ -120,7 +120,7 @@ def _lanes(tensor: Tensor, rows: int) -> Tensor:
 def _words(codes: Tensor, bits: int) -> Tensor:
     a_word = 32 // bits
     filled = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[2] % a_word))
-    parts = filled.unflatten(2, (-1, a_word)) << torch.arange(0, 32, bits).view(-1, 1)
+    parts = filled.unflatten(2, (-1, a_word)) << torch.arange(0, 32, bits, device="cpu").view(-1, 1)
     words = parts.sum(3)
     signed: Tensor = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
     return signed
