@@ -110,6 +110,18 @@ def test_the_accuracies_on_digits_are_those_that_were_measured() -> None:
         assert f"{first} | {' | '.join(gaps)} |" in README
 
 
+def test_the_accuracies_on_cifar10_are_those_that_were_measured() -> None:
+    accuracy: dict[str, list[float]] = {}
+    for path in sorted((ROOT / "benchmarks" / "results" / "cifar10_long").glob("*.json")):
+        found = json.loads(path.read_text())
+        assert found["recipe"]["epochs"] == 10
+        accuracy.setdefault(found["cell"]["method"], []).append(100 * found["accuracy"])
+    assert {len(seeds) for seeds in accuracy.values()} == {2}
+    mean = {method: statistics.fmean(seeds) for method, seeds in accuracy.items()}
+    gaps = [f"{mean[method] - mean['dense']:+.1f}" for method in ("srste", "lbc", "bimask")]
+    assert f"| ResNet-20 on CIFAR-10, 10 epochs, accuracy at 2:4 | {mean['dense']:.2f} % | | {' | '.join(gaps)} |" in README
+
+
 def test_the_gpt_and_the_steps_are_those_that_were_measured() -> None:
     results = ROOT / "benchmarks" / "results"
     bits: dict[tuple[str, str], list[float]] = {}
