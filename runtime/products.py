@@ -78,7 +78,7 @@ def unread(gm: GraphModule, sites: Mapping[str, Site]) -> dict[str, str]:
 def _unread(reader: str | None) -> str:
     if reader is None:
         return "no product reads it in evaluation mode, so nothing would get faster"
-    return f"read by {reader}, for which no runtime here has sparse kernels: write the product as a linear"
+    return f"read by {reader}, for which no runtime here has sparse kernels: write the product as a linear, of experts as one for each"
 
 
 def check_zeros(gm: GraphModule, sites: Mapping[str, Site]) -> str | None:

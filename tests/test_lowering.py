@@ -124,7 +124,8 @@ def test_einsums_of_one_weight_are_linears_and_those_of_experts_stay(golden: Gol
     golden("einsum_to_linear", show_graph(lowered.run))
     assert {product.site.name for product in lowered.result.products} == {"split", "merge", "turned"}
     assert lowered.unread == {
-        "experts": "read by einsum, for which no runtime here has sparse kernels: write the product as a linear"
+        "experts": "read by einsum, for which no runtime here has sparse kernels: "
+        "write the product as a linear, of experts as one for each"
     }
     for batch in (1, 2, 5):
         given = torch.randn(batch, 3, 16)

@@ -338,7 +338,7 @@ TRAINING: list[tuple[str, Callable[[], Any]]] = [
 LOWERING: list[tuple[str, Callable[[], Any]]] = [
     ("not 2:4 along any axis", lambda: nm.report(MLP()).rows[0].reason),
     ("not 2:4: a group of 4 along axis 1 has 4 non-zeros", not_frozen),
-    ("read by bmm, for which no runtime here has sparse kernels: write the product as a linear", lambda: unread_by("w")),
+    ("read by bmm, for which no runtime here has sparse kernels: write the product as a linear, of experts as one for each", lambda: unread_by("w")),
     ("no product reads it in evaluation mode, so nothing would get faster", lambda: unread_by("v")),
     ('backend="dense" was asked for', lambda: of_dense(Dense()).reasons[0]),
     ("no sparse kernels for mps in this release", lambda: _short(torch.float16, torch.device("mps"))),
