@@ -78,7 +78,8 @@ def unread(gm: GraphModule, sites: Mapping[str, Site]) -> dict[str, str]:
 def _unread(reader: str | None) -> str:
     if reader is None:
         return "no product reads it in evaluation mode, so nothing would get faster"
-    return f"read by {reader}, for which no runtime here has sparse kernels: write the product as a linear, of experts as one for each"
+    way_out = "write the product as a linear, of experts as one for each"
+    return f"read by {reader}, for which no runtime here has sparse kernels: {way_out}"
 
 
 def check_zeros(gm: GraphModule, sites: Mapping[str, Site]) -> str | None:
