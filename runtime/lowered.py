@@ -83,9 +83,9 @@ class Lowered(nn.Module):
         self.__dict__.update(
             **{"result": result, "error": None, "part": "", "hooked": (), "settled": True, "attributes": {}, **facts}
         )
-        self.inert = self.backend == "tensorrt" or (self.backend == "cpu" and any(d.kernel for d in result.decisions.values()))
-        packed = self.backend in ("cpu", "cusparselt") and any(each.kernel for each in self.result.decisions.values())
-        self.fixed = self.dtype is not None or self.backend == "tensorrt" or packed
+        kernels = any(decision.kernel for decision in result.decisions.values())
+        self.inert = self.backend == "tensorrt" or (self.backend == "cpu" and kernels)
+        self.fixed = self.dtype is not None or self.inert or (self.backend == "cusparselt" and kernels)
         self.training = False
         known = {product.dtype for product in self.result.products}
         self.packed_for, self.captured = None, ()

@@ -59,8 +59,8 @@ static inline __attribute__((always_inline)) int64_t covered_of(
     return first;
 }
 
-/* Whether the weight's gradient is written past the caches: a large one, which the optimizer reads when all layers are done. That of
- * the scores is not: what they cost beside a step without them was less with it in the caches. */
+/* Whether the weight's gradient is written past the caches: a large one, which the optimizer reads when all layers are done. For that
+ * of the scores it has not been measured in a whole step. */
 static inline int goes_far(const nm_sweep *s, int64_t first) {
     return BYTES >= 32 && s->outer * s->groups * s->m >= FAR && (uintptr_t)((float *)s->out + first * s->m) % BYTES == 0;
 }
